@@ -21,7 +21,8 @@ PROGRAMS_PER_SM = 3
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
-    """Every distinct launch: of each kind of layer, at few and many rows, rounded and in pages; and a step's angles."""
+    """Every distinct launch: of each kind of layer, at few and many rows, rounded and in pages, with several rows of a
+    request; and a step's angles."""
     with pytest.MonkeyPatch.context() as patch, recorded_launches() as launches:
         for module in (checks, head):
             patch.setattr(module, "check_rank", lambda name, tensor, rank, runs_on_cpu: None)  # refuses what is on CPU
@@ -32,6 +33,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
                 ENTRIES(*step.arguments)
                 ENTRIES(*step.arguments[:4], fewer)
                 ENTRIES(*with_pages(step).arguments[:4], fewer)
+            several = draw_step(case, 2, CPU, positions=[126, 127], group=2)
+            ENTRIES(*several.arguments)
+            ENTRIES(*with_pages(several).arguments)
         positions_T = torch.zeros(2, dtype=torch.int32)
         STEP_ANGLES.run(positions_T, STEP_ANGLES.prepare(Frequencies(torch.ones(32), torch.ones(32))))
     folder = tmp_path_factory.mktemp("cubins")
@@ -43,6 +47,10 @@ def test_nothing_spills_and_programs_share_a_multiprocessor(compiled: list[Compi
     # The range reduction of large angles has its digits in local memory.
     assert not [one.launch for one in compiled if one.stack_bytes and one.launch.name == "entries_kernel"]
     assert all(one.registers <= 65536 // (128 * PROGRAMS_PER_SM) for one in compiled)
+
+
+def test_several_rows_of_a_request_have_a_kernel(compiled: list[Compiled]) -> None:
+    assert {dict(one.launch.constants).get("SPARE") for one in compiled} == {None, 0, 8}
 
 
 def test_launches_overlap_with_their_neighbours(compiled: list[Compiled]) -> None:

@@ -72,6 +72,26 @@ def test_scores_do_not_depend_on_the_grid_or_the_neighbours(monkeypatch: pytest.
     assert torch.equal(whole[1, visible_TC[1]], alone[0, visible_TC[1]])
 
 
+def test_rows_of_one_request_see_their_own_entries() -> None:
+    """Rows at consecutive positions, of one table: each has the scores and the selection that it has alone."""
+    g = generator()
+    last = make_rows((515,), 4, 12, g)
+    positions_T = torch.arange(509, 516, dtype=torch.int32)
+    rows, topk = PagedRows(positions_T, last.blocks_TB.repeat(7, 1)), 127
+    query, keys = make_query(7, 4, torch.float32, g), make_keys(last, 12, g)
+    scores_TC = SCORE(query, keys, rows)
+    found = SELECT(hide_unseen(scores_TC, rows), rows, topk)
+    judge_scores(scores_TC, query, keys, rows)
+    assert found.num_T.tolist() == [127] * 7
+    for t in range(7):
+        own = PagedRows(*(part[t : t + 1].clone() for part in rows))
+        alone_TC = SCORE(IndexQuery(*(part[t : t + 1].clone() for part in query)), keys, own)
+        visible = (509 + t + 1) // 4
+        assert torch.equal(alone_TC[0, :visible], scores_TC[t, :visible])
+        alone = SELECT(hide_unseen(alone_TC, own), own, topk)
+        assert torch.equal(alone.rows_TK[0], found.rows_TK[t])
+
+
 @pytest.mark.parametrize("place", ["key", "query", "weight"])
 def test_nan_stays_visible(place: str) -> None:
     """A NaN of a row's own operands is in its scores: of one entry, or of all."""

@@ -1,10 +1,11 @@
-"""Attention of a decode step, in which every request has one row: a straight line of kernels over the pool.
+"""Attention of a decode step: a straight line of kernels over the pool.
 
     entries -> scores -> select -> attend
 
 Each takes all rows of the step at once, with positions, slots and block tables as arrays on the device. Nothing depends
 on host values except the number of rows and the length of the block tables, so that a step can be captured in a graph
-and replayed for other requests. Any other step goes to the torch reference, over the same pool.
+and replayed for other requests. A request has one row, or up to as many as the pool's rings are made for: each row sees
+what the rows before it have written in the same step. Any other step goes to the torch reference, over the same pool.
 
 Legend: T rows of the step, N heads, H head dim, I index heads, P compressor width, F rotary frequencies.
 """
@@ -94,7 +95,7 @@ class PagedAttention:
     step_angles: Callable[[torch.Tensor], StepAngles]
 
     def prepare(self, tables: StepTables) -> AttentionStep | DecodeStep:
-        """Prepares a step: a decode step if every request has one row, which is what kernels and rings are made for."""
+        """Prepares a step: a decode step if no request has more rows than the pool's rings are made for."""
         return self.reference.prepare(tables) if tables.decode is None else self.prepare_decode(tables.decode)
 
     def prepare_decode(self, tables: DecodeTables) -> DecodeStep:

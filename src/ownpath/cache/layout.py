@@ -4,6 +4,8 @@ There are three groups:
 
 - ``window``: the last keys of each layer, which are the values too. A ring: position p is row p % num_rows of a slot.
 - ``state``: the raw rows of each compressor, as many as its next entry needs. A ring as well.
+  Both are longer by ``spare_rows`` if a decode step may have several rows of a request: the step's last row must not
+  replace what its first one reads, and rows that are taken back must not have replaced what is read again.
 - ``entries``: the compressed entries of a layer (main) and its index keys (index). They grow with the sequence: block b
   of a sequence holds the entries of its tokens [256 b, 256 b + 256), in every layer.
 
@@ -25,6 +27,8 @@ BLOCK_TOKENS = 256
 """Tokens of a block: a multiple of every compress ratio."""
 NOBODY = 0
 """The slot, and the block, that no sequence owns: writes that are to be dropped go there."""
+MOST_ROWS_PER_REQUEST, MOST_DECODE_ROWS = 9, 256
+"""Of a decode step: rows of one request, and of all."""
 NAN_BYTE = 255
 """A cache full of this byte is full of NaN, in BF16 and float32 as in FP8 pages, codes and scales."""
 
@@ -87,10 +91,17 @@ class CacheLayout:
 
     @classmethod
     def of(
-        cls, config: ModelConfig, ratios: Sequence[int], cache_format: CacheFormat = CacheFormat.BF16
+        cls,
+        config: ModelConfig,
+        ratios: Sequence[int],
+        cache_format: CacheFormat = CacheFormat.BF16,
+        rows_per_request: int = 1,
     ) -> "CacheLayout":
-        """Lists the tensors of a model's layers. ratios: one for each layer, as in ``compress_ratios``."""
-        members = (member for idx, ratio in enumerate(ratios) for member in _of_layer(config, idx, ratio))
+        """Lists the tensors of a model's layers. ratios: one for each layer, as in ``compress_ratios``.
+        rows_per_request: the most of a decode step. Errors: ValueError where that is more than any may have."""
+        spare = spare_rows(rows_per_request)
+        listed = (member for idx, ratio in enumerate(ratios) for member in _of_layer(config, idx, ratio))
+        members = [member if member.group.is_paged else _longer(member, spare) for member in listed]
         return cls(tuple(map(_in_pages, members) if cache_format is CacheFormat.FP8 else members))
 
     def of_layers(self, layer_ids: frozenset[int]) -> "CacheLayout":
@@ -120,6 +131,7 @@ class CacheLayout:
 
 
 def _of_layer(config: ModelConfig, layer_idx: int, ratio: int) -> Iterator[CacheTensor]:
+    """Yields the tensors of a layer, for steps with one row of a request."""
     yield CacheTensor(WINDOW, layer_idx, EntryKind.MAIN, config.sliding_window, config.head_dim)
     if ratio:
         yield from _compressed_tensors(layer_idx, EntryKind.MAIN, ratio, config.head_dim)
@@ -135,11 +147,23 @@ def _compressed_tensors(layer_idx: int, part: EntryKind, ratio: int, head_dim: i
     yield CacheTensor(ENTRIES, layer_idx, part, BLOCK_TOKENS // ratio, head_dim, ratio)
 
 
+def _longer(member: CacheTensor, spare: int) -> CacheTensor:
+    return replace(member, num_rows=member.num_rows + spare)
+
+
 def _in_pages(member: CacheTensor) -> CacheTensor:
     """Puts keys into FP8 pages; states stay as they are."""
     if member.group.is_wide:
         return member
     return replace(member, page_bytes=FP8_KEY_BYTES if member.part is EntryKind.MAIN else FP8_INDEX_BYTES)
+
+
+def spare_rows(rows_per_request: int) -> int:
+    """Returns the rows by which rings are longer than one row of a request needs: none, or enough for any number of
+    rows, so that kernels are compiled for two lengths. Errors: ValueError."""
+    if not 1 <= rows_per_request <= MOST_ROWS_PER_REQUEST:
+        raise ValueError(f"rows_per_request must be 1 to {MOST_ROWS_PER_REQUEST}, found {rows_per_request}")
+    return 0 if rows_per_request == 1 else MOST_ROWS_PER_REQUEST - 1
 
 
 def windows_per_entry(ratio: int) -> int:

@@ -10,7 +10,7 @@ from itertools import accumulate
 
 import torch
 
-from ownpath.cache.layout import BLOCK_TOKENS, NOBODY, windows_per_entry
+from ownpath.cache.layout import BLOCK_TOKENS, MOST_DECODE_ROWS, NOBODY
 from ownpath.cache.pools import CachePool, SequenceCache
 
 
@@ -30,10 +30,12 @@ class Writes:
 
 @dataclass(frozen=True)
 class DecodeTables:
-    """The arrays of a decode step, in which every request has one row; all int32, on the pool's device.
+    """The arrays of a decode step, in which a request has one row, or as many as the pool's rings are made for; all
+    int32, on the pool's device.
 
     positions_T [T]: each row's position in its sequence; slots_T [T]; blocks_TB [T, B]: block tables, which bound the
-    context at 256 * B tokens. A padded row has slot ``NOBODY``, position 0 and a table of ``NOBODY``.
+    context at 256 * B tokens. Rows of one request follow each other, at consecutive positions. A padded row has slot
+    ``NOBODY``, position 0 and a table of ``NOBODY``.
     """
 
     pool: CachePool
@@ -68,12 +70,17 @@ class StepTables:
 
     @cached_property
     def decode(self) -> DecodeTables | None:
-        """The arrays of a decode step; ``None`` if a request has several rows. Block tables are cut to the blocks that
-        the step needs."""
-        if len(self.slots) != self.row_ends[-1]:
+        """The arrays of a decode step; ``None`` if a request has more rows than the pool's rings are made for. Block
+        tables are cut to the blocks that the step needs."""
+        counts = [rows.stop - rows.start for rows in self.rows]
+        if max(counts) > self.pool.spec.rows_per_request or self.row_ends[-1] > MOST_DECODE_ROWS:
             return None
-        needed = max(self.starts) // BLOCK_TOKENS + 1
-        arrays = (self.positions_T, self.slots_R, self.blocks_RB[:, :needed])
+        needed = max(start + count - 1 for start, count in zip(self.starts, counts, strict=True)) // BLOCK_TOKENS + 1
+        slots_T, blocks_TB = self.slots_R, self.blocks_RB[:, :needed]
+        if max(counts) > 1:
+            request_T = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(slots_T.device)
+            slots_T, blocks_TB = slots_T[request_T], blocks_TB[request_T]
+        arrays = (self.positions_T, slots_T, blocks_TB)
         return DecodeTables(self.pool, *(array.to(torch.int32).contiguous() for array in arrays))
 
     def extend(self) -> None:
@@ -122,10 +129,10 @@ class _Places:
     blocks_TB: torch.Tensor
 
     def writes(self, pool: CachePool, device: torch.device) -> Writes:
-        ratios, window = pool.layout.ratios, pool.spec.config.sliding_window
-        state_T = {ratio: self.ring(windows_per_entry(ratio) * ratio).to(device) for ratio in ratios}
+        ratios, spec = pool.layout.ratios, pool.spec
+        state_T = {ratio: self.ring(spec.state_rows(ratio)).to(device) for ratio in ratios}
         entry_T = {ratio: self.entries(ratio).to(device) for ratio in ratios}
-        return Writes(self.ring(window).to(device), state_T, entry_T)
+        return Writes(self.ring(spec.window_rows).to(device), state_T, entry_T)
 
     def ring(self, num_rows: int) -> torch.Tensor:
         """Applies ``layout.ring_row`` to the last ``num_rows`` positions of each sequence."""

@@ -14,18 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ownpath.conformance.bounds import (
-    EXP_STEPS,
-    FLOAT32_ROUND,
-    MAX_REL_L2,
-    Exact,
-    assert_allowed,
-    relative_l2,
-    rounding,
-    sum_rounding,
-)
+from ownpath.conformance.bounds import MAX_REL_L2, Exact, assert_allowed, relative_l2
+from ownpath.conformance.exact_entries import exact_key, exact_pool
 from ownpath.kernels.cache_formats.ref import fp4_index, fp8_keys
 from ownpath.kernels.cases import KernelCase
+from ownpath.kernels.checks import SPARE_MULTIPLE
 from ownpath.kernels.contract import NormWeights
 from ownpath.kernels.entries.types import (
     CompressorWeights,
@@ -37,7 +30,6 @@ from ownpath.kernels.entries.types import (
     RowPlaces,
 )
 from ownpath.numerics import decode_e4m3, decode_e8m0, fake_quantize_fp8
-from ownpath.oracle import formulas
 
 EPS = 1e-6
 KEY_BYTES = 584
@@ -101,31 +93,43 @@ class WritingStep:
 
     def first(self, count: int) -> "WritingStep":
         """Returns the step of the first rows alone, on a copy of the pools."""
+        return self.copy().part(slice(count))
+
+    def part(self, part: slice) -> "WritingStep":
+        """Returns the step of some rows, on the same pools."""
         kv_TH, *raw_rows = self.raw
-        raw = RawRows(kv_TH[:count], *(None if one is None else one[:count] for one in raw_rows))
-        cos_TF, sin_TF, *others = self.angles
-        first = (None if one is None else one[:count] for one in others)
-        angles = EntryAngles(cos_TF[:count], sin_TF[:count], *first)
-        return replace(self.copy(), raw=raw, angles=angles, rows=RowPlaces(*(one[:count] for one in self.rows)))
+        raw = RawRows(kv_TH[part], *(None if one is None else one[part] for one in raw_rows))
+        cos_TF, sin_TF, *others = (None if one is None else one[part].clone() for one in self.angles)
+        assert cos_TF is not None
+        assert sin_TF is not None
+        angles = EntryAngles(cos_TF, sin_TF, *others)
+        return replace(self, raw=raw, angles=angles, rows=RowPlaces(*(one[part].clone() for one in self.rows)))
 
 
 def draw_step(
-    case: KernelCase, num_rows: int, device: torch.device, seed: int = 0, positions: list[int] | None = None
+    case: KernelCase,
+    num_rows: int,
+    device: torch.device,
+    seed: int = 0,
+    positions: list[int] | None = None,
+    group: int = 1,
 ) -> WritingStep:
     """Draws a step. By default the first row ends the first window, the second is padded, half of the others end one.
 
-    positions: of the rows, instead; all of them are real.
+    positions: of the rows, instead; all of them are real. group: the most rows of a request: each request has so many,
+    the last perhaps fewer, from the position of its first row on; rings are longer where there are several.
     """
     head_dim, num_pairs, ratio, index_dim, num_blocks = case.sizes
     g = torch.Generator(device).manual_seed(seed)
-    weights = _draw_weights(g, head_dim, ratio, index_dim)
+    weights = replace(_draw_weights(g, head_dim, ratio, index_dim), spare=0 if group == 1 else SPARE_MULTIPLE)
     rows = _draw_rows(g, num_rows, num_blocks, max(ratio, 1), positions)
+    rows = rows if group == 1 else _in_groups(rows, group, 256 * num_blocks)
     raw_kv = _normal(g, num_rows, 2 * head_dim).bfloat16()[:, head_dim:]
-    main_state, index_state = (_draw_state(g, rows, one) for one in (weights.main, weights.index))
+    main_state, index_state = (_draw_state(g, rows, one, weights.spare) for one in (weights.main, weights.index))
     raw = RawRows(raw_kv, _draw_raw(g, num_rows, weights.main), _draw_raw(g, num_rows, weights.index))
     at, first = (_angles(rows.positions_T + shift, num_pairs) for shift in (0, 1 - ratio))
     angles = EntryAngles(*at, *first) if ratio else EntryAngles(*at)
-    window = raw_kv.new_full(((num_rows + 1) * weights.window, head_dim), torch.nan)
+    window = raw_kv.new_full(((num_rows + 1) * weights.window_rows, head_dim), torch.nan)
     entries = [
         None if one is None else window.new_full(((num_rows * num_blocks + 1) * one.per_block, one.head_dim), torch.nan)
         for one in (weights.main, weights.index)
@@ -166,6 +170,15 @@ def _draw_rows(
     return RowPlaces(drawn.int(), slots_T.int(), blocks_TB.int())
 
 
+def _in_groups(rows: RowPlaces, group: int, num_tokens: int) -> RowPlaces:
+    """Makes consecutive rows those of one request: the first one's, at consecutive positions."""
+    number_T = torch.arange(len(rows.positions_T), device=rows.positions_T.device)
+    first_T = number_T - number_T % group
+    start_T = rows.positions_T[first_T].clamp(max=num_tokens - group)
+    positions_T = torch.where(rows.slots_T[first_T] == 0, 0, start_T + number_T % group)
+    return RowPlaces(positions_T.int(), rows.slots_T[first_T], rows.blocks_TB[first_T])
+
+
 def _draw_raw(g: torch.Generator, num_rows: int, weights: CompressorWeights | None) -> Tensor | None:
     """Draws raw rows as a slice of wider ones; scores over several magnitudes."""
     if weights is None:
@@ -176,16 +189,18 @@ def _draw_raw(g: torch.Generator, num_rows: int, weights: CompressorWeights | No
     return raw
 
 
-def _draw_state(g: torch.Generator, rows: RowPlaces, weights: CompressorWeights | None) -> Tensor | None:
+def _draw_state(g: torch.Generator, rows: RowPlaces, weights: CompressorWeights | None, spare: int) -> Tensor | None:
     """Draws the ring's rows that tokens before the step have written and entries may read; all others are NaN."""
     if weights is None:
         return None
-    num_rows, width = weights.num_rows, 2 * weights.num_windows * weights.head_dim
+    num_rows, width = weights.num_rows + spare, 2 * weights.num_windows * weights.head_dim
     state = torch.full(((len(rows.slots_T) + 1) * num_rows, width), torch.nan, device=g.device)
-    age = torch.arange(1, num_rows, device=g.device)
+    age = torch.arange(1, weights.num_rows, device=g.device)
     position = rows.positions_T[:, None] - age
     written = (rows.slots_T[:, None] * num_rows + position % num_rows)[position >= 0].long()
     state[written] = _normal(g, len(written), width)
+    if spare:
+        state[_ring_rows(rows, num_rows)] = torch.nan
     return state
 
 
@@ -198,7 +213,7 @@ def _angles(positions_T: Tensor, num_pairs: int) -> tuple[Tensor, Tensor]:
 def judge_step(before: WritingStep, after: WritingStep) -> None:
     """Judges what a step wrote, keys without a rounding to fewer bits. Errors: AssertionError naming the pool."""
     weights, rows = before.weights, before.rows
-    ring_T = _ring_rows(rows, weights.window)
+    ring_T = _ring_rows(rows, weights.window_rows)
     _judge_untouched("window", before.pools.window, after.pools.window, ring_T)
     raw_TH = before.raw.kv_TH.double()
     angles = before.angles.cos_TF, before.angles.sin_TF
@@ -210,7 +225,7 @@ def judge_step(before: WritingStep, after: WritingStep) -> None:
 
 def _judge_compressor(before: WritingStep, old: CompressorPools, new: CompressorPools) -> None:
     name, weights, raw = old.name, old.weights, old.raw_TP2
-    ring_T = _ring_rows(before.rows, weights.num_rows)
+    ring_T = _ring_rows(before.rows, before.weights.state_rows(weights))
     _judge_untouched(f"{name} state", old.state, new.state, ring_T)
     assert torch.equal(new.state[ring_T], raw), f"{name} state"
     ends_E = ((before.rows.positions_T + 1) % weights.ratio == 0).nonzero()[:, 0]
@@ -222,9 +237,12 @@ def _judge_compressor(before: WritingStep, old: CompressorPools, new: Compressor
     cos_TF, sin_TF = before.angles.first_cos_TF, before.angles.first_sin_TF
     assert cos_TF is not None
     assert sin_TF is not None
-    exact = exact_key(
-        exact_pool(raw[ends_E], ending, old.state, weights), weights.norm, (cos_TF[ends_E], sin_TF[ends_E])
-    )
+    state = old.state
+    if before.weights.spare:
+        state = state.clone()
+        state[ring_T] = raw  # no row that an entry may read is replaced
+    pooled = exact_pool(raw[ends_E], ending, state, weights, spare=before.weights.spare)
+    exact = exact_key(pooled, weights.norm, (cos_TF[ends_E], sin_TF[ends_E]))
     _assert_rounded(new.entries[entry_E], exact, KEY_ROUNDINGS + 1, f"{name} entries")
 
 
@@ -253,65 +271,6 @@ def _entry_rows(ending: RowPlaces, weights: CompressorWeights) -> Tensor:
     return block_E * weights.per_block + entry_E % weights.per_block
 
 
-def exact_pool(
-    raw_EP2: Tensor,
-    ending: RowPlaces,
-    state: Tensor,
-    weights: CompressorWeights,
-    dtype: torch.dtype = torch.bfloat16,
-) -> Exact:
-    """Averages each entry's rows, one entry after the other, and bounds the error after a rounding to ``dtype``.
-
-    A score's error d changes its gate by a factor of exp(d), the sum of gates by no more.
-    """
-    values, bounds = [], []
-    for number in range(len(raw_EP2)):
-        kv_LH, score_LH = _entry_inputs(raw_EP2[number], number, ending, state, weights)
-        gate_LH = score_LH.softmax(dim=0)
-        value = (gate_LH * kv_LH).sum(0)
-        error = (EXP_STEPS + 4 * score_LH.abs().amax(0)) * FLOAT32_ROUND + 2 * sum_rounding(len(kv_LH))
-        bounds.append((gate_LH * kv_LH.abs()).sum(0) * error + rounding(dtype) * value.abs())
-        values.append(value)
-    return Exact(torch.stack(values), torch.stack(bounds))
-
-
-def _entry_inputs(
-    raw_P2: Tensor, number: int, ending: RowPlaces, state: Tensor, weights: CompressorWeights
-) -> tuple[Tensor, Tensor]:
-    """Reads the (kv, score) rows of one entry in float64, position by position: [L, H] each."""
-    end, slot = int(ending.positions_T[number]), int(ending.slots_T[number])
-    width, head_dim = weights.ape_LP.shape[1], weights.head_dim
-    found = []
-    for position in range(max(0, end + 1 - weights.num_rows), end + 1):
-        row = raw_P2 if position == end else state[slot * weights.num_rows + position % weights.num_rows]
-        is_own_window = position > end - weights.ratio
-        start = head_dim if is_own_window and weights.num_windows > 1 else 0
-        score = row[width:].double() + weights.ape_LP[position % weights.ratio].double()
-        found.append((row[start : start + head_dim].double(), score[start : start + head_dim]))
-    return torch.stack([kv for kv, _ in found]), torch.stack([score for _, score in found])
-
-
-def exact_key(
-    x_TH: Exact, norm: NormWeights, angles: tuple[Tensor, Tensor], dtype: torch.dtype = torch.bfloat16
-) -> Exact:
-    """Norms and rotates, each rounded once to ``dtype``; the last rounding is not in the bound."""
-    assert norm.weight_D is not None
-    root_T1 = x_TH.value.square().mean(-1, keepdim=True).add(norm.eps).sqrt()
-    gain_TH = norm.weight_D.double() / root_T1
-    normed_TH = x_TH.value * gain_TH
-    relative_T1 = x_TH.bound.square().mean(-1, keepdim=True).sqrt() / root_T1
-    relative_T1 = relative_T1 + EXP_STEPS * FLOAT32_ROUND + sum_rounding(normed_TH.shape[1]) / 2
-    error_TH = x_TH.bound * gain_TH.abs() + normed_TH.abs() * relative_T1
-    error_TH = error_TH + rounding(dtype) * normed_TH.abs()
-    cos_TF, sin_TF = (one.double() for one in angles)
-    turned = formulas.rotate(normed_TH, cos_TF, sin_TF)
-    # Turning a pair moves a channel's error by no more than the length of the pair's errors; three float32 operations.
-    num_rotary = 2 * cos_TF.shape[1]
-    pair_TF = error_TH[:, -num_rotary:].unflatten(-1, (-1, 2)).norm(dim=-1)
-    error_TH = torch.cat((error_TH[:, :-num_rotary], pair_TF.repeat_interleave(2, -1)), -1)
-    return Exact(turned, error_TH + 4 * FLOAT32_ROUND * normed_TH.abs().amax(-1, keepdim=True))
-
-
 def with_pages(step: WritingStep) -> WritingStep:
     """Returns the same step on FP8 pages, all of whose bytes are 255: NaN in every format."""
     pools, weights = step.pools, step.weights
@@ -324,7 +283,7 @@ def with_pages(step: WritingStep) -> WritingStep:
 
     per_block = 1 if weights.main is None else weights.main.per_block
     index_bytes = 0 if weights.index is None else weights.index.head_dim + 4
-    window, main = pages(pools.window, weights.window, KEY_BYTES), pages(pools.main_entries, per_block, KEY_BYTES)
+    window, main = pages(pools.window, weights.window_rows, KEY_BYTES), pages(pools.main_entries, per_block, KEY_BYTES)
     assert window is not None
     index = pages(pools.index_entries, per_block, index_bytes)
     return replace(step, pools=pools._replace(window=window, main_entries=main, index_entries=index))
@@ -359,7 +318,7 @@ def judge_rounded(plain: WritingStep, rounded: WritingStep) -> None:
     rounds_keys = weights.keys is KeyRounding.FP8 or found.has_key_pages
     per_block = 1 if weights.main is None else weights.main.per_block
     if found.has_key_pages:
-        window = read_key_pages(window, weights.window)
+        window = read_key_pages(window, weights.window_rows)
         main = None if main is None else read_key_pages(main, per_block)
     if found.has_index_pages and index is not None:
         index = read_index_pages(index, per_block)

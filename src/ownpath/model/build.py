@@ -13,7 +13,7 @@ from ownpath.attention.interface import AttentionLayer
 from ownpath.attention.reference import ReferenceAttention
 from ownpath.attention.rope import Rope
 from ownpath.attention.select import EntrySelector
-from ownpath.cache.layout import windows_per_entry
+from ownpath.cache.layout import spare_rows, windows_per_entry
 from ownpath.cache.pools import CacheSpec
 from ownpath.config import CSA_RATIO, EngineConfig, Layer, ModelConfig
 from ownpath.model.attention import Attention, AttentionCore
@@ -222,9 +222,10 @@ class Builder:
         steps = {name: self._steps(f"{attn}.decode.{name}") for name in ("entries", "attend")}
         keys = KeyRounding.FP8 if Step.KV in steps["entries"] else KeyRounding.NONE
         index_keys = KeyRounding.FP4 if Step.INDEXER in steps["entries"] else KeyRounding.NONE
-        written = EntriesWeights(norm, main, index, keys=keys, index_keys=index_keys)
+        spare = spare_rows(self.engine.rows_per_request)
+        written = EntriesWeights(norm, main, index, keys=keys, index_keys=index_keys, spare=spare)
         is_stepwise = Step.Q_HEAD_NORM in steps["attend"]
-        weights = AttendWeights(sink_N, config.softmax_scale, config.rms_norm_eps, num_rotary, is_stepwise)
+        weights = AttendWeights(sink_N, config.softmax_scale, config.rms_norm_eps, num_rotary, is_stepwise, spare)
 
         def watch(name: str, make: Callable[..., Runner], *args: object) -> Any:
             slot = f"{attn}.decode.{name}"

@@ -1,11 +1,14 @@
 """The caches' layout as arithmetic: sizes of the published models, and that no two things share a row."""
 
+from dataclasses import replace
+
 import pytest
 from support.checkpoints import SMALL
 
 from ownpath.cache.layout import (
     BLOCK_TOKENS,
     ENTRIES,
+    MOST_ROWS_PER_REQUEST,
     STATE,
     WINDOW,
     CacheLayout,
@@ -84,6 +87,29 @@ def test_a_ring_has_a_row_for_each_slot_and_position(num_rows: int) -> None:
     for start in (0, 1, 127, 1000):
         rows = [ring_row(slot, start + idx, num_rows) for slot in range(3) for idx in range(num_rows)]
         assert sorted(rows) == list(range(3 * num_rows))
+
+
+@pytest.mark.parametrize("rows_per_request", [2, 4, MOST_ROWS_PER_REQUEST])
+def test_rings_are_longer_where_a_request_has_several_rows(rows_per_request: int) -> None:
+    """By one length for any number of rows; entries grow with tokens alone, and one row needs what it needed."""
+    sizes = ModelConfig.from_dict(SMALL | {"sliding_window": 128})
+    several = CacheLayout.of(sizes, FLASH, rows_per_request=rows_per_request)
+    assert CacheLayout.of(sizes, FLASH, rows_per_request=1) == CacheLayout.of(sizes, FLASH)
+    for member, one in zip(several.members, CacheLayout.of(sizes, FLASH).members, strict=True):
+        spare = 0 if member.group.is_paged else 8
+        assert member == replace(one, num_rows=one.num_rows + spare)
+        assert spare >= rows_per_request - 1 or member.group.is_paged
+
+
+@pytest.mark.parametrize("num_rows", [16, 136])
+def test_a_step_replaces_nothing_that_its_rows_read(num_rows: int) -> None:
+    """Nine rows from any position on: what they write is read neither by them, nor by rows that take their places."""
+    seen = num_rows - 8
+    for start in range(300, 300 + num_rows):
+        written = {ring_row(1, start + row, num_rows) for row in range(MOST_ROWS_PER_REQUEST)}
+        older = {ring_row(1, position, num_rows) for position in range(start + 1 - seen, start)}
+        assert len(written) == MOST_ROWS_PER_REQUEST
+        assert not written & older
 
 
 @pytest.mark.parametrize("ratio", [CSA_RATIO, HCA_RATIO])

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ownpath.kernels.checks import VECTOR_BYTES, check, check_alignment, check_rank
+from ownpath.kernels.checks import VECTOR_BYTES, check, check_alignment, check_rank, check_spare
 from ownpath.kernels.contract import NormWeights
 from ownpath.kernels.entries.types import (
     CompressorWeights,
@@ -42,7 +42,8 @@ def check_call(
     check("slots_T", rows.slots_T, (torch.int32,), (num_rows,), device)
     check("blocks_TB", rows.blocks_TB, (torch.int32,), (num_rows, *rows.blocks_TB.shape[1:2]), device)
     _check_angles(angles, num_rows, device, has_first=weights.main is not None)
-    _check_pool("window", pools.window, torch.bfloat16, (weights.window, head_dim), device)
+    check_spare(weights.spare)
+    _check_pool("window", pools.window, torch.bfloat16, (weights.window_rows, head_dim), device)
     if pools.has_key_pages and (head_dim, angles.cos_TF.shape[-1]) != (512, 32):
         raise ValueError(f"FP8 pages hold keys of 512 channels, 64 of them rotary, found {head_dim}")
     entries = pools.main_entries
@@ -53,7 +54,7 @@ def check_call(
     if weights.main is not None and weights.index is not None and weights.index.ratio != weights.main.ratio:
         raise ValueError(f"the compressors' ratios differ: {weights.main.ratio} and {weights.index.ratio}")
     for call in _compressors(raw, pools, weights):
-        _check_compressor(call, num_rows, device)
+        _check_compressor(call, num_rows, weights.spare, device)
     if weights.main is not None and weights.main.head_dim != head_dim:
         raise ValueError(f"the main compressor has entries of {weights.main.head_dim} channels, keys have {head_dim}")
     if weights.index is not None:
@@ -67,7 +68,7 @@ def _compressors(raw: RawRows, pools: LayerPools, weights: EntriesWeights) -> It
         yield "index", weights.index, raw.index_TP2, pools.index_state, pools.index_entries
 
 
-def _check_compressor(call: CompressorCall, num_rows: int, device: torch.device) -> None:
+def _check_compressor(call: CompressorCall, num_rows: int, spare: int, device: torch.device) -> None:
     name, weights, raw, state, entries = call
     width = weights.num_windows * weights.head_dim
     if raw is None or state is None or entries is None:
@@ -77,7 +78,7 @@ def _check_compressor(call: CompressorCall, num_rows: int, device: torch.device)
     _check_rows(f"{name}_TP2", raw, torch.float32, (num_rows, 2 * width), device)
     check(f"{name} ape_LP", weights.ape_LP, (torch.float32,), (weights.ratio, width), device)
     _check_norm(f"{name} norm", weights.norm, weights.head_dim, device)
-    _check_pool(f"{name}_state", state, torch.float32, (weights.num_rows, 2 * width), device)
+    _check_pool(f"{name}_state", state, torch.float32, (weights.num_rows + spare, 2 * width), device)
     _check_pool(f"{name}_entries", entries, torch.bfloat16, (weights.per_block, weights.head_dim), device)
 
 

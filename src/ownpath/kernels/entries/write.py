@@ -1,11 +1,13 @@
 """Device code of a decode step's cache writes; ``launch`` explains and launches it.
 
-t row, p its position, h channel, c channels of a slice, i raw row of an entry (the newest is last); H head dim,
-F rotary pairs, RATIO tokens of an entry, WINDOWS windows that it averages.
+t row, p its position, h channel, c channels of a slice; H head dim, F rotary pairs, RATIO tokens of an entry, WINDOWS
+windows that it averages, SPARE rows of a ring beyond what one row of a request needs.
 """
 
 import triton
 import triton.language as tl
+
+from ownpath.kernels.entries.pool import average, load_rows
 
 VALUES = tl.constexpr(0)
 """A pool of bfloat16 rows."""
@@ -166,55 +168,20 @@ def _write_key(
 
 
 @triton.jit
-def _load_rows(
-    raw_ptr,
-    ring_ptr,
-    ape_ptr,
-    p,
-    c,
-    H: tl.constexpr,
-    RATIO: tl.constexpr,
-    WINDOWS: tl.constexpr,
-):
-    """Loads the raw rows of the entry that ends at p, in the channels c of a slice: kv and biased scores [rows, c].
-
-    The row of p itself comes from the step, the older ones from the slot's ring; this launch replaces the ring's row
-    of p - RATIO * WINDOWS, which is not among them. Rows before position 0 do not exist.
-    """
-    ROWS: tl.constexpr = RATIO * WINDOWS
-    P: tl.constexpr = H * WINDOWS
-    i = tl.arange(0, ROWS)
-    age = ROWS - 1 - i
-    exists = (age <= p)[:, None]
-    row = (p - age + ROWS) % ROWS
-    # Where windows overlap, the window before gives its first half of the channels, the own one its second.
-    column = (i // RATIO)[:, None] * H + c[None, :]
-    # One load for both places: a second one would wait for the first.
-    at = tl.where((age == 0)[:, None], raw_ptr + column, ring_ptr + row[:, None] * (2 * P) + column)
-    kv = tl.load(at, mask=exists, other=0.0)
-    score = tl.load(at + P, mask=exists, other=float("-inf"))
-    score += tl.load(ape_ptr + (i % RATIO)[:, None] * P + column)
-    return kv, score
-
-
-@triton.jit
-def _average(kv, score):
-    """Averages the rows of each channel, gated by the softmax of their scores."""
-    gate = tl.exp(score - tl.max(score, axis=0)[None, :])
-    return tl.sum(kv * gate, axis=0) / tl.sum(gate, axis=0)
-
-
-@triton.jit
 def _write_entry(
     raw_ptr,
+    raw_stride,
     ring_ptr,
     ape_ptr,
     weight_ptr,
     cos_ptr,
     sin_ptr,
+    positions_ptr,
+    slots_ptr,
     pool_ptr,
     pooled_ptr,
     arrivals_ptr,
+    t,
     p,
     page,
     row,
@@ -225,6 +192,7 @@ def _write_entry(
     F: tl.constexpr,
     RATIO: tl.constexpr,
     WINDOWS: tl.constexpr,
+    SPARE: tl.constexpr,
     SLICE: tl.constexpr,
     PARTS: tl.constexpr,
     R: tl.constexpr,
@@ -236,18 +204,26 @@ def _write_entry(
     h = tl.arange(0, H)
     if SLICE == H:
         # All loads are in flight before the first sum waits for one.
-        kv, score = _load_rows(raw_ptr, ring_ptr, ape_ptr, p, h, H, RATIO, WINDOWS)
+        # fmt: off
+        kv, score = load_rows(
+            raw_ptr, raw_stride, ring_ptr, ape_ptr, positions_ptr, slots_ptr, t, p, h, H, RATIO, WINDOWS, SPARE,
+        )
+        # fmt: on
         weight = tl.load(weight_ptr + h)
         cos, sin = _load_turn(cos_ptr, sin_ptr, H, F)
-        pooled = _average(kv, score).to(tl.bfloat16)
+        pooled = average(kv, score).to(tl.bfloat16)
         _write_key(pooled, weight, cos, sin, pool_ptr, page, row, eps, H, LOG_H, F, R, FORM, ROUNDING)
     else:
         weight = tl.load(weight_ptr + h)
         cos, sin = _load_turn(cos_ptr, sin_ptr, H, F)
         for turn in range(H // SLICE // PARTS):
             c = (turn * PARTS + role) * SLICE + tl.arange(0, SLICE)
-            kv, score = _load_rows(raw_ptr, ring_ptr, ape_ptr, p, c, H, RATIO, WINDOWS)
-            tl.store(pooled_ptr + c, _average(kv, score).to(tl.bfloat16))
+            # fmt: off
+            kv, score = load_rows(
+                raw_ptr, raw_stride, ring_ptr, ape_ptr, positions_ptr, slots_ptr, t, p, c, H, RATIO, WINDOWS, SPARE,
+            )
+            # fmt: on
+            tl.store(pooled_ptr + c, average(kv, score).to(tl.bfloat16))
         # All threads' slices are written before one thread announces them.
         tl.debug_barrier()
         arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu")
@@ -295,6 +271,7 @@ def entries_kernel(
     LOG_HI: tl.constexpr,
     F: tl.constexpr,
     WINDOW: tl.constexpr,
+    SPARE: tl.constexpr,
     RATIO: tl.constexpr,
     WINDOWS: tl.constexpr,
     PER_BLOCK: tl.constexpr,
@@ -309,7 +286,7 @@ def entries_kernel(
 ):
     """Plays one of a row's roles: PARTS parts of its main entry, its index entry, and last its key and raw rows.
 
-    RATIO is 0 in a layer without compressors.
+    WINDOW: rows of a slot's ring of keys, SPARE of them beyond the window. RATIO is 0 in a layer without compressors.
     """
     role, t = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if PDL:
@@ -317,7 +294,7 @@ def entries_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     p = tl.load(positions_ptr + t)
     slot = tl.load(slots_ptr + t).to(tl.int64)
-    ROWS: tl.constexpr = RATIO * WINDOWS
+    ROWS: tl.constexpr = RATIO * WINDOWS + SPARE
     if role == tl.num_programs(0) - 1:
         h = tl.arange(0, H)
         key = tl.load(kv_ptr + t * kv_stride + h)
@@ -348,9 +325,9 @@ def entries_kernel(
                 ring = main_state_ptr + slot * (ROWS * 2 * WINDOWS * H)
                 # fmt: off
                 _write_entry(
-                    raw, ring, main_ape_ptr, main_weight_ptr, cos_first, sin_first,
-                    main_entries_ptr, pooled_ptr + t * H, arrivals_ptr + t, p, block, row, role, main_eps,
-                    H, LOG_H, F, RATIO, WINDOWS, SLICE, PARTS, PER_BLOCK, FORM, KEYS,
+                    raw, main_stride, ring, main_ape_ptr, main_weight_ptr, cos_first, sin_first, positions_ptr,
+                    slots_ptr, main_entries_ptr, pooled_ptr + t * H, arrivals_ptr + t, t, p, block, row, role, main_eps,
+                    H, LOG_H, F, RATIO, WINDOWS, SPARE, SLICE, PARTS, PER_BLOCK, FORM, KEYS,
                 )
                 # fmt: on
             elif HAS_INDEX:
@@ -358,8 +335,8 @@ def entries_kernel(
                 ring = index_state_ptr + slot * (ROWS * 2 * WINDOWS * HI)
                 # fmt: off
                 _write_entry(
-                    raw, ring, index_ape_ptr, index_weight_ptr, cos_first, sin_first,
-                    index_entries_ptr, pooled_ptr, arrivals_ptr, p, block, row, role, index_eps,
-                    HI, LOG_HI, F, RATIO, WINDOWS, HI, 1, PER_BLOCK, INDEX_FORM, INDEX_KEYS,
+                    raw, index_stride, ring, index_ape_ptr, index_weight_ptr, cos_first, sin_first, positions_ptr,
+                    slots_ptr, index_entries_ptr, pooled_ptr, arrivals_ptr, t, p, block, row, role, index_eps,
+                    HI, LOG_HI, F, RATIO, WINDOWS, SPARE, HI, 1, PER_BLOCK, INDEX_FORM, INDEX_KEYS,
                 )
                 # fmt: on
