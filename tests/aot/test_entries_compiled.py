@@ -13,6 +13,7 @@ from ownpath.kernels.entries.cases import CASES
 from ownpath.kernels.entries.head import STEP_ANGLES
 from ownpath.kernels.entries.launch import ENTRIES
 from ownpath.kernels.entries.types import KeyRounding
+from ownpath.numerics import INDEX_FORMS
 
 CPU = torch.device("cpu")
 PROGRAMS_PER_SM = 3
@@ -31,7 +32,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
                 fewer = replace(step.weights, keys=KeyRounding.FP8, index_keys=KeyRounding.FP4)
                 ENTRIES(*step.arguments)
                 ENTRIES(*step.arguments[:4], fewer)
-                ENTRIES(*with_pages(step).arguments[:4], fewer)
+                for index_format in INDEX_FORMS:
+                    ENTRIES(*with_pages(step, index_format).arguments[:4], fewer)
         positions_T = torch.zeros(2, dtype=torch.int32)
         STEP_ANGLES.run(positions_T, STEP_ANGLES.prepare(Frequencies(torch.ones(32), torch.ones(32))))
     folder = tmp_path_factory.mktemp("cubins")

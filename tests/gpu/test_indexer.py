@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.indexer_cases import PAGES, SCORES, hide_unseen, make_keys, make_pages, make_query, make_rows, unset
+from support.indexer_cases import PAGES, POOLS, SCORES, hide_unseen, make_keys, make_query, make_rows, unset
 
 from ownpath.conformance.indexer import judge_scores, judge_selected
 from ownpath.kernels.registry import KERNELS
@@ -26,7 +26,7 @@ def generator(cuda: torch.device, seed: int = 0) -> torch.Generator:
 
 @pytest.mark.parametrize("num_heads", [1, 4, 64, 128])
 @pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("make_pool", [make_keys, make_pages])
+@pytest.mark.parametrize("make_pool", POOLS)
 def test_scores(num_heads: int, weights_dtype: torch.dtype, make_pool: Any, cuda: torch.device) -> None:
     g = generator(cuda, num_heads)
     rows = make_rows(POSITIONS, WIDTH, NUM_BLOCKS, g)
@@ -46,7 +46,7 @@ def test_scores(num_heads: int, weights_dtype: torch.dtype, make_pool: Any, cuda
 
 
 @pytest.mark.parametrize("num_heads", [4, 64])
-@pytest.mark.parametrize("make_pool", [make_keys, make_pages])
+@pytest.mark.parametrize("make_pool", POOLS)
 def test_scores_of_fp4_queries(num_heads: int, make_pool: Any, cuda: torch.device) -> None:
     """Queries are rounded as official numerics rounds them: one that falls to the other side would be seen."""
     g = generator(cuda, num_heads)

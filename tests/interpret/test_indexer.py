@@ -4,7 +4,18 @@ from typing import Any
 
 import pytest
 import torch
-from support.indexer_cases import PAGES, SCORES, hide_unseen, make_keys, make_pages, make_query, make_rows, unset
+from support.indexer_cases import (
+    PAGES,
+    POOLS,
+    SCORES,
+    hide_unseen,
+    make_fp4_pages,
+    make_keys,
+    make_pages,
+    make_query,
+    make_rows,
+    unset,
+)
 
 from ownpath.conformance.indexer import judge_scores, judge_selected
 from ownpath.kernels.registry import KERNELS
@@ -13,6 +24,7 @@ from ownpath.kernels.scores.ref import index_scores, visible_entries
 from ownpath.kernels.scores.types import EntryPages, IndexQuery, PagedRows
 from ownpath.kernels.select.launch import plan_tree
 from ownpath.kernels.select.types import Selected, SelectWeights
+from ownpath.numerics import FP4_INDEX_PAGES
 
 CPU = torch.device("cpu")
 SCORE, SELECT = KERNELS["triton.index_scores"], KERNELS["triton.select"]
@@ -24,7 +36,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @pytest.mark.parametrize("num_heads", [1, 4, 64])
 @pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("make_pool", [make_keys, make_pages])
+@pytest.mark.parametrize("make_pool", POOLS)
 def test_scores(num_heads: int, weights_dtype: torch.dtype, make_pool: Any) -> None:
     """Right wherever a row sees an entry, nothing written elsewhere, and no read of memory that is not the row's."""
     g = generator(num_heads)
@@ -36,7 +48,7 @@ def test_scores(num_heads: int, weights_dtype: torch.dtype, make_pool: Any) -> N
 
 
 @pytest.mark.parametrize("kernel", ["triton.index_scores_fp4", "ref.index_scores_fp4", "ref.index_scores"])
-@pytest.mark.parametrize("make_pool", [make_keys, make_pages])
+@pytest.mark.parametrize("make_pool", POOLS)
 def test_other_scores(kernel: str, make_pool: Any) -> None:
     """FP4 queries as official numerics rounds them, bit for bit, and the twins."""
     g = generator()
@@ -55,6 +67,34 @@ def test_a_twin_reads_both_forms_of_keys() -> None:
     codes, scales = pages[:, :8192].contiguous().view(torch.float8_e4m3fn), pages[:, 8192:].contiguous()
     keys = codes.float().view(-1, 128) * scales.view(torch.float32).view(-1, 1)
     assert torch.equal(index_scores(query, pages, rows), index_scores(query, keys.bfloat16(), rows))
+
+
+@pytest.mark.parametrize("kernel", ["triton.index_scores", "triton.index_scores_fp4"])
+def test_fp4_pages_score_as_the_values_that_they_hold(kernel: str) -> None:
+    """Bit for bit under official numerics, where each product of codes is exact; queries in bfloat16 round sums."""
+    g = generator()
+    rows = make_rows((700, 3), 3, 6, g)
+    query, pages = make_query(2, 4, torch.float32, g), make_fp4_pages(rows, 6, g)
+    keys = FP4_INDEX_PAGES.read(pages, torch.arange(6 * 64), torch.bfloat16)
+    seen = visible_entries(rows, PAGES)
+    found, wanted = (KERNELS[kernel](query, pool, rows)[seen] for pool in (pages, keys))
+    if kernel.endswith("fp4"):
+        assert torch.equal(found, wanted)
+    judge_scores(found.new_zeros(seen.shape).masked_scatter(seen, found), query, keys, rows, is_fp4="fp4" in kernel)
+    twins = (KERNELS[kernel.replace("triton", "ref")](query, pool, rows) for pool in (pages, keys))
+    assert torch.equal(*twins)
+
+
+@pytest.mark.parametrize("byte", [192, 200, 255])
+def test_scales_that_fp4_pages_do_not_have_are_seen(byte: int) -> None:
+    """A NaN, and what is too large for the kernel, in any of a key's scales: of that key alone."""
+    g = generator()
+    rows = make_rows((300,), 2, 4, g)
+    query, pages = make_query(1, 4, torch.float32, g), make_fp4_pages(rows, 4, g)
+    for block in range(4):
+        pages[rows.blocks_TB[0, 0], 64 * 64 + 4 * (7 + block) + block] = byte
+    seen = SCORE(query, pages, rows)[0, :75].isnan()
+    assert seen.nonzero().flatten().tolist() == [7, 8, 9, 10]
 
 
 def test_scores_do_not_depend_on_the_grid_or_the_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,20 @@ def make_pages(rows: PagedRows, num_blocks: int, g: torch.Generator) -> torch.Te
     return torch.cat(parts, dim=1)
 
 
+def make_fp4_pages(rows: PagedRows, num_blocks: int, g: torch.Generator) -> torch.Tensor:
+    """The same as FP4 pages: any code, scales of several magnitudes, which differ within a key."""
+    codes = torch.randint(0, 256, (num_blocks * 64, 64), generator=g, device=g.device, dtype=torch.uint8)
+    scales = torch.randint(118, 132, (num_blocks * 64, 4), generator=g, device=g.device, dtype=torch.uint8)
+    unseen = torch.ones(num_blocks * 64, dtype=torch.bool, device=g.device)
+    unseen[entry_rows(rows.blocks_TB, 64)[visible_entries(rows, PAGES)]] = False
+    scales[unseen, 3] = 255
+    return torch.cat((codes.view(num_blocks, -1), scales.view(num_blocks, -1)), dim=1)
+
+
+POOLS = (make_keys, make_pages, make_fp4_pages)
+"""A pool in each form of keys."""
+
+
 def hide_unseen(scores_TC: torch.Tensor, rows: PagedRows) -> torch.Tensor:
     """Puts NaN where a row sees no entry."""
     return scores_TC.masked_fill(~visible_entries(rows, PAGES), torch.nan)

@@ -90,10 +90,10 @@ def add_plan_arguments(parser: argparse.ArgumentParser, *, any_gpu: bool = False
     parser.add_argument(
         "--cache-format",
         type=_cache_format,
-        metavar="bf16|fp8",
+        metavar="|".join(CacheFormat),
         default=CacheFormat.BF16,
-        help="format of keys in the caches: bf16, the activations' dtype, or fp8, the pages of DeepSeek's published "
-        "caches, about half the memory (default: bf16)",
+        help="format of keys in the caches: bf16, the activations' dtype; fp8, the pages of DeepSeek's published "
+        "caches, about half the memory; or fp4-index, those with the indexer's keys in FP4 (default: bf16)",
     )
     add_reference_argument(parser)
 

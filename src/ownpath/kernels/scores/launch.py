@@ -6,10 +6,10 @@ memory; each block's keys, 16 KiB in one piece, are the other operand of a tenso
 are clamped, weighted and summed in registers.
 
 Roofline. 256 bytes a key (bfloat16), 132 (FP8) or 68 (FP4), read once. Limits. Keys of 128 channels, 64 to a block; up
-to 128 heads, padded to 16. Codes become bfloat16 in registers, exactly; a key's scale multiplies its sum over heads, and
-a NaN is seen in its scale alone. Of an FP4 key's four scales that is the largest, and what a block's own has less than
-it multiplies the block's codes. Under official numerics queries are rotated by Hadamard and rounded to FP4, as the keys
-are stored. Sums have one order for any grid: a score's bits depend on its row and key alone.
+to 128 heads, padded to 16. Codes become bfloat16 in registers, exactly; a NaN is seen in a scale alone. An FP8 key's
+scale multiplies its sum over heads. An FP4 key has one for 32 channels, which multiplies its codes: exact from 2^-63 to
+2^64, and NaN above, where no key behind a norm is. Under official numerics queries are rotated by Hadamard and rounded
+to FP4, as the keys are stored. Sums have one order for any grid: a score's bits depend on its row and key alone.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,17 @@ from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
 from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.launch_cache import LaunchCache
-from ownpath.kernels.scores.codes import FP8_FACTOR, enlarged, spread_scales, multiply_fp4, multiply_fp8, split_channels
+from ownpath.kernels.scores.codes import (
+    FP4_FACTOR,
+    FP8_FACTOR,
+    enlarged,
+    multiply_fp4,
+    multiply_fp8,
+    nan_of_scales,
+    split_channels,
+    spread_scales,
+    weighted_sums,
+)
 from ownpath.kernels.scores.types import (
     CSA_PAGES,
     FP4_KEY_BYTES,
@@ -48,6 +58,8 @@ NUM_STAGES = (3, 5, 8)
 PER_BLOCK = 64
 WORDS, PAGE_KEY_BYTES = (torch.bfloat16, torch.int32, torch.int16), (2 * INDEX_DIM, FP8_KEY_BYTES, FP4_KEY_BYTES)
 """By the form of the keys: the dtype that they are read as, four codes to a word, and the bytes of a key."""
+FACTORS = (1.0, FP8_FACTOR, FP4_FACTOR)
+"""By the form of the keys: what makes up for the powers of two that keys are multiplied by."""
 INVERSE_ROOT = tl.constexpr(INDEX_DIM**-0.5)
 VALUES, FP8_PAGES, FP4_PAGES = (tl.constexpr(form) for form in range(3))
 """The forms of keys: bfloat16 rows, or pages."""
@@ -165,20 +177,19 @@ def index_scores_kernel(
                 key_scales = tl.load((page + ROWS * WIDTH).to(tl.pointer_type(tl.float32)) + r)
                 products = multiply_fp8(keys, first_q, second_q, third_q, fourth_q, PDL)
             elif FORM == FP4_PAGES:
-                scale_ptr = (page + ROWS * WIDTH).to(tl.pointer_type(tl.uint8))
-                scale_ptr = tl.multiple_of(scale_ptr, 16)
-                scales = tl.load(scale_ptr + r[:, None] * 4 + tl.arange(0, 4)[None, :])
-                rest = spread_scales(scales, ROWS, WIDTH)
-                key_scales = 1.0
-                products = multiply_fp4(keys, rest, first_q, second_q, third_q, fourth_q, PDL)
+                packed = tl.load((page + ROWS * WIDTH).to(tl.pointer_type(tl.int32)) + r)
+                scales = spread_scales(packed, ROWS, WIDTH)
+                products = multiply_fp4(keys, scales, first_q, second_q, third_q, fourth_q, PDL)
             else:
                 products = tl.dot(keys, q_across)
             block = tl.load(table + tl.minimum(number + step, table_blocks - 1))
             # A NaN passes: the plain maximum would make it 0.
             products = tl.maximum(products, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            scores = tl.sum(products * weights[None, :], axis=1)
-            if FORM != VALUES:
+            scores = weighted_sums(products, weights, ROWS, I_PAD)
+            if FORM == FP8_PAGES:
                 scores *= key_scales  # of no sign, so that relu may come first
+            elif FORM == FP4_PAGES:
+                scores += nan_of_scales(packed)
             c = number * ROWS + r
             tl.store(scores_ptr + c, scores, mask=c < visible)
 
@@ -335,7 +346,7 @@ def _first_launch(
     table_blocks, pdl, form = rows.blocks_TB.shape[1], not INTERPRETED, form_of(keys)
     words, word_bytes = WORDS[form], WORDS[form].itemsize
     pitches = query.q_TIH.stride(0), query.weights_TI.stride(0)
-    scale = dim**-0.5 * num_heads**-0.5 * (FP8_FACTOR if form == FP8_PAGES.value else 1.0)
+    scale = dim**-0.5 * num_heads**-0.5 * FACTORS[form]
     return launch(
         index_scores_kernel,
         (num_programs(num_rows, table_blocks), num_rows),
