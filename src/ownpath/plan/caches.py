@@ -11,7 +11,6 @@ from ownpath.formats import (
     FP8_KEY_BYTES,
     FP8_KEY_DIM,
     FP8_KEY_ROTARY,
-    CacheFormat,
     KeyFormat,
 )
 from ownpath.official import Step
@@ -48,12 +47,12 @@ def cache_lack(config: ModelConfig, demands: Demands) -> str:
     if not demands.cache_format.in_pages:
         return ""
     dims, wanted = (config.head_dim, config.qk_rope_head_dim), (FP8_KEY_DIM, FP8_KEY_ROTARY)
-    what = "its pages hold" if demands.cache_format is not CacheFormat.FP8 else "FP8 pages hold"
     if dims != wanted:
         found = f"this model's keys have {dims[0]}, {dims[1]} of them rotary"
-        return f"{what} keys of {wanted[0]} channels, {wanted[1]} of them rotary; {found}"
+        return f"FP8 pages hold keys of {wanted[0]} channels, {wanted[1]} of them rotary; {found}"
     if CSA_RATIO in config.compress_ratios and config.index_head_dim != FP8_INDEX_DIM:
-        return f"{what} index keys of {FP8_INDEX_DIM} channels; this model's have {config.index_head_dim}"
+        found = f"this model's have {config.index_head_dim}"
+        return f"{demands.cache_format.index_keys.upper()} pages hold index keys of {FP8_INDEX_DIM} channels; {found}"
     return ""
 
 
@@ -79,7 +78,7 @@ def _of_kind(keys: str, width: int, demands: Demands, step: Step) -> PlannedCach
 def _exactness(activations: str, key_format: KeyFormat, is_index: bool) -> str:
     """Describes what pages lose of keys that official numerics have rounded."""
     if is_index:
-        held = "E4M3 holds its E2M1 values" if key_format is KeyFormat.FP8 else "rounds to these values"
-        return f"exact: {Step.INDEXER} is official, and {held}"
+        held = ", and E4M3 holds its E2M1 values" if key_format is KeyFormat.FP8 else " and rounds to these values"
+        return f"exact: {Step.INDEXER} is official{held}"
     lost = "" if activations == "bfloat16" else f", but for rotary channels, rounded from {activations}"
     return f"exact: {Step.KV} is official and rounds to these values{lost}"
