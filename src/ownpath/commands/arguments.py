@@ -111,9 +111,10 @@ def add_reference_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _cache_format(text: str) -> CacheFormat:
-    if text not in tuple(CacheFormat):
-        raise argparse.ArgumentTypeError(f"{quoted(text)} is none of {', '.join(CacheFormat)}")
-    return CacheFormat(text)
+    for cache_format in CacheFormat:
+        if text == cache_format:
+            return cache_format
+    raise argparse.ArgumentTypeError(f"{quoted(text)} is none of {', '.join(CacheFormat)}")
 
 
 def _numerics(text: str) -> frozenset[Step]:

@@ -355,8 +355,8 @@ def read_fp4_index_pages(pages: Tensor, num_rows: int) -> Tensor:
     """Decodes FP4 pages of ``num_rows`` index keys each to bfloat16 [pages * num_rows, 128], which is exact."""
     data, tail = pages.split((num_rows * 64, num_rows * 4), dim=1)
     scales = decode_e8m0(tail.reshape(-1, 4).contiguous())
-    codes = decode_e2m1(unpack_e2m1(data.reshape(-1, 64))).unflatten(1, (4, INDEX_BLOCK))
-    return (codes * scales[..., None]).flatten(1).bfloat16()
+    keys: Tensor = decode_e2m1(unpack_e2m1(data.reshape(-1, 64))).unflatten(1, (4, INDEX_BLOCK)) * scales[..., None]
+    return keys.flatten(1).bfloat16()
 
 
 def judge_rounded(plain: WritingStep, rounded: WritingStep) -> None:

@@ -132,7 +132,8 @@ def decode_fp4_index_keys(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> 
     """Decodes index keys [E, H]; exact in bfloat16 and wider."""
     wide = torch.promote_types(dtype, torch.float32)
     blocks = decode_packed_e2m1(codes.contiguous(), wide).unflatten(1, (-1, INDEX_BLOCK))
-    return (blocks * decode_e8m0(scales.contiguous(), wide)[..., None]).flatten(1).to(dtype)
+    keys: Tensor = blocks * decode_e8m0(scales.contiguous(), wide)[..., None]
+    return keys.flatten(1).to(dtype)
 
 
 KEY_PAGES = PageForm(FP8_KEY_DIM, PLAIN + 2 * FP8_KEY_ROTARY, PLAIN // KEY_BLOCK + 1, encode_keys, decode_keys)

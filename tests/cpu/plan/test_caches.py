@@ -75,17 +75,21 @@ def test_the_page_and_the_option(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("asked", "changes", "message"),
     [
-        ("fp8", {}, "FP8 pages hold keys of 512 channels, 64 of them rotary; this model's keys have 64, 32 of them"),
-        ("fp8", NARROW_INDEX, "FP8 pages hold index keys of 128 channels; this model's have 64"),
-        ("fp4-index", NARROW_INDEX, "FP4 pages hold index keys of 128 channels; this model's have 64"),
+        (
+            CacheFormat.FP8,
+            {},
+            "FP8 pages hold keys of 512 channels, 64 of them rotary; this model's keys have 64, 32 of them",
+        ),
+        (CacheFormat.FP8, NARROW_INDEX, "FP8 pages hold index keys of 128 channels; this model's have 64"),
+        (CacheFormat.FP4_INDEX, NARROW_INDEX, "FP4 pages hold index keys of 128 channels; this model's have 64"),
     ],
 )
 def test_keys_that_do_not_fit_are_refused_by_the_option(
-    asked: str, changes: dict[str, int], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    asked: CacheFormat, changes: dict[str, int], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     random_checkpoint(tmp_path, **changes)
     with pytest.raises(PlanError, match=f"--cache-format {asked}: {message}"):
-        plan_model(tmp_path, "sm_90", cache_format=CacheFormat(asked))
+        plan_model(tmp_path, "sm_90", cache_format=asked)
     assert main(["generate", str(tmp_path), "--cache-format", asked, "x"]) == 2
 
 
