@@ -78,7 +78,7 @@ def test_the_page_and_the_option(capsys: pytest.CaptureFixture[str]) -> None:
         (
             CacheFormat.FP8,
             {},
-            "FP8 pages hold keys of 512 channels, 64 of them rotary; this model's keys have 64, 32 of them",
+            "FP8 pages hold keys of 512 channels, 64 of them rotary; this model's keys have 64, 32",
         ),
         (CacheFormat.FP8, NARROW_INDEX, "FP8 pages hold index keys of 128 channels; this model's have 64"),
         (CacheFormat.FP4_INDEX, NARROW_INDEX, "FP4 pages hold index keys of 128 channels; this model's have 64"),
