@@ -219,7 +219,11 @@ def scales_written_late(run: Any, raw: Any, angles: Any, rows: Any, pools: Layer
     pools.window.copy_(scales_moved(pools.window, KEY_PAGES))
 
 
-def fp4_spoilt(pages: torch.Tensor, change: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]):  # type: ignore[no-untyped-def]
+Spoiling = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""Of codes and scales."""
+
+
+def fp4_spoilt(pages: torch.Tensor, change: Spoiling) -> torch.Tensor:
     """FP4 pages with the codes and scales that ``change`` makes of theirs, each [pages, keys, bytes]."""
     num_keys = pages.shape[1] // FP4_INDEX_PAGES.key_bytes
     codes, scales = pages.split((num_keys * 64, num_keys * 4), dim=1)
@@ -237,7 +241,7 @@ def halves_swapped(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Ten
     return codes >> 4 | codes << 4, scales
 
 
-def read_spoilt(change: Callable[..., Any]) -> Callable[..., torch.Tensor]:
+def read_spoilt(change: Spoiling) -> Callable[..., torch.Tensor]:
     def call(run: Any, query: Any, keys: torch.Tensor, rows: Any) -> torch.Tensor:
         scores_TC: torch.Tensor = run(query, fp4_spoilt(keys, change), rows)
         return scores_TC
@@ -245,8 +249,8 @@ def read_spoilt(change: Callable[..., Any]) -> Callable[..., torch.Tensor]:
     return call
 
 
-def write_spoilt(change: Callable[..., Any]) -> Callable[..., None]:
-    """Where the step's rows have written, and nowhere else."""
+def write_spoilt(change: Spoiling) -> Callable[..., None]:
+    """Spoils what the step's rows have written, and nothing else."""
 
     def call(run: Any, raw: Any, angles: Any, rows: Any, pools: LayerPools) -> None:
         assert pools.index_entries is not None
