@@ -102,7 +102,7 @@ def test_scores_do_not_depend_on_the_grid_or_the_neighbours(monkeypatch: pytest.
     rows = make_rows((1000, 1300), 6, 12, g)
     query, keys = make_query(2, 4, torch.float32, g), make_keys(rows, 12, g)
     whole = SCORE(query, keys, rows)
-    monkeypatch.setattr(scores_launch, "NUM_PROGRAMS", 2)
+    monkeypatch.setattr(scores_launch, "NUM_SMS", 1)
     strided = SCORE(query, keys, rows)
     alone = SCORE(
         IndexQuery(*(part[1:].clone() for part in query)), keys, PagedRows(*(part[1:].clone() for part in rows))
@@ -255,10 +255,12 @@ def test_outputs_are_returned() -> None:
     assert isinstance(SELECT(torch.zeros(2, 128), rows, 128), Selected)
 
 
+@pytest.mark.parametrize("per_sm", [3, 4])
 @pytest.mark.parametrize("num_blocks", [1, 3, 32, 512, 4096])
 @pytest.mark.parametrize("num_rows", [1, 8, 32, 128, 256, 1000])
-def test_programs_of_a_row(num_rows: int, num_blocks: int) -> None:
+def test_programs_of_a_row(num_rows: int, num_blocks: int, per_sm: int) -> None:
     """At least one and at most one a block; no more in all than run at once, but one a row."""
-    programs = scores_launch.num_programs(num_rows, num_blocks)
+    programs = scores_launch.num_programs(num_rows, num_blocks, per_sm)
     assert 1 <= programs <= num_blocks
-    assert programs == 1 or programs * num_rows <= scores_launch.NUM_PROGRAMS
+    assert programs == 1 or programs * num_rows <= per_sm * scores_launch.NUM_SMS
+    assert programs < num_blocks or programs * num_rows <= 3 * scores_launch.NUM_SMS or programs == 1

@@ -36,21 +36,25 @@ def _widen_byte(words, BYTE: tl.constexpr, PICK: tl.constexpr, ASSEMBLES: tl.con
 
 
 @triton.jit
-def split_channels(q, I_PAD: tl.constexpr, QUARTER: tl.constexpr):
-    """Returns a query's channels 4j, 4j + 1, 4j + 2 and 4j + 3 [QUARTER, I_PAD] each."""
-    even, odd = tl.split(tl.reshape(q, (I_PAD, QUARTER, 2, 2)))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return tl.trans(first), tl.trans(second), tl.trans(third), tl.trans(fourth)
+def in_fours(q, I_PAD: tl.constexpr, DIM: tl.constexpr):
+    """Returns queries across, [DIM, I_PAD]: first their channels 4j, then 4j + 1, 4j + 2 and 4j + 3."""
+    fours = tl.trans(tl.reshape(q, (I_PAD, DIM // 4, 4)), (0, 2, 1))
+    return tl.trans(tl.reshape(fours, (I_PAD, DIM)))
 
 
 @triton.jit
-def multiply_fp8(words, first, second, third, fourth, ASSEMBLES: tl.constexpr):
-    """Multiplies FP8 keys, four channels to a word, by what ``split_channels`` returns, with ``QUERY_FACTOR``."""
-    products = tl.dot(_widen_byte(words, 0, "0x4000", ASSEMBLES), first)
-    products = tl.dot(_widen_byte(words, 1, "0x5010", ASSEMBLES), second, products)
-    products = tl.dot(_widen_byte(words, 2, "0x6020", ASSEMBLES), third, products)
-    return tl.dot(_widen_byte(words, 3, "0x7030", ASSEMBLES), fourth, products)
+def _side_by_side(first, second, third, fourth):
+    """Joins tensors [R, C] to [R, 4C]."""
+    joined = tl.join(tl.join(first, third), tl.join(second, fourth))
+    return tl.reshape(tl.trans(joined, (0, 2, 3, 1)), (first.shape[0], 4 * first.shape[1]))
+
+
+@triton.jit
+def widen_fp8(words, ASSEMBLES: tl.constexpr):
+    """Converts FP8 keys, four channels to a word, to numbers of 2^-120 times theirs, in the order of ``in_fours``."""
+    first, second = _widen_byte(words, 0, "0x4000", ASSEMBLES), _widen_byte(words, 1, "0x5010", ASSEMBLES)
+    third, fourth = _widen_byte(words, 2, "0x6020", ASSEMBLES), _widen_byte(words, 3, "0x7030", ASSEMBLES)
+    return _side_by_side(first, second, third, fourth)
 
 
 @triton.jit
@@ -62,19 +66,14 @@ def enlarged(q):
 @triton.jit
 def spread_scales(scales, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Gives the words of a key the scales of their blocks, times 2^63: bfloat16 [R, WIDTH]. scales: four E8M0, int32
-    [R]."""
-    fields = scales + 0x3F3F3F3F  # 63 to each, the exponent of bfloat16 then; above 191 see ``nan_of_scales``
-    first, second = fields << 7, fields >> 1
-    third, fourth = fields >> 9, fields >> 17
-    halves = tl.join(tl.join(first, third), tl.join(second, fourth))
-    blocks = (tl.reshape(halves, (ROWS, 4, 1)) & 0x7F80).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    [R]. All are NaN where one is, or is more than 2^64."""
+    fields = scales + 0x3F3F3F3F  # 63 to each, the exponent of bfloat16 then
+    nan = tl.where((scales & (scales << 1) & SIGNS) == 0, 0, 0x7FFF)
+    first, second = ((fields << 7) & 0x7F80) | nan, ((fields >> 1) & 0x7F80) | nan
+    third, fourth = ((fields >> 9) & 0x7F80) | nan, ((fields >> 17) & 0x7F80) | nan
+    blocks = tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), (ROWS, 4, 1))
+    blocks = blocks.to(tl.int16).to(tl.bfloat16, bitcast=True)
     return tl.reshape(tl.broadcast_to(blocks, (ROWS, 4, WIDTH // 4)), (ROWS, WIDTH))
-
-
-@triton.jit
-def nan_of_scales(scales):
-    """Returns 0 for a key, NaN where one of its scales is NaN or more than 2^64: float32 [R]."""
-    return tl.where((scales & (scales << 1) & SIGNS) == 0, 0.0, float("nan"))
 
 
 @triton.jit
@@ -103,16 +102,13 @@ def _widen_nibble(words, scales, NIBBLE: tl.constexpr, BITS: tl.constexpr, SIGN:
 
 
 @triton.jit
-def multiply_fp4(words, scales, first, second, third, fourth, ASSEMBLES: tl.constexpr):
-    """Multiplies FP4 keys, four channels to a word, by what ``split_channels`` returns."""
-    keys = _widen_nibble(words, scales, 0, "shl.b32 bits, $1, 6;", "shl.b32 sign, $1, 12;", ASSEMBLES)
-    products = tl.dot(keys, first)
-    keys = _widen_nibble(words, scales, 1, "shl.b32 bits, $1, 2;", "shl.b32 sign, $1, 8;", ASSEMBLES)
-    products = tl.dot(keys, second, products)
-    keys = _widen_nibble(words, scales, 2, "shr.u32 bits, $1, 2;", "shl.b32 sign, $1, 4;", ASSEMBLES)
-    products = tl.dot(keys, third, products)
-    keys = _widen_nibble(words, scales, 3, "shr.u32 bits, $1, 6;", "mov.b32 sign, $1;", ASSEMBLES)
-    return tl.dot(keys, fourth, products)
+def widen_fp4(words, scales, ASSEMBLES: tl.constexpr):
+    """Converts FP4 keys, four channels to a word, to numbers of 2^-63 times theirs, in the order of ``in_fours``."""
+    first = _widen_nibble(words, scales, 0, "shl.b32 bits, $1, 6;", "shl.b32 sign, $1, 12;", ASSEMBLES)
+    second = _widen_nibble(words, scales, 1, "shl.b32 bits, $1, 2;", "shl.b32 sign, $1, 8;", ASSEMBLES)
+    third = _widen_nibble(words, scales, 2, "shr.u32 bits, $1, 2;", "shl.b32 sign, $1, 4;", ASSEMBLES)
+    fourth = _widen_nibble(words, scales, 3, "shr.u32 bits, $1, 6;", "mov.b32 sign, $1;", ASSEMBLES)
+    return _side_by_side(first, second, third, fourth)
 
 
 @triton.jit

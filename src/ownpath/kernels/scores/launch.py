@@ -30,12 +30,11 @@ from ownpath.kernels.scores.codes import (
     FP4_FACTOR,
     FP8_FACTOR,
     enlarged,
-    multiply_fp4,
-    multiply_fp8,
-    nan_of_scales,
-    split_channels,
+    in_fours,
     spread_scales,
     weighted_sums,
+    widen_fp4,
+    widen_fp8,
 )
 from ownpath.kernels.scores.types import (
     CSA_PAGES,
@@ -51,10 +50,12 @@ from ownpath.kernels.variants import variant_name
 
 INTERPRETED = triton.knobs.runtime.interpret
 MAX_HEADS = 128
-NUM_PROGRAMS = 396
-"""Programs of a step: three for each of an H200's SMs, as many as its shared memory holds at a time."""
-NUM_STAGES = (3, 5, 8)
-"""Blocks of keys in flight, by the form of the keys."""
+NUM_SMS = 132
+"""Of an H200."""
+PROGRAMS_PER_SM = (3, 4, 4)
+"""By the form of the keys: as many as run at a time."""
+NUM_STAGES = (3, 5, 6)
+"""By the form of the keys: blocks of keys in flight, and one."""
 PER_BLOCK = 64
 WORDS, PAGE_KEY_BYTES = (torch.bfloat16, torch.int32, torch.int16), (2 * INDEX_DIM, FP8_KEY_BYTES, FP4_KEY_BYTES)
 """By the form of the keys: the dtype that they are read as, four codes to a word, and the bytes of a key."""
@@ -110,6 +111,29 @@ def _round_to_fp4(q, I_PAD: tl.constexpr, DIM: tl.constexpr):
 
 
 @triton.jit
+def _official_queries(
+    q_ptr,
+    cos_ptr,
+    sin_ptr,
+    num_heads,
+    I_PAD: tl.constexpr,
+    DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """Loads, rotates and rounds one row's queries as official numerics does, [I_PAD, DIM]: AT_ONCE heads after the
+    other, so that few registers hold what is in float32."""
+    if I_PAD > AT_ONCE:
+        H: tl.constexpr = I_PAD // 2
+        first = _official_queries(q_ptr, cos_ptr, sin_ptr, num_heads, H, DIM, HALF, AT_ONCE)
+        second = _official_queries(q_ptr + H * DIM, cos_ptr, sin_ptr, num_heads - H, H, DIM, HALF, AT_ONCE)
+        return tl.reshape(tl.permute(tl.join(first, second), (2, 0, 1)), (I_PAD, DIM))
+    else:  # noqa: RET505 (one of them is compiled)
+        q = _rotated_queries(q_ptr, cos_ptr, sin_ptr, num_heads, I_PAD, DIM, HALF)
+        return _round_to_fp4(_hadamard(q, I_PAD, DIM), I_PAD, DIM)
+
+
+@triton.jit
 def _fetch_ahead(keys_ptr, LINES: tl.constexpr, LINE: tl.constexpr):
     """Asks for a block of keys, to be in the L2 cache when it is copied. LINE: elements of 128 bytes."""
     lines = keys_ptr + tl.arange(0, LINES) * LINE
@@ -158,14 +182,16 @@ def index_scores_kernel(
     if first * ROWS < visible:
         if PDL:  # while queries come and are rotated
             _fetch_ahead(keys_ptr + block.to(tl.int64) * PAGE, ROWS * WIDTH // LINE, LINE)
-        q = _rotated_queries(q_ptr + t * q_pitch, cos_ptr + t * HALF, sin_ptr + t * HALF, num_heads, I_PAD, DIM, HALF)
+        row_ptr, cos_ptr, sin_ptr = q_ptr + t * q_pitch, cos_ptr + t * HALF, sin_ptr + t * HALF
         if ROUNDS:
-            q = _round_to_fp4(_hadamard(q, I_PAD, DIM), I_PAD, DIM)
+            q = _official_queries(row_ptr, cos_ptr, sin_ptr, num_heads, I_PAD, DIM, HALF, 16)
+        else:
+            q = _rotated_queries(row_ptr, cos_ptr, sin_ptr, num_heads, I_PAD, DIM, HALF)
         if FORM == VALUES:
             q_across = tl.trans(q)
         else:
             q = enlarged(q) if FORM == FP8_PAGES else q
-            first_q, second_q, third_q, fourth_q = split_channels(q, I_PAD, DIM // 4)
+            q_across = in_fours(q, I_PAD, DIM)
         i, r = tl.arange(0, I_PAD), tl.arange(0, ROWS)
         weights = tl.load(weights_ptr + t * weights_pitch + i, mask=i < num_heads, other=0.0).to(tl.float32) * scale
         offsets = r[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -175,11 +201,11 @@ def index_scores_kernel(
             keys = tl.load(page + offsets)
             if FORM == FP8_PAGES:
                 key_scales = tl.load((page + ROWS * WIDTH).to(tl.pointer_type(tl.float32)) + r)
-                products = multiply_fp8(keys, first_q, second_q, third_q, fourth_q, PDL)
+                products = tl.dot(widen_fp8(keys, PDL), q_across)
             elif FORM == FP4_PAGES:
                 packed = tl.load((page + ROWS * WIDTH).to(tl.pointer_type(tl.int32)) + r)
                 scales = spread_scales(packed, ROWS, WIDTH)
-                products = multiply_fp4(keys, scales, first_q, second_q, third_q, fourth_q, PDL)
+                products = tl.dot(widen_fp4(keys, scales, PDL), q_across)
             else:
                 products = tl.dot(keys, q_across)
             block = tl.load(table + tl.minimum(number + step, table_blocks - 1))
@@ -188,8 +214,6 @@ def index_scores_kernel(
             scores = weighted_sums(products, weights, ROWS, I_PAD)
             if FORM == FP8_PAGES:
                 scores *= key_scales  # of no sign, so that relu may come first
-            elif FORM == FP4_PAGES:
-                scores += nan_of_scales(packed)
             c = number * ROWS + r
             tl.store(scores_ptr + c, scores, mask=c < visible)
 
@@ -285,9 +309,14 @@ def padded_heads(num_heads: int) -> int:
     return padded
 
 
-def num_programs(num_rows: int, num_blocks: int) -> int:
-    """Returns the programs of each row: all at work at once, with equal numbers of blocks in the longest row."""
-    most = max(1, NUM_PROGRAMS // max(num_rows, 1))
+def num_programs(num_rows: int, num_blocks: int, per_sm: int) -> int:
+    """Returns the programs of each row: all at work at once, with equal numbers of blocks in the longest row.
+
+    Where each would have one block, three an SM are enough: the rotation of its queries takes a program longer.
+    """
+    most = max(1, NUM_SMS * per_sm // max(num_rows, 1))
+    if num_blocks <= most:
+        most = max(1, NUM_SMS * min(per_sm, 3) // max(num_rows, 1))
     programs: int = triton.cdiv(num_blocks, triton.cdiv(num_blocks, most))
     return programs
 
@@ -349,7 +378,7 @@ def _first_launch(
     scale = dim**-0.5 * num_heads**-0.5 * FACTORS[form]
     return launch(
         index_scores_kernel,
-        (num_programs(num_rows, table_blocks), num_rows),
+        (num_programs(num_rows, table_blocks, PROGRAMS_PER_SM[form]), num_rows),
         (*query, keys.view(words), *rows, out, *pitches, num_heads, table_blocks, scale),
         {
             "RATIO": ratio,
