@@ -52,6 +52,16 @@ def test_three_programs_share_an_sm(compiled: list[Compiled]) -> None:
     assert all(one.shared_bytes <= SHARED_BYTES for one in compiled)
 
 
+def test_programs_of_pages_share_an_sm(compiled: list[Compiled]) -> None:
+    """As many as the grid is made for."""
+    forms = [(dict(one.launch.constants).get("FORM"), one) for one in compiled]
+    paged = [(scores.PROGRAMS_PER_SM[form], one) for form, one in forms if form]
+    assert len(paged) == 8
+    for number, one in paged:
+        assert 128 * one.registers * number <= 65536
+        assert (one.shared_bytes + 1024) * number <= 228 * 1024
+
+
 def test_launches_overlap_with_their_neighbours(compiled: list[Compiled]) -> None:
     for one in compiled:
         assert dict(one.launch.options)["launch_pdl"]

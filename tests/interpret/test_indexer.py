@@ -9,6 +9,7 @@ from support.indexer_cases import (
     POOLS,
     SCORES,
     hide_unseen,
+    in_every_form,
     make_fp4_pages,
     make_keys,
     make_pages,
@@ -18,13 +19,13 @@ from support.indexer_cases import (
 )
 
 from ownpath.conformance.indexer import judge_scores, judge_selected
+from ownpath.kernels.cache_formats.ref import fp4_index
 from ownpath.kernels.registry import KERNELS
 from ownpath.kernels.scores import launch as scores_launch
 from ownpath.kernels.scores.ref import index_scores, visible_entries
 from ownpath.kernels.scores.types import EntryPages, IndexQuery, PagedRows
 from ownpath.kernels.select.launch import plan_tree
 from ownpath.kernels.select.types import Selected, SelectWeights
-from ownpath.numerics import FP4_INDEX_PAGES
 
 CPU = torch.device("cpu")
 SCORE, SELECT = KERNELS["triton.index_scores"], KERNELS["triton.select"]
@@ -69,20 +70,16 @@ def test_a_twin_reads_both_forms_of_keys() -> None:
     assert torch.equal(index_scores(query, pages, rows), index_scores(query, keys.bfloat16(), rows))
 
 
-@pytest.mark.parametrize("kernel", ["triton.index_scores", "triton.index_scores_fp4"])
-def test_fp4_pages_score_as_the_values_that_they_hold(kernel: str) -> None:
-    """Bit for bit under official numerics, where each product of codes is exact; queries in bfloat16 round sums."""
+@pytest.mark.parametrize("kernel", ["triton.index_scores_fp4", "ref.index_scores_fp4", "ref.index_scores"])
+def test_the_same_values_have_the_same_scores_in_every_form(kernel: str) -> None:
+    """Of FP4 keys by FP4 queries, whose products are exact sums; the twins' in any case."""
     g = generator()
     rows = make_rows((700, 3), 3, 6, g)
-    query, pages = make_query(2, 4, torch.float32, g), make_fp4_pages(rows, 6, g)
-    keys = FP4_INDEX_PAGES.read(pages, torch.arange(6 * 64), torch.bfloat16)
+    query, keys = make_query(2, 4, torch.float32, g), fp4_index(make_keys(rows, 6, g))
     seen = visible_entries(rows, PAGES)
-    found, wanted = (KERNELS[kernel](query, pool, rows)[seen] for pool in (pages, keys))
-    if kernel.endswith("fp4"):
-        assert torch.equal(found, wanted)
-    judge_scores(found.new_zeros(seen.shape).masked_scatter(seen, found), query, keys, rows, is_fp4="fp4" in kernel)
-    twins = (KERNELS[kernel.replace("triton", "ref")](query, pool, rows) for pool in (pages, keys))
-    assert torch.equal(*twins)
+    expected, *found = (KERNELS[kernel](query, pool, rows)[seen] for pool in in_every_form(keys))
+    assert expected.isfinite().all()
+    assert all(torch.equal(one, expected) for one in found)
 
 
 @pytest.mark.parametrize("byte", [192, 200, 255])

@@ -8,6 +8,7 @@ from ownpath.kernels.scores.ref import entry_rows, visible_entries
 from ownpath.kernels.scores.types import CSA_PAGES as PAGES
 from ownpath.kernels.scores.types import IndexQuery, PagedRows
 from ownpath.kernels.select.types import Selected
+from ownpath.numerics import INDEX_FORMS
 
 
 def make_rows(positions: Sequence[int], width: int, num_blocks: int, g: torch.Generator) -> PagedRows:
@@ -59,6 +60,16 @@ def make_fp4_pages(rows: PagedRows, num_blocks: int, g: torch.Generator) -> torc
     unseen[entry_rows(rows.blocks_TB, 64)[visible_entries(rows, PAGES)]] = False
     scales[unseen, 3] = 255
     return torch.cat((codes.view(num_blocks, -1), scales.view(num_blocks, -1)), dim=1)
+
+
+def in_every_form(keys: torch.Tensor) -> list[torch.Tensor]:
+    """Keys, bfloat16, as rows, as FP8 pages and as FP4 pages."""
+    every, num_blocks = torch.arange(len(keys), device=keys.device), len(keys) // 64
+    pools = [keys]
+    for form in INDEX_FORMS.values():
+        pools.append(torch.zeros(num_blocks, 64 * form.key_bytes, dtype=torch.uint8, device=keys.device))
+        form.write(pools[-1], every, keys)
+    return pools
 
 
 POOLS = (make_keys, make_pages, make_fp4_pages)
