@@ -143,6 +143,15 @@ def _fetch_ahead(keys_ptr, LINES: tl.constexpr, LINE: tl.constexpr):
 
 
 @triton.jit
+def _read_ahead(table, first, step, last, COUNT: tl.constexpr):
+    """Brings a program's first entries of a block table into the L1 cache, all at a time; its loop asks one by one."""
+    entries = table + tl.minimum(first + tl.arange(0, COUNT) * step, last)
+    tl.inline_asm_elementwise(
+        "ld.global.ca.b32 $0, [$1];", "=r,l", [entries.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def index_scores_kernel(
     q_ptr,
     weights_ptr,
@@ -181,6 +190,7 @@ def index_scores_kernel(
     block = tl.load(table + first)
     if first * ROWS < visible:
         if PDL:  # while queries come and are rotated
+            _read_ahead(table, first, step, table_blocks - 1, 32)
             _fetch_ahead(keys_ptr + block.to(tl.int64) * PAGE, ROWS * WIDTH // LINE, LINE)
         row_ptr, cos_ptr, sin_ptr = q_ptr + t * q_pitch, cos_ptr + t * HALF, sin_ptr + t * HALF
         if ROUNDS:
