@@ -36,6 +36,7 @@ from ownpath.kernels.scores.codes import (
     widen_fp4,
     widen_fp8,
 )
+from ownpath.kernels.scores.queries import official_queries, rotated_queries
 from ownpath.kernels.scores.types import (
     CSA_PAGES,
     FP4_KEY_BYTES,
@@ -61,76 +62,8 @@ WORDS, PAGE_KEY_BYTES = (torch.bfloat16, torch.int32, torch.int16), (2 * INDEX_D
 """By the form of the keys: the dtype that they are read as, four codes to a word, and the bytes of a key."""
 FACTORS = (1.0, FP8_FACTOR, FP4_FACTOR)
 """By the form of the keys: what makes up for the powers of two that keys are multiplied by."""
-INVERSE_ROOT = tl.constexpr(INDEX_DIM**-0.5)
 VALUES, FP8_PAGES, FP4_PAGES = (tl.constexpr(form) for form in range(3))
 """The forms of keys: bfloat16 rows, or pages."""
-
-
-@triton.jit
-def _rotated_queries(q_ptr, cos_ptr, sin_ptr, num_heads, I_PAD: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr):
-    """Loads one row's queries [I_PAD, DIM] and rotates their last 2 * HALF channels in pairs, rounding once."""
-    i, c, f = tl.arange(0, I_PAD)[:, None], tl.arange(0, 2 * HALF)[None, :], tl.arange(0, HALF)
-    plain = tl.load(q_ptr + i * DIM + c, mask=i < num_heads, other=0.0)
-    rotary = tl.load(q_ptr + i * DIM + 2 * HALF + c, mask=i < num_heads, other=0.0).to(tl.float32)
-    even, odd = tl.split(tl.reshape(rotary, (I_PAD, HALF, 2)))
-    cos, sin = tl.load(cos_ptr + f)[None, :], tl.load(sin_ptr + f)[None, :]
-    turned = tl.join(even * cos - odd * sin, even * sin + odd * cos).to(tl.bfloat16)
-    halves = tl.join(plain, tl.reshape(turned, (I_PAD, 2 * HALF)))
-    return tl.reshape(tl.permute(halves, (0, 2, 1)), (I_PAD, DIM))
-
-
-@triton.jit
-def _hadamard(q, I_PAD: tl.constexpr, DIM: tl.constexpr):
-    """Multiplies by the Hadamard matrix over sqrt(DIM), rounded once; the sums of ``numerics.hadamard``, in its order.
-
-    Each stage adds and subtracts neighbours and puts sums before differences, so that the next one's are neighbours.
-    """
-    y = q.to(tl.float32)
-    for _ in tl.static_range(7):
-        even, odd = tl.split(tl.reshape(y, (I_PAD, DIM // 2, 2)))
-        y = tl.reshape(tl.permute(tl.join(even + odd, even - odd), (0, 2, 1)), (I_PAD, DIM))
-    return (y * INVERSE_ROOT).to(tl.bfloat16)
-
-
-@triton.jit
-def _round_to_fp4(q, I_PAD: tl.constexpr, DIM: tl.constexpr):
-    """Rounds to E2M1 with a power-of-two scale per 32 channels, and reads back: ``numerics.fake_quantize_fp4``."""
-    x = tl.reshape(q.to(tl.float32), (I_PAD, DIM // 32, 32))
-    largest = tl.max(tl.abs(x), axis=2)
-    bits = largest.to(tl.int32, bitcast=True)
-    # 2^ceil(log2(largest / 6)); 6 is 1.5 * 2^2.
-    byte = tl.maximum((bits >> 23) - 2 + ((bits & 0x7FFFFF) > 0x400000).to(tl.int32), 1)
-    byte = tl.where(largest == 0.0, 127, byte)
-    scale = (byte << 23).to(tl.float32, bitcast=True)[:, :, None]
-    a = tl.abs(x) * ((254 - byte) << 23).to(tl.float32, bitcast=True)[:, :, None]
-    upper = tl.where(a > 5.0, 6.0, tl.where(a >= 3.5, 4.0, tl.where(a > 2.5, 3.0, 2.0)))
-    lower = tl.where(a > 1.25, 1.5, tl.where(a >= 0.75, 1.0, tl.where(a > 0.25, 0.5, 0.0)))
-    size = tl.where(a >= 1.75, upper, lower) * scale
-    rounded = tl.where(a <= 6.0, tl.where(x < 0, -size, size), float("nan"))  # what is not finite stays visible
-    return tl.reshape(rounded, (I_PAD, DIM)).to(tl.bfloat16)
-
-
-@triton.jit
-def _official_queries(
-    q_ptr,
-    cos_ptr,
-    sin_ptr,
-    num_heads,
-    I_PAD: tl.constexpr,
-    DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-):
-    """Loads, rotates and rounds one row's queries as official numerics does, [I_PAD, DIM]: AT_ONCE heads after the
-    other, so that few registers hold what is in float32."""
-    if I_PAD > AT_ONCE:
-        H: tl.constexpr = I_PAD // 2
-        first = _official_queries(q_ptr, cos_ptr, sin_ptr, num_heads, H, DIM, HALF, AT_ONCE)
-        second = _official_queries(q_ptr + H * DIM, cos_ptr, sin_ptr, num_heads - H, H, DIM, HALF, AT_ONCE)
-        return tl.reshape(tl.permute(tl.join(first, second), (2, 0, 1)), (I_PAD, DIM))
-    else:  # noqa: RET505 (one of them is compiled)
-        q = _rotated_queries(q_ptr, cos_ptr, sin_ptr, num_heads, I_PAD, DIM, HALF)
-        return _round_to_fp4(_hadamard(q, I_PAD, DIM), I_PAD, DIM)
 
 
 @triton.jit
@@ -147,7 +80,7 @@ def _read_ahead(table, first, step, last, COUNT: tl.constexpr):
     """Brings a program's first entries of a block table into the L1 cache, all at a time; its loop asks one by one."""
     entries = table + tl.minimum(first + tl.arange(0, COUNT) * step, last)
     tl.inline_asm_elementwise(
-        "ld.global.ca.b32 $0, [$1];", "=r,l", [entries.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        "prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l", [entries.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
     )
 
 
@@ -194,9 +127,9 @@ def index_scores_kernel(
             _fetch_ahead(keys_ptr + block.to(tl.int64) * PAGE, ROWS * WIDTH // LINE, LINE)
         row_ptr, cos_ptr, sin_ptr = q_ptr + t * q_pitch, cos_ptr + t * HALF, sin_ptr + t * HALF
         if ROUNDS:
-            q = _official_queries(row_ptr, cos_ptr, sin_ptr, num_heads, I_PAD, DIM, HALF, 16)
+            q = official_queries(row_ptr, cos_ptr, sin_ptr, num_heads, I_PAD, DIM, HALF, 16)
         else:
-            q = _rotated_queries(row_ptr, cos_ptr, sin_ptr, num_heads, I_PAD, DIM, HALF)
+            q = rotated_queries(row_ptr, cos_ptr, sin_ptr, num_heads, I_PAD, DIM, HALF)
         if FORM == VALUES:
             q_across = tl.trans(q)
         else:
