@@ -6,10 +6,10 @@ Legend: R keys, words of some codes each.
 import triton
 import triton.language as tl
 
-QUERY_FACTOR, FP8_FACTOR = tl.constexpr(2.0**96), 2.0**24
+FP8_QUERY, FP8_WEIGHT = tl.constexpr(2.0**96), 2.0**24
 """Powers of two that make up for 2^-120: of queries, so that their products with keys are normal, and of weights."""
-FP4_FACTOR = 2.0**63
-"""The same for FP4 keys, whose codes are multiplied in registers: of weights."""
+FP4_QUERY, FP4_WEIGHT = tl.constexpr(2.0**48), 2.0**15
+"""The same for FP4 keys, of which registers hold 2^-63."""
 SIGNS = tl.constexpr(-2139062144)
 """The highest bit of each byte."""
 
@@ -58,9 +58,9 @@ def widen_fp8(words, ASSEMBLES: tl.constexpr):
 
 
 @triton.jit
-def enlarged(q):
-    """Returns queries times ``QUERY_FACTOR``."""
-    return (q.to(tl.float32) * QUERY_FACTOR).to(tl.bfloat16)
+def enlarged(q, FACTOR: tl.constexpr):
+    """Returns queries times a power of two."""
+    return (q.to(tl.float32) * FACTOR).to(tl.bfloat16)
 
 
 @triton.jit

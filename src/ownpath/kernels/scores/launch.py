@@ -27,8 +27,10 @@ from ownpath.kernels.dsl.triton import TritonCall, launch
 from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.scores.codes import (
-    FP4_FACTOR,
-    FP8_FACTOR,
+    FP4_QUERY,
+    FP4_WEIGHT,
+    FP8_QUERY,
+    FP8_WEIGHT,
     enlarged,
     in_fours,
     spread_scales,
@@ -60,8 +62,8 @@ NUM_STAGES = (3, 5, 6)
 PER_BLOCK = 64
 WORDS, PAGE_KEY_BYTES = (torch.bfloat16, torch.int32, torch.int16), (2 * INDEX_DIM, FP8_KEY_BYTES, FP4_KEY_BYTES)
 """By the form of the keys: the dtype that they are read as, four codes to a word, and the bytes of a key."""
-FACTORS = (1.0, FP8_FACTOR, FP4_FACTOR)
-"""By the form of the keys: what makes up for the powers of two that keys are multiplied by."""
+WEIGHT_FACTORS = (1.0, FP8_WEIGHT, FP4_WEIGHT)
+"""By the form of the keys: what weights make up for of the powers of two that keys are multiplied by."""
 VALUES, FP8_PAGES, FP4_PAGES = (tl.constexpr(form) for form in range(3))
 """The forms of keys: bfloat16 rows, or pages."""
 
@@ -133,8 +135,7 @@ def index_scores_kernel(
         if FORM == VALUES:
             q_across = tl.trans(q)
         else:
-            q = enlarged(q) if FORM == FP8_PAGES else q
-            q_across = in_fours(q, I_PAD, DIM)
+            q_across = in_fours(enlarged(q, FP8_QUERY if FORM == FP8_PAGES else FP4_QUERY), I_PAD, DIM)
         i, r = tl.arange(0, I_PAD), tl.arange(0, ROWS)
         weights = tl.load(weights_ptr + t * weights_pitch + i, mask=i < num_heads, other=0.0).to(tl.float32) * scale
         offsets = r[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -318,7 +319,7 @@ def _first_launch(
     table_blocks, pdl, form = rows.blocks_TB.shape[1], not INTERPRETED, form_of(keys)
     words, word_bytes = WORDS[form], WORDS[form].itemsize
     pitches = query.q_TIH.stride(0), query.weights_TI.stride(0)
-    scale = dim**-0.5 * num_heads**-0.5 * FACTORS[form]
+    scale = dim**-0.5 * num_heads**-0.5 * WEIGHT_FACTORS[form]
     return launch(
         index_scores_kernel,
         (num_programs(num_rows, table_blocks, PROGRAMS_PER_SM[form]), num_rows),
