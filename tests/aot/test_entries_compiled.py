@@ -13,6 +13,7 @@ from ownpath.kernels.entries.cases import CASES
 from ownpath.kernels.entries.head import STEP_ANGLES
 from ownpath.kernels.entries.launch import ENTRIES
 from ownpath.kernels.entries.types import KeyRounding
+from ownpath.numerics import INDEX_FORMS
 
 CPU = torch.device("cpu")
 PROGRAMS_PER_SM = 3
@@ -32,7 +33,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
                 fewer = replace(step.weights, keys=KeyRounding.FP8, index_keys=KeyRounding.FP4)
                 ENTRIES(*step.arguments)
                 ENTRIES(*step.arguments[:4], fewer)
-                ENTRIES(*with_pages(step).arguments[:4], fewer)
+                for index_format in INDEX_FORMS:
+                    ENTRIES(*with_pages(step, index_format).arguments[:4], fewer)
             several = draw_step(case, 2, CPU, positions=[126, 127], group=2)
             ENTRIES(*several.arguments)
             ENTRIES(*with_pages(several).arguments)

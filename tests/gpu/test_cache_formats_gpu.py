@@ -1,4 +1,4 @@
-"""Decode steps on a device over FP8 pages and under official numerics of attention, as graphs and beside the reference.
+"""Decode steps on a device over pages and under official numerics of attention, as graphs and beside the reference.
 
 Experts stay plain: official ones are torch's, which no graph can hold.
 """
@@ -26,6 +26,8 @@ KEYS = frozenset({Step.KV, Step.INDEXER})
 WAYS = {
     "fp8": (CacheFormat.FP8, PLAIN),
     "fp8, keys official": (CacheFormat.FP8, KEYS),
+    "fp4-index": (CacheFormat.FP4_INDEX, PLAIN),
+    "fp4-index, keys official": (CacheFormat.FP4_INDEX, KEYS),
     "bf16, keys official": (CacheFormat.BF16, KEYS),
     "bf16, all official": (CacheFormat.BF16, KEYS | {Step.Q_HEAD_NORM}),
 }

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from ownpath.conformance.entries import WritingStep, draw_step, judge_rounded, judge_step, with_pages
+from ownpath.formats import KeyFormat
 from ownpath.kernels.cases import KernelCase
 from ownpath.kernels.entries.angles import Frequencies, step_angles
 from ownpath.kernels.entries.cases import CASES
 from ownpath.kernels.entries.head import STEP_ANGLES
 from ownpath.kernels.entries.types import KeyRounding
 from ownpath.kernels.registry import KERNELS
+from ownpath.numerics import INDEX_FORMS
 
 pytestmark = pytest.mark.gpu
 
@@ -95,9 +97,10 @@ def test_roundings_to_fewer_bits(case: KernelCase, cuda: torch.device) -> None:
 
 @pytest.mark.parametrize("case", BENCH, ids=label)
 @pytest.mark.parametrize("index_keys", [KeyRounding.NONE, KeyRounding.FP4])
-def test_pages(case: KernelCase, index_keys: KeyRounding, cuda: torch.device) -> None:
+@pytest.mark.parametrize("index_format", INDEX_FORMS)
+def test_pages(case: KernelCase, index_keys: KeyRounding, index_format: KeyFormat, cuda: torch.device) -> None:
     step = draw_step(case, 33, cuda)
-    paged = replace(with_pages(step), weights=replace(step.weights, index_keys=index_keys))
+    paged = replace(with_pages(step, index_format), weights=replace(step.weights, index_keys=index_keys))
     KERNELS[KERNEL](*step.arguments)
     KERNELS[KERNEL](*paged.arguments)
     judge_rounded(step, paged)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ownpath.conformance.entries import WritingStep, draw_step, judge_rounded, judge_step, with_pages
+from ownpath.formats import KeyFormat
 from ownpath.kernels.cases import KernelCase
 from ownpath.kernels.entries.angles import Frequencies, step_angles
 from ownpath.kernels.entries.cases import CASES
@@ -14,6 +15,7 @@ from ownpath.kernels.entries.head import STEP_ANGLES
 from ownpath.kernels.entries.launch import ENTRIES, num_parts, num_slices
 from ownpath.kernels.entries.types import KeyRounding
 from ownpath.kernels.registry import KERNELS
+from ownpath.numerics import INDEX_FORMS
 
 CPU = torch.device("cpu")
 
@@ -164,10 +166,11 @@ def test_roundings_to_fewer_bits(name: str, label: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("index_keys", [KeyRounding.NONE, KeyRounding.FP4])
-def test_pages(name: str, index_keys: KeyRounding) -> None:
-    """Reading FP8 pages gives the rounded keys, whose FP4 is exact in them; what is not written keeps its bytes."""
+@pytest.mark.parametrize("index_format", INDEX_FORMS)
+def test_pages(name: str, index_keys: KeyRounding, index_format: KeyFormat) -> None:
+    """Reading pages gives the rounded keys, whose FP4 is exact in them; what is not written keeps its bytes."""
     step = step_of_many_sizes(next(case for case in CASES if case.tiny and case.label == "csa"))
-    paged = with_pages(step.copy())
+    paged = with_pages(step.copy(), index_format)
     paged = replace(paged, weights=replace(step.weights, index_keys=index_keys))
     KERNELS[name](*step.arguments)
     KERNELS[name](*paged.arguments)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from ownpath.config import CSA_RATIO, ModelConfig
-from ownpath.formats import FP8_INDEX_BYTES, FP8_KEY_BYTES, CacheFormat
+from ownpath.formats import FP4_INDEX_BYTES, FP8_INDEX_BYTES, FP8_KEY_BYTES, CacheFormat, KeyFormat
 
 BLOCK_TOKENS = 256
 """Tokens of a block: a multiple of every compress ratio."""
@@ -30,7 +30,9 @@ NOBODY = 0
 MOST_ROWS_PER_REQUEST, MOST_DECODE_ROWS = 9, 256
 """Of a decode step: rows of one request, and of all."""
 NAN_BYTE = 255
-"""A cache full of this byte is full of NaN, in BF16 and float32 as in FP8 pages, codes and scales."""
+"""A cache full of this byte is full of NaN, in BF16 and float32 as in pages, by codes or by scales."""
+INDEX_BYTES = {KeyFormat.FP8: FP8_INDEX_BYTES, KeyFormat.FP4: FP4_INDEX_BYTES}
+"""Bytes of an index key in pages."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class CacheTensor:
     """One tensor of a group.
 
     num_rows: rows of one slot, or of one block of a paged group. width: elements of a row. ratio: tokens per entry, 0
-    for a window. page_bytes: bytes of a row where the rows of a slot or block are one FP8 page; 0 where each is values.
+    for a window. format: of keys. page_bytes: bytes of a row where the rows of a slot or block are one page; 0 where
+    each is values.
     """
 
     group: CacheGroup
@@ -72,6 +75,7 @@ class CacheTensor:
     num_rows: int
     width: int
     ratio: int = 0
+    format: KeyFormat = KeyFormat.BF16
     page_bytes: int = 0
 
     def num_sequence_rows(self, num_tokens: int) -> int:
@@ -102,7 +106,7 @@ class CacheLayout:
         spare = spare_rows(rows_per_request)
         listed = (member for idx, ratio in enumerate(ratios) for member in _of_layer(config, idx, ratio))
         members = [member if member.group.is_paged else _longer(member, spare) for member in listed]
-        return cls(tuple(map(_in_pages, members) if cache_format is CacheFormat.FP8 else members))
+        return cls(tuple(_in_format(member, cache_format) for member in members))
 
     def of_layers(self, layer_ids: frozenset[int]) -> "CacheLayout":
         """Keeps the tensors of some layers."""
@@ -151,11 +155,13 @@ def _longer(member: CacheTensor, spare: int) -> CacheTensor:
     return replace(member, num_rows=member.num_rows + spare)
 
 
-def _in_pages(member: CacheTensor) -> CacheTensor:
-    """Puts keys into FP8 pages; states stay as they are."""
-    if member.group.is_wide:
+def _in_format(member: CacheTensor, cache_format: CacheFormat) -> CacheTensor:
+    """Gives keys their format; states stay as they are."""
+    is_main = member.part is EntryKind.MAIN
+    key_format = cache_format.keys if is_main else cache_format.index_keys
+    if member.group.is_wide or key_format is KeyFormat.BF16:
         return member
-    return replace(member, page_bytes=FP8_KEY_BYTES if member.part is EntryKind.MAIN else FP8_INDEX_BYTES)
+    return replace(member, format=key_format, page_bytes=FP8_KEY_BYTES if is_main else INDEX_BYTES[key_format])
 
 
 def spare_rows(rows_per_request: int) -> int:

@@ -90,10 +90,10 @@ def add_plan_arguments(parser: argparse.ArgumentParser, *, any_gpu: bool = False
     parser.add_argument(
         "--cache-format",
         type=_cache_format,
-        metavar="bf16|fp8",
+        metavar="|".join(CacheFormat),
         default=CacheFormat.BF16,
-        help="format of keys in the caches: bf16, the activations' dtype, or fp8, the pages of DeepSeek's published "
-        "caches, about half the memory (default: bf16)",
+        help="format of keys in the caches: bf16, the activations' dtype; fp8, the pages of DeepSeek's published "
+        "caches, about half the memory; or fp4-index, those with the indexer's keys in FP4 (default: bf16)",
     )
     add_reference_argument(parser)
 
@@ -111,9 +111,10 @@ def add_reference_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _cache_format(text: str) -> CacheFormat:
-    if text not in tuple(CacheFormat):
-        raise argparse.ArgumentTypeError(f"{quoted(text)} is none of {', '.join(CacheFormat)}")
-    return CacheFormat(text)
+    for cache_format in CacheFormat:
+        if text == cache_format:
+            return cache_format
+    raise argparse.ArgumentTypeError(f"{quoted(text)} is none of {', '.join(CacheFormat)}")
 
 
 def _numerics(text: str) -> frozenset[Step]:

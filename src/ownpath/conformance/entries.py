@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ownpath.conformance.bounds import MAX_REL_L2, Exact, assert_allowed, relative_l2
 from ownpath.conformance.exact_entries import exact_key, exact_pool
-from ownpath.kernels.cache_formats.ref import fp4_index, fp8_keys
+from ownpath.formats import KeyFormat
+from ownpath.kernels.cache_formats.ref import INDEX_BLOCK, fp4_index, fp8_keys
 from ownpath.kernels.cases import KernelCase
 from ownpath.kernels.checks import SPARE_MULTIPLE
 from ownpath.kernels.contract import NormWeights
@@ -29,7 +30,7 @@ from ownpath.kernels.entries.types import (
     RawRows,
     RowPlaces,
 )
-from ownpath.numerics import decode_e4m3, decode_e8m0, fake_quantize_fp8
+from ownpath.numerics import decode_e2m1, decode_e4m3, decode_e8m0, fake_quantize_fp4, fake_quantize_fp8, unpack_e2m1
 
 EPS = 1e-6
 KEY_BYTES = 584
@@ -271,8 +272,9 @@ def _entry_rows(ending: RowPlaces, weights: CompressorWeights) -> Tensor:
     return block_E * weights.per_block + entry_E % weights.per_block
 
 
-def with_pages(step: WritingStep) -> WritingStep:
-    """Returns the same step on FP8 pages, all of whose bytes are 255: NaN in every format."""
+def with_pages(step: WritingStep, index_format: KeyFormat = KeyFormat.FP8) -> WritingStep:
+    """Returns the same step on pages, all of whose bytes are 255: NaN in every format. index_format: of index entries;
+    the others are FP8."""
     pools, weights = step.pools, step.weights
 
     def pages(values: Tensor | None, num_rows: int, key_bytes: int) -> Tensor | None:
@@ -282,7 +284,8 @@ def with_pages(step: WritingStep) -> WritingStep:
         return torch.full(shape, 255, dtype=torch.uint8, device=values.device)
 
     per_block = 1 if weights.main is None else weights.main.per_block
-    index_bytes = 0 if weights.index is None else weights.index.head_dim + 4
+    width = 0 if weights.index is None else weights.index.head_dim
+    index_bytes = width + 4 if index_format is KeyFormat.FP8 else width // 2 + width // INDEX_BLOCK
     window, main = pages(pools.window, weights.window_rows, KEY_BYTES), pages(pools.main_entries, per_block, KEY_BYTES)
     assert window is not None
     index = pages(pools.index_entries, per_block, index_bytes)
@@ -307,6 +310,14 @@ def read_index_pages(pages: Tensor, num_rows: int) -> Tensor:
     return keys.bfloat16()
 
 
+def read_fp4_index_pages(pages: Tensor, num_rows: int) -> Tensor:
+    """Decodes FP4 pages of ``num_rows`` index keys each to bfloat16 [pages * num_rows, 128], which is exact."""
+    data, tail = pages.split((num_rows * 64, num_rows * 4), dim=1)
+    scales = decode_e8m0(tail.reshape(-1, 4).contiguous())
+    keys: Tensor = decode_e2m1(unpack_e2m1(data.reshape(-1, 64))).unflatten(1, (4, INDEX_BLOCK)) * scales[..., None]
+    return keys.flatten(1).bfloat16()
+
+
 def judge_rounded(plain: WritingStep, rounded: WritingStep) -> None:
     """Judges keys that a step rounded to fewer bits: those of the plain step, rounded by definition, bit for bit.
 
@@ -320,15 +331,19 @@ def judge_rounded(plain: WritingStep, rounded: WritingStep) -> None:
     if found.has_key_pages:
         window = read_key_pages(window, weights.window_rows)
         main = None if main is None else read_key_pages(main, per_block)
-    if found.has_index_pages and index is not None:
-        index = read_index_pages(index, per_block)
+    index_format = found.index_format(0 if weights.index is None else weights.index.head_dim)
+    if index_format is not KeyFormat.BF16 and index is not None:
+        read = read_index_pages if index_format is KeyFormat.FP8 else read_fp4_index_pages
+        index = read(index, per_block)
 
     def round_keys(keys: Tensor) -> Tensor:
         return fp8_keys(keys, num_rotary) if rounds_keys else keys
 
     def round_index(keys: Tensor) -> Tensor:
         keys = fp4_index(keys) if weights.index_keys is KeyRounding.FP4 else keys
-        return fake_quantize_fp8(keys, keys.shape[1]) if found.has_index_pages else keys
+        if index_format is KeyFormat.FP4:
+            return fake_quantize_fp4(keys, INDEX_BLOCK)
+        return fake_quantize_fp8(keys, keys.shape[1]) if index_format is KeyFormat.FP8 else keys
 
     _judge_values("window", before.window, window, round_keys)
     _judge_values("main entries", before.main_entries, main, round_keys)

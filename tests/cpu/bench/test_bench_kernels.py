@@ -36,7 +36,7 @@ from ownpath.ops import OpKind
 SETTINGS = Settings.of("cpu", seed=1, budget_s=0.0)
 SHAPES = {
     "attend": "tiny embedded SWA",
-    "scores": "tiny bf16",
+    "scores": "tiny",
     "select": "tiny",
     "entries": "tiny csa narrow",
     "sample": "tiny",

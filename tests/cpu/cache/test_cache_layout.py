@@ -44,18 +44,18 @@ def test_bytes_of_a_slot() -> None:
     assert layout(FLASH).num_bytes(0, itemsize=2, state_itemsize=4) == expected
 
 
-@pytest.mark.parametrize(
-    ("ratios", "per_block"),
-    [(FLASH, 21 * 64 * (584 + 132) + 20 * 2 * 584), (PRO, 30 * 64 * (584 + 132) + 31 * 2 * 584)],
-    ids=["flash", "pro"],
-)
-def test_fp8_pages_of_the_published_models(ratios: tuple[int, ...], per_block: int) -> None:
+@pytest.mark.parametrize(("cache_format", "index_bytes"), [(CacheFormat.FP8, 132), (CacheFormat.FP4_INDEX, 68)])
+@pytest.mark.parametrize(("ratios", "num_csa", "num_hca"), [(FLASH, 21, 20), (PRO, 30, 31)], ids=["flash", "pro"])
+def test_pages_of_the_published_models(
+    ratios: tuple[int, ...], num_csa: int, num_hca: int, cache_format: CacheFormat, index_bytes: int
+) -> None:
     """A block of 256 tokens: 64 entries and index keys of each CSA layer, 2 entries of each HCA layer."""
-    found = layout(ratios, CacheFormat.FP8)
+    per_block = num_csa * 64 * (584 + index_bytes) + num_hca * 2 * 584
+    found = layout(ratios, cache_format)
     assert found.unit_bytes(2, 4, is_paged=True) == per_block
     assert found.num_bytes(4096, 2, 4) - found.num_bytes(0, 2, 4) == 16 * per_block
     plain = layout(ratios)
-    assert 0.55 < per_block / plain.unit_bytes(2, 4, is_paged=True) < 0.57
+    assert (0.55 if index_bytes == 132 else 0.5) < per_block / plain.unit_bytes(2, 4, is_paged=True) < 0.57
     slots = plain.unit_bytes(2, 4, is_paged=False) - found.unit_bytes(2, 4, is_paged=False)
     assert slots == len(ratios) * 128 * (1024 - 584), "states are float32 in either format"
 

@@ -136,16 +136,17 @@ def test_intact_checkpoints_raise_no_alarm(seed: int, layout: str, tmp_path: Pat
         assert {f.id for f in of_stage(result, "file") if f.verdict is Verdict.SKIPPED} == {"F13"}
 
 
-def test_fp8_caches_raise_no_alarm() -> None:
+@pytest.mark.parametrize("cache_format", [CacheFormat.FP8, CacheFormat.FP4_INDEX])
+def test_caches_in_pages_raise_no_alarm(cache_format: CacheFormat) -> None:
     """Of a CSA layer, which has all kinds of keys; test_decode_check has the other layers' decode steps."""
-    job = VerifyJob(default_model_dir(), EngineConfig(cache_format=CacheFormat.FP8), Selection(frozenset({1}), 1))
+    job = VerifyJob(default_model_dir(), EngineConfig(cache_format=cache_format), Selection(frozenset({1}), 1))
     result = verify(job, ("kernels", "layers"))
     assert result.passed, failed(result.findings)
     caches = report_dict(result)["caches"]
     assert [(cache["keys"], cache["format"]) for cache in caches] == [  # type: ignore[attr-defined]
         ("window keys", "fp8"),
         ("compressed entries", "fp8"),
-        ("index keys", "fp8"),
+        ("index keys", cache_format.index_keys),
     ]
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
+from ownpath.formats import FP4_INDEX_BYTES, KeyFormat
 from ownpath.kernels.checks import VECTOR_BYTES, check, check_alignment, check_rank, check_spare
 from ownpath.kernels.contract import NormWeights
 from ownpath.kernels.entries.types import (
@@ -23,6 +24,8 @@ FLOATS = (torch.float32, torch.bfloat16)
 FP8_BLOCK, FP4_BLOCK = 64, 32
 KEY_EXTRA, INDEX_EXTRA = 72, 4
 """Bytes of a key in FP8 pages beyond one for each channel: 64 for the BF16 channels and 8 of scales; one scale."""
+FP4_INDEX_DIM = 128
+"""Channels of index keys in FP4 pages."""
 CompressorCall = tuple[str, CompressorWeights, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 """A compressor's name, its weights, the step's raw rows, its state and its entries."""
 
@@ -57,6 +60,10 @@ def check_call(
         _check_compressor(call, num_rows, weights.spare, device)
     if weights.main is not None and weights.main.head_dim != head_dim:
         raise ValueError(f"the main compressor has entries of {weights.main.head_dim} channels, keys have {head_dim}")
+    if pools.has_index_pages and weights.index is not None:
+        is_fp4 = pools.index_format(weights.index.head_dim) is KeyFormat.FP4
+        if is_fp4 and weights.index.head_dim != FP4_INDEX_DIM:
+            raise ValueError(f"FP4 pages hold index keys of {FP4_INDEX_DIM} channels, not {weights.index.head_dim}")
     if weights.index is not None:
         _check_width("index entries", weights.index.head_dim, angles, weights.index_keys)
 
@@ -108,11 +115,13 @@ def _check_rows(
 def _check_pool(name: str, pool: torch.Tensor, dtype: torch.dtype, page: tuple[int, int], device: torch.device) -> None:
     """Checks that a pool consists of whole pages. page: its rows and channels.
 
-    A pool of bfloat16 may have FP8 pages instead, of rows as the main or the index entries have them.
+    A pool of bfloat16 may have pages instead, of rows as the main or the index entries have them.
     """
     num_rows, width = page
     if dtype is torch.bfloat16 and pool.dtype is torch.uint8:
         num_bytes = width + INDEX_EXTRA if name == "index_entries" else width + KEY_EXTRA
+        if name == "index_entries" and pool.shape[-1] == num_rows * FP4_INDEX_BYTES:
+            num_bytes = FP4_INDEX_BYTES
         check(name, pool, (torch.uint8,), (len(pool), num_rows * num_bytes), device)
         return
     if pool.ndim != 2 or not len(pool) or len(pool) % num_rows:

@@ -21,12 +21,13 @@ from typing import Any
 import torch
 import triton
 
+from ownpath.formats import KeyFormat
 from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
 from ownpath.kernels.entries.checks import MAX_ROWS, check_call
 from ownpath.kernels.entries.types import EntriesWeights, EntryAngles, LayerPools, RawRows, RowPlaces
-from ownpath.kernels.entries.write import INDEX_PAGES, KEY_PAGES, VALUES, entries_kernel
+from ownpath.kernels.entries.write import FP4_INDEX_PAGES, INDEX_PAGES, KEY_PAGES, VALUES, entries_kernel
 from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.variants import variant_name
 
@@ -35,6 +36,7 @@ NUM_WARPS = 4
 TILE = 4096
 """Raw values that a program averages at a time: 32 a thread, for kv and scores each."""
 
+INDEX_FORMS = {KeyFormat.BF16: VALUES, KeyFormat.FP8: INDEX_PAGES, KeyFormat.FP4: FP4_INDEX_PAGES}
 EntriesCallKey = tuple[object, ...]
 """Shape, strides, dtype and device of every tensor of a call."""
 
@@ -179,7 +181,7 @@ def _constants(angles: EntryAngles, weights: EntriesWeights, pools: LayerPools, 
         "PARTS": parts,
         "FORM": KEY_PAGES.value if pools.has_key_pages else VALUES.value,
         "KEYS": str(weights.keys),
-        "INDEX_FORM": INDEX_PAGES.value if pools.has_index_pages else VALUES.value,
+        "INDEX_FORM": INDEX_FORMS[pools.index_format(index_dim)].value,
         "INDEX_KEYS": str(weights.index_keys),
         "PDL": pdl,
         "num_warps": NUM_WARPS,

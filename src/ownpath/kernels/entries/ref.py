@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ownpath.kernels.cache_formats.ref import fp4_index, fp8_keys
 from ownpath.kernels.entries.types import (
+    BLOCK_TOKENS,
+    OVERLAPPING_RATIO,
     CompressorWeights,
     EntriesWeights,
     EntryAngles,
@@ -20,7 +22,7 @@ from ownpath.kernels.entries.types import (
 )
 from ownpath.kernels.norms.ref import rms_norm
 from ownpath.kernels.reference import Reference
-from ownpath.numerics import INDEX_PAGES, KEY_PAGES, rotate_pairs
+from ownpath.numerics import KEY_PAGES, index_form, rotate_pairs
 
 
 def write_entries(
@@ -140,7 +142,7 @@ def _store(pool: Tensor, rows_E: Tensor, keys_EH: Tensor, form: _Form) -> None:
         pool[rows_E] = form.rounded(keys_EH)
         return
     if form.is_index:
-        INDEX_PAGES.write(pool, rows_E, form.rounded(keys_EH))
+        index_form(pool, BLOCK_TOKENS // OVERLAPPING_RATIO).write(pool, rows_E, form.rounded(keys_EH))
     else:
         KEY_PAGES.write(pool, rows_E, keys_EH)
 

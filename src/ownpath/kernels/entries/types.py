@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from ownpath.formats import KeyFormat
 from ownpath.kernels.contract import Kernel, NormWeights, Operand
 
 BLOCK_TOKENS = 256
@@ -131,7 +132,9 @@ class LayerPools(NamedTuple):
     Instead, window and main entries, both or neither, may be FP8 pages uint8 [slots or blocks, R * 584] of R keys: R *
     576 bytes, of each key 448 E4M3 and 64 BF16 channels; then R * 8 bytes, of each key 7 E8M0 scales of 64 channels
     and a pad byte. Index entries may be FP8 pages uint8 [blocks, R * (H + 4)]: R * H bytes of E4M3, then a float32
-    scale of each key, a power of two. Keys in pages are rounded as the pages need; a rounding to FP4 comes before.
+    scale of each key, a power of two. Or they are FP4 pages uint8 [blocks, R * (H / 2 + H / 32)]: R * H / 2 bytes of
+    E2M1, two to a byte, the even channel in the low half, then of each key H / 32 E8M0 scales of 32 channels. Keys in
+    pages are rounded as the pages need; a rounding to FP4 comes before.
     """
 
     window: Tensor
@@ -147,8 +150,15 @@ class LayerPools(NamedTuple):
 
     @property
     def has_index_pages(self) -> bool:
-        """True if index entries are FP8 pages."""
+        """True if index entries are pages."""
         return self.index_entries is not None and self.index_entries.itemsize == 1
+
+    def index_format(self, width: int) -> KeyFormat:
+        """Returns the format of index entries of ``width`` channels; of pages that are not FP4, FP8."""
+        if self.index_entries is None or not self.has_index_pages:
+            return KeyFormat.BF16
+        page_bytes = BLOCK_TOKENS // OVERLAPPING_RATIO * (width // 2 + width // 32)
+        return KeyFormat.FP4 if self.index_entries.shape[-1] == page_bytes else KeyFormat.FP8
 
 
 class EntriesKernel(Kernel[Operand], Protocol[Operand]):

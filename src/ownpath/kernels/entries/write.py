@@ -15,6 +15,8 @@ KEY_PAGES = tl.constexpr(1)
 """Pages of R keys: R * 576 bytes, of each key 448 E4M3 and 64 BF16; then R * 8 bytes, 7 E8M0 of each and a pad."""
 INDEX_PAGES = tl.constexpr(2)
 """Pages of R keys: R * H bytes of E4M3; then a float32 scale of each."""
+FP4_INDEX_PAGES = tl.constexpr(3)
+"""Pages of R keys: R * H / 2 bytes of E2M1, two to a byte; then of each H / 32 E8M0 scales."""
 
 
 @triton.jit
@@ -67,17 +69,24 @@ def _hadamard(x, H: tl.constexpr, LOG_H: tl.constexpr):
 
 
 @triton.jit
+def _count_fp4_steps(size):
+    """Counts the middles between neighbouring E2M1 magnitudes that a size has passed, by the step behind them: of 0.5,
+    of 1 and of 2. A tie goes to the even code, which is the sum of all."""
+    halves = (size > 0.25).to(tl.float32) + (size >= 0.75).to(tl.float32)
+    halves += (size > 1.25).to(tl.float32) + (size >= 1.75).to(tl.float32)
+    ones = (size > 2.5).to(tl.float32) + (size >= 3.5).to(tl.float32)
+    return halves, ones, (size > 5.0).to(tl.float32)
+
+
+@triton.jit
 def _round_fp4(x, H: tl.constexpr, LOG_H: tl.constexpr):
     """Turns by the Hadamard matrix, rounds to E2M1 in blocks of 32 and reads back: float32 [H]."""
     turned = _hadamard(x, H, LOG_H) * (H**-0.5)
     blocks = tl.reshape(turned.to(tl.bfloat16).to(tl.float32), (H // 32, 32))
     _, scale, reciprocal = _power_of_two(_largest(blocks), 0x40C00000)
     size = tl.abs(blocks) * reciprocal[:, None]
-    # One step per midpoint; a tie goes to the even code.
-    halves = (size > 0.25).to(tl.float32) + (size >= 0.75).to(tl.float32)
-    halves += (size > 1.25).to(tl.float32) + (size >= 1.75).to(tl.float32)
-    ones = (size > 2.5).to(tl.float32) + (size >= 3.5).to(tl.float32)
-    rounded = (0.5 * halves + ones + 2.0 * (size > 5.0).to(tl.float32)) * scale[:, None]
+    halves, ones, twos = _count_fp4_steps(size)
+    rounded = (0.5 * halves + ones + 2.0 * twos) * scale[:, None]
     # The sign bit, so that -0 stays.
     sign = blocks.to(tl.int32, bitcast=True) & -2147483648
     return tl.reshape((rounded.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True), (H,))
@@ -134,6 +143,21 @@ def _store_index_page(x, page_ptr, row, H: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
+def _store_fp4_index_page(x, page_ptr, row, H: tl.constexpr, R: tl.constexpr):
+    """Writes an index key to its row of a page of R keys: E2M1 in blocks of 32 channels with a power-of-two scale, an
+    even channel in the low half of a byte. Exact for a key that was rounded so."""
+    blocks = tl.reshape(x, (H // 32, 32))
+    byte, _, reciprocal = _power_of_two(_largest(blocks), 0x40C00000)
+    halves, ones, twos = _count_fp4_steps(tl.abs(blocks) * reciprocal[:, None])
+    sign = (blocks.to(tl.int32, bitcast=True) >> 28) & 8
+    codes = (halves + ones + twos).to(tl.int32) | sign
+    even, odd = tl.split(tl.reshape(codes, (H // 2, 2)))
+    tl.store(page_ptr + row * (H // 2) + tl.arange(0, H // 2), (even | (odd << 4)).to(tl.uint8))
+    scale_ptr = page_ptr + R * (H // 2) + row * (H // 32)
+    tl.store(scale_ptr + tl.arange(0, H // 32), byte.to(tl.uint8))
+
+
+@triton.jit
 def _write_key(
     x,
     weight,
@@ -161,6 +185,8 @@ def _write_key(
         _store_key_page(x, pool_ptr + page * (R * (H + 2 * F + 8)), row, H, F, R)
     elif FORM == INDEX_PAGES:
         _store_index_page(x, pool_ptr + page * (R * (H + 4)), row, H, R)
+    elif FORM == FP4_INDEX_PAGES:
+        _store_fp4_index_page(x, pool_ptr + page * (R * (H // 2 + H // 32)), row, H, R)
     else:
         if ROUNDING == "fp8":
             x = _round_fp8(x, H, F)

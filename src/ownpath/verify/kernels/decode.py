@@ -28,7 +28,6 @@ from ownpath.conformance.decode import (
 from ownpath.conformance.exact_entries import exact_pool
 from ownpath.conformance.memory import FILLS, FilledMemory
 from ownpath.finding import Finding
-from ownpath.formats import CacheFormat
 from ownpath.kernels.contract import NormWeights
 from ownpath.kernels.entries.types import RowPlaces
 from ownpath.official import Step
@@ -143,8 +142,8 @@ class _Trial:
         """Returns the form of keys, or index keys, in the caches."""
         engine, is_index = self.probe.subject.engine, step is Step.INDEXER
         num_rotary = 0 if is_index else self.probe.config.qk_rope_head_dim
-        in_pages = engine.cache_format is CacheFormat.FP8
-        return CachedKeys(self.probe.dtype, num_rotary, step in engine.official, in_pages)
+        stored = engine.cache_format.index_keys if is_index else engine.cache_format.keys
+        return CachedKeys(self.probe.dtype, num_rotary, step in engine.official, stored)
 
     def _ids(self, rows: list[int]) -> Tensor:
         return torch.tensor(rows, dtype=torch.int64, device=self.probe.device)
