@@ -35,7 +35,8 @@ def indexing() -> Iterator[Call]:
     rows = make_rows([700, 3, 0, 1023], 4, 12, g)
     query, keys = make_query(4, 4, torch.bfloat16, g), make_keys(rows, 12, g)
     yield "index_scores", IndexScores(), (query, keys, rows)
-    yield "select", Select(128), (torch.randn(4, 256, generator=g), rows)
+    flags_T = torch.full((4,), 7, dtype=torch.int32)
+    yield "select", Select(128), (torch.randn(4, 256, generator=g), rows, flags_T)
 
 
 def attending() -> Iterator[Call]:

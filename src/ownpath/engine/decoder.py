@@ -15,15 +15,16 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ownpath.cache.layout import NOBODY
 from ownpath.cache.pools import CachePool, SequenceCache
-from ownpath.cache.tables import DecodeTables
+from ownpath.cache.tables import DecodeTables, first_flagged, new_flags
 from ownpath.config import EngineConfig
 from ownpath.engine.request import SamplingParams
-from ownpath.engine.sampler import SampleRow, sampler_of
-from ownpath.kernels.checks import VECTOR_BYTES
+from ownpath.engine.sampler import SampleRow, sampled_views, sampler_of
+from ownpath.kernels.checks import aligned_rows
 from ownpath.kernels.registry import spec_of
 from ownpath.kernels.sample.types import FilterRows, Sampled, SampleRows
 from ownpath.terminal.console import tell
@@ -33,6 +34,8 @@ from ownpath.trace.ledger import CapturedCalls
 
 PADDED = -1
 """The token id of a padded row."""
+NUM_SAMPLED = len(Sampled._fields)
+"""Rows of a step's results that the sampler writes."""
 _PADDED_INTEGERS = np.array([[PADDED], [NOBODY], [0], [0], [0], [-1]])
 _PADDED_FLOATS = np.array([[0.0], [1.0]])
 """A padded row's token, position, slot and number of drawn tokens; its temperature and top_p."""
@@ -66,18 +69,16 @@ class DecodeRow(NamedTuple):
 
 
 class StepTokens(NamedTuple):
-    """A step's results. logits_TV: valid until the next step. token_ids: the token drawn for each row; ``None`` where a
-    logit is not finite."""
+    """A step's results. token_ids: the token drawn for each row; ``None`` where a logit is not finite. flagged: rows
+    whose index scores are not finite, with the first such layer.
+
+    Valid until the next step: logits_TV; logprobs_T, of the tokens by their raw logits, on the host.
+    """
 
     logits_TV: torch.Tensor
     token_ids: list[int | None]
-
-
-def aligned_rows(num_rows: int) -> int:
-    """Returns the least number of 4-byte rows, at least ``num_rows``, after which the next array may begin for the
-    kernels' widest loads."""
-    per_vector = VECTOR_BYTES // 4
-    return -(-num_rows // per_vector) * per_vector
+    logprobs_T: "npt.NDArray[np.float32]"
+    flagged: dict[int, int]
 
 
 class _RowArrays:
@@ -103,10 +104,11 @@ class _RowArrays:
         self._held: list[tuple[int, ...] | None] = [None] * num_rows
         self.columns = _Columns.of(self._device, num_rows)
 
-    def tables(self, pool: CachePool, count: int) -> DecodeTables:
+    def tables(self, pool: CachePool, count: int, flags_LT: torch.Tensor | None = None) -> DecodeTables:
         """Returns the step's tables of the first ``count`` rows, as views."""
         columns = self.columns
-        return DecodeTables(pool, columns.positions[:count], columns.slots[:count], columns.blocks[:count])
+        arrays = (columns.positions[:count], columns.slots[:count], columns.blocks[:count])
+        return DecodeTables(pool, *arrays, flags_LT)
 
     def sample_rows(self, count: int) -> SampleRows:
         """Returns the parameters of the first ``count`` rows, as views."""
@@ -197,6 +199,44 @@ class _Captured:
     calls: CapturedCalls
 
 
+class _Results:
+    """What the host reads after a step, in one copy of int32 [3 + L, R]: the sampler's tokens, faults and log-probs,
+    then the flags of each layer's index scores, 0 where a layer has none."""
+
+    def __init__(self, pool: CachePool, max_rows: int) -> None:
+        device, flags_LT = pool.spec.device, new_flags(pool, max_rows)
+        shape = NUM_SAMPLED + len(flags_LT), aligned_rows(max_rows)
+        self.on_device = torch.zeros(shape, dtype=torch.int32, device=device)
+        self._read = torch.zeros(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._integers = self._read.numpy()
+        self._logprobs = self._integers[2].view(np.float32)
+
+    def sampled(self, count: int) -> Sampled:
+        """Returns where the sampler writes."""
+        return sampled_views(self.on_device, count)
+
+    def flags(self, count: int) -> torch.Tensor:
+        """Returns where selections write: int32 [L, count]."""
+        return self.on_device[NUM_SAMPLED:, :count]
+
+    def copy(self) -> None:
+        """Copies all to the host. Does not wait."""
+        self._read.copy_(self.on_device, non_blocking=True)
+
+    def wait(self) -> None:
+        """Waits for the copy."""
+        if self._read.is_pinned():
+            torch.cuda.current_stream(self.on_device.device).synchronize()
+
+    def read(self, logits_TV: torch.Tensor) -> tuple[list[int], StepTokens]:
+        """Returns the tokens that the device goes on with, and the results of as many rows as there are logits."""
+        count = len(logits_TV)
+        tokens, faults = self._integers[:2, :count].tolist()
+        kept = [None if fault else token for token, fault in zip(tokens, faults, strict=True)]
+        flagged = first_flagged(self._integers[NUM_SAMPLED:, :count])
+        return tokens, StepTokens(logits_TV, kept, self._logprobs, flagged)
+
+
 class Decoder:
     """Runs decode steps of up to ``max_rows`` requests. num_vocab: ids below it are tokens."""
 
@@ -206,8 +246,7 @@ class Decoder:
         self.buckets = (*(size for size in BUCKETS if size < max_rows), max_rows)
         self._rows = _RowArrays(max_rows, self.pool.blocks_per_sequence, device)
         self._sampler, self._sampler_operand = sampler_of(device)
-        self._chosen = torch.zeros(2, aligned_rows(max_rows), dtype=torch.int32, device=device)
-        self._read = torch.zeros(self._chosen.shape, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._results = _Results(self.pool, max_rows)
         self._resident: list[_Resident] = []
         self._graphs: dict[int, _Captured] = {}
         self.num_replays = 0
@@ -250,18 +289,16 @@ class Decoder:
             self._rows.upload(rows)
         self._resident = []  # until the step has ended: one that fails leaves rows that nobody knows
         logits_TV = self.launch(count)
-        self._read.copy_(self._chosen, non_blocking=True)
+        self._results.copy()
         for row in rows:
             row.cache.num_tokens += 1
-        if self._read.is_pinned():
-            torch.cuda.current_stream(self.pool.spec.device).synchronize()
-        tokens, faults = self._read[:, : len(rows)].tolist()
+        self._results.wait()
+        tokens, results = self._results.read(logits_TV[: len(rows)])
         self._resident = [
             (slot, blocks, at + 1, token, draw and (draw[0] + 1, *draw[1:]))
             for (slot, blocks, at, _, draw), token in zip(wanted, tokens, strict=True)
         ]
-        chosen = [None if fault else token for token, fault in zip(tokens, faults, strict=True)]
-        return StepTokens(logits_TV[: len(rows)], chosen)
+        return results
 
     def upload(self, rows: Sequence[DecodeRow]) -> None:
         """Uploads rows for ``launch`` and ``run``, whatever the device holds."""
@@ -280,9 +317,10 @@ class Decoder:
 
     def run(self, count: int) -> torch.Tensor:
         """Runs the first ``count`` rows eagerly: the model, a token for each, and the arrays for the next step."""
-        tokens_T, tables = self._rows.columns.tokens[:count], self._rows.tables(self.pool, count)
+        tokens_T = self._rows.columns.tokens[:count]
+        tables = self._rows.tables(self.pool, count, self._results.flags(count))
         logits_TV = self._model.decode(tokens_T, tables)[:, : self._num_vocab]
-        found = Sampled(self._chosen[0, :count], self._chosen[1, :count])
+        found = self._results.sampled(count)
         self._sampler.run(logits_TV.float(), self._rows.sample_rows(count), self._sampler_operand, out=found)
         columns = self._rows.columns
         columns.counts[:, :count].add_(columns.steps[:count])

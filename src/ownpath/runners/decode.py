@@ -25,7 +25,7 @@ from ownpath.kernels.entries.types import (
 )
 from ownpath.kernels.registry import KERNELS
 from ownpath.kernels.scores.types import CSA_PAGES, IndexQuery, IndexScoresKernel, PagedRows
-from ownpath.kernels.select.types import SelectKernel, SelectWeights
+from ownpath.kernels.select.types import Selected, SelectKernel, SelectWeights
 from ownpath.runners.ops import HANDLES
 from ownpath.runners.runner import KernelOrName, KernelRunner, chosen_spec
 
@@ -113,7 +113,8 @@ class IndexScores(KernelRunner):
 
 
 class Select(KernelRunner):
-    """Selects each row's best-scored entries: their rows in the pool, ascending, and their number."""
+    """Selects each row's best-scored entries: their rows in the pool, ascending, their number, and a flag of scores
+    that are not finite, in ``flags_T`` int32 [T] if that is given."""
 
     def __init__(self, topk: int, *, kernel: KernelOrName = "ref.select") -> None:
         self.spec = chosen_spec(kernel)
@@ -125,15 +126,20 @@ class Select(KernelRunner):
         """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""
         return self.kernel.variant(scores_TC, self.operand)
 
-    def run(self, scores_TC: torch.Tensor, rows: PagedRows) -> tuple[torch.Tensor, ...]:
+    def run(self, scores_TC: torch.Tensor, rows: PagedRows, flags_T: torch.Tensor | None = None) -> Selected:
         """Selects. Errors: ValueError naming an argument that the kernel refuses."""
-        return self.kernel.run(scores_TC, rows, self.operand)
+        if flags_T is None:
+            return self.kernel.run(scores_TC, rows, self.operand)
+        shapes = (len(scores_TC), self.topk), (len(scores_TC),)
+        found = (torch.empty(shape, dtype=torch.int32, device=scores_TC.device) for shape in shapes)
+        return self.kernel.run(scores_TC, rows, self.operand, out=Selected(*found, flags_T))
 
-    def __call__(self, scores_TC: torch.Tensor, rows: PagedRows) -> tuple[torch.Tensor, ...]:
+    def __call__(self, scores_TC: torch.Tensor, rows: PagedRows, flags_T: torch.Tensor | None = None) -> Selected:
         if torch.compiler.is_compiling():
-            found: tuple[torch.Tensor, ...] = torch.ops.ownpath.select(scores_TC, *rows, self.handle)
-            return found
-        return self.kernel.run(scores_TC, rows, self.operand)
+            if flags_T is None:
+                flags_T = torch.empty(len(scores_TC), dtype=torch.int32, device=scores_TC.device)
+            return Selected(*torch.ops.ownpath.select(scores_TC, *rows, flags_T, self.handle), flags_T)
+        return self.run(scores_TC, rows, flags_T)
 
 
 class DecodeAttention(KernelRunner):

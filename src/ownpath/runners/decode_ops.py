@@ -38,9 +38,11 @@ def index_scores(
     return runner.run(IndexQuery(q, weights, cos, sin), keys, PagedRows(positions, blocks))
 
 
-def select(scores: Tensor, positions: Tensor, blocks: Tensor, runner: "Select") -> tuple[Tensor, ...]:
-    """Returns the rows of the pool [T, K], their number [T] and the flag of scores that are not finite [T]."""
-    return runner.run(scores, PagedRows(positions, blocks))
+def select(
+    scores: Tensor, positions: Tensor, blocks: Tensor, flags: Tensor, runner: "Select"
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Returns the rows of the pool [T, K] and their number [T]; writes the flag of scores that are not finite [T]."""
+    return runner.run(scores, PagedRows(positions, blocks), flags)[:2]
 
 
 def decode_attention(*given: Any) -> Tensor:
@@ -62,8 +64,10 @@ def _fake_scores(
     return q.new_empty((len(blocks), blocks.shape[1] * runner.pages.per_block), dtype=dtype)
 
 
-def _fake_select(scores: Tensor, positions: Tensor, blocks: Tensor, runner: "Select") -> tuple[Tensor, ...]:
-    shapes = (len(scores), runner.topk), (len(scores),), (len(scores),)
+def _fake_select(
+    scores: Tensor, positions: Tensor, blocks: Tensor, flags: Tensor, runner: "Select"
+) -> tuple[Tensor, ...]:  # fmt: skip
+    shapes = (len(scores), runner.topk), (len(scores),)
     return tuple(scores.new_empty(shape, dtype=torch.int32) for shape in shapes)
 
 
@@ -87,7 +91,7 @@ DECODE_OPERATIONS = (
         _fake_scores,
     ),
     (
-        "select(Tensor scores, Tensor positions, Tensor blocks, int runner) -> (Tensor, Tensor, Tensor)",
+        "select(Tensor scores, Tensor positions, Tensor blocks, Tensor(a!) flags, int runner) -> (Tensor, Tensor)",
         select,
         _fake_select,
     ),

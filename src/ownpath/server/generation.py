@@ -69,10 +69,9 @@ class _ChoiceStream:
         if output.finish_reason is FinishReason.ERROR:
             self.is_finished = True
             self._metrics.count_finished("error")
-            if output.is_non_finite:
+            if output.non_finite is not None:
                 self._metrics.count_corrupted()
-            code = "non_finite_logits" if output.is_non_finite else None
-            raise ApiError(500, output.error or "the generation failed", code=code)
+            raise ApiError(500, output.error or "the generation failed", code=output.non_finite)
         offset = self._answer.num_chars
         parts: list[AnswerPart] = []
         if output.token is not None:

@@ -208,5 +208,5 @@ def test_kernels_can_read_every_array(model: Model) -> None:
         decoder = Decoder(model, max_rows, model.config.vocab_size)
         tables, sampled = decoder._rows.tables(model.caches, 1), decoder._rows.sample_rows(1)
         arrays = [tables.positions_T, tables.slots_T, tables.blocks_TB, *sampled[:3], *sampled.filters[:3]]
-        arrays += [decoder._rows.columns.tokens, *decoder._chosen]
+        arrays += [decoder._rows.columns.tokens, *decoder._results.on_device]
         assert not any(array.data_ptr() % VECTOR_BYTES for array in arrays), max_rows

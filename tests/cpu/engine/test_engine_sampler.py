@@ -1,6 +1,7 @@
 """Choosing and scoring tokens."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -20,6 +21,10 @@ from ownpath.kernels.sample.ref import SampleReference
 from ownpath.kernels.sample.types import Sampled, SampleRows
 
 
+def token_ids(logits_SV: torch.Tensor, rows: Sequence[SampleRow]) -> list[int | None]:
+    return choose_tokens(logits_SV, rows).token_ids
+
+
 def row(temperature: float = 1.0, top_p: float = 1.0, seed: int | None = 0) -> SampleRow:
     """The first draw of a request with these parameters."""
     params = SamplingParams(8, temperature=temperature, top_p=top_p, seed=seed)
@@ -35,15 +40,15 @@ def test_greedy_takes_the_likeliest(device: torch.device) -> None:
     """The first of the likeliest, alone and beside a row that draws."""
     logits = torch.tensor([[0.0, 2.0, 2.0], [5.0, 2.0, 1.0], [0.0, 0.0, 90.0]], device=device)
     greedy = row(temperature=0)
-    assert choose_tokens(logits, [greedy] * 3) == [1, 0, 2]
-    assert choose_tokens(logits, [greedy, greedy, row()]) == [1, 0, 2]
+    assert token_ids(logits, [greedy] * 3) == [1, 0, 2]
+    assert token_ids(logits, [greedy, greedy, row()]) == [1, 0, 2]
 
 
 def test_frequencies_follow_the_softmax_of_the_scaled_logits(device: torch.device) -> None:
     """20,000 draws; each count is binomial, so 5 standard deviations fail once in about a million runs per token."""
     logits, temperature, num_draws = torch.tensor([0.0, 1.0, -1.0, 0.5], device=device), 0.7, 20_000
     counts = torch.zeros(4)
-    for token_id in choose_tokens(logits.repeat(num_draws, 1), successive(row(temperature), num_draws)):
+    for token_id in token_ids(logits.repeat(num_draws, 1), successive(row(temperature), num_draws)):
         assert token_id is not None
         counts[token_id] += 1
     weights = [math.exp(float(value) / temperature) for value in logits]
@@ -62,13 +67,13 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(
 ) -> None:
     """Edges are kept off by a thousandth: logits are float32, so that 0.5 is not exactly half."""
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05], device=device).log()
-    assert set(choose_tokens(logits.repeat(2000, 1), successive(row(top_p=top_p), 2000))) == allowed
+    assert set(token_ids(logits.repeat(2000, 1), successive(row(top_p=top_p), 2000))) == allowed
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-9, 1e-3])
 def test_a_tiny_temperature_is_greedy_not_nan(temperature: float, device: torch.device) -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0], [1e30, -1e30, 0.0]], device=device)
-    assert choose_tokens(logits, [row(temperature), row(temperature)]) == [1, 0]
+    assert token_ids(logits, [row(temperature), row(temperature)]) == [1, 0]
 
 
 @settings(deadline=None, max_examples=50)
@@ -78,15 +83,15 @@ def test_a_row_does_not_depend_on_its_neighbours(
 ) -> None:
     logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(seed)).to(device)
     rows = [row(temperature, top_p, seed + n) for n in range(4)] + [row(temperature=0)]
-    together = choose_tokens(logits, rows)
-    alone = [choose_tokens(logits[n : n + 1], [rows[n]])[0] for n in range(5)]
+    together = token_ids(logits, rows)
+    alone = [token_ids(logits[n : n + 1], [rows[n]])[0] for n in range(5)]
     assert together == alone
     assert all(token_id is not None and 0 <= token_id < 300 for token_id in together)
 
 
 def test_seeds() -> None:
     def draws(seed: int | None) -> list[int | None]:
-        return choose_tokens(torch.zeros(8, 1000), successive(row(seed=seed), 8))
+        return token_ids(torch.zeros(8, 1000), successive(row(seed=seed), 8))
 
     assert draws(7) == draws(7)
     assert draws(7) != draws(8)
@@ -133,8 +138,8 @@ def test_rows_that_are_not_finite_are_seen(bad: float) -> None:
     logits = torch.zeros(3, 4)
     logits[1, 2] = bad
     assert finite_rows(logits) == [True, False, True]
-    assert choose_tokens(logits, [row(temperature=0)] * 3) == [0, None, 0]
-    assert [token is None for token in choose_tokens(logits, [row()] * 3)] == [False, True, False]
+    assert token_ids(logits, [row(temperature=0)] * 3) == [0, None, 0]
+    assert [token is None for token in token_ids(logits, [row()] * 3)] == [False, True, False]
     with pytest.raises(NonFiniteLogits):
         score_tokens(logits, [0, 0, 0], 0)
     with pytest.raises(NonFiniteLogits):
