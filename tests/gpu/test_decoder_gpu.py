@@ -8,8 +8,9 @@ import torch
 import triton
 from support.kernel_configs import model_configs
 
+from ownpath.cache.layout import BLOCK_TOKENS
 from ownpath.cache.pools import CachePool
-from ownpath.config import EngineConfig
+from ownpath.config import CSA_RATIO, EngineConfig
 from ownpath.engine.decoder import Decoder, DecodeRow
 from ownpath.engine.request import SamplingParams
 from ownpath.engine.sampler import SampleRow, choose_tokens, warm_up_sampler
@@ -133,6 +134,41 @@ def test_padded_rows_and_neighbours_change_no_bit_of_an_invariant_plan(model: Mo
 
 def _is_invariant(model: Model) -> bool:
     return any(kernel.endswith("_invariant") for _, kernel in model.ledger.kernels.values())
+
+
+def test_index_scores_that_are_not_finite_are_told_of_their_row(model: Model) -> None:
+    """By a graph and eagerly, in steps with padded rows; the tokens of the other rows stay as they are."""
+    layer_idx = model.config.compress_ratios.index(CSA_RATIO)
+    indexer = model.caches.layers[layer_idx].indexer
+    assert indexer is not None
+    for decoder in (captured(model), eager(model)):
+        rows = started(model, PROMPTS)
+        clean = decoder.step(rows)
+        assert clean.flagged == {}
+        for row in rows:
+            row.cache.num_tokens -= 1  # the same step once more
+        indexer.entries[rows[3].cache.blocks[0] * BLOCK_TOKENS // CSA_RATIO] = torch.nan
+        found = decoder.step(rows)
+        assert found.flagged == {3: layer_idx}
+        others = [0, 1, 2, 4]
+        assert [found.token_ids[n] for n in others] == [clean.token_ids[n] for n in others]
+        for row in rows:
+            row.cache.release()
+
+
+def test_log_probs_are_those_of_the_logits(model: Model) -> None:
+    for decoder in (captured(model), eager(model)):
+        rows = started(model, PROMPTS)
+        params = SamplingParams(9, temperature=0.8, top_p=0.7)
+        drawn = [row._replace(sample=SampleRow(params, seed=n, num_drawn=0)) for n, row in enumerate(rows)]
+        found = decoder.step(drawn)
+        exact_TV = found.logits_TV.double().log_softmax(-1)
+        for n, token_id in enumerate(found.token_ids):
+            assert token_id is not None
+            # Below 16, where float32 has steps of 2**-20: 64 of them for the sum, as in the sampler's own tests.
+            assert abs(float(found.logprobs_T[n]) - float(exact_TV[n, token_id])) < 64 * 2**-20
+        for row in rows:
+            row.cache.release()
 
 
 def test_replays_are_counted_like_eager_steps(model: Model) -> None:

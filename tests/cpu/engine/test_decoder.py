@@ -12,7 +12,7 @@ from ownpath.cache.tables import DecodeTables
 from ownpath.config import EngineConfig
 from ownpath.engine.decoder import PADDED, Decoder, DecodeRow, make_decoder, no_graph_of
 from ownpath.engine.engine import Engine
-from ownpath.engine.request import FinishReason, Request, SamplingParams, StepOutput
+from ownpath.engine.request import FinishReason, Request, SamplingParams, ScoredToken, StepOutput
 from ownpath.engine.sampler import SampleRow
 from ownpath.kernels.checks import VECTOR_BYTES
 from ownpath.loading import load_model
@@ -54,13 +54,7 @@ def answers(model: Model, config: EngineConfig, decoder: Decoder | None) -> list
 
 
 def tokens_of(heard: "queue.SimpleQueue[StepOutput]") -> list[int]:
-    tokens: list[int] = []
-    while True:
-        output = heard.get(timeout=WAIT_S)
-        assert output.finish_reason is not FinishReason.ERROR, output.error
-        tokens += [output.token.token_id] if output.token else []
-        if output.finish_reason is not None:
-            return tokens
+    return [token.token_id for token in scored_tokens_of(heard)]
 
 
 def test_answers_are_those_of_forward(model: Model, config: EngineConfig) -> None:
@@ -200,6 +194,47 @@ def test_a_logit_that_is_not_finite_is_told_for_its_row_alone(model: Model) -> N
     assert [token is None for token in chosen] == [False, True, False]
     for row in rows:
         row.cache.release()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_log_probs_come_with_the_tokens(
+    model: Model, config: EngineConfig, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of an answer are the same with and without the likeliest tokens, and by steps of ``forward``; no second
+    pass over the logits computes them."""
+
+    def scored(num_logprobs: int | None, decoder: Decoder | None) -> list[ScoredToken]:
+        heard: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
+        engine = Engine(model, config, VOCAB, end_token_ids=(), decoder=decoder)
+        engine.start()
+        params = SamplingParams(12, temperature=temperature, seed=4, num_logprobs=num_logprobs)
+        engine.submit([Request([5, 6, 7], params, heard.put)])
+        found = scored_tokens_of(heard)
+        engine.stop()
+        return found
+
+    decoder = Decoder(model, MAX_ROWS, VOCAB)
+    with_tops, silent = scored(3, decoder), scored(None, decoder)
+    monkeypatch.setattr("ownpath.engine.sampler.score_tokens", None)
+    alone, by_forward = scored(0, decoder), scored(0, None)
+    assert [one.logprob for one in silent] == [None] * 12
+    for one, tops, plain, other in zip(alone, with_tops, silent, by_forward, strict=True):
+        assert one.token_id == tops.token_id == plain.token_id == other.token_id
+        assert one.top_logprobs == () != tops.top_logprobs
+        assert one.logprob is not None
+        assert one.logprob == tops.logprob
+        # The same logits up to float64's rounding, in float32: one step below 8.
+        assert other.logprob == pytest.approx(one.logprob, abs=2**-21)
+
+
+def scored_tokens_of(heard: "queue.SimpleQueue[StepOutput]") -> list[ScoredToken]:
+    found: list[ScoredToken] = []
+    while True:
+        output = heard.get(timeout=WAIT_S)
+        assert output.finish_reason is not FinishReason.ERROR, output.error
+        found += [output.token] if output.token else []
+        if output.finish_reason is not None:
+            return found
 
 
 def test_kernels_can_read_every_array(model: Model) -> None:

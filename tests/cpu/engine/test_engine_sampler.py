@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ownpath.engine.request import Request, RequestError, SamplingParams
+from ownpath.engine.request import Request, RequestError, SamplingParams, ScoredToken
 from ownpath.engine.sampler import (
     NonFiniteLogits,
     SampleRow,
@@ -16,6 +17,7 @@ from ownpath.engine.sampler import (
     finite_rows,
     score_tokens,
     warm_up_sampler,
+    with_top,
 )
 from ownpath.kernels.sample.ref import SampleReference
 from ownpath.kernels.sample.types import Sampled, SampleRows
@@ -131,6 +133,37 @@ def test_scores_are_the_models_own_log_probabilities(device: torch.device) -> No
         assert [i for i, _ in entry.top_logprobs] == best
         assert [p for _, p in entry.top_logprobs] == sorted((p for _, p in entry.top_logprobs), reverse=True)
     assert score_tokens(logits, [4, 0, 49], 0)[0].top_logprobs == ()
+
+
+def test_a_chosen_token_brings_its_log_probability(device: torch.device) -> None:
+    """By the raw logits, whatever the temperature and top_p; a CPU computes it where a row asks."""
+    logits = torch.randn(4, 700, generator=torch.Generator().manual_seed(1)).to(device)
+    plain, drawn = row(temperature=0), row(temperature=0.5, top_p=0.9)
+    asking = drawn._replace(params=replace(drawn.params, num_logprobs=0))
+    rows = [plain, drawn, asking, drawn]
+    found = choose_tokens(logits, rows)
+    assert found.token_ids == token_ids(logits, [plain, drawn, drawn, drawn])
+    for n, (token_id, logprob) in enumerate(zip(*found, strict=True)):
+        assert token_id is not None
+        exact = float(logits[n].double().log_softmax(-1)[token_id])
+        # Logits and sums are below 8, where float32 has steps of 2**-21: 16 of them for a sum of 700 terms.
+        assert logprob == pytest.approx(exact, abs=16 * 2**-21)
+    silent = choose_tokens(logits, [plain, drawn, drawn, plain]).logprobs
+    assert len(silent) == 4
+    assert device.type != "cpu" or all(math.isnan(logprob) for logprob in silent)
+
+
+def test_the_likeliest_tokens_agree_with_the_chosen_one(device: torch.device) -> None:
+    """A client may look the chosen token up among the likeliest: it finds the same number there."""
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(2)).to(device)
+    (scored,) = score_tokens(logits, [7], 50)
+    assert scored.logprob is not None
+    sampled = scored.logprob + 2**-22
+    found = with_top(7, sampled, logits, 50)
+    assert (found.token_id, found.logprob) == (7, sampled)
+    assert [one for one in found.top_logprobs if one[0] != 7] == [one for one in scored.top_logprobs if one[0] != 7]
+    assert dict(found.top_logprobs)[7] == sampled
+    assert with_top(7, sampled, logits * math.nan, 0) == ScoredToken(7, sampled), "no second look at the logits"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
