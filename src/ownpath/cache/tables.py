@@ -12,9 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ownpath.cache.layout import BLOCK_TOKENS, NOBODY, windows_per_entry
+from ownpath.cache.layout import BLOCK_TOKENS, NOBODY, aligned_rows, windows_per_entry
 from ownpath.cache.pools import CachePool, SequenceCache
-from ownpath.kernels.checks import aligned_rows
 
 
 def new_flags(pool: CachePool, num_rows: int) -> torch.Tensor:

@@ -18,13 +18,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ownpath.cache.layout import NOBODY
+from ownpath.cache.layout import NOBODY, aligned_rows
 from ownpath.cache.pools import CachePool, SequenceCache
 from ownpath.cache.tables import DecodeTables, first_flagged, new_flags
 from ownpath.config import EngineConfig
 from ownpath.engine.request import SamplingParams
 from ownpath.engine.sampler import SampleRow, sampled_views, sampler_of
-from ownpath.kernels.checks import aligned_rows
 from ownpath.kernels.registry import spec_of
 from ownpath.kernels.sample.types import FilterRows, Sampled, SampleRows
 from ownpath.terminal.console import tell
@@ -200,7 +199,7 @@ class _Captured:
 
 
 class _Results:
-    """What the host reads after a step, in one copy of int32 [3 + L, R]: the sampler's tokens, faults and log-probs,
+    """The results of a step that the host reads, in one copy of int32 [3 + L, R]: the sampler's tokens, faults and log-probs,
     then the flags of each layer's index scores, 0 where a layer has none."""
 
     def __init__(self, pool: CachePool, max_rows: int) -> None:

@@ -78,7 +78,7 @@ class FinishReason(Enum):
 
 
 class NonFinite(StrEnum):
-    """What ended an answer by being NaN or infinite; the value is the API's code of the error."""
+    """Numbers that end an answer by being NaN or infinite; the value is the API's code of the error."""
 
     LOGITS = "non_finite_logits"
     INDEX_SCORES = "non_finite_index_scores"

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ownpath.cache.layout import aligned_rows
 from ownpath.engine.request import Request, SamplingParams, ScoredToken
-from ownpath.kernels.checks import aligned_rows
 from ownpath.kernels.registry import KERNELS
 from ownpath.kernels.sample.types import FilterRows, Sampled, SampleKernel, SampleRows
 from ownpath.loading import device_caps

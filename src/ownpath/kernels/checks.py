@@ -25,13 +25,6 @@ def check(
     check_alignment(name, tensor)
 
 
-def aligned_rows(num_rows: int) -> int:
-    """Returns the least number of 4-byte rows, at least ``num_rows``, after which the next array may begin for the
-    kernels' widest loads."""
-    per_vector = VECTOR_BYTES // 4
-    return -(-num_rows // per_vector) * per_vector
-
-
 def is_dense(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     """Returns True for a contiguous, aligned tensor of this dtype. Quicker than ``check``, which checks more."""
     return tensor.dtype is dtype and tensor.is_contiguous() and not tensor.data_ptr() % VECTOR_BYTES

@@ -3,15 +3,12 @@
 They take the arguments of their kernels, whose types are in the families' ``types.py``.
 """
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 
 import ownpath.runners.decode_ops  # noqa: F401, defines the operations that the runners call while torch compiles
+from ownpath.kernels.angles.types import Frequencies, StepAnglesKernel, views_of
 from ownpath.kernels.attend.types import AttendKernel, AttendWeights, DecodeKeys, DecodeRows
 from ownpath.kernels.contract import NormWeights
-from ownpath.kernels.entries.angles import Frequencies, step_angles
 from ownpath.kernels.entries.types import (
     CompressorWeights,
     EntriesKernel,
@@ -46,21 +43,34 @@ __all__ = [
     "NormWeights",
     "PagedRows",
     "RawRows",
+    "RotaryAngles",
     "RowPlaces",
     "Select",
     "StepAngles",
-    "angles_of_steps",
 ]
 
 
-def angles_of_steps(frequencies: Frequencies, kernel: KernelOrName) -> Callable[[torch.Tensor], StepAngles]:
-    """Returns the function that computes the angles of a step's positions, int32 [T]: in one launch where ``kernel``,
-    which writes the caches' entries, is one of Triton's, else in torch."""
-    if chosen_spec(kernel).is_torch:
-        return partial(step_angles, frequencies=frequencies)
-    from ownpath.kernels.entries.head import STEP_ANGLES  # needs Triton
+class RotaryAngles(KernelRunner):
+    """The angles of a step's positions int32 [T], for all layers."""
 
-    return partial(STEP_ANGLES.run, operand=STEP_ANGLES.prepare(frequencies))
+    def __init__(self, frequencies: Frequencies, *, kernel: KernelOrName = "ref.step_angles") -> None:
+        self.spec = chosen_spec(kernel)
+        self.kernel: StepAnglesKernel[object] = KERNELS[self.spec.name]
+        self.num_pairs, self.operand = len(frequencies.sliding_F), self.kernel.prepare(frequencies)
+        self.handle = HANDLES.new(self)
+
+    def variant(self, positions_T: torch.Tensor) -> str | None:
+        """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""
+        return self.kernel.variant(positions_T, self.operand)
+
+    def run(self, positions_T: torch.Tensor) -> torch.Tensor:
+        """Computes all tables [KINDS, T, F]. Errors: ValueError naming an argument that the kernel refuses."""
+        return self.kernel.run(positions_T, self.operand)
+
+    def __call__(self, positions_T: torch.Tensor) -> StepAngles:
+        if torch.compiler.is_compiling():
+            return views_of(torch.ops.ownpath.step_angles(positions_T, self.handle))
+        return views_of(self.run(positions_T))
 
 
 class CacheEntries(KernelRunner):

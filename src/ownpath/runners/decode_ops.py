@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ownpath.kernels.angles.types import KINDS
 from ownpath.kernels.attend.types import DecodeKeys, DecodeRows
 from ownpath.kernels.entries.types import EntryAngles, LayerPools, RawRows, RowPlaces
 from ownpath.kernels.scores.types import IndexQuery, PagedRows
@@ -17,9 +18,14 @@ from ownpath.numerics import wide_dtype
 from ownpath.runners.ops import register
 
 if TYPE_CHECKING:
-    from ownpath.runners.decode import IndexScores, Select
+    from ownpath.runners.decode import IndexScores, RotaryAngles, Select
 
 NUM_RAW, NUM_ANGLES, NUM_PLACES = len(RawRows._fields), len(EntryAngles._fields), len(RowPlaces._fields)
+
+
+def step_angles(positions: Tensor, runner: "RotaryAngles") -> Tensor:
+    """Computes float32 [KINDS, T, F]."""
+    return runner.run(positions)
 
 
 def cache_entries(*given: Any) -> None:
@@ -52,6 +58,10 @@ def decode_attention(*given: Any) -> Tensor:
     return found
 
 
+def _fake_angles(positions: Tensor, runner: "RotaryAngles") -> Tensor:
+    return positions.new_empty((KINDS, len(positions), runner.num_pairs), dtype=torch.float32)
+
+
 def _fake_entries(*_: object) -> None:
     """Nothing is returned."""
 
@@ -77,6 +87,7 @@ def _fake_attention(q: Tensor, *_: object) -> Tensor:
 
 ROWS = "Tensor positions, Tensor slots, Tensor blocks"
 DECODE_OPERATIONS = (
+    ("step_angles(Tensor positions, int runner) -> Tensor", step_angles, _fake_angles),
     (
         "cache_entries(Tensor kv, Tensor? main, Tensor? index, Tensor cos, Tensor sin, Tensor? first_cos,"
         f" Tensor? first_sin, {ROWS}, Tensor(a!) window, Tensor(b!)? state, Tensor(c!)? entries,"
