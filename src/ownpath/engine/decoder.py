@@ -199,8 +199,8 @@ class _Captured:
 
 
 class _Results:
-    """The results of a step that the host reads, in one copy of int32 [3 + L, R]: the sampler's tokens, faults and log-probs,
-    then the flags of each layer's index scores, 0 where a layer has none."""
+    """The results of a step that the host reads, in one copy of int32 [3 + L, R]: the sampler's tokens, faults and
+    log-probs, then the flags of each layer's index scores, 0 where a layer has none."""
 
     def __init__(self, pool: CachePool, max_rows: int) -> None:
         device, flags_LT = pool.spec.device, new_flags(pool, max_rows)

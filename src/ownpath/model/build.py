@@ -199,7 +199,7 @@ class Builder:
     @cached_property
     def _paged(self) -> PagedAttention | None:
         """The backend of all layers if decode steps are planned."""
-        slot = "decode.angles"
+        slot = "attn.decode.angles"
         if slot not in self.specs:
             return None
         config, device = self.config, torch.device(self.engine.device)

@@ -13,7 +13,7 @@ from ownpath.ops import OpKind
 
 DECODE_WINDOW = 128
 """Keys of a window, which the kernels of decode steps are made for."""
-STEP_ANGLES = "decode.angles"
+STEP_ANGLES = "attn.decode.angles"
 """The slot of a decode step's angles, which is no layer's."""
 INDEXER, Q_HEAD_NORM = frozenset({Step.INDEXER}), frozenset({Step.Q_HEAD_NORM})
 

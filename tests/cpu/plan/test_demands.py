@@ -88,7 +88,7 @@ def test_every_companion_is_planned_with_a_reason(tmp_path: Path) -> None:
     kernels = {op.spec.slot: op.choice.kernel.name for op in plan.companions}
     assert kernels["layers.0.hc_attn"] == kernels["hc_head"] == "triton.hyper_boundary"
     assert kernels["layers.4.ffn.router"] == "triton.router"
-    assert kernels["decode.angles"] == "triton.step_angles"
+    assert kernels["attn.decode.angles"] == "triton.step_angles"
     assert kernels["layers.0.attn.decode.entries"] == "ref.entries", "its head is not 512 wide"
     assert kernels["layers.4.ffn.decode.route"] == "triton.route"
     assert "layers.0.attn.decode.select" not in kernels, "a sliding layer selects nothing"
