@@ -1,5 +1,7 @@
 """Captured decode steps on a device: the bits of eager ones, the same kernels, and nobody else's memory."""
 
+import queue
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -11,8 +13,9 @@ from support.kernel_configs import model_configs
 from ownpath.cache.layout import BLOCK_TOKENS
 from ownpath.cache.pools import CachePool
 from ownpath.config import CSA_RATIO, EngineConfig
-from ownpath.engine.decoder import Decoder, DecodeRow
-from ownpath.engine.request import SamplingParams
+from ownpath.engine.decoder import Decoder, DecodeRow, make_decoder
+from ownpath.engine.engine import Engine
+from ownpath.engine.request import FinishReason, Request, SamplingParams, StepOutput
 from ownpath.engine.sampler import SampleRow, choose_tokens, warm_up_sampler
 from ownpath.kernels.dsl import cache
 from ownpath.kernels.dsl.cache import Config
@@ -195,6 +198,11 @@ def test_the_device_ran_the_kernels_of_the_plan(model: Model) -> None:
     names = Counter(launch.kernel for launch in replayed if not launch.kernel.startswith("memcpy"))
     assert names == Counter(launch.kernel for launch in launched)
     slots = {launch.slot for launch in launched}
+    glue = {launch.kernel for launch in launched if launch.slot is None}
+    assert not [
+        kernel for kernel in glue if re.search(r"step_angles|entries|index_scores|select_kernel|attend", kernel)
+    ]
+    assert "attn.decode.angles" in slots
     assert {f"layers.1.attn.decode.{name}" for name in ("entries", "scores", "select", "attend")} <= slots
     assert ("layers.1.ffn.decode.route" in slots) is not _is_invariant(model)
     assert ("layers.1.ffn.router" in slots) is _is_invariant(model)
@@ -232,6 +240,36 @@ def test_no_prompt_compiles_after_the_start(model: Model) -> None:
         assert COMPILATIONS.count == before, lengths
         for row in rows:
             row.cache.release()
+
+
+def test_a_served_engine_compiles_and_captures_nothing(model: Model) -> None:
+    """After a start as ``serve`` makes it, whatever requests come: alone and together, greedy, drawn and scored."""
+    engine = EngineConfig(model.cache_spec.device.type, torch.bfloat16, 1024, MAX_ROWS, max_prefill_tokens=512)
+    warm_up(model, engine)
+    warm_up_sampler(model.cache_spec.device, model.config.vocab_size)
+    before = COMPILATIONS.num_captured
+    decoder = make_decoder(model, engine, model.config.vocab_size)
+    assert decoder is not None
+    assert COMPILATIONS.num_captured - before == len(decoder.buckets)
+    runs = Engine(model, engine, model.config.vocab_size, end_token_ids=(), decoder=decoder)
+    runs.start()
+    for count in range(1, MAX_ROWS + 1):
+        heard: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
+        kinds = (
+            SamplingParams(5 + count, temperature=0.0),
+            SamplingParams(5 + count, temperature=0.9, top_p=0.8, num_logprobs=0),
+            SamplingParams(5 + count, num_logprobs=3, prompt_logprobs=True),
+        )
+        runs.submit([Request([5 + n] * (1 + 60 * n), kinds[n % 3], heard.put) for n in range(count)])
+        num_ended = 0
+        while num_ended < count:
+            output = heard.get(timeout=60)
+            assert output.finish_reason is not FinishReason.ERROR, output.error
+            num_ended += output.finish_reason is not None
+    load = runs.load()
+    runs.stop()
+    assert (load.num_compiled, load.num_captured) == (0, 0)
+    assert decoder.num_replays
 
 
 def started_together(model: Model, lengths: Sequence[int]) -> list[DecodeRow]:

@@ -24,6 +24,7 @@ from ownpath.cache.tables import DecodeTables, first_flagged, new_flags
 from ownpath.config import EngineConfig
 from ownpath.engine.request import SamplingParams
 from ownpath.engine.sampler import SampleRow, sampled_views, sampler_of
+from ownpath.kernels.dsl.compilations import COMPILATIONS
 from ownpath.kernels.registry import spec_of
 from ownpath.kernels.sample.types import FilterRows, Sampled, SampleRows
 from ownpath.terminal.console import tell
@@ -278,6 +279,7 @@ class Decoder:
         graph = torch.cuda.CUDAGraph()
         with self._model.ledger.counting_apart() as calls, torch.cuda.graph(graph, pool=memory):
             logits_TV = self.run(count)
+        COMPILATIONS.num_captured += 1
         return _Captured(graph, logits_TV, self._model.ledger.captured(calls))
 
     def step(self, rows: Sequence[DecodeRow]) -> StepTokens:

@@ -59,13 +59,15 @@ class LanguageModel(Protocol):
 class EngineLoad:
     """num_running, num_waiting: requests. cache_use: share of the caches' tokens that running requests fill.
 
-    num_compiled: kernels that steps had to compile, or to take from Triton's cache, since the engine started.
+    Since the engine started: num_compiled, kernels that steps had to compile, or to take from Triton's cache;
+    num_captured, graphs that they had to capture. Both should stay 0.
     """
 
     num_running: int
     num_waiting: int
     cache_use: float
     num_compiled: int
+    num_captured: int
 
 
 class EngineOverloaded(RuntimeError):
@@ -108,7 +110,7 @@ class Engine:
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._stopping = False
         self._is_stepping = False
-        self._num_compiled_before = COMPILATIONS.count
+        self._made_before = (COMPILATIONS.count, COMPILATIONS.num_captured)
         self.num_steps = 0
         """Steps begun so far."""
         self.failure: str | None = None
@@ -119,7 +121,7 @@ class Engine:
 
     def start(self) -> None:
         """Starts the thread. Call once."""
-        self._num_compiled_before = COMPILATIONS.count
+        self._made_before = (COMPILATIONS.count, COMPILATIONS.num_captured)
         self._thread.start()
 
     def stop(self, timeout_s: float = 10.0) -> None:
@@ -165,8 +167,9 @@ class Engine:
         running = list(self._scheduler.running)
         room = self.config.max_num_seqs * self.config.max_model_len
         use = sum(request.num_computed for request in running) / room
-        num_compiled = COMPILATIONS.count - self._num_compiled_before
-        return EngineLoad(len(running), self._scheduler.num_waiting, use, num_compiled)
+        compiled, captured = self._made_before
+        made = COMPILATIONS.count - compiled, COMPILATIONS.num_captured - captured
+        return EngineLoad(len(running), self._scheduler.num_waiting, use, *made)
 
     def check(self, request: Request) -> None:
         """Checks that the request could run here. Errors: RequestError with the numbers."""
