@@ -26,7 +26,7 @@ def first_flagged(flags_LT: "npt.NDArray[np.int32]") -> dict[int, int]:
     """Returns the first layer that flagged each row, of those that are flagged at all."""
     if not flags_LT.any():
         return {}
-    return {int(row): int(flags_LT[:, row].argmax()) for row in flags_LT.any(axis=0).nonzero()[0]}
+    return {row: int(flags_LT[:, row].argmax()) for row in np.flatnonzero(flags_LT.any(axis=0)).tolist()}
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,8 @@ class StepTables:
             return None
         needed = max(self.starts) // BLOCK_TOKENS + 1
         arrays = (self.positions_T, self.slots_R, self.blocks_RB[:, :needed])
-        return DecodeTables(self.pool, *(array.to(torch.int32).contiguous() for array in arrays), self.flags_LT)
+        positions_T, slots_T, blocks_TB = (array.to(torch.int32).contiguous() for array in arrays)
+        return DecodeTables(self.pool, positions_T, slots_T, blocks_TB, self.flags_LT)
 
     def extend(self) -> None:
         """Adds the step's rows to the token counts of their sequences."""

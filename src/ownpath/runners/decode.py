@@ -141,14 +141,15 @@ class Select(KernelRunner):
         if flags_T is None:
             return self.kernel.run(scores_TC, rows, self.operand)
         shapes = (len(scores_TC), self.topk), (len(scores_TC),)
-        found = (torch.empty(shape, dtype=torch.int32, device=scores_TC.device) for shape in shapes)
-        return self.kernel.run(scores_TC, rows, self.operand, out=Selected(*found, flags_T))
+        rows_TK, num_T = (torch.empty(shape, dtype=torch.int32, device=scores_TC.device) for shape in shapes)
+        return self.kernel.run(scores_TC, rows, self.operand, out=Selected(rows_TK, num_T, flags_T))
 
     def __call__(self, scores_TC: torch.Tensor, rows: PagedRows, flags_T: torch.Tensor | None = None) -> Selected:
         if torch.compiler.is_compiling():
             if flags_T is None:
                 flags_T = torch.empty(len(scores_TC), dtype=torch.int32, device=scores_TC.device)
-            return Selected(*torch.ops.ownpath.select(scores_TC, *rows, flags_T, self.handle), flags_T)
+            rows_TK, num_T = torch.ops.ownpath.select(scores_TC, *rows, flags_T, self.handle)
+            return Selected(rows_TK, num_T, flags_T)
         return self.run(scores_TC, rows, flags_T)
 
 

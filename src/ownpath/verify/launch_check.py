@@ -1,8 +1,8 @@
 """Compares the kernels that the device really ran, as the profiler names them, with the plan.
 
-A planned kernel of ours must appear under the name of its own code, in its own slot; none of ours may run outside all
-slots, and no other product. A product that is not ours may run only in a slot whose planned kernel is torch's, or passed
-a recorded call on to torch's libraries.
+A planned kernel of ours must appear under the name of its own code, in its own slot. A product that is not ours may run
+only in a slot whose planned kernel is torch's, or passed a recorded call on to torch's libraries. Outside all slots run
+neither kernels of ours nor products.
 """
 
 import re
