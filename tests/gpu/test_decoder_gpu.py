@@ -13,9 +13,10 @@ from support.kernel_configs import model_configs
 from ownpath.cache.layout import BLOCK_TOKENS
 from ownpath.cache.pools import CachePool
 from ownpath.config import CSA_RATIO, EngineConfig
-from ownpath.engine.decoder import Decoder, DecodeRow, make_decoder
+from ownpath.engine.decoder import Decoder, make_decoder
 from ownpath.engine.engine import Engine
 from ownpath.engine.request import FinishReason, Request, SamplingParams, StepOutput
+from ownpath.engine.rows import DecodeRow, StepRows
 from ownpath.engine.sampler import SampleRow, choose_tokens, warm_up_sampler
 from ownpath.kernels.dsl import cache
 from ownpath.kernels.dsl.cache import Config
@@ -73,7 +74,7 @@ def decode(decoder: Decoder, rows: list[DecodeRow]) -> list[torch.Tensor]:
     """The logits of greedy steps; gives the rows' caches back."""
     logits = []
     for _ in range(NUM_STEPS):
-        found = decoder.step(rows)
+        found = decoder.step(StepRows.of(rows))
         logits.append(found.logits_TV.clone())
         assert None not in found.token_ids
         rows = [DecodeRow(row.cache, token or 0) for row, token in zip(rows, found.token_ids, strict=True)]
@@ -104,7 +105,7 @@ def test_graphs_serve_other_rows_than_they_were_captured_with(model: Model) -> N
 def test_a_step_close_to_the_reference(model: Model) -> None:
     """The line of kernels beside torch's attention over the same caches: their roundings, no more."""
     rows = started(model, PROMPTS)
-    found = eager(model).step(rows).logits_TV
+    found = eager(model).step(StepRows.of(rows)).logits_TV
     for row in rows:
         row.cache.release()
     expected = []
@@ -148,12 +149,12 @@ def test_index_scores_that_are_not_finite_are_told_of_their_row(model: Model) ->
     assert indexer is not None
     for decoder in (captured(model), eager(model)):
         rows = started(model, PROMPTS)
-        clean = decoder.step(rows)
+        clean = decoder.step(StepRows.of(rows))
         assert clean.flagged == {}
         for row in rows:
             row.cache.num_tokens -= 1  # the same step once more
         indexer.entries[rows[3].cache.blocks[0] * BLOCK_TOKENS // CSA_RATIO] = torch.nan
-        found = decoder.step(rows)
+        found = decoder.step(StepRows.of(rows))
         assert found.flagged == {3: layer_idx}
         others = [0, 1, 2, 4]
         assert [found.token_ids[n] for n in others] == [clean.token_ids[n] for n in others]
@@ -166,7 +167,7 @@ def test_log_probs_are_those_of_the_logits(model: Model) -> None:
         rows = started(model, PROMPTS)
         params = SamplingParams(9, temperature=0.8, top_p=0.7)
         drawn = [row._replace(sample=SampleRow(params, seed=n, num_drawn=0)) for n, row in enumerate(rows)]
-        found = decoder.step(drawn)
+        found = decoder.step(StepRows.of(drawn))
         exact_TV = found.logits_TV.double().log_softmax(-1)
         for n, token_id in enumerate(found.token_ids):
             assert token_id is not None
@@ -180,10 +181,10 @@ def test_replays_are_counted_like_eager_steps(model: Model) -> None:
     graphs = captured(model)
     rows = started(model, (20, 30))
     model.ledger.clear()
-    graphs.step(rows)
+    graphs.step(StepRows.of(rows))
     replayed = Counter(model.ledger.calls)
     model.ledger.clear()
-    eager(model).step([DecodeRow(row.cache, 7) for row in rows])
+    eager(model).step(StepRows.of([DecodeRow(row.cache, 7) for row in rows]))
     assert replayed == model.ledger.calls
     assert "layers.1.attn.decode.attend" in replayed
 
@@ -193,7 +194,7 @@ def test_the_device_ran_the_kernels_of_the_plan(model: Model) -> None:
     graphs = captured(model)
     rows = started(model, (20, 30))
     once = eager(model)
-    once.step(rows)
+    once.step(StepRows.of(rows))
     launched = record_launches(model.ledger, lambda: once.run(2))
     replayed = record_launches(model.ledger, lambda: graphs._graphs[2].graph.replay())
     # A copy is a transfer to an eager step and a kernel to a graph.
@@ -220,7 +221,7 @@ def test_no_step_compiles_after_the_capture(model: Model, monkeypatch: pytest.Mo
         rows = started(model, [3 + idx for idx in range(count)])
         compiled.clear()  # prompts are another kind of step
         drawn = [DecodeRow(row.cache, 5, SampleRow(params, seed=idx, num_drawn=0)) for idx, row in enumerate(rows)]
-        assert None not in graphs.step(drawn).token_ids
+        assert None not in graphs.step(StepRows.of(drawn)).token_ids
         for row in rows:
             row.cache.release()
         assert compiled == [], count

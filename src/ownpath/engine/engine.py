@@ -12,7 +12,7 @@ import torch
 from ownpath.cache.pools import SequenceCache
 from ownpath.config import EngineConfig, ModelConfig
 from ownpath.engine.batch import LogitsShare, build_batch, decode_share
-from ownpath.engine.decoder import Decoder, DecodeRow
+from ownpath.engine.decoder import Decoder
 from ownpath.engine.device import device_problem
 from ownpath.engine.flags import IndexFlags, tell_flagged
 from ownpath.engine.request import (
@@ -24,6 +24,7 @@ from ownpath.engine.request import (
     StepOutput,
     plain_output,
 )
+from ownpath.engine.rows import step_rows
 from ownpath.engine.sampler import (
     NON_FINITE,
     Drawn,
@@ -241,7 +242,8 @@ class Engine:
 
     def _step_or_fail(self) -> None:
         """Runs a step. If it fails, its requests fail with it, and only those."""
-        chunks = [chunk for chunk in self._scheduler.schedule() if self._prepare(chunk.request)]
+        planned = self._scheduler.schedule()
+        chunks = [chunk for chunk in planned if chunk.request.cache is not None or self._prepare(chunk.request)]
         if not chunks:
             return
         try:
@@ -266,8 +268,6 @@ class Engine:
 
     def _prepare(self, request: Request) -> bool:
         """Gives a newly admitted request its cache. Returns False, and ends the request, if it gets none."""
-        if request.cache is not None:
-            return True
         try:
             request.cache = self._model.new_cache()
         except Exception:
@@ -297,7 +297,7 @@ class Engine:
         Most rows only extend an answer by a token, and are reported without a look at their logits.
         """
         requests = [chunk.request for chunk in chunks]
-        done = decoder.step([DecodeRow(one.caches, one.next_id, sample_row(one)) for one in requests])
+        done = decoder.step(step_rows(requests))
         self._flags.read()
         tell_flagged(done.flagged, requests)
         for row, (request, token_id) in enumerate(zip(requests, done.token_ids, strict=True)):
@@ -315,9 +315,8 @@ class Engine:
         """Reports one more token of an answer."""
         request.output_ids.append(token_id)
         request.num_computed += 1
-        finish_reason = self._finish_reason(request)
-        if finish_reason is not None:
-            output = replace(output, finish_reason=finish_reason)
+        if token_id in self.end_token_ids or len(request.output_ids) >= request.params.max_tokens:
+            output = replace(output, finish_reason=self._finish_reason(request))
             self._close(request)
         self._deliver(request, output)
 

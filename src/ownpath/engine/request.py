@@ -166,7 +166,8 @@ class Request:
     @property
     def needs_logits(self) -> bool:
         """True if more than the sampler's results decides what this step reports."""
-        return self.flagged_layer is not None or self.is_prefilling or self.params.needs_logits
+        is_prefilling = self.num_computed < len(self.prompt_ids)
+        return is_prefilling or self.flagged_layer is not None or self.params.needs_logits
 
     @property
     def next_id(self) -> int:

@@ -12,9 +12,10 @@ from ownpath.attention.select import EntrySelector
 from ownpath.cache.pools import SequenceCache
 from ownpath.cache.tables import first_flagged
 from ownpath.config import EngineConfig
-from ownpath.engine.decoder import Decoder, DecodeRow
+from ownpath.engine.decoder import Decoder
 from ownpath.engine.engine import Engine
 from ownpath.engine.request import FinishReason, NonFinite, Request, SamplingParams, StepOutput
+from ownpath.engine.rows import DecodeRow, StepRows
 from ownpath.loading import load_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
@@ -70,20 +71,20 @@ def test_a_decode_step_flags_its_row_alone(model: Model, value: float) -> None:
     """In short rows, of which all entries are selected, and in long ones. The flag does not stay."""
     decoder = Decoder(model, MAX_ROWS, VOCAB)
     rows = started(model, (9, 230, 40))
-    clean = decoder.step(rows)
+    clean = decoder.step(StepRows.of(rows))
     assert clean.flagged == {}
     for row in rows:
         row.cache.num_tokens -= 1
     poison(rows[0].cache, value, SECOND)
     poison(rows[1].cache, value, SECOND)
     poison(rows[1].cache, value, FIRST)
-    found = decoder.step(rows)
+    found = decoder.step(StepRows.of(rows))
     assert found.flagged == {0: SECOND, 1: FIRST}
     assert found.token_ids[2] == clean.token_ids[2]
     assert None not in found.token_ids, "the logits are finite: nothing else would tell"
     for row in rows[:2]:
         heal(row.cache)
-    assert decoder.step(rows).flagged == {}
+    assert decoder.step(StepRows.of(rows)).flagged == {}
     for row in rows:
         row.cache.release()
 
