@@ -166,6 +166,7 @@ def nan_unflagged(run: Any, *args: Any) -> Any:
 def fewer_entries(loaded: LoadedLayer) -> LoadedLayer:
     select = line_of(loaded).select.runner
     in_operand(select, topk=select.operand.topk - 1)
+    select.topk -= 1
     return loaded
 
 
