@@ -3,9 +3,8 @@
 A step that draws no token is not waited for, so its flags are read with those of a later step.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
-
-import torch
 
 from ownpath.cache.tables import StepTables, first_flagged
 from ownpath.engine.request import Request
@@ -15,23 +14,28 @@ class IndexFlags:
     """The flags of steps that have not been read yet."""
 
     def __init__(self) -> None:
-        self._unread: list[tuple[torch.Tensor, list[Request]]] = []
+        self._unread: list[tuple[StepTables, Sequence[Request]]] = []
 
     def note(self, tables: StepTables, requests: Sequence[Request]) -> None:
         """Keeps the flags of a step of these requests."""
-        pairs = zip(requests, tables.rows, strict=True)
-        owners = [request for request, rows in pairs for _ in range(rows.start, rows.stop)]
-        self._unread.append((tables.flags_LT, owners))
+        self._unread.append((tables, requests))
 
     def read(self) -> None:
         """Tells the requests of all steps so far. Waits for the device."""
-        for flags_LT, owners in self._unread:
-            tell_flagged(first_flagged(flags_LT.numpy(force=True)), owners)
+        for tables, requests in self._unread:
+            if bool(tables.flags_LT.any()):  # seldom: only then are they worth a transfer
+                for row, layer_idx in first_flagged(tables.flags_LT.numpy(force=True)).items():
+                    _tell(requests[bisect_right(tables.row_ends, row)], layer_idx)
         self._unread.clear()
 
 
-def tell_flagged(layer_of: dict[int, int], owners: Sequence[Request]) -> None:
-    """Notes the first flagged layer in the requests that own these rows."""
+def tell_flagged(layer_of: dict[int, int], requests: Sequence[Request]) -> None:
+    """Tells the requests of a decode step, which have one row each."""
     for row, layer_idx in layer_of.items():
-        if owners[row].flagged_layer is None:
-            owners[row].flagged_layer = layer_idx
+        _tell(requests[row], layer_idx)
+
+
+def _tell(request: Request, layer_idx: int) -> None:
+    """Notes the first layer that a request hears of."""
+    if request.flagged_layer is None:
+        request.flagged_layer = layer_idx
