@@ -13,7 +13,8 @@ import torch
 from ownpath.config import EngineConfig
 from ownpath.conformance.attend import make_attend_inputs
 from ownpath.conformance.quant_weights import DenseWeight, ExpertStacks, RoutedTokens, draw_rows, draw_weights
-from ownpath.engine.decoder import Decoder, DecodeRow
+from ownpath.engine.decoder import Decoder
+from ownpath.engine.rows import DecodeRow, StepRows
 from ownpath.kernels.attend.cases import CASES as ATTEND_CASES
 from ownpath.kernels.fp8.cases import Fp8Case
 from ownpath.kernels.registry import KERNELS
@@ -70,7 +71,7 @@ def decode_steps() -> Iterator[tuple[str, torch.Tensor]]:
     decoder = Decoder(model, 4, model.config.vocab_size)
     for step in range(2):
         with torch.inference_mode():
-            found = decoder.step([DecodeRow(cache, 9) for cache in caches])
+            found = decoder.step(StepRows.of([DecodeRow(cache, 9) for cache in caches]))
         yield f"decode step {step} of {len(PROMPTS)} rows", found.logits_TV
 
 

@@ -54,4 +54,5 @@ def warm_up_sizes(engine: EngineConfig) -> list[int]:
 
 def _step(model: Model, engine: EngineConfig, num_tokens: int) -> None:
     token_ids = [idx % model.config.vocab_size for idx in range(num_tokens)]
-    model.forward(ForwardBatch.of([(token_ids, model.new_cache())], engine.device))
+    scores_all = num_tokens <= WARM_UP_TOKENS[-1]  # as a prompt's log-probs do; one of each form, too
+    model.forward(ForwardBatch.of([(token_ids, model.new_cache())], engine.device, all_logits=scores_all))

@@ -7,10 +7,10 @@ import torch
 from support.triton_aot import Compiled, compile_launch, recorded_launches
 
 from ownpath.conformance.entries import draw_step, with_pages
-from ownpath.kernels.entries import checks, head
-from ownpath.kernels.entries.angles import Frequencies
+from ownpath.kernels.angles import launch as angles
+from ownpath.kernels.angles.types import Frequencies
+from ownpath.kernels.entries import checks
 from ownpath.kernels.entries.cases import CASES
-from ownpath.kernels.entries.head import STEP_ANGLES
 from ownpath.kernels.entries.launch import ENTRIES
 from ownpath.kernels.entries.types import KeyRounding
 from ownpath.numerics import INDEX_FORMS
@@ -25,7 +25,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
     """Every distinct launch: of each kind of layer, at few and many rows, rounded and in pages, with several rows of a
     request; and a step's angles."""
     with pytest.MonkeyPatch.context() as patch, recorded_launches() as launches:
-        for module in (checks, head):
+        for module in (checks, angles):
             patch.setattr(module, "check_rank", lambda name, tensor, rank, runs_on_cpu: None)  # refuses what is on CPU
         for case in (case for case in CASES if case.tiny and case.sizes[0] == 512):
             for num_rows in (2, 65):
@@ -39,7 +39,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
             ENTRIES(*several.arguments)
             ENTRIES(*with_pages(several).arguments)
         positions_T = torch.zeros(2, dtype=torch.int32)
-        STEP_ANGLES.run(positions_T, STEP_ANGLES.prepare(Frequencies(torch.ones(32), torch.ones(32))))
+        angles.STEP_ANGLES.run(positions_T, angles.STEP_ANGLES.prepare(Frequencies(torch.ones(32), torch.ones(32))))
     folder = tmp_path_factory.mktemp("cubins")
     return [compile_launch(launch, 90, folder) for launch in launches]
 
@@ -75,6 +75,6 @@ def test_shared_entries_are_announced_behind_a_barrier(compiled: list[Compiled])
 
 def test_angles_are_as_precise_as_torch(compiled: list[Compiled]) -> None:
     """No approximate sine: the toolkit's function, with full range reduction."""
-    (angles,) = (one for one in compiled if one.launch.name == "step_angles_kernel")
-    assert "sin.approx" not in angles.ptx
-    assert "cos.approx" not in angles.ptx
+    (found,) = (one for one in compiled if one.launch.name == "step_angles_kernel")
+    assert "sin.approx" not in found.ptx
+    assert "cos.approx" not in found.ptx

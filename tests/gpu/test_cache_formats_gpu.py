@@ -13,6 +13,7 @@ from support.kernel_configs import model_configs
 
 from ownpath.cache.layout import NAN_BYTE
 from ownpath.config import EngineConfig
+from ownpath.engine.rows import StepRows
 from ownpath.formats import CacheFormat
 from ownpath.kernels.dsl.cache import Config
 from ownpath.loading import default_model_dir, load_model
@@ -60,7 +61,7 @@ def test_a_graph_has_the_bits_of_an_eager_step(model: Model) -> None:
 def test_a_step_close_to_the_reference(model: Model) -> None:
     """As in test_decoder_gpu; keys that a BF16 rounding moves over the middle between two codes differ by a code."""
     rows = started(model, PROMPTS)
-    found = eager(model).step(rows).logits_TV.clone()
+    found = eager(model).step(StepRows.of(rows)).logits_TV.clone()
     for row in rows:
         row.cache.release()
     expected = []

@@ -8,10 +8,11 @@ import torch
 
 from ownpath.conformance.entries import WritingStep, draw_step, judge_rounded, judge_step, with_pages
 from ownpath.formats import KeyFormat
+from ownpath.kernels.angles.launch import STEP_ANGLES
+from ownpath.kernels.angles.ref import step_angles
+from ownpath.kernels.angles.types import Frequencies, views_of
 from ownpath.kernels.cases import KernelCase
-from ownpath.kernels.entries.angles import Frequencies, step_angles
 from ownpath.kernels.entries.cases import CASES
-from ownpath.kernels.entries.head import STEP_ANGLES
 from ownpath.kernels.entries.launch import ENTRIES, num_parts, num_slices
 from ownpath.kernels.entries.types import KeyRounding
 from ownpath.kernels.registry import KERNELS
@@ -244,7 +245,8 @@ def test_angles_of_a_step() -> None:
     out = torch.full((8, len(positions_T), num_pairs), torch.nan)
     operand = STEP_ANGLES.prepare(frequencies)
     shifts = {"sliding": (0,), "csa": (0, -3), "hca": (0, -127)}
-    for found in (STEP_ANGLES.run(positions_T, operand, out=out), step_angles(positions_T, frequencies)):
+    for tables in (STEP_ANGLES.run(positions_T, operand, out=out), step_angles(positions_T, frequencies)):
+        found = views_of(tables)
         for name, angles in zip(found._fields, found, strict=True):
             freqs_F = frequencies.sliding_F if name == "sliding" else frequencies.compress_F
             for shift, cos_TF, sin_TF in zip(shifts[name], angles[::2], angles[1::2], strict=False):

@@ -46,7 +46,7 @@ class DecodeLayer:
     write: Callable[[RawRows, EntryAngles, RowPlaces, LayerPools], None]
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, DecodeKeys, DecodeRows], torch.Tensor]
     score: Callable[[IndexQuery, torch.Tensor, PagedRows], torch.Tensor] | None = None
-    select: Callable[[torch.Tensor, PagedRows], Sequence[torch.Tensor]] | None = None
+    select: Callable[[torch.Tensor, PagedRows, torch.Tensor | None], Sequence[torch.Tensor]] | None = None
 
     def __call__(self, rows: Products, step: DecodeStep) -> torch.Tensor:
         """Writes the step's keys, rows and entries to the caches, then attends: [T, N, H], its rotation undone."""
@@ -68,7 +68,8 @@ class DecodeLayer:
         assert rows.index_weights_TI is not None
         paged = PagedRows(tables.positions_T, tables.blocks_TB)
         query = IndexQuery(rows.index_q_TIH, rows.index_weights_TI, angles.cos_TF, angles.sin_TF)
-        return self.select(self.score(query, caches.indexer.entries, paged), paged)[:2]
+        scores_TC = self.score(query, caches.indexer.entries, paged)
+        return self.select(scores_TC, paged, tables.flags_of(self.layer_idx))[:2]
 
 
 def _pools(caches: LayerCache) -> LayerPools:

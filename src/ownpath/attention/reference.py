@@ -108,9 +108,10 @@ class ReferenceStep:
             return entries.visible_tC
         assert rows.index_q_TIH is not None
         assert rows.index_weights_TI is not None
-        keys_CH = index.keys.read(entries.entry_rows)
+        keys_CH, flags_T = index.keys.read(entries.entry_rows), self.tables.flags_LT[layer.layer_idx, of]
         q_tIH, weights_tI = rows.index_q_TIH[of], rows.index_weights_TI[of]
-        return layer.tap_mask(layer.selector.select(q_tIH, weights_tI, keys_CH, entries.visible_tC))
+        mask_tC = layer.selector.select(q_tIH, weights_tI, keys_CH, entries.visible_tC, flags_T)
+        return layer.tap_mask(mask_tC)
 
 
 @dataclass(frozen=True)

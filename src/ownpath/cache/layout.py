@@ -134,6 +134,12 @@ class CacheLayout:
         return sum(member.num_rows * member.row_bytes(itemsize, state_itemsize) for member in members)
 
 
+def aligned_rows(num_rows: int) -> int:
+    """Returns the least number of 4-byte rows, at least ``num_rows``, after which the next array begins at a multiple
+    of 16 bytes, as the kernels' widest loads need."""
+    return -(-num_rows // 4) * 4
+
+
 def _of_layer(config: ModelConfig, layer_idx: int, ratio: int) -> Iterator[CacheTensor]:
     """Yields the tensors of a layer, for steps with one row of a request."""
     yield CacheTensor(WINDOW, layer_idx, EntryKind.MAIN, config.sliding_window, config.head_dim)

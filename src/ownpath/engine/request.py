@@ -4,7 +4,7 @@ import math
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 from functools import lru_cache
 
 from ownpath.cache.pools import SequenceCache
@@ -64,9 +64,9 @@ class SamplingParams:
         return self.temperature == 0
 
     @property
-    def is_plain(self) -> bool:
-        """True if tokens alone are wanted, without log-probabilities."""
-        return self.num_logprobs is None and self.max_tokens > 0
+    def needs_logits(self) -> bool:
+        """True if the sampler's results do not answer a step: the likeliest tokens are wanted, or no token at all."""
+        return bool(self.num_logprobs) or self.max_tokens == 0
 
 
 class FinishReason(Enum):
@@ -75,6 +75,13 @@ class FinishReason(Enum):
     STOP = "stop"
     LENGTH = "length"
     ERROR = "error"
+
+
+class NonFinite(StrEnum):
+    """Numbers that end an answer by being NaN or infinite; the value is the API's code of the error."""
+
+    LOGITS = "non_finite_logits"
+    INDEX_SCORES = "non_finite_index_scores"
 
 
 @dataclass(frozen=True)
@@ -94,14 +101,14 @@ class ScoredToken:
 class StepOutput:
     """One step's result for one request. The one with a ``finish_reason`` is the last.
 
-    is_non_finite: whether the error is a logit that is NaN or infinite.
+    non_finite: what was NaN or infinite, if that is the error.
     """
 
     prompt: tuple[ScoredToken, ...] = ()
     token: ScoredToken | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
-    is_non_finite: bool = False
+    non_finite: NonFinite | None = None
 
 
 @lru_cache(maxsize=2**16)
@@ -119,6 +126,7 @@ class Request:
 
     seed: the parameters' own or a fresh one; with the number of tokens drawn it decides the next draw.
     num_computed: tokens of ``prompt_ids + output_ids`` that the cache already holds.
+    flagged_layer: the first layer whose index scores were not finite in a row of this request; ``None``: none.
     sink: called with every output, from the engine's thread; must not block.
     """
 
@@ -130,6 +138,7 @@ class Request:
     cache: SequenceCache | None = None
     seed: int = field(init=False)
     scored_prompt: list[ScoredToken] = field(default_factory=list)
+    flagged_layer: int | None = None
 
     def __post_init__(self) -> None:
         fresh = secrets.randbelow(2 * SEED_LIMIT) - SEED_LIMIT
@@ -153,6 +162,12 @@ class Request:
     @property
     def is_prefilling(self) -> bool:
         return self.num_computed < len(self.prompt_ids)
+
+    @property
+    def needs_logits(self) -> bool:
+        """True if more than the sampler's results decides what this step reports."""
+        is_prefilling = self.num_computed < len(self.prompt_ids)
+        return is_prefilling or self.flagged_layer is not None or self.params.needs_logits
 
     @property
     def next_id(self) -> int:

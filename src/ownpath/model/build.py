@@ -35,6 +35,7 @@ from ownpath.runners import (
     KeyQuantizer,
     Linear,
     RMSNorm,
+    RotaryAngles,
     Route,
     Router,
     RouterWeights,
@@ -52,7 +53,6 @@ from ownpath.runners.decode import (
     Frequencies,
     KeyRounding,
     NormWeights,
-    angles_of_steps,
 )
 from ownpath.runners.linear import LinearRunner
 from ownpath.runners.runner import KernelOrName, chosen_spec
@@ -199,13 +199,13 @@ class Builder:
     @cached_property
     def _paged(self) -> PagedAttention | None:
         """The backend of all layers if decode steps are planned."""
-        writes = [spec for slot, spec in self.specs.items() if slot.endswith(".decode.entries")]
-        if not writes:
+        slot = "attn.decode.angles"
+        if slot not in self.specs:
             return None
         config, device = self.config, torch.device(self.engine.device)
         ropes = (Rope.for_layer(config, compressing, device) for compressing in (False, True))
         frequencies = Frequencies(*(rope.freqs_F for rope in ropes))
-        angles = angles_of_steps(frequencies, writes[0])
+        angles = self.ledger.watch(slot, RotaryAngles(frequencies, kernel=self.specs[slot]))
         return PagedAttention(ReferenceAttention(config.sliding_window), angles)
 
     def _decode(self, layer_idx: int) -> DecodeLayer | None:

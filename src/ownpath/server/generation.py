@@ -22,8 +22,12 @@ from ownpath.engine.request import (
 )
 from ownpath.server.empty_content import ContentWatch, EmptyContent
 from ownpath.server.errors import ApiError, bad_request, overloaded, unavailable
+from ownpath.server.mailbox import Mailbox
 from ownpath.server.metrics import Metrics
 from ownpath.server.prompts import Prompt
+
+Outputs = Mailbox[tuple[int, StepOutput]]
+"""Reports, each with the index of its choice."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,9 @@ class _ChoiceStream:
         if output.finish_reason is FinishReason.ERROR:
             self.is_finished = True
             self._metrics.count_finished("error")
-            if output.is_non_finite:
+            if output.non_finite is not None:
                 self._metrics.count_corrupted()
-            code = "non_finite_logits" if output.is_non_finite else None
-            raise ApiError(500, output.error or "the generation failed", code=code)
+            raise ApiError(500, output.error or "the generation failed", code=output.non_finite)
         offset = self._answer.num_chars
         parts: list[AnswerPart] = []
         if output.token is not None:
@@ -122,11 +125,18 @@ class _ChoiceStream:
 class Generation:
     """Submitted requests and their answers. ``close`` must be called; more than once is fine.
 
-    answers: one per prompt, to parse its output. timeout_s: from now to the end of the last answer (504).
+    answers: one per prompt, to parse its output. mailbox: the server's. timeout_s: from now to the end of the last
+    answer (504).
     """
 
     def __init__(
-        self, engine: Engine, prompts: list[Prompt], answers: Sequence[Answer], metrics: Metrics, timeout_s: float
+        self,
+        engine: Engine,
+        prompts: list[Prompt],
+        answers: Sequence[Answer],
+        metrics: Metrics,
+        mailbox: Outputs,
+        timeout_s: float,
     ) -> None:
         self.prompts = prompts
         self._metrics, self._timeout_s = metrics, timeout_s
@@ -134,6 +144,7 @@ class Generation:
         self._engine = engine
         self._choices = [_ChoiceStream(index, answer, metrics) for index, answer in enumerate(answers)]
         self._requests: list[Request] = []
+        self._mailbox = mailbox
         self._outputs: asyncio.Queue[tuple[int, StepOutput]] = asyncio.Queue()
 
     def submit(self, params: Sequence[SamplingParams]) -> None:
@@ -145,7 +156,7 @@ class Generation:
 
         def request(index: int, prompt: Prompt) -> Request:
             def sink(output: StepOutput) -> None:
-                loop.call_soon_threadsafe(self._outputs.put_nowait, (index, output))
+                self._mailbox.put(loop, self._outputs, (index, output))
 
             return Request(prompt.ids, params[index], sink)
 

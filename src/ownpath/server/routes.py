@@ -1,7 +1,7 @@
 """The endpoints."""
 
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -17,7 +17,7 @@ from ownpath.server.body import BodyReader
 from ownpath.server.errors import ApiError, shorten, unavailable
 from ownpath.server.excess import Adjustments
 from ownpath.server.fingerprint import AnswerSource
-from ownpath.server.generation import Generation
+from ownpath.server.generation import Generation, Outputs
 from ownpath.server.json_shape import CONVERSATION, PROMPTS
 from ownpath.server.json_text import to_json
 from ownpath.server.labels import LabelLog, Labels
@@ -82,6 +82,7 @@ class Api:
     policy: RequestPolicy
     fingerprint: str
     label_log: LabelLog
+    mailbox: Outputs = field(default_factory=Outputs)
 
     @property
     def engine(self) -> Engine:
@@ -127,7 +128,7 @@ class Api:
         if asked.effort not in (None, "none", level):
             adjustments.values["reasoning_effort"] = level
         (max_tokens,) = adjustments.fit(*asked.wanted_tokens, [prompt], max_model_len)
-        generation = Generation(self.engine, [prompt], [answer], self.metrics, self.request_timeout_s)
+        generation = Generation(self.engine, [prompt], [answer], self.metrics, self.mailbox, self.request_timeout_s)
         generation.submit([chat.sampling_params(asked, max_tokens)])
         chunks = chat.chat_chunks(asked, generation, self.tokenizer, source, level)
         headers = self._headers(labels, adjustments)
@@ -145,7 +146,7 @@ class Api:
         prompts = await completion_prompts(asked, self.tokenizer, max_model_len)
         answers = [Answer(self.tokenizer, asked.stop) for _ in prompts]
         limits = adjustments.fit(*asked.wanted_tokens, prompts, max_model_len)
-        generation = Generation(self.engine, prompts, answers, self.metrics, self.request_timeout_s)
+        generation = Generation(self.engine, prompts, answers, self.metrics, self.mailbox, self.request_timeout_s)
         generation.submit([completions.sampling_params(asked, max_tokens) for max_tokens in limits])
         chunks = completions.completion_chunks(asked, generation, self.tokenizer, source)
         told = Telling(chunks, completions.CompletionFold(), Generation.usage, self._headers(labels, adjustments))

@@ -38,6 +38,7 @@ SHAPES = {
     "attend": "tiny embedded SWA",
     "scores": "tiny",
     "select": "tiny",
+    "angles": "tiny",
     "entries": "tiny csa narrow",
     "sample": "tiny",
 }

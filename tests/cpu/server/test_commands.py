@@ -270,7 +270,9 @@ def test_a_model_that_fails_its_self_test_is_not_served(
     assert captured.out == ""
     title, _, failed, *passed, remedy, last = captured.err.splitlines()
     assert re.fullmatch(r"self-test: 1 of 13 checks failed, \d+\.\d s", title)
-    assert re.fullmatch(r"FAIL +S03-finite +5 +at most 0 +prompts with logits that are not finite", failed)
+    assert re.fullmatch(
+        r"FAIL +S03-finite +5 +at most 0 +prompts with logits or index scores that are not finite", failed
+    )
     assert remedy == f"remedy for S03-finite: {REMEDIES['S03-finite']}"
     assert len(passed) == 12
     assert all(line.startswith(("pass ", "skipped ")) for line in passed)

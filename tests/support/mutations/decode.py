@@ -66,10 +66,11 @@ def biased_weights(run: Any, x_TD: torch.Tensor, token_ids_T: torch.Tensor) -> t
 
 
 def given(what: str, part: str, layer_idx: int = CSA, **parts: Callable[[Any], Any]) -> Mutation:
-    """Some fields of the rows' places exchanged, which are the third argument of ``write``, the last of others."""
+    """Some fields of the rows' places exchanged: the third argument of ``write``, the second of ``select``, the last of
+    others."""
 
     def call(run: Any, *args: Any) -> Any:
-        at = 2 if part == "write" else len(args) - 1
+        at = {"write": 2, "select": 1}.get(part, len(args) - 1)
         changed = {name: change(getattr(args[at], name)) for name, change in parts.items()}
         return run(*args[:at], args[at]._replace(**changed), *args[at + 1 :])
 
@@ -165,6 +166,7 @@ def nan_unflagged(run: Any, *args: Any) -> Any:
 def fewer_entries(loaded: LoadedLayer) -> LoadedLayer:
     select = line_of(loaded).select.runner
     in_operand(select, topk=select.operand.topk - 1)
+    select.topk -= 1
     return loaded
 
 
