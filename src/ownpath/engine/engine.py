@@ -315,8 +315,14 @@ class Engine:
         """Reports one more token of an answer."""
         request.output_ids.append(token_id)
         request.num_computed += 1
-        if token_id in self.end_token_ids or len(request.output_ids) >= request.params.max_tokens:
-            output = replace(output, finish_reason=self._finish_reason(request))
+        params = request.params
+        if (
+            token_id in self.end_token_ids
+            or len(request.output_ids) >= params.max_tokens
+            or token_id in params.stop_token_ids
+        ):
+            output = self._ended(request, output)
+        if output.finish_reason is not None:
             self._close(request)
         self._deliver(request, output)
 
@@ -368,14 +374,18 @@ class Engine:
         prompt: tuple[ScoredToken, ...] = ()
         if share.ends_prompt and params.prompt_logprobs:
             prompt = (ScoredToken(request.prompt_ids[0]), *request.scored_prompt)
-        return StepOutput(prompt, token, self._finish_reason(request))
+        return self._ended(request, StepOutput(prompt, token))
 
-    def _finish_reason(self, request: Request) -> FinishReason | None:
-        if request.output_ids and request.output_ids[-1] in self.end_token_ids:
-            return FinishReason.STOP
-        if not request.is_prefilling and len(request.output_ids) >= request.params.max_tokens:
-            return FinishReason.LENGTH
-        return None
+    def _ended(self, request: Request, output: StepOutput) -> StepOutput:
+        """Returns the output with the reason why the answer ends with it, if it does."""
+        params, tokens = request.params, request.output_ids
+        if tokens and tokens[-1] in self.end_token_ids and not params.ignore_eos:
+            return replace(output, finish_reason=FinishReason.STOP)
+        if tokens and tokens[-1] in params.stop_token_ids:
+            return replace(output, finish_reason=FinishReason.STOP, stop_token_id=tokens[-1])
+        if not request.is_prefilling and len(tokens) >= params.max_tokens:
+            return replace(output, finish_reason=FinishReason.LENGTH)
+        return output
 
     def _fail(self, request: Request, message: str, non_finite: NonFinite | None = None) -> None:
         self._close(request)

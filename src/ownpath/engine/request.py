@@ -8,7 +8,7 @@ from enum import Enum, StrEnum
 from functools import lru_cache
 
 from ownpath.cache.pools import SequenceCache
-from ownpath.engine.limits import MAX_TEMPERATURE, MAX_TOP_LOGPROBS, SEED_LIMIT
+from ownpath.engine.limits import MAX_STOP_TOKENS, MAX_TEMPERATURE, MAX_TOP_LOGPROBS, SEED_LIMIT, TOP_K_LIMIT
 
 
 class RequestError(ValueError):
@@ -25,6 +25,9 @@ class SamplingParams:
     seed: same seed, prompt and parameters: same tokens, whatever else runs. None draws a fresh one.
     num_logprobs: None reports no log-probabilities; n reports the token's own and the n likeliest.
     prompt_logprobs: also report them for the prompt's tokens.
+    top_k: sample among so many of the likeliest tokens; 0 among all.
+    min_p: sample among tokens with at least this share of the likeliest one's probability.
+    ignore_eos: the model's end tokens end nothing. stop_token_ids: tokens that end the answer beside them.
     """
 
     max_tokens: int
@@ -33,6 +36,10 @@ class SamplingParams:
     seed: int | None = None
     num_logprobs: int | None = None
     prompt_logprobs: bool = False
+    top_k: int = 0
+    min_p: float = 0.0
+    ignore_eos: bool = False
+    stop_token_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         checks = (
@@ -43,6 +50,9 @@ class SamplingParams:
                 f"must be between 0 and {MAX_TEMPERATURE:g}",
             ),
             ("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1"),
+            ("top_k", 0 <= self.top_k < TOP_K_LIMIT, "must be 0 or the number of tokens"),
+            ("min_p", 0 <= self.min_p <= 1, "must be between 0 and 1"),
+            ("stop_token_ids", len(self.stop_token_ids) <= MAX_STOP_TOKENS, f"has at most {MAX_STOP_TOKENS} tokens"),
             (
                 "seed",
                 self.seed is None or -SEED_LIMIT <= self.seed < SEED_LIMIT,
@@ -58,6 +68,11 @@ class SamplingParams:
             if not holds:
                 raise RequestError(f"{name} {problem}, found {getattr(self, name)!r}")
         assert math.isfinite(self.temperature)
+
+    @property
+    def has_filters(self) -> bool:
+        """True if not every token may be drawn."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
     @property
     def greedy(self) -> bool:
@@ -101,12 +116,14 @@ class ScoredToken:
 class StepOutput:
     """One step's result for one request. The one with a ``finish_reason`` is the last.
 
+    stop_token_id: the token of ``stop_token_ids`` that ended it; None for an end token of the model, or any other end.
     non_finite: what was NaN or infinite, if that is the error.
     """
 
     prompt: tuple[ScoredToken, ...] = ()
     token: ScoredToken | None = None
     finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
     error: str | None = None
     non_finite: NonFinite | None = None
 

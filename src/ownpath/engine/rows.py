@@ -21,9 +21,9 @@ PADDED = -1
 """The token id of a padded row."""
 NUM_SAMPLED = len(Sampled._fields)
 """Rows of a step's results that the sampler writes."""
-_PADDED_INTEGERS = np.array([[PADDED], [NOBODY], [0], [0], [0], [-1]])
-_PADDED_FLOATS = np.array([[0.0], [1.0]])
-"""A padded row's token, position, slot and number of drawn tokens; its temperature and top_p."""
+_PADDED_INTEGERS = np.array([[PADDED], [NOBODY], [0], [0], [0], [-1], [0]])
+_PADDED_FLOATS = np.array([[0.0], [1.0], [0.0]])
+"""A padded row's token, slot, position, drawn tokens, step, pad and top_k; its temperature, top_p and min_p."""
 GREEDY = SampleRow(SamplingParams(1, temperature=0.0), seed=0, num_drawn=0)
 """Takes the likeliest token."""
 
@@ -93,14 +93,14 @@ def step_rows(requests: Sequence[Request]) -> StepRows:
 
 class RowArrays:
     """The rows' arrays in one buffer of int32: seeds (two words a row), tokens, slots, positions, numbers of drawn
-    tokens, steps (1 for a row, 0 where padded), pads (0 for a row, -1 where padded), temperatures, top_p [R]; block
-    tables [R, B].
+    tokens, steps (1 for a row, 0 where padded), pads (0 for a row, -1 where padded), top_k, temperatures, top_p, min_p
+    [R]; block tables [R, B].
 
     ``upload`` writes them in host memory and transfers them. It touches only block tables that change: with a context
     of a million tokens a table has 4,096 words, and a request keeps it for life.
     """
 
-    WORDS = 10
+    WORDS = 12
 
     def __init__(self, max_rows: int, num_blocks: int, device: torch.device) -> None:
         num_rows = aligned_rows(max_rows)
@@ -109,7 +109,7 @@ class RowArrays:
         self._device = torch.zeros(size, dtype=torch.int32, device=device)
         heads = self._host.numpy()[: self.WORDS * num_rows].reshape(self.WORDS, num_rows)
         self._seeds = heads[:2].reshape(-1).view(np.int64)
-        self._integers, self._floats = heads[2:8], heads[8:].view(np.float32)
+        self._integers, self._floats = heads[2:9], heads[9:].view(np.float32)
         self._host_blocks = _Columns.of(self._host, num_rows).blocks
         self._held: list[tuple[int, ...] | None] = [None] * num_rows
         self.columns = _Columns.of(self._device, num_rows)
@@ -133,8 +133,10 @@ class RowArrays:
         self._integers[:, count:], self._floats[:, count:] = _PADDED_INTEGERS, _PADDED_FLOATS
         if count:
             positions, slots = [cache.num_tokens for cache in caches], [cache.slot for cache in caches]
-            self._integers[:, :count] = (tokens, slots, positions, drawn, [1] * count, [0] * count)
-            self._floats[:, :count] = ([one.temperature for one in params], [one.top_p for one in params])
+            top_k = [one.top_k for one in params]
+            self._integers[:, :count] = (tokens, slots, positions, drawn, [1] * count, [0] * count, top_k)
+            temperatures, top_p = [one.temperature for one in params], [one.top_p for one in params]
+            self._floats[:, :count] = (temperatures, top_p, [one.min_p for one in params])
             self._seeds[:count] = seeds
         num_heads = self.WORDS * len(self._held)
         self._device[:num_heads].copy_(self._host[:num_heads], non_blocking=True)
@@ -155,8 +157,7 @@ class RowArrays:
 
 
 class _Columns(NamedTuple):
-    """Views of the buffer of ``RowArrays``. top_k, min_p: zeros, for filters that no request sets yet. counts:
-    positions and drawn [2, R], which a step counts up by ``steps``."""
+    """Views of the buffer of ``RowArrays``. counts: positions and drawn [2, R], which a step counts up by ``steps``."""
 
     seeds: torch.Tensor
     tokens: torch.Tensor
@@ -175,11 +176,9 @@ class _Columns(NamedTuple):
     @classmethod
     def of(cls, buffer: torch.Tensor, num_rows: int) -> "_Columns":
         heads = buffer[: RowArrays.WORDS * num_rows].view(RowArrays.WORDS, num_rows)
-        seeds, (temperatures, top_p) = heads[:2].flatten().view(torch.int64), heads[8:].view(torch.float32)
-        tokens, slots, positions, drawn, steps, pads = heads[2:8]
+        seeds, (temperatures, top_p, min_p) = heads[:2].flatten().view(torch.int64), heads[9:].view(torch.float32)
+        tokens, slots, positions, drawn, steps, pads, top_k = heads[2:9]
         blocks = buffer[RowArrays.WORDS * num_rows :].view(num_rows, -1)
-        top_k = torch.zeros(num_rows, dtype=torch.int32, device=buffer.device)
-        min_p = top_k.view(torch.float32)
         counts = heads[4:6]
         return cls(
             seeds, tokens, slots, positions, drawn, steps, pads, temperatures, top_p, blocks, top_k, min_p, counts

@@ -122,9 +122,12 @@ def _sample_rows(rows: Sequence[SampleRow], device: torch.device) -> SampleRows:
         return torch.tensor(values, dtype=dtype, device=device)
 
     filters = None
-    if any(row.params.top_p < 1 for row in rows):
-        top_p_S = column([row.params.top_p for row in rows], torch.float32)
-        filters = FilterRows(torch.zeros_like(top_p_S, dtype=torch.int32), top_p_S, torch.zeros_like(top_p_S))
+    if any(row.params.has_filters for row in rows):
+        filters = FilterRows(
+            column([row.params.top_k for row in rows], torch.int32),
+            column([row.params.top_p for row in rows], torch.float32),
+            column([row.params.min_p for row in rows], torch.float32),
+        )
     return SampleRows(
         column([row.params.temperature for row in rows], torch.float32),
         column([row.seed for row in rows], torch.int64),

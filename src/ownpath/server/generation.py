@@ -40,7 +40,8 @@ class Delta:
     prompt: the scored prompt, once, if it was asked for.
     finish_reason: "stop", "length" or "tool_calls" with the last delta of the choice.
     empty_content: with it, why the whole choice had no content; None if it had, or if no token was asked for.
-    stop_reason: with it, the stop string that ended the choice; None for any other end.
+    stop_reason: with it, the stop string, or the token of ``stop_token_ids``, that ended the choice; None for any other
+        end.
     """
 
     index: int
@@ -50,7 +51,7 @@ class Delta:
     prompt: tuple[ScoredToken, ...]
     finish_reason: str | None
     empty_content: EmptyContent | None = None
-    stop_reason: str | None = None
+    stop_reason: str | int | None = None
 
     @property
     def text(self) -> str:
@@ -80,8 +81,9 @@ class _ChoiceStream:
         parts: list[AnswerPart] = []
         if output.token is not None:
             self._time_token()
-        # The token that ends the answer (EOS) is a marker, not text.
-        if output.token is not None and output.finish_reason is not FinishReason.STOP:
+        # The model's end token is a marker, not text.
+        is_marker = output.finish_reason is FinishReason.STOP and output.stop_token_id is None
+        if output.token is not None and not is_marker:
             was_reasoning = self._answer.is_reasoning
             parts += self._answer.feed(output.token.token_id)
             self.num_reasoning_tokens += was_reasoning and self._answer.is_reasoning
@@ -99,7 +101,7 @@ class _ChoiceStream:
             empty = self._empty_content(output)
             self._metrics.count_finished(reason, empty)
             self._metrics.request_latency.observe(time.monotonic() - self._begun)
-        stopped_by = self._answer.stop_string
+        stopped_by = self._answer.stop_string or output.stop_token_id
         return Delta(self._index, tuple(parts), output.token, offset, output.prompt, reason, empty, stopped_by)
 
     def _time_token(self) -> None:
@@ -113,7 +115,8 @@ class _ChoiceStream:
     def _empty_content(self, output: StepOutput) -> EmptyContent | None:
         if self.num_tokens == 0:
             return None  # the request only scores its prompt
-        num_shown_tokens = self.num_tokens - (output.finish_reason is FinishReason.STOP)
+        is_marker = output.finish_reason is FinishReason.STOP and output.stop_token_id is None
+        num_shown_tokens = self.num_tokens - is_marker
         return self._watch.reason(num_shown_tokens, output.finish_reason is FinishReason.LENGTH)
 
     def abandon(self) -> None:

@@ -5,7 +5,8 @@ from typing import Annotated, TypeVar
 from pydantic import BeforeValidator, FailFast, Field, PlainValidator, ValidationError
 
 from ownpath.chat.levels import LEVEL_OF_WORD
-from ownpath.engine.limits import MAX_TEMPERATURE, MAX_TOP_LOGPROBS, SEED_LIMIT
+from ownpath.engine.limits import MAX_STOP_TOKENS, MAX_TEMPERATURE, MAX_TOP_LOGPROBS, SEED_LIMIT, TOP_K_LIMIT
+from ownpath.engine.request import SamplingParams
 from ownpath.server import fields
 from ownpath.server.conversation import (
     ROLES,
@@ -75,6 +76,16 @@ class _GenerationRequest(Strict):
     max_tokens: int | None = Field(None, ge=-1, description=f"{_EXCESS}; left out: {_DEFAULT_MAX_TOKENS}. 0 needs echo")
     temperature: float = Field(1.0, ge=0, le=MAX_TEMPERATURE, description="0 takes the likeliest token")
     top_p: float = Field(1.0, gt=0, le=1, description="samples from the fewest tokens that reach this probability")
+    top_k: int = Field(
+        0, ge=-1, lt=TOP_K_LIMIT, description="samples from so many of the likeliest tokens; 0 and -1: from all"
+    )
+    min_p: float = Field(0.0, ge=0, le=1, description="samples from tokens with this share of the likeliest one's")
+    ignore_eos: bool = Field(False, description="the model's end tokens do not end the answer, and are not shown")
+    stop_token_ids: list[Annotated[int, Field(ge=0, le=_MAX_INT)]] = Field(
+        default_factory=list,
+        max_length=MAX_STOP_TOKENS,
+        description="the answer ends with one of these; it is shown, unless it is a special token",
+    )
     seed: int | None = Field(
         None, ge=-SEED_LIMIT, lt=SEED_LIMIT, description="the same seed, prompt and parameters draw the same numbers"
     )
@@ -91,6 +102,21 @@ class _GenerationRequest(Strict):
     return_token_ids: bool = Field(
         False, description="adds prompt_token_ids and token_ids to the answer (ownpath's own)"
     )
+
+    def sampling(self, max_tokens: int, num_logprobs: int | None, prompt_logprobs: bool = False) -> SamplingParams:
+        """Builds the parameters of one prompt. max_tokens: the limit once it is fitted to the context."""
+        return SamplingParams(
+            max_tokens,
+            self.temperature,
+            self.top_p,
+            self.seed,
+            num_logprobs,
+            prompt_logprobs,
+            top_k=max(self.top_k, 0),
+            min_p=self.min_p,
+            ignore_eos=self.ignore_eos,
+            stop_token_ids=frozenset(self.stop_token_ids),
+        )
 
 
 class ChatRequest(_GenerationRequest):
