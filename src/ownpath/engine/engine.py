@@ -4,7 +4,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -315,13 +315,7 @@ class Engine:
         """Reports one more token of an answer."""
         request.output_ids.append(token_id)
         request.num_computed += 1
-        params = request.params
-        if (
-            token_id in self.end_token_ids
-            or len(request.output_ids) >= params.max_tokens
-            or token_id in params.stop_token_ids
-        ):
-            output = self._ended(request, output)
+        output = request.with_end(output, self.end_token_ids)
         if output.finish_reason is not None:
             self._close(request)
         self._deliver(request, output)
@@ -374,18 +368,7 @@ class Engine:
         prompt: tuple[ScoredToken, ...] = ()
         if share.ends_prompt and params.prompt_logprobs:
             prompt = (ScoredToken(request.prompt_ids[0]), *request.scored_prompt)
-        return self._ended(request, StepOutput(prompt, token))
-
-    def _ended(self, request: Request, output: StepOutput) -> StepOutput:
-        """Returns the output with the reason why the answer ends with it, if it does."""
-        params, tokens = request.params, request.output_ids
-        if tokens and tokens[-1] in self.end_token_ids and not params.ignore_eos:
-            return replace(output, finish_reason=FinishReason.STOP)
-        if tokens and tokens[-1] in params.stop_token_ids:
-            return replace(output, finish_reason=FinishReason.STOP, stop_token_id=tokens[-1])
-        if not request.is_prefilling and len(tokens) >= params.max_tokens:
-            return replace(output, finish_reason=FinishReason.LENGTH)
-        return output
+        return request.with_end(StepOutput(prompt, token), self.end_token_ids)
 
     def _fail(self, request: Request, message: str, non_finite: NonFinite | None = None) -> None:
         self._close(request)

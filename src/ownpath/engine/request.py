@@ -3,7 +3,7 @@
 import math
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, StrEnum
 from functools import lru_cache
 
@@ -185,6 +185,17 @@ class Request:
         """True if more than the sampler's results decides what this step reports."""
         is_prefilling = self.num_computed < len(self.prompt_ids)
         return is_prefilling or self.flagged_layer is not None or self.params.needs_logits
+
+    def with_end(self, output: StepOutput, end_token_ids: frozenset[int]) -> StepOutput:
+        """Returns a step's output and why the answer ends with it, if it does. end_token_ids: the model's."""
+        params, last = self.params, self.output_ids[-1] if self.output_ids else None
+        if last in end_token_ids and not params.ignore_eos:
+            return replace(output, finish_reason=FinishReason.STOP)
+        if last in params.stop_token_ids:
+            return replace(output, finish_reason=FinishReason.STOP, stop_token_id=last)
+        if len(self.output_ids) >= params.max_tokens and not self.is_prefilling:
+            return replace(output, finish_reason=FinishReason.LENGTH)
+        return output
 
     @property
     def next_id(self) -> int:
