@@ -1,4 +1,4 @@
-"""What is shipped: the wheel's contents, and the container and cluster examples beside the program they start."""
+"""The shipped files: the wheel's contents, and the container and cluster examples beside the program they start."""
 
 import argparse
 import re
