@@ -106,7 +106,7 @@ def test_what_is_compiled_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_warm_up_scores_prompts_of_every_form_too(
     tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What follows the last layer has the forms of its own rows, which are one unless a prompt is scored."""
+    """The last boundary and the head have forms of their own rows, which are one unless a prompt is scored."""
     random_checkpoint(tmp_path)
     engine = EngineConfig.for_device(str(device), 300)
     model, forward = load_model(tmp_path, engine), Model.forward
