@@ -78,7 +78,7 @@ class GemmConfig:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        modules = ("gemm_sm90", "tile_sm90", "epilogue_sm90", "schedule", "handover", "config")
+        modules = ("gemm_sm90", "decode_sm90", "tile_sm90", "epilogue_sm90", "schedule", "handover", "config")
         return (*(f"nvfp4/{name}.py" for name in modules), *DSL_SOURCES)
 
     @property
@@ -195,7 +195,7 @@ class AlignConfig:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        return ("nvfp4/moe_sm90.py", "nvfp4/schedule.py", "nvfp4/config.py", *DSL_SOURCES)
+        return ("nvfp4/moe_sm90.py", "nvfp4/pairs_sm90.py", "nvfp4/schedule.py", "nvfp4/config.py", *DSL_SOURCES)
 
     @property
     def name(self) -> str:
@@ -211,7 +211,7 @@ class PermuteConfig:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        return ("nvfp4/moe_sm90.py", "nvfp4/schedule.py", "nvfp4/config.py", *DSL_SOURCES)
+        return ("nvfp4/moe_sm90.py", "nvfp4/pairs_sm90.py", "nvfp4/schedule.py", "nvfp4/config.py", *DSL_SOURCES)
 
     @property
     def name(self) -> str:
@@ -236,7 +236,7 @@ class CombineConfig:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        return ("nvfp4/moe_sm90.py", "nvfp4/schedule.py", "nvfp4/config.py", *DSL_SOURCES)
+        return ("nvfp4/moe_sm90.py", "nvfp4/pairs_sm90.py", "nvfp4/schedule.py", "nvfp4/config.py", *DSL_SOURCES)
 
     @property
     def name(self) -> str:

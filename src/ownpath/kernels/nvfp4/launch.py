@@ -85,6 +85,10 @@ def box(config: GemmConfig) -> tuple[int, int]:
     return config.box_rows, CHUNK_K
 
 
+MoeCallKey = tuple[int, int, int, int, bool, int]
+"""Tokens, top k, shared experts, length of the expert map or -1, whether ids are int64, pitch of x."""
+
+
 @dataclass(frozen=True)
 class MoeSizes:
     """Sizes of a call of routed experts. slots: experts per token, shared included; num_ids: number of expert ids."""

@@ -10,6 +10,7 @@ A call's scratch is one buffer: schedule, then (for long prompts) the rows in th
 [P, D], then the hidden rows, bfloat16 [P, F], then the experts' outputs, float32 or bfloat16 [P, D].
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Lock
@@ -22,11 +23,22 @@ from ownpath.kernels.contract import Config, FusedExpert, Routing, StoredExperts
 from ownpath.kernels.dsl.driver import Boxes, Pointers, current_stream, num_sms
 from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.launch_cache import LaunchCache
-from ownpath.kernels.nvfp4.choose import WIDE_PAIRS, MoeChoice, choose_moe, moe_choice, moe_table
+from ownpath.kernels.nvfp4.choose import MAX_SLICED_PAIRS, WIDE_PAIRS, MoeChoice, choose_moe, moe_choice, moe_table
 from ownpath.kernels.nvfp4.config import ALIGN_THREADS, AlignConfig, CombineConfig, GemmConfig, PermuteConfig
-from ownpath.kernels.nvfp4.launch import GemmLaunch, MoeSizes, PackedWeight, Tiling, align, box, combine, permute
+from ownpath.kernels.nvfp4.launch import (
+    GemmLaunch,
+    MoeCallKey,
+    MoeSizes,
+    PackedWeight,
+    Tiling,
+    align,
+    box,
+    combine,
+    permute,
+)
 from ownpath.kernels.nvfp4.layout import check_scales, gate_up_rows, pack_weight_, plain_rows, unpack_weight
 from ownpath.kernels.nvfp4.linear import require_packable, require_rows
+from ownpath.kernels.nvfp4.sliced import ExpertWeights, SlicedLaunches, sliced_bytes, sliced_configs
 from ownpath.qtensor import QuantTensor
 
 DIM_MULTIPLE = 128
@@ -38,10 +50,6 @@ PAIRS_PER_ALIGN_CTA = 4096
 PART_BYTES = 256
 """Alignment of the parts of the scratch."""
 
-MoeCallKey = tuple[int, int, int, int, bool, int]
-"""Tokens, top k, shared experts, length of the expert map or -1, whether ids are int64, pitch of x."""
-
-
 @dataclass(frozen=True)
 class MoeOperand:
     """Packed experts. launches: by ``MoeCallKey``."""
@@ -50,7 +58,7 @@ class MoeOperand:
     w2: PackedWeight
     num_experts: int
     swiglu_limit: float
-    launches: "LaunchCache[MoeCallKey, _MoeLaunches]" = field(default_factory=LaunchCache, compare=False)
+    launches: "LaunchCache[MoeCallKey, _MoeLaunches | SlicedLaunches]" = field(default_factory=LaunchCache, compare=False)
     lock: Lock = field(default_factory=Lock, compare=False)
 
     @property
@@ -196,7 +204,12 @@ class Nvfp4MoeKernel:
 
     def variant(self, x: torch.Tensor, routing: Routing, operand: MoeOperand) -> str:
         """Returns the names of the products that a call with these arguments launches."""
-        choice = self.choose(routing.ids.numel() + len(x) * routing.num_shared, operand)
+        pairs = routing.ids.numel() + len(x) * routing.num_shared
+        choice = self.choose(pairs, operand)
+        if choice.sliced:
+            wide_ids, mapped = routing.ids.dtype is torch.int64, routing.expert_map is not None
+            products, total = sliced_configs(choice.sliced, pairs, wide_ids, mapped, routing.num_shared)
+            return f"{products.name} {total.name}"
         return f"{choice.gate_up.name} {choice.down.name}"
 
     def configs(self, operand: MoeOperand) -> list[Config]:
@@ -217,6 +230,9 @@ class Nvfp4MoeKernel:
             for wide in (True,) if self.is_batch_invariant else (False, True):
                 choice = moe_choice(knobs, hidden, inter, wide)
                 found += [choice.gate_up, choice.down]
+                if choice.sliced and not self.is_batch_invariant:
+                    for pairs, wide_ids in itertools.product((1, MAX_SLICED_PAIRS), (False, True)):
+                        found += sliced_configs(choice.sliced, pairs, wide_ids, False, 0)
         return list(dict.fromkeys(found))
 
     def workspace(self, operand: MoeOperand, num_tokens: int, num_slots: int) -> torch.Tensor:
@@ -231,7 +247,8 @@ class Nvfp4MoeKernel:
             2 * pairs * operand.inter,
             row_bytes * operand.hidden,
         )
-        return torch.empty(sum(map(_align, parts)), dtype=torch.uint8, device=operand.w13.codes.device)
+        num_bytes = max(sum(map(_align, parts)), sliced_bytes(min(pairs, MAX_SLICED_PAIRS), operand.hidden, operand.inter))
+        return torch.empty(num_bytes, dtype=torch.uint8, device=operand.w13.codes.device)
 
     def run(
         self,
@@ -268,11 +285,15 @@ class Nvfp4MoeKernel:
             call.start(x.data_ptr(), routing, workspace.data_ptr(), out.data_ptr(), stream)
         return out
 
-    def _new_call(self, key: MoeCallKey, operand: MoeOperand) -> _MoeLaunches:
+    def _new_call(self, key: MoeCallKey, operand: MoeOperand) -> "_MoeLaunches | SlicedLaunches":
         num_tokens, num_choices, num_shared = key[:3]
         if not 0 <= num_shared < operand.num_experts:
             raise ValueError(f"num_shared is {num_shared}, there are {operand.num_experts} experts")
-        return _MoeLaunches(self.choose(num_tokens * (num_choices + num_shared), operand), key, operand)
+        choice = self.choose(num_tokens * (num_choices + num_shared), operand)
+        if choice.sliced:
+            weights = ExpertWeights(operand.w13, operand.w2, operand.num_experts, operand.swiglu_limit)
+            return SlicedLaunches(choice.sliced, key, weights)
+        return _MoeLaunches(choice, key, operand)
 
 
 def _stack(name: str, side: QuantTensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -17,46 +17,8 @@ from cutlass import BFloat16, Float32, Int32, Int64, cute
 
 from ownpath.kernels.dsl import ptx
 from ownpath.kernels.nvfp4.config import ALIGN_THREADS, COPY_THREADS, AlignConfig, CombineConfig, PermuteConfig
+from ownpath.kernels.nvfp4.pairs_sm90 import Pairs, warp_sum
 from ownpath.kernels.nvfp4.schedule import Schedule, element
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """The (token, slot) pairs of one call: ``slots`` to a token, the last of which are the shared experts'.
-
-    num_ids: number of expert ids; num_experts: local experts, shared ones included and last. tile_rows: most rows of a
-    tile. index_offset: offset of the schedule's index.
-    """
-
-    cfg: AlignConfig
-    ids: cute.Pointer
-    expert_map: cute.Pointer
-    top_k: Int32
-    num_ids: Int32
-    num_experts: Int32
-    slots: Int32
-    total: Int32
-    tile_rows: Int32
-    index_offset: Int32
-
-    def num_tiles(self, count: Int32) -> Int32:
-        """Returns the number of tiles of an expert with ``count`` rows."""
-        return (count + self.tile_rows - 1) // self.tile_rows
-
-    @cute.jit
-    def expert(self, idx: Int32) -> Int32:
-        """Returns the local expert of a pair, or -1."""
-        expert = Int32(-1)
-        slot = idx % self.slots
-        if slot < self.top_k:
-            named = Int32(element(self.ids, idx // self.slots * self.top_k + slot)[0])
-            if named >= 0 and named < self.num_ids:
-                expert = named
-                if cutlass.const_expr(self.cfg.mapped):
-                    expert = element(self.expert_map, named)[0]
-        else:
-            expert = self.num_experts - self.cfg.num_shared + slot - self.top_k
-        return expert
 
 
 @dataclass(frozen=True)
@@ -88,17 +50,6 @@ class Counters:
     counts: cute.Pointer
     cursors: cute.Pointer
     partial: cute.Pointer
-
-
-@cute.jit
-def warp_sum(value: Int32, lane: Int32) -> Int32:
-    """Sums ``value`` over the lanes up to this one."""
-    running = value
-    for power in cutlass.range_constexpr(5):
-        other = cute.arch.shuffle_sync_up(running, offset=1 << power, mask_and_clamp=0)
-        if lane >= 1 << power:
-            running += other
-    return running
 
 
 class Align:
