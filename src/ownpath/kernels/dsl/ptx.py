@@ -324,12 +324,10 @@ def mma_bf16(a: Value, b: Value, c: Value, *, loc: Site = None, ip: Site = None)
 
 
 @dsl_user_op
-def store_async(
-    address: Value, barrier: Value, rank: Value, word: Value, *, loc: Site = None, ip: Site = None
-) -> None:
-    """Stores 4 bytes in the shared memory of the cluster's CTA ``rank``, whose ``barrier`` counts them (byte addresses).
+def store_async(address: Value, barrier: Value, rank: Value, word: Value, *, loc: Site = None, ip: Site = None) -> None:
+    """Stores 4 bytes in the shared memory of the cluster's CTA ``rank``, whose ``barrier`` counts them.
 
-    Whoever has waited for that barrier sees the word; no fence is needed.
+    Both are byte addresses. Whoever has waited for that barrier sees the word; no fence is needed.
     """
     text = (
         "{ .reg .b32 place, bar; mapa.shared::cluster.u32 place, $0, $2; mapa.shared::cluster.u32 bar, $1, $2; "

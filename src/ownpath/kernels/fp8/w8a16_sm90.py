@@ -34,7 +34,6 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from ownpath.kernels.dsl import ptx
 from ownpath.kernels.dsl.pipeline import Pipeline, Stages
 from ownpath.kernels.dsl.warpgroup import Operands, Thread, decoded_mma, shared_operand, wgmma
-from ownpath.kernels.fp8 import ptx as fp8_ptx
 from ownpath.kernels.fp8.config import BLOCK_K, CHUNK_K, ENTRY_BYTES, MAX_K_BLOCKS, W8A16_REGISTERS, WG, W8A16Config
 from ownpath.kernels.fp8.layout import BLOCK_BYTES
 from ownpath.kernels.fp8.output_sm90 import Output, RowBlock

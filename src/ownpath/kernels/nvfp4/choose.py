@@ -18,6 +18,7 @@ from ownpath.kernels.nvfp4.sliced_config import SlicedConfig
 TUNED = Path(__file__).parent / "tuned"
 BLOCK_ROWS = 64
 SMS = 132
+SLICE_KNOBS = ("tokens", "width", "cluster", "stages", "per_sm")
 MAX_SLICED_PAIRS = 64
 """With more pairs, a warp cannot find its tile by itself."""
 WIDE_PAIRS = 4096
@@ -88,14 +89,16 @@ def _moe_choice(knobs: tuple[tuple[str, int], ...], hidden: int, inter: int, wid
 
 def _sliced(read: Mapping[str, int], hidden: int, inter: int) -> SlicedConfig | None:
     """Returns the kernel of slices that a table's entry names, where the experts are made of whole slices."""
-    knobs = (read[f"slice_{name}"] for name in ("tokens", "width", "cluster", "stages", "per_sm"))
-    config = SlicedConfig(*knobs, halves=1)
+    tokens, width, cluster, stages, per_sm = (read[f"slice_{name}"] for name in SLICE_KNOBS)
+    config = SlicedConfig(tokens, width, cluster, stages, per_sm, halves=1)
     return config if config.fits(hidden, inter) else None
 
 
 def moe_choice(knobs: Mapping[str, object], hidden: int, inter: int, wide: bool) -> MoeChoice:
-    """Makes kernels from a table's knobs: num_m64, warpgroups_m, n0, n1, ... (sizes), stages, depth, gather, per_sm; with
-    slices slice_tokens, slice_width, slice_cluster, slice_stages and slice_per_sm."""
+    """Makes kernels from a table's knobs: num_m64, warpgroups_m, n0, n1, ... (sizes), stages, depth, gather, per_sm.
+
+    With slices also slice_tokens, slice_width, slice_cluster, slice_stages and slice_per_sm.
+    """
     return _moe_choice(tuple((name, int(str(value))) for name, value in sorted(knobs.items())), hidden, inter, wide)
 
 

@@ -50,6 +50,7 @@ PAIRS_PER_ALIGN_CTA = 4096
 PART_BYTES = 256
 """Alignment of the parts of the scratch."""
 
+
 @dataclass(frozen=True)
 class MoeOperand:
     """Packed experts. launches: by ``MoeCallKey``."""
@@ -58,7 +59,7 @@ class MoeOperand:
     w2: PackedWeight
     num_experts: int
     swiglu_limit: float
-    launches: "LaunchCache[MoeCallKey, _MoeLaunches | SlicedLaunches]" = field(default_factory=LaunchCache, compare=False)
+    launches: "LaunchCache[MoeCallKey, _Prepared]" = field(default_factory=LaunchCache, compare=False)
     lock: Lock = field(default_factory=Lock, compare=False)
 
     @property
@@ -142,6 +143,9 @@ class _MoeLaunches:
         gate_up.launch.start(stream)
         down.launch.start(stream)
         self._combine.start(stream)
+
+
+_Prepared = _MoeLaunches | SlicedLaunches
 
 
 def _tiling(config: GemmConfig, operand: MoeOperand, tiles: int) -> Tiling:
@@ -247,7 +251,8 @@ class Nvfp4MoeKernel:
             2 * pairs * operand.inter,
             row_bytes * operand.hidden,
         )
-        num_bytes = max(sum(map(_align, parts)), sliced_bytes(min(pairs, MAX_SLICED_PAIRS), operand.hidden, operand.inter))
+        sliced = sliced_bytes(min(pairs, MAX_SLICED_PAIRS), operand.hidden, operand.inter)
+        num_bytes = max(sum(map(_align, parts)), sliced)
         return torch.empty(num_bytes, dtype=torch.uint8, device=operand.w13.codes.device)
 
     def run(
@@ -285,7 +290,7 @@ class Nvfp4MoeKernel:
             call.start(x.data_ptr(), routing, workspace.data_ptr(), out.data_ptr(), stream)
         return out
 
-    def _new_call(self, key: MoeCallKey, operand: MoeOperand) -> "_MoeLaunches | SlicedLaunches":
+    def _new_call(self, key: MoeCallKey, operand: MoeOperand) -> "_Prepared":
         num_tokens, num_choices, num_shared = key[:3]
         if not 0 <= num_shared < operand.num_experts:
             raise ValueError(f"num_shared is {num_shared}, there are {operand.num_experts} experts")

@@ -1,22 +1,22 @@
-"""Both products of routed experts in one launch, for up to 64 (token, slot) pairs: a slice of an expert's width at a time.
+"""Both products of routed experts in one launch, for up to 64 (token, slot) pairs: by slices of an expert's width.
 
-How it works. Down is a sum over the expert's width, so a slice of 64 or 128 of its features can go all the way: gate and
-up of the slice, SwiGLU, and the columns of the down weight that read the slice. What a slice adds to each pair's output
-goes to memory as float32, and ``sliced_sum_sm90`` adds the slices up in a fixed order. No CTA waits for another one's
-expert, and nothing stops the stream of weights between the products: the ring holds the down weight's first blocks
-before the slice's activations are there. A cluster shares a slice: each CTA computes 32 or 64 of its features from all
-columns of x, writes them into every CTA's shared memory, and multiplies its own part of the down weight's rows.
+How it works. Down is a sum over the expert's width, so a slice of 64 or 128 of its features can go all the way: gate
+and up of the slice, SwiGLU, and the columns of the down weight that read the slice. What a slice adds to each pair's
+output goes to memory as float32, and ``sliced_sum_sm90`` adds the slices up in a fixed order. No CTA waits for another
+one's expert, and nothing stops the stream of weights between the products: the ring holds the down weight's first
+blocks before the slice's activations are there. A cluster shares a slice: each CTA computes 32 or 64 of its features
+from all columns of x, writes them into every CTA's shared memory, and multiplies its part of the down weight's rows.
 
-Each CTA finds its tile of tokens itself, from the ids: one warp counts which pairs name the same expert (experts come in
-the order in which pairs first name them). That is sooner done than a launch that writes a schedule.
+Each CTA finds its tile of tokens itself, from the ids: one warp counts which pairs name the same expert (experts come
+in the order in which pairs first name them). That is sooner done than a launch that writes a schedule.
 
 Products. ``mma.sync`` with 16 rows for each of eight warps, because warps then need not wait for each other: two groups
 of four warps take neighbouring 64 x 128 blocks, and their sums of gate and up are added in shared memory. Tokens beyond
 the tile's repeat its last one, and nothing of them is stored.
 
-Roofline: bytes, 0.5625 per weight at 4.41 TB/s; the sums are 4 * hidden * inter / width bytes a pair, through L2. Limits:
-at most 64 pairs; hidden a multiple of 256, inter of the slice; sm_90a only. The activations of a slice are rounded to
-BF16 as in ``gemm_sm90``, all sums are float32.
+Roofline: bytes, 0.5625 per weight at 4.41 TB/s; the sums are 4 * hidden * inter / width bytes a pair, through L2.
+Limits: at most 64 pairs; hidden a multiple of 256, inter of the slice; sm_90a only. The activations of a slice are
+rounded to BF16 as in ``gemm_sm90``, all sums are float32.
 """
 
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ TILE_WORDS = 16
 
 @dataclass(frozen=True)
 class TileInfo:
-    """A CTA's tile in shared memory: [expert, rows, first rank, masks of its pairs (2), ...], then the tokens' pairs."""
+    """A CTA's tile in shared memory: [expert, rows, first rank, two masks of pairs, ...], then the tokens' pairs."""
 
     memory: cute.Pointer
 
@@ -68,8 +68,11 @@ class TileInfo:
 
 @dataclass(frozen=True)
 class Memory:
-    """A CTA's shared memory (byte addresses): the ring's stages, the slice's activations and the barrier that counts their
-    bytes, partial sums; the tile; the ring's barriers."""
+    """A CTA's shared memory.
+
+    codes, scales, tokens: byte addresses of the ring's stages; hidden: of the slice's activations, whose bytes
+    ``arrived`` counts; partial: of the second group's sums.
+    """
 
     codes: Int32
     scales: Int32
@@ -155,7 +158,7 @@ def same_as(mine: Int32, others: Int32) -> Int32:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This lane's pairs of each half: their experts, the pairs of the same expert, and how many of those come before."""
+    """This lane's pair of each half: its expert, the pairs of the same expert, and how many of those come before."""
 
     experts: list[Int32]
     masks: list[tuple[Int32, Int32]]
@@ -254,10 +257,10 @@ class SlicedExperts:
         part = Slice(tile.read(0), tile.read(1), unit % num_slices, num_slices, rank, hidden, inter)
         up = Weight(up_codes, up_scales, up_global, hidden)
         down = Weight(down_codes, down_scales, down_global, inter)
+        if cutlass.const_expr(cfg.cluster > 1):
+            # Everyone in the cluster runs: their shared memory may be written.
+            cute.arch.cluster_wait()
         if part.rows > 0:
-            if cutlass.const_expr(cfg.cluster > 1):
-                # Everyone in the cluster runs: their shared memory may be written.
-                cute.arch.cluster_wait()
             if warp == CONSUMER_WARPS:
                 token = tile.pair(cutlass.min(thread % WARP, part.rows - 1)) // slots
                 row = x.toint() + Int64(token) * x_pitch * 2
@@ -275,8 +278,16 @@ class SlicedExperts:
         hidden = alloc(Uint8, 8 * cfg.hidden_pitch, 128)
         partial = alloc(Uint8, cfg.blocks * GROUP_WARPS * WARP * 16, 128)
         tile = TileInfo(alloc(Int32, TILE_WORDS, 16))
-        places = (part.toint() for part in (codes, scales, tokens, hidden, partial))
-        return Memory(*places, alloc(Int64, 1, 8), tile, Pipeline.allocate(stages))
+        return Memory(
+            codes=codes.toint(),
+            scales=scales.toint(),
+            tokens=tokens.toint(),
+            hidden=hidden.toint(),
+            partial=partial.toint(),
+            arrived=alloc(Int64, 1, 8),
+            tile=tile,
+            ring=Pipeline.allocate(stages),
+        )
 
     @cute.jit
     def find_tile(self, pairs: Pairs, wanted: Int32, tile: TileInfo, lane: Int32) -> None:
@@ -435,9 +446,7 @@ class SlicedExperts:
             ptx.store_async(place, memory.arrived.toint(), Int32(peer), word)
 
     @cute.jit
-    def gate_and_up(
-        self, ring: Consumer, memory: Memory, part: Slice, lane: Lane, scale_bits: Uint32
-    ) -> cute.Tensor:
+    def gate_and_up(self, ring: Consumer, memory: Memory, part: Slice, lane: Lane, scale_bits: Uint32) -> cute.Tensor:
         """Returns this group's sums of a 64-row block of gate and up: rows (g, g, g + 8, g + 8) of two tokens."""
         cfg = self.cfg
         sums = cute.make_rmem_tensor(cute.make_layout(8), Float32)

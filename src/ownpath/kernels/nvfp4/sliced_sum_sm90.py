@@ -44,9 +44,7 @@ class SlicedSum:
     ) -> None:
         """Host side, used to compile only."""
         counts = (num_tokens, top_k, num_ids, num_experts, num_slices, hidden)
-        self.kernel(sums, ids, expert_map, weights, out, *counts).launch(
-            grid=[grid, 1, 1], block=[SUM_THREADS, 1, 1]
-        )
+        self.kernel(sums, ids, expert_map, weights, out, *counts).launch(grid=[grid, 1, 1], block=[SUM_THREADS, 1, 1])
 
     @cute.kernel
     def kernel(
