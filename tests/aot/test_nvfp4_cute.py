@@ -15,6 +15,7 @@ import triton.backends.nvidia.compiler as nvidia  # for the disassembler it carr
 from ownpath.kernels.dsl.cache import compile_missing, stem
 from ownpath.kernels.nvfp4.choose import choose_linear, moe_choice, moe_table
 from ownpath.kernels.nvfp4.config import MAX_SHARED_BYTES, AlignConfig, CombineConfig, GemmConfig, PermuteConfig
+from ownpath.kernels.nvfp4.sliced_config import SlicedConfig, SlicedSumConfig
 
 
 def gemms() -> list[GemmConfig]:
@@ -27,7 +28,16 @@ def gemms() -> list[GemmConfig]:
     return list({config.name: config for config in found}.values())
 
 
+SLICED = (
+    SlicedConfig(1, 64, 2, 7, 3, 1),
+    SlicedConfig(8, 64, 1, 7, 2, 2, num_shared=1),
+    SlicedConfig(8, 128, 2, 5, 3, 2),
+    SlicedConfig(4, 128, 4, 6, 3, 1, wide_ids=True, mapped=True),
+)
 HELPERS = (
+    *SLICED,
+    SlicedSumConfig(),
+    SlicedSumConfig(True, True, 1),
     AlignConfig(False, False, 0, few=True),
     AlignConfig(True, True, 1),
     AlignConfig(False, False, 0, 8),
@@ -71,6 +81,20 @@ def test_it_fits_without_spilling(config: GemmConfig, binary: str) -> None:
     assert shared <= MAX_SHARED_BYTES
     if isinstance(config, GemmConfig):
         assert registers * config.num_threads <= 65536
+
+
+@pytest.mark.parametrize("config", SLICED, ids=lambda config: config.name)
+def test_slices_share_an_sm_and_wait_for_no_memory(config: SlicedConfig, binary: str) -> None:
+    found = re.search(r"REG:(\d+) STACK:\d+ SHARED:(\d+)", tool("cuobjdump", "-res-usage", binary))
+    assert found
+    registers, shared = map(int, found.groups())
+    assert -(-registers // 8) * 8 * config.num_threads * config.per_sm <= 65536
+    # The driver keeps 1 KiB of each CTA's shared memory for itself.
+    assert shared - 1024 <= config.smem_bytes <= config.max_smem_bytes
+    code = tool("nvdisasm", "-c", binary)
+    gate_up, down = 8 * config.blocks, config.pieces // 2 * config.width // 16
+    assert len(re.findall(r"HMMA\.16816\.F32\.BF16", code)) == gate_up + down
+    assert "MEMBAR" not in code, "activations go to the cluster without fences"
 
 
 @pytest.mark.parametrize("config", gemms(), ids=lambda config: config.name)

@@ -38,7 +38,7 @@ from ownpath.kernels.nvfp4.launch import (
 )
 from ownpath.kernels.nvfp4.layout import check_scales, gate_up_rows, pack_weight_, plain_rows, unpack_weight
 from ownpath.kernels.nvfp4.linear import require_packable, require_rows
-from ownpath.kernels.nvfp4.sliced import ExpertWeights, SlicedLaunches, sliced_bytes, sliced_configs
+from ownpath.kernels.nvfp4.sliced import PackedExperts, SlicedLaunches, sliced_bytes, sliced_configs
 from ownpath.qtensor import QuantTensor
 
 DIM_MULTIPLE = 128
@@ -59,7 +59,7 @@ class MoeOperand:
     w2: PackedWeight
     num_experts: int
     swiglu_limit: float
-    launches: "LaunchCache[MoeCallKey, _Prepared]" = field(default_factory=LaunchCache, compare=False)
+    launches: "LaunchCache[MoeCallKey, _AnyLaunches]" = field(default_factory=LaunchCache, compare=False)
     lock: Lock = field(default_factory=Lock, compare=False)
 
     @property
@@ -145,7 +145,7 @@ class _MoeLaunches:
         self._combine.start(stream)
 
 
-_Prepared = _MoeLaunches | SlicedLaunches
+_AnyLaunches = _MoeLaunches | SlicedLaunches
 
 
 def _tiling(config: GemmConfig, operand: MoeOperand, tiles: int) -> Tiling:
@@ -290,13 +290,13 @@ class Nvfp4MoeKernel:
             call.start(x.data_ptr(), routing, workspace.data_ptr(), out.data_ptr(), stream)
         return out
 
-    def _new_call(self, key: MoeCallKey, operand: MoeOperand) -> "_Prepared":
+    def _new_call(self, key: MoeCallKey, operand: MoeOperand) -> "_AnyLaunches":
         num_tokens, num_choices, num_shared = key[:3]
         if not 0 <= num_shared < operand.num_experts:
             raise ValueError(f"num_shared is {num_shared}, there are {operand.num_experts} experts")
         choice = self.choose(num_tokens * (num_choices + num_shared), operand)
         if choice.sliced:
-            weights = ExpertWeights(operand.w13, operand.w2, operand.num_experts, operand.swiglu_limit)
+            weights = PackedExperts(operand.w13, operand.w2, operand.num_experts, operand.swiglu_limit)
             return SlicedLaunches(choice.sliced, key, weights)
         return _MoeLaunches(choice, key, operand)
 

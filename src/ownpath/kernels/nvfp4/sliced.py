@@ -19,7 +19,7 @@ LEAST_WIDTH = 64
 
 
 @dataclass(frozen=True)
-class ExpertWeights:
+class PackedExperts:
     """The packed experts of a call."""
 
     w13: PackedWeight
@@ -47,7 +47,7 @@ class SlicedLaunches:
 
     sorts = False
 
-    def __init__(self, tile: SlicedConfig, key: MoeCallKey, weights: ExpertWeights) -> None:
+    def __init__(self, tile: SlicedConfig, key: MoeCallKey, weights: PackedExperts) -> None:
         num_tokens, top_k, num_shared, map_length, wide_ids, x_pitch = key
         up, down, num_experts = weights.w13, weights.w2, weights.num_experts
         hidden, inter, device_index = up.num_cols, down.num_cols, up.device_index

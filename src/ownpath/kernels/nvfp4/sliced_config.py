@@ -56,7 +56,7 @@ class SlicedConfig:
 
     @property
     def routing(self) -> AlignConfig:
-        """How expert ids are read."""
+        """The form of the expert ids."""
         return AlignConfig(self.wide_ids, self.mapped, self.num_shared, few=True)
 
     @property
@@ -117,7 +117,7 @@ class SlicedSumConfig:
 
     @property
     def routing(self) -> AlignConfig:
-        """How expert ids are read."""
+        """The form of the expert ids."""
         return AlignConfig(self.wide_ids, self.mapped, self.num_shared, few=True)
 
     @property

@@ -67,7 +67,7 @@ class TileInfo:
 
 
 @dataclass(frozen=True)
-class Memory:
+class SliceMemory:
     """A CTA's shared memory.
 
     codes, scales, tokens: byte addresses of the ring's stages; hidden: of the slice's activations, whose bytes
@@ -85,7 +85,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Weight:
+class PackedStack:
     """A stack of packed experts: codes and scales, and the global scales, two to an expert. columns: of a matrix."""
 
     codes: cute.Pointer
@@ -100,8 +100,8 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Slice:
-    """What a CTA computes: rows of one expert's tile, features of slice ``idx`` of ``num_slices``, as ``rank`` of its
+class SliceShare:
+    """A CTA's share: rows of one expert's tile, features of slice ``idx`` of ``num_slices``, as ``rank`` of its
     cluster. hidden, inter: the experts' sizes."""
 
     expert: Int32
@@ -114,7 +114,7 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class Lane:
+class SliceLane:
     """A consumer thread: its warp's group and rows in a 64-row block, and its place in the warp."""
 
     thread: Int32
@@ -157,7 +157,7 @@ def same_as(mine: Int32, others: Int32) -> Int32:
 
 
 @dataclass(frozen=True)
-class Ranks:
+class PairRanks:
     """This lane's pair of each half: its expert, the pairs of the same expert, and how many of those come before."""
 
     experts: list[Int32]
@@ -254,9 +254,9 @@ class SlicedExperts:
             self.find_tile(pairs, unit // num_slices, memory.tile, thread % WARP)
         cute.arch.sync_threads()
         tile = memory.tile
-        part = Slice(tile.read(0), tile.read(1), unit % num_slices, num_slices, rank, hidden, inter)
-        up = Weight(up_codes, up_scales, up_global, hidden)
-        down = Weight(down_codes, down_scales, down_global, inter)
+        part = SliceShare(tile.read(0), tile.read(1), unit % num_slices, num_slices, rank, hidden, inter)
+        up = PackedStack(up_codes, up_scales, up_global, hidden)
+        down = PackedStack(down_codes, down_scales, down_global, inter)
         if cutlass.const_expr(cfg.cluster > 1):
             # Everyone in the cluster runs: their shared memory may be written.
             cute.arch.cluster_wait()
@@ -266,9 +266,9 @@ class SlicedExperts:
                 row = x.toint() + Int64(token) * x_pitch * 2
                 self.load(up, down, row, memory, part, thread % WARP)
             else:
-                self.multiply(up, down, sums, memory, part, Lane(thread), swiglu_limit)
+                self.multiply(up, down, sums, memory, part, SliceLane(thread), swiglu_limit)
 
-    def allocate(self) -> Memory:
+    def allocate(self) -> SliceMemory:
         """Allocates all of a CTA's shared memory."""
         cfg, alloc = self.cfg, cute.arch.alloc_smem
         stages = cfg.num_stages
@@ -278,7 +278,7 @@ class SlicedExperts:
         hidden = alloc(Uint8, 8 * cfg.hidden_pitch, 128)
         partial = alloc(Uint8, cfg.blocks * GROUP_WARPS * WARP * 16, 128)
         tile = TileInfo(alloc(Int32, TILE_WORDS, 16))
-        return Memory(
+        return SliceMemory(
             codes=codes.toint(),
             scales=scales.toint(),
             tokens=tokens.toint(),
@@ -328,15 +328,15 @@ class SlicedExperts:
                 tile.write(8 + place, lane + WARP)
         cute.arch.sync_warp()
 
-    def rank(self, pairs: Pairs, lane: Int32) -> Ranks:
+    def rank(self, pairs: Pairs, lane: Int32) -> PairRanks:
         """Compares the pairs with each other."""
         experts = [self.named(pairs, lane + WARP * half) for half in range(self.cfg.halves)]
         own = [Int32(cute.arch.match_sync(0xFFFFFFFF, expert)) for expert in experts]
         if self.cfg.halves == 1:
-            return Ranks(experts, [(own[0], Int32(0))], [first_rank(own[0], lane)])
+            return PairRanks(experts, [(own[0], Int32(0))], [first_rank(own[0], lane)])
         later, former = same_as(experts[0], experts[1]), same_as(experts[1], experts[0])
         ahead = Int32(cute.arch.popc(former)) + first_rank(own[1], lane)
-        return Ranks(experts, [(own[0], later), (former, own[1])], [first_rank(own[0], lane), ahead])
+        return PairRanks(experts, [(own[0], later), (former, own[1])], [first_rank(own[0], lane), ahead])
 
     @cute.jit
     def named(self, pairs: Pairs, idx: Int32) -> Int32:
@@ -347,7 +347,9 @@ class SlicedExperts:
         return expert
 
     @cute.jit
-    def load(self, up: Weight, down: Weight, row: Int64, memory: Memory, part: Slice, lane: Int32) -> None:
+    def load(
+        self, up: PackedStack, down: PackedStack, row: Int64, memory: SliceMemory, part: SliceShare, lane: Int32
+    ) -> None:
         """Fills the ring. One warp. row: address of this lane's token of x."""
         cfg = self.cfg
         ring = memory.ring.producer()
@@ -392,12 +394,12 @@ class SlicedExperts:
     @cute.jit
     def multiply(
         self,
-        up: Weight,
-        down: Weight,
+        up: PackedStack,
+        down: PackedStack,
         sums: cute.Pointer,
-        memory: Memory,
-        part: Slice,
-        lane: Lane,
+        memory: SliceMemory,
+        part: SliceShare,
+        lane: SliceLane,
         swiglu_limit: Float32,
     ) -> None:
         """Multiplies what the ring brings: gate and up, the exchange of activations, then down."""
@@ -425,8 +427,8 @@ class SlicedExperts:
         total: list[Float32],
         factors: tuple[Float32, Float32],
         swiglu_limit: Float32,
-        memory: Memory,
-        lane: Lane,
+        memory: SliceMemory,
+        lane: SliceLane,
         feature: Int32,
     ) -> None:
         """Sends a warp's activations to the whole cluster. feature: of the slice, the warp's first of eight."""
@@ -446,7 +448,9 @@ class SlicedExperts:
             ptx.store_async(place, memory.arrived.toint(), Int32(peer), word)
 
     @cute.jit
-    def gate_and_up(self, ring: Consumer, memory: Memory, part: Slice, lane: Lane, scale_bits: Uint32) -> cute.Tensor:
+    def gate_and_up(
+        self, ring: Consumer, memory: SliceMemory, part: SliceShare, lane: SliceLane, scale_bits: Uint32
+    ) -> cute.Tensor:
         """Returns this group's sums of a 64-row block of gate and up: rows (g, g, g + 8, g + 8) of two tokens."""
         cfg = self.cfg
         sums = cute.make_rmem_tensor(cute.make_layout(8), Float32)
@@ -470,11 +474,11 @@ class SlicedExperts:
     def multiply_down(
         self,
         ring: Consumer,
-        down: Weight,
+        down: PackedStack,
         sums: cute.Pointer,
-        memory: Memory,
-        part: Slice,
-        lane: Lane,
+        memory: SliceMemory,
+        part: SliceShare,
+        lane: SliceLane,
         scale_bits: Uint32,
     ) -> None:
         """Multiplies the slice's activations by its columns of the down weight and stores the sums."""
@@ -508,7 +512,7 @@ class SlicedExperts:
             offset += 256 * cfg.pieces
 
     def load_block(
-        self, memory: Memory, slot: Int32, block: Int32, halves: int, lane: Lane
+        self, memory: SliceMemory, slot: Int32, block: Int32, halves: int, lane: SliceLane
     ) -> tuple[list[Uint32], list[Uint32]]:
         """Loads this thread's codes (a word per k16 step) and scales (a word per two steps) of a block of a stage."""
         code_bytes = halves * 2048
