@@ -48,7 +48,7 @@ def moe_kernels() -> Iterator[Config]:
     for num_shared in (0, 1):
         for mapped in (False, True):
             for wide_ids in (False, True):
-                yield SlicedSumConfig(wide_ids, mapped, num_shared)
+                yield SlicedSumConfig(False, wide_ids, mapped, num_shared)
                 yield AlignConfig(wide_ids, mapped, num_shared, few=True)
                 yield from (AlignConfig(wide_ids, mapped, num_shared, ctas) for ctas in (1, 8))
         yield from (CombineConfig(num_shared, wide) for wide in (False, True))

@@ -30,14 +30,16 @@ def gemms() -> list[GemmConfig]:
 
 SLICED = (
     SlicedConfig(1, 64, 2, 7, 3, 1),
-    SlicedConfig(8, 64, 1, 7, 2, 2, num_shared=1),
-    SlicedConfig(8, 128, 2, 5, 3, 2),
+    SlicedConfig(8, 64, 2, 5, 3, 2, num_shared=1),
+    SlicedConfig(8, 128, 2, 5, 3, 0),
+    SlicedConfig(8, 256, 4, 5, 3, 0),
     SlicedConfig(4, 128, 4, 6, 3, 1, wide_ids=True, mapped=True),
 )
 HELPERS = (
     *SLICED,
     SlicedSumConfig(),
-    SlicedSumConfig(True, True, 1),
+    SlicedSumConfig(False, True, True, 1),
+    SlicedSumConfig(True),
     AlignConfig(False, False, 0, few=True),
     AlignConfig(True, True, 1),
     AlignConfig(False, False, 0, 8),

@@ -19,8 +19,6 @@ TUNED = Path(__file__).parent / "tuned"
 BLOCK_ROWS = 64
 SMS = 132
 SLICE_KNOBS = ("tokens", "width", "cluster", "stages", "per_sm")
-MAX_SLICED_PAIRS = 64
-"""With more pairs, a warp cannot find its tile by itself."""
 WIDE_PAIRS = 4096
 """Up to this many pairs the experts' outputs stay float32 until they are summed. With more pairs, float32 would cost
 over 5% of the time, so they are rounded to BF16."""
@@ -74,8 +72,14 @@ def choose_moe(pairs: int, num_experts: int, hidden: int, inter: int, invariant:
     density, table = pairs / num_experts, moe_table(hidden, inter)
     knobs = next((knobs for limit, knobs in table if density <= limit), table[-1][1])
     choice = moe_choice(knobs, hidden, inter, wide=invariant or pairs <= WIDE_PAIRS)
-    # Slices of one width sum in another order than the whole width.
-    return replace(choice, sliced=None) if invariant or pairs > MAX_SLICED_PAIRS else choice
+    # Slices sum in another order than the whole width.
+    return replace(choice, sliced=None) if invariant else choice
+
+
+def most_sliced_pairs(num_experts: int, hidden: int, inter: int) -> int:
+    """Returns the most pairs of a call that runs in slices, or 0."""
+    limits = [limit for limit, knobs in moe_table(hidden, inter) if "slice_width" in knobs]
+    return int(max(limits, default=0) * num_experts)
 
 
 @lru_cache(maxsize=256)

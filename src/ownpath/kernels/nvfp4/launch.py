@@ -105,6 +105,18 @@ class MoeSizes:
         return self.num_tokens * self.slots
 
 
+ALIGN_CTAS = 8
+PAIRS_PER_ALIGN_WARP = 32
+PAIRS_PER_ALIGN_CTA = 4096
+"""With more pairs, a cluster sorts them: one CTA takes 12 us for 6144."""
+
+
+def align_config(wide_ids: bool, mapped: bool, num_shared: int, pairs: int) -> AlignConfig:
+    """Returns the kernel for one warp, one CTA or a cluster, by the number of (token, slot) pairs."""
+    ctas = ALIGN_CTAS if pairs > PAIRS_PER_ALIGN_CTA else 1
+    return AlignConfig(wide_ids, mapped, num_shared, ctas, few=pairs <= PAIRS_PER_ALIGN_WARP)
+
+
 def align(
     config: AlignConfig, sizes: MoeSizes, tiles: tuple[int, int], pointers: PointerArgs, device_index: int
 ) -> Launch:

@@ -23,30 +23,28 @@ from ownpath.kernels.contract import Config, FusedExpert, Routing, StoredExperts
 from ownpath.kernels.dsl.driver import Boxes, Pointers, current_stream, num_sms
 from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.launch_cache import LaunchCache
-from ownpath.kernels.nvfp4.choose import MAX_SLICED_PAIRS, WIDE_PAIRS, MoeChoice, choose_moe, moe_choice, moe_table
-from ownpath.kernels.nvfp4.config import ALIGN_THREADS, AlignConfig, CombineConfig, GemmConfig, PermuteConfig
+from ownpath.kernels.nvfp4.choose import WIDE_PAIRS, MoeChoice, choose_moe, moe_choice, moe_table, most_sliced_pairs
+from ownpath.kernels.nvfp4.config import ALIGN_THREADS, CombineConfig, GemmConfig, PermuteConfig
 from ownpath.kernels.nvfp4.launch import (
+    PAIRS_PER_ALIGN_CTA,
     GemmLaunch,
     MoeCallKey,
     MoeSizes,
     PackedWeight,
     Tiling,
     align,
+    align_config,
     box,
     combine,
     permute,
 )
 from ownpath.kernels.nvfp4.layout import check_scales, gate_up_rows, pack_weight_, plain_rows, unpack_weight
 from ownpath.kernels.nvfp4.linear import require_packable, require_rows
-from ownpath.kernels.nvfp4.sliced import PackedExperts, SlicedLaunches, sliced_bytes, sliced_configs
+from ownpath.kernels.nvfp4.sliced import PAIRS_OF_SLICES, PackedExperts, SlicedLaunches, sliced_bytes, sliced_configs
 from ownpath.qtensor import QuantTensor
 
 DIM_MULTIPLE = 128
 MAX_EXPERTS = ALIGN_THREADS - 1
-ALIGN_CTAS = 8
-PAIRS_PER_ALIGN_WARP = 32
-PAIRS_PER_ALIGN_CTA = 4096
-"""With more pairs, a cluster sorts them: one CTA takes 12 us for 6144."""
 PART_BYTES = 256
 """Alignment of the parts of the scratch."""
 
@@ -69,12 +67,6 @@ class MoeOperand:
     @property
     def inter(self) -> int:
         return self.w2.num_cols
-
-
-def align_config(wide_ids: bool, mapped: bool, num_shared: int, pairs: int) -> AlignConfig:
-    """Returns the kernel for one warp, one CTA or a cluster, by the number of (token, slot) pairs."""
-    ctas = ALIGN_CTAS if pairs > PAIRS_PER_ALIGN_CTA else 1
-    return AlignConfig(wide_ids, mapped, num_shared, ctas, few=pairs <= PAIRS_PER_ALIGN_WARP)
 
 
 class _MoeLaunches:
@@ -235,7 +227,7 @@ class Nvfp4MoeKernel:
                 choice = moe_choice(knobs, hidden, inter, wide)
                 found += [choice.gate_up, choice.down]
                 if choice.sliced and not self.is_batch_invariant:
-                    for pairs, wide_ids in itertools.product((1, MAX_SLICED_PAIRS), (False, True)):
+                    for pairs, wide_ids in itertools.product(PAIRS_OF_SLICES, (False, True)):
                         found += sliced_configs(choice.sliced, pairs, wide_ids, False, 0)
         return list(dict.fromkeys(found))
 
@@ -251,7 +243,8 @@ class Nvfp4MoeKernel:
             2 * pairs * operand.inter,
             row_bytes * operand.hidden,
         )
-        sliced = sliced_bytes(min(pairs, MAX_SLICED_PAIRS), operand.hidden, operand.inter)
+        most = most_sliced_pairs(operand.num_experts, operand.hidden, operand.inter)
+        sliced = 0 if self.is_batch_invariant else sliced_bytes(min(pairs, most), operand.hidden, operand.inter)
         num_bytes = max(sum(map(_align, parts)), sliced)
         return torch.empty(num_bytes, dtype=torch.uint8, device=operand.w13.codes.device)
 

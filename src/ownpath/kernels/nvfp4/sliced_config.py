@@ -24,7 +24,8 @@ class SlicedConfig:
     """The shape of the kernel that runs both products of a slice.
 
     tokens: most of a tile, up to 8. width: features of a slice, which ``cluster`` CTAs share. halves: of 64 (token,
-    slot) pairs that a call may have. wide_ids, mapped, num_shared: as in ``AlignConfig``.
+    slot) pairs that a call may have; 0 for calls with more, whose tiles are in a schedule. wide_ids, mapped,
+    num_shared: as in ``AlignConfig``.
     """
 
     tokens: int
@@ -41,18 +42,27 @@ class SlicedConfig:
     def __post_init__(self) -> None:
         if self.smem_bytes > self.max_smem_bytes:
             raise ValueError(f"{self.name} needs {self.smem_bytes} bytes of shared memory, has {self.max_smem_bytes}")
-        if self.width not in (64, 128) or self.width % (32 * self.cluster) or not 1 <= self.tokens <= 8:
-            raise ValueError(f"{self.name}: slices have 64 or 128 features, 32 for each CTA, and tiles up to 8 tokens")
+        if self.width not in (64, 128, 256) or self.width % (32 * self.cluster) or not 1 <= self.tokens <= 8:
+            raise ValueError(
+                f"{self.name}: slices have 64, 128 or 256 features, 32 for a CTA, and tiles up to 8 tokens"
+            )
+        if self.cluster < 2:
+            raise ValueError(f"{self.name}: stores into a cluster's memory need a cluster")
 
     @property
     def name(self) -> str:
         shape = f"n{self.tokens}w{self.width}c{self.cluster}s{self.num_stages}p{self.per_sm}h{self.halves}"
-        return f"nvfp4_moe_sliced_{shape}_{_form(self.routing)}"
+        return f"nvfp4_moe_sliced_{shape}_{_form(self.routing, self.scheduled)}"
 
     @property
     def sources(self) -> tuple[str, ...]:
         modules = ("sliced_sm90", "decode_sm90", "epilogue_sm90", "tile_sm90")
         return (*(f"nvfp4/{name}.py" for name in modules), *_SOURCES, *DSL_SOURCES)
+
+    @property
+    def scheduled(self) -> bool:
+        """True where ``moe_sm90`` has cut the tiles: for more pairs than a warp compares."""
+        return self.halves == 0
 
     @property
     def routing(self) -> AlignConfig:
@@ -69,6 +79,11 @@ class SlicedConfig:
         return self.width // 32 // self.cluster
 
     @property
+    def columns(self) -> int:
+        """Columns of the down weight in a stage: all of the slice, or a part."""
+        return min(self.width, 128)
+
+    @property
     def pieces(self) -> int:
         """64-row blocks of the down weight in a stage."""
         return STAGE_CODES // self.piece_codes
@@ -76,7 +91,7 @@ class SlicedConfig:
     @property
     def piece_codes(self) -> int:
         """Bytes of codes of 64 rows of the down weight."""
-        return 32 * self.width
+        return 32 * self.columns
 
     @property
     def hidden_pitch(self) -> int:
@@ -102,6 +117,7 @@ class SlicedConfig:
 class SlicedSumConfig:
     """Sums the slices' outputs of each token. Fields as in ``SlicedConfig``."""
 
+    scheduled: bool = False
     wide_ids: bool = False
     mapped: bool = False
     num_shared: int = 0
@@ -109,7 +125,7 @@ class SlicedSumConfig:
 
     @property
     def name(self) -> str:
-        return f"nvfp4_moe_sliced_sum_{_form(self.routing)}"
+        return f"nvfp4_moe_sliced_sum_{_form(self.routing, self.scheduled)}"
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -129,5 +145,8 @@ class SlicedSumConfig:
         return 1
 
 
-def _form(routing: AlignConfig) -> str:
+def _form(routing: AlignConfig, scheduled: bool) -> str:
+    """Names the form of the ids; kernels with a schedule do not read them."""
+    if scheduled:
+        return f"scheduled_s{routing.num_shared}"
     return f"{'i64' if routing.wide_ids else 'i32'}{'_mapped' if routing.mapped else ''}_s{routing.num_shared}"

@@ -26,12 +26,12 @@ import cutlass
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32, cute
 
 from ownpath.kernels.dsl import ptx
-from ownpath.kernels.dsl.pipeline import Consumer, Pipeline
+from ownpath.kernels.dsl.pipeline import Pipeline
 from ownpath.kernels.nvfp4.config import UNSCALE
 from ownpath.kernels.nvfp4.decode_sm90 import decode
 from ownpath.kernels.nvfp4.epilogue_sm90 import swiglu
 from ownpath.kernels.nvfp4.pairs_sm90 import Pairs, warp_sum
-from ownpath.kernels.nvfp4.schedule import element
+from ownpath.kernels.nvfp4.schedule import Schedule, element
 from ownpath.kernels.nvfp4.sliced_config import (
     CONSUMER_WARPS,
     STAGE_CODES,
@@ -177,6 +177,7 @@ class SlicedExperts:
         x: cute.Pointer,
         ids: cute.Pointer,
         expert_map: cute.Pointer,
+        schedule: cute.Pointer,
         up_codes: cute.Pointer,
         up_scales: cute.Pointer,
         up_global: cute.Pointer,
@@ -196,7 +197,7 @@ class SlicedExperts:
     ) -> None:
         """Host side, used to compile only."""
         self.kernel(
-            x, ids, expert_map, up_codes, up_scales, up_global, down_codes, down_scales, down_global, sums,
+            x, ids, expert_map, schedule, up_codes, up_scales, up_global, down_codes, down_scales, down_global, sums,
             num_tokens, top_k, num_ids, num_experts, x_pitch, hidden, inter, swiglu_limit,
         ).launch(
             grid=[grid, 1, 1],
@@ -212,6 +213,7 @@ class SlicedExperts:
         x: cute.Pointer,
         ids: cute.Pointer,
         expert_map: cute.Pointer,
+        schedule: cute.Pointer,
         up_codes: cute.Pointer,
         up_scales: cute.Pointer,
         up_global: cute.Pointer,
@@ -238,9 +240,8 @@ class SlicedExperts:
             cute.arch.mbarrier_init(memory.arrived, 1)
             memory.ring.init(1, CONSUMER_WARPS)
             cute.arch.mbarrier_arrive_and_expect_tx(memory.arrived, 8 * 2 * cfg.width)
-        if cutlass.const_expr(cfg.cluster > 1):
-            cute.arch.sync_warp()
-            cute.arch.cluster_arrive_relaxed()
+        cute.arch.sync_warp()
+        cute.arch.cluster_arrive_relaxed()
         num_slices = inter // cfg.width
         unit, rank = cta // cfg.cluster, cta % cfg.cluster
         slots = top_k + cfg.num_shared
@@ -251,18 +252,24 @@ class SlicedExperts:
             )  # fmt: skip
             cute.arch.griddepcontrol_wait()
             cute.arch.griddepcontrol_launch_dependents()
-            self.find_tile(pairs, unit // num_slices, memory.tile, thread % WARP)
+            if cutlass.const_expr(cfg.scheduled):
+                self.read_tile(Schedule(schedule), unit // num_slices, memory.tile, thread % WARP)
+            else:
+                self.find_tile(pairs, unit // num_slices, memory.tile, thread % WARP)
         cute.arch.sync_threads()
         tile = memory.tile
         part = SliceShare(tile.read(0), tile.read(1), unit % num_slices, num_slices, rank, hidden, inter)
         up = PackedStack(up_codes, up_scales, up_global, hidden)
         down = PackedStack(down_codes, down_scales, down_global, inter)
-        if cutlass.const_expr(cfg.cluster > 1):
-            # Everyone in the cluster runs: their shared memory may be written.
-            cute.arch.cluster_wait()
+        # Everyone in the cluster runs: their shared memory may be written.
+        cute.arch.cluster_wait()
         if part.rows > 0:
             if warp == CONSUMER_WARPS:
-                token = tile.pair(cutlass.min(thread % WARP, part.rows - 1)) // slots
+                place = tile.pair(cutlass.min(thread % WARP, part.rows - 1))
+                if cutlass.const_expr(cfg.scheduled):
+                    token = element(Schedule(schedule).tokens(), place)[0]
+                else:
+                    token = place // slots
                 row = x.toint() + Int64(token) * x_pitch * 2
                 self.load(up, down, row, memory, part, thread % WARP)
             else:
@@ -328,6 +335,21 @@ class SlicedExperts:
                 tile.write(8 + place, lane + WARP)
         cute.arch.sync_warp()
 
+    @cute.jit
+    def read_tile(self, schedule: Schedule, wanted: Int32, tile: TileInfo, lane: Int32) -> None:
+        """Reads tile number ``wanted`` from the schedule: instead of pairs it has sorted rows."""
+        if lane == 0:
+            tile.write(1, Int32(0))
+        cute.arch.sync_warp()
+        if wanted < schedule.num_tiles():
+            row0, rows = schedule.rows(wanted)
+            if lane == 0:
+                tile.write(0, schedule.expert(wanted))
+                tile.write(1, rows)
+            if lane < rows:
+                tile.write(8 + lane, row0 + lane)
+        cute.arch.sync_warp()
+
     def rank(self, pairs: Pairs, lane: Int32) -> PairRanks:
         """Compares the pairs with each other."""
         experts = [self.named(pairs, lane + WARP * half) for half in range(self.cfg.halves)]
@@ -379,17 +401,18 @@ class SlicedExperts:
         scales = down.scales.toint() + offset // 8
         step = Int64(part.inter) * (32 * cfg.pieces)
         for _ in cutlass.range(part.hidden // (64 * cfg.pieces * cfg.cluster), unroll=1):
-            ring.acquire()
-            if lane == 0:
-                ring.commit(STAGE_CODES + STAGE_SCALES)
-            if lane < cfg.pieces:
-                place = memory.codes + ring.slot * STAGE_CODES + lane * cfg.piece_codes
-                ptx.load_bulk(place, codes, cfg.piece_codes, ring.full, True)
-                place = memory.scales + ring.slot * STAGE_SCALES + lane * (cfg.piece_codes // 8)
-                ptx.load_bulk(place, scales, cfg.piece_codes // 8, ring.full, True)
+            for turn in cutlass.range_constexpr(cfg.width // cfg.columns):
+                ring.acquire()
+                if lane == 0:
+                    ring.commit(STAGE_CODES + STAGE_SCALES)
+                if lane < cfg.pieces:
+                    place = memory.codes + ring.slot * STAGE_CODES + lane * cfg.piece_codes
+                    ptx.load_bulk(place, codes + turn * cfg.piece_codes, cfg.piece_codes, ring.full, True)
+                    place = memory.scales + ring.slot * STAGE_SCALES + lane * (cfg.piece_codes // 8)
+                    ptx.load_bulk(place, scales + turn * (cfg.piece_codes // 8), cfg.piece_codes // 8, ring.full, True)
+                ring.advance()
             codes += step
             scales += step // 8
-            ring.advance()
 
     @cute.jit
     def multiply(
@@ -404,11 +427,10 @@ class SlicedExperts:
     ) -> None:
         """Multiplies what the ring brings: gate and up, the exchange of activations, then down."""
         cfg = self.cfg
-        ring = memory.ring.consumer()
         # The assembler must not recognise this as a constant: it would load it again for every use.
         scale_bits = Uint32(0x0FF00FF0) | Uint32(part.inter >> 31)
         for block in cutlass.range_constexpr(cfg.blocks):
-            total = self.gate_and_up(ring, memory, part, lane, scale_bits)
+            total = self.gate_and_up(block, memory, part, lane, scale_bits)
             place = memory.partial + ((block * GROUP_WARPS + lane.warp) * WARP + lane.lane) * 16
             if lane.group == 1:
                 ptx.store_shared_vec4(place, tuple(total[idx] for idx in range(4)))
@@ -419,7 +441,7 @@ class SlicedExperts:
                 feature = (part.rank * cfg.blocks + block) * 32 + 8 * lane.warp
                 self.activate(both, up.factors(part.expert), swiglu_limit, memory, lane, feature)
         cute.arch.mbarrier_wait(memory.arrived, 0)
-        self.multiply_down(ring, down, sums, memory, part, lane, scale_bits)
+        self.multiply_down(down, sums, memory, part, lane, scale_bits)
 
     @cute.jit
     def activate(
@@ -449,10 +471,12 @@ class SlicedExperts:
 
     @cute.jit
     def gate_and_up(
-        self, ring: Consumer, memory: SliceMemory, part: SliceShare, lane: SliceLane, scale_bits: Uint32
+        self, block: int, memory: SliceMemory, part: SliceShare, lane: SliceLane, scale_bits: Uint32
     ) -> cute.Tensor:
         """Returns this group's sums of a 64-row block of gate and up: rows (g, g, g + 8, g + 8) of two tokens."""
         cfg = self.cfg
+        # A position in the ring does not outlive the function that moves it.
+        ring = memory.ring.consumer_at(block * (part.hidden // STAGE_COLUMNS))
         sums = cute.make_rmem_tensor(cute.make_layout(8), Float32)
         sums.fill(0.0)
         token = cutlass.min(lane.lane % 8, part.rows - 1)
@@ -473,7 +497,6 @@ class SlicedExperts:
     @cute.jit
     def multiply_down(
         self,
-        ring: Consumer,
         down: PackedStack,
         sums: cute.Pointer,
         memory: SliceMemory,
@@ -483,8 +506,9 @@ class SlicedExperts:
     ) -> None:
         """Multiplies the slice's activations by its columns of the down weight and stores the sums."""
         cfg = self.cfg
+        ring = memory.ring.consumer_at(cfg.blocks * (part.hidden // STAGE_COLUMNS))
         start = memory.hidden + lane.lane % 8 * cfg.hidden_pitch + lane.lane // 8 * 16
-        tokens = [ptx.load_matrix4(start + 64 * idx) for idx in range(cfg.width // 32)]
+        tokens = [ptx.load_matrix4(start + 64 * idx) for idx in range(cfg.columns // 32)]
         factors = down.factors(part.expert)
         group_pieces = cfg.pieces // 2
         feature = part.rank * (part.hidden // cfg.cluster) + lane.group * (64 * group_pieces) + lane.warp * 16
@@ -495,20 +519,28 @@ class SlicedExperts:
             place = memory.tile.pair(token) * part.num_slices + part.idx
             targets.append(sums.toint() + (Int64(place) * part.hidden + feature) * 4)
         offset = Int64(0)
+        turns = cfg.width // cfg.columns
         for _ in cutlass.range(part.hidden // (64 * cfg.pieces * cfg.cluster), unroll=1):
-            ring.wait()
+            totals = [cute.make_rmem_tensor(cute.make_layout(4), Float32) for _ in range(group_pieces)]
+            for turn in cutlass.range_constexpr(turns):
+                ring.wait()
+                if cutlass.const_expr(turns > 1):
+                    # Kept in registers, all of a wide slice would leave too few.
+                    tokens = [ptx.load_matrix4(start + 64 * (4 * turn + idx)) for idx in range(4)]
+                for piece in cutlass.range_constexpr(group_pieces):
+                    block, total = lane.group * group_pieces + piece, totals[piece]
+                    words, scales = self.load_block(memory, ring.slot, block, cfg.columns // 64, lane)
+                    if cutlass.const_expr(turn == 0):
+                        total.fill(0.0)
+                    for step in cutlass.range_constexpr(cfg.columns // 16):
+                        self.step(words, scales, tokens, step, total, 0, scale_bits)
+                ring.release(ring.slot, lane.thread)
+                ring.advance()
             for piece in cutlass.range_constexpr(group_pieces):
-                loaded = self.load_block(memory, ring.slot, lane.group * group_pieces + piece, cfg.width // 64, lane)
-                total = cute.make_rmem_tensor(cute.make_layout(8), Float32)
-                total.fill(0.0)
-                for step in cutlass.range_constexpr(cfg.width // 16):
-                    self.step(*loaded, tokens, step, total, 0, scale_bits)
                 for idx in cutlass.range_constexpr(len(targets)):
                     if 2 * lane.pair + idx < part.rows:
-                        both = (total[idx] * factors[0], total[2 + idx] * factors[1])
+                        both = (totals[piece][idx] * factors[0], totals[piece][2 + idx] * factors[1])
                         ptx.store_global_vec2(targets[idx] + (offset + 256 * piece), both)
-            ring.release(ring.slot, lane.thread)
-            ring.advance()
             offset += 256 * cfg.pieces
 
     def load_block(
@@ -550,5 +582,6 @@ def compile_sliced(config: SlicedConfig) -> Any:
 
     ids = pointer(Int64 if config.wide_ids else Int32, 4)
     weight = (pointer(Uint8, 128), pointer(Uint8, 128), pointer(Float32, 4))
-    pointers = (pointer(BFloat16, 16), ids, pointer(Int32, 4), *weight, *weight, pointer(Float32, 16))
+    tokens = (pointer(BFloat16, 16), ids, pointer(Int32, 4), pointer(Int32, 16))
+    pointers = (*tokens, *weight, *weight, pointer(Float32, 16))
     return cute.compile(SlicedExperts(config), *pointers, *[Int32(1)] * 7, Float32(0.0), Int32(1))

@@ -12,7 +12,7 @@ from cutlass import BFloat16, Float32, Int32, Int64, cute
 
 from ownpath.kernels.dsl import ptx
 from ownpath.kernels.nvfp4.pairs_sm90 import Pairs
-from ownpath.kernels.nvfp4.schedule import element
+from ownpath.kernels.nvfp4.schedule import Schedule, element
 from ownpath.kernels.nvfp4.sliced_config import SUM_COLUMNS, SUM_THREADS, WARP, SlicedSumConfig
 
 LANES = SUM_COLUMNS // 4
@@ -32,6 +32,7 @@ class SlicedSum:
         sums: cute.Pointer,
         ids: cute.Pointer,
         expert_map: cute.Pointer,
+        schedule: cute.Pointer,
         weights: cute.Pointer,
         out: cute.Pointer,
         num_tokens: Int32,
@@ -44,7 +45,9 @@ class SlicedSum:
     ) -> None:
         """Host side, used to compile only."""
         counts = (num_tokens, top_k, num_ids, num_experts, num_slices, hidden)
-        self.kernel(sums, ids, expert_map, weights, out, *counts).launch(grid=[grid, 1, 1], block=[SUM_THREADS, 1, 1])
+        self.kernel(sums, ids, expert_map, schedule, weights, out, *counts).launch(
+            grid=[grid, 1, 1], block=[SUM_THREADS, 1, 1]
+        )
 
     @cute.kernel
     def kernel(
@@ -52,6 +55,7 @@ class SlicedSum:
         sums: cute.Pointer,
         ids: cute.Pointer,
         expert_map: cute.Pointer,
+        schedule: cute.Pointer,
         weights: cute.Pointer,
         out: cute.Pointer,
         num_tokens: Int32,
@@ -77,16 +81,23 @@ class SlicedSum:
         start = sums.toint() + Int64(column + thread % LANES * 4) * 4
         for row in cutlass.range(thread // LANES, slots * num_slices, GROUPS, unroll=6):
             slot = row // num_slices
-            place = Int64(token) * slots * num_slices + row
-            words = ptx.load_global_vec4(start + place * hidden * 4)
-            expert = pairs.expert(token * slots + slot)
+            pair = token * slots + slot
+            if cutlass.const_expr(self.cfg.scheduled):
+                place = element(Schedule(schedule).sorted_rows(num_tokens, slots), pair)[0]
+                known = place
+            else:
+                place = pair
+                known = pairs.expert(pair)
+            # Loads without a branch, so that several are in flight.
+            first = (Int64(cutlass.max(place, 0)) * num_slices + row % num_slices) * hidden
+            words = ptx.load_global_vec4(start + first * 4)
             weight = Float32(1.0)
             if slot < top_k:
                 weight = element(weights, token * top_k + slot)[0]
             for idx in cutlass.range_constexpr(4):
                 # Nobody writes the outputs of a pair without an expert.
                 term = weight * ptx.as_float(words[idx])
-                total[idx] = total[idx] + (term if expert >= 0 else Float32(0.0))
+                total[idx] = total[idx] + (term if known >= 0 else Float32(0.0))
         self.finish(total, out, Int64(token) * hidden + column, thread)
 
     @cute.jit
@@ -115,5 +126,6 @@ def compile_sliced_sum(config: SlicedSumConfig) -> Any:
         return cute.runtime.make_ptr(dtype, 1024, cute.AddressSpace.gmem, assumed_align=align)
 
     ids = pointer(Int64 if config.wide_ids else Int32, 4)
-    pointers = (pointer(Float32, 16), ids, pointer(Int32, 4), pointer(Float32, 4), pointer(BFloat16, 16))
+    routing = (ids, pointer(Int32, 4), pointer(Int32, 16), pointer(Float32, 4))
+    pointers = (pointer(Float32, 16), *routing, pointer(BFloat16, 16))
     return cute.compile(SlicedSum(config), *pointers, *[Int32(1)] * 7)
