@@ -30,6 +30,12 @@ def asm(text: str, constraints: str, result: Value, operands: list[Value], pure:
 
 
 @dsl_user_op
+def keep(x: Value, *, loc: Site = None, ip: Site = None) -> Int32:
+    """Returns a word that the compiler keeps in a register, because it does not know how to compute it again."""
+    return Int32(asm("mov.b32 $0, $1;", "=r,r", T.i32(), [Int32(x).ir_value(loc=loc, ip=ip)], False, loc, ip))
+
+
+@dsl_user_op
 def rotate_right(x: Value, distance: int, *, loc: Site = None, ip: Site = None) -> Uint32:
     """Rotates the bits of ``x`` right by ``distance``."""
     text = f"shf.r.wrap.b32 $0, $1, $1, {distance};"

@@ -285,15 +285,20 @@ class SlicedExperts:
         hidden = alloc(Uint8, 8 * cfg.hidden_pitch, 128)
         partial = alloc(Uint8, cfg.blocks * GROUP_WARPS * WARP * 16, 128)
         tile = TileInfo(alloc(Int32, TILE_WORDS, 16))
+        ring = Pipeline.allocate(stages)
+        full, empty = (
+            cute.make_ptr(Int64, ptx.keep(part.toint()), cute.AddressSpace.smem, assumed_align=8)
+            for part in (ring.full, ring.empty)
+        )
         return SliceMemory(
-            codes=codes.toint(),
-            scales=scales.toint(),
-            tokens=tokens.toint(),
+            codes=ptx.keep(codes.toint()),
+            scales=ptx.keep(scales.toint()),
+            tokens=ptx.keep(tokens.toint()),
             hidden=hidden.toint(),
             partial=partial.toint(),
             arrived=alloc(Int64, 1, 8),
             tile=tile,
-            ring=Pipeline.allocate(stages),
+            ring=Pipeline(full, empty, stages),
         )
 
     @cute.jit
