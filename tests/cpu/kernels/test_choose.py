@@ -1,9 +1,12 @@
 """The choice of kernels: every shape gets one that fits, and its tiles cover the work exactly."""
 
+from dataclasses import replace
+
 import pytest
 
 from ownpath.kernels.nvfp4.choose import SMS, choose_linear, choose_moe
 from ownpath.kernels.nvfp4.config import MAX_SHARED_BYTES, GemmConfig
+from ownpath.kernels.nvfp4.sliced_config import SlicedConfig
 
 SHAPES = ((1536, 4096), (32768, 1024), (4096, 8192), (4096, 4096), (4096, 2048), (64, 128), (192, 384), (640, 256))
 
@@ -50,6 +53,29 @@ def test_nothing_that_changes_bits_follows_the_batch_when_invariant() -> None:
         assert choice.down.wide
         assert not choice.down.reduces
         assert not choice.gate_up.reduces
+
+
+def test_slices_are_whole_stages() -> None:
+    tile = SlicedConfig(8, 128, 2, 5, 3, 2)
+    assert tile.fits(4096, 2048)
+    assert tile.fits(7168, 3072)
+    assert not tile.fits(4096 + 128, 2048), "a stage of gate and up has 256 columns"
+    assert not tile.fits(4096, 2048 + 64)
+    assert not tile.fits(128, 128), "down has stages for both CTAs"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_stages": 9}, "shared memory"),
+        ({"cluster": 1}, "need a cluster"),
+        ({"width": 96}, "slices have"),
+        ({"tokens": 9}, "slices have"),
+    ],
+)
+def test_slices_that_do_not_fit_are_refused(change: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(SlicedConfig(1, 64, 2, 7, 3, 1), **change)
 
 
 def test_a_kernel_that_does_not_fit_is_refused() -> None:
