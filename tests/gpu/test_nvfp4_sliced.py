@@ -1,4 +1,4 @@
-"""The experts' kernel by slices on Hopper against float64: tiles, widths and clusters; few pairs and a schedule; bits."""
+"""The experts' kernel by slices on Hopper against float64: tiles, widths, clusters; few pairs and a schedule; bits."""
 
 from collections.abc import Iterator
 from dataclasses import replace

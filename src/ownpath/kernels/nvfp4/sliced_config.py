@@ -40,14 +40,14 @@ class SlicedConfig:
     compiler: ClassVar[str] = "nvfp4.sliced_sm90:compile_sliced"
 
     def __post_init__(self) -> None:
-        if self.smem_bytes > self.max_smem_bytes:
-            raise ValueError(f"{self.name} needs {self.smem_bytes} bytes of shared memory, has {self.max_smem_bytes}")
         if self.width not in (64, 128, 256) or self.width % (32 * self.cluster) or not 1 <= self.tokens <= 8:
             raise ValueError(
                 f"{self.name}: slices have 64, 128 or 256 features, 32 for a CTA, and tiles up to 8 tokens"
             )
         if self.cluster < 2:
             raise ValueError(f"{self.name}: stores into a cluster's memory need a cluster")
+        if self.smem_bytes > self.max_smem_bytes:
+            raise ValueError(f"{self.name} needs {self.smem_bytes} bytes of shared memory, has {self.max_smem_bytes}")
 
     @property
     def name(self) -> str:
