@@ -48,7 +48,7 @@ def moe_kernels() -> Iterator[Config]:
     for num_shared in (0, 1):
         for mapped in (False, True):
             for wide_ids in (False, True):
-                yield SlicedSumConfig(False, wide_ids, mapped, num_shared)
+                yield SlicedSumConfig(wide_ids, mapped, num_shared)
                 yield AlignConfig(wide_ids, mapped, num_shared, few=True)
                 yield from (AlignConfig(wide_ids, mapped, num_shared, ctas) for ctas in (1, 8))
         yield from (CombineConfig(num_shared, wide) for wide in (False, True))
@@ -87,7 +87,7 @@ def few_kernels() -> Iterator[Config]:
     for at in (0, len(table) // 2, len(table) - 1):
         choice = moe_choice(table[at][1], 4096, 2048, at == 0)
         yield from (choice.gate_up, choice.down)
-    yield from (SlicedConfig(1, 64, 2, 7, 3, 1), SlicedConfig(8, 128, 2, 5, 3, 2, True, True, 1), SlicedSumConfig())
+    yield from (SlicedConfig(1, 5, 4), SlicedConfig(2, 5, 4, True, True, 1), SlicedSumConfig())
     yield from (AlignConfig(False, False, 0, few=True), AlignConfig(True, True, 1), AlignConfig(False, False, 0, 8))
     yield from (CombineConfig(0, True), CombineConfig(1, False), PermuteConfig())
     for num_n, folded, ragged, wgmma in ((8, True, False, False), (16, False, True, False), (64, False, False, True)):

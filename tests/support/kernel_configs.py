@@ -54,7 +54,7 @@ def moe_configs(
     for count in pairs:
         choice = choose_moe(count, *dims, is_invariant)
         if choice.sliced:
-            yield from sliced_configs(choice.sliced, count, wide_ids, mapped, num_shared)
+            yield from sliced_configs(choice.sliced, wide_ids, mapped, num_shared)
             continue
         yield align_config(wide_ids, mapped, num_shared, count)
         yield choice.gate_up

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ownpath.kernels.nvfp4.config import BLOCK_K, GemmConfig
-from ownpath.kernels.nvfp4.sliced_config import SlicedConfig
+from ownpath.kernels.nvfp4.sliced_config import MAX_SLICED_PAIRS, SlicedConfig, fits_slices
 
 TUNED = Path(__file__).parent / "tuned"
 BLOCK_ROWS = 64
 SMS = 132
-SLICE_KNOBS = ("tokens", "width", "cluster", "stages", "per_sm")
 WIDE_PAIRS = 4096
 """Up to this many pairs the experts' outputs stay float32 until they are summed. With more pairs, float32 would cost
 over 5% of the time, so they are rounded to BF16."""
@@ -73,13 +72,7 @@ def choose_moe(pairs: int, num_experts: int, hidden: int, inter: int, invariant:
     knobs = next((knobs for limit, knobs in table if density <= limit), table[-1][1])
     choice = moe_choice(knobs, hidden, inter, wide=invariant or pairs <= WIDE_PAIRS)
     # Slices sum in another order than the whole width.
-    return replace(choice, sliced=None) if invariant else choice
-
-
-def most_sliced_pairs(num_experts: int, hidden: int, inter: int) -> int:
-    """Returns the most pairs of a call that runs in slices, or 0."""
-    limits = [limit for limit, knobs in moe_table(hidden, inter) if "slice_width" in knobs]
-    return int(max(limits, default=0) * num_experts)
+    return replace(choice, sliced=None) if invariant or pairs > MAX_SLICED_PAIRS else choice
 
 
 @lru_cache(maxsize=256)
@@ -88,20 +81,20 @@ def _moe_choice(knobs: tuple[tuple[str, int], ...], hidden: int, inter: int, wid
     sizes = tuple(size for size in (read.get(f"n{idx}") for idx in range(8)) if size)
     gate_up = _fit_config(read, sizes, 2 * inter // BLOCK_ROWS, swiglu=True, gather=bool(read["gather"]))
     down = _fit_config(read, sizes, hidden // BLOCK_ROWS, wide=wide)
-    return MoeChoice(gate_up, down, _sliced(read, hidden, inter) if "slice_width" in read else None)
+    return MoeChoice(gate_up, down, _sliced(read, hidden, inter) if "slice_tokens" in read else None)
 
 
 def _sliced(read: Mapping[str, int], hidden: int, inter: int) -> SlicedConfig | None:
     """Returns the kernel of slices that a table's entry names, where the experts are made of whole slices."""
-    tokens, width, cluster, stages, per_sm = (read[f"slice_{name}"] for name in SLICE_KNOBS)
-    config = SlicedConfig(tokens, width, cluster, stages, per_sm, halves=1)
-    return config if config.fits(hidden, inter) else None
+    if not fits_slices(hidden, inter):
+        return None
+    return SlicedConfig(read["slice_tokens"], read["slice_stages"], read["slice_per_sm"])
 
 
 def moe_choice(knobs: Mapping[str, object], hidden: int, inter: int, wide: bool) -> MoeChoice:
     """Makes kernels from a table's knobs: num_m64, warpgroups_m, n0, n1, ... (sizes), stages, depth, gather, per_sm.
 
-    With slices also slice_tokens, slice_width, slice_cluster, slice_stages and slice_per_sm.
+    With slices also slice_tokens, slice_stages and slice_per_sm.
     """
     return _moe_choice(tuple((name, int(str(value))) for name, value in sorted(knobs.items())), hidden, inter, wide)
 

@@ -10,7 +10,6 @@ A call's scratch is one buffer: schedule, then (for long prompts) the rows in th
 [P, D], then the hidden rows, bfloat16 [P, F], then the experts' outputs, float32 or bfloat16 [P, D].
 """
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Lock
@@ -23,7 +22,7 @@ from ownpath.kernels.contract import Config, FusedExpert, Routing, StoredExperts
 from ownpath.kernels.dsl.driver import Boxes, Pointers, current_stream, num_sms
 from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.launch_cache import LaunchCache
-from ownpath.kernels.nvfp4.choose import WIDE_PAIRS, MoeChoice, choose_moe, moe_choice, moe_table, most_sliced_pairs
+from ownpath.kernels.nvfp4.choose import WIDE_PAIRS, MoeChoice, choose_moe, moe_choice, moe_table
 from ownpath.kernels.nvfp4.config import ALIGN_THREADS, CombineConfig, GemmConfig, PermuteConfig
 from ownpath.kernels.nvfp4.launch import (
     PAIRS_PER_ALIGN_CTA,
@@ -40,7 +39,8 @@ from ownpath.kernels.nvfp4.launch import (
 )
 from ownpath.kernels.nvfp4.layout import check_scales, gate_up_rows, pack_weight_, plain_rows, unpack_weight
 from ownpath.kernels.nvfp4.linear import require_packable, require_rows
-from ownpath.kernels.nvfp4.sliced import PAIRS_OF_SLICES, PackedExperts, SlicedLaunches, sliced_bytes, sliced_configs
+from ownpath.kernels.nvfp4.sliced import PackedExperts, SlicedLaunches, sliced_bytes, sliced_configs
+from ownpath.kernels.nvfp4.sliced_config import MAX_SLICED_PAIRS
 from ownpath.qtensor import QuantTensor
 
 DIM_MULTIPLE = 128
@@ -204,7 +204,7 @@ class Nvfp4MoeKernel:
         choice = self.choose(pairs, operand)
         if choice.sliced:
             wide_ids, mapped = routing.ids.dtype is torch.int64, routing.expert_map is not None
-            products, total = sliced_configs(choice.sliced, pairs, wide_ids, mapped, routing.num_shared)
+            products, total = sliced_configs(choice.sliced, wide_ids, mapped, routing.num_shared)
             return f"{products.name} {total.name}"
         return f"{choice.gate_up.name} {choice.down.name}"
 
@@ -227,8 +227,8 @@ class Nvfp4MoeKernel:
                 choice = moe_choice(knobs, hidden, inter, wide)
                 found += [choice.gate_up, choice.down]
                 if choice.sliced and not self.is_batch_invariant:
-                    for pairs, wide_ids in itertools.product(PAIRS_OF_SLICES, (False, True)):
-                        found += sliced_configs(choice.sliced, pairs, wide_ids, False, 0)
+                    for wide_ids in (False, True):
+                        found += sliced_configs(choice.sliced, wide_ids, False, 0)
         return list(dict.fromkeys(found))
 
     def workspace(self, operand: MoeOperand, num_tokens: int, num_slots: int) -> torch.Tensor:
@@ -243,8 +243,7 @@ class Nvfp4MoeKernel:
             2 * pairs * operand.inter,
             row_bytes * operand.hidden,
         )
-        most = most_sliced_pairs(operand.num_experts, operand.hidden, operand.inter)
-        sliced = 0 if self.is_batch_invariant else sliced_bytes(min(pairs, most), operand.hidden, operand.inter)
+        sliced = sliced_bytes(min(pairs, MAX_SLICED_PAIRS), operand.hidden, operand.inter)
         num_bytes = max(sum(map(_align, parts)), sliced)
         return torch.empty(num_bytes, dtype=torch.uint8, device=operand.w13.codes.device)
 
