@@ -1,7 +1,5 @@
 """The choice of kernels: every shape gets one that fits, and its tiles cover the work exactly."""
 
-from dataclasses import replace
-
 import pytest
 
 from ownpath.kernels.nvfp4.choose import SMS, choose_linear, choose_moe
