@@ -49,7 +49,7 @@ def moe_kernels() -> Iterator[Config]:
         for mapped in (False, True):
             for wide_ids in (False, True):
                 yield SlicedSumConfig(wide_ids, mapped, num_shared)
-                yield AlignConfig(wide_ids, mapped, num_shared, few=True)
+                yield from (AlignConfig(wide_ids, mapped, num_shared, few=halves) for halves in (1, 2))
                 yield from (AlignConfig(wide_ids, mapped, num_shared, ctas) for ctas in (1, 8))
         yield from (CombineConfig(num_shared, wide) for wide in (False, True))
     yield PermuteConfig()
@@ -88,7 +88,7 @@ def few_kernels() -> Iterator[Config]:
         choice = moe_choice(table[at][1], 4096, 2048, at == 0)
         yield from (choice.gate_up, choice.down)
     yield from (SlicedConfig(1, 5, 4), SlicedConfig(2, 5, 4, True, True, 1), SlicedSumConfig())
-    yield from (AlignConfig(False, False, 0, few=True), AlignConfig(True, True, 1), AlignConfig(False, False, 0, 8))
+    yield from (AlignConfig(False, False, 0, few=1), AlignConfig(True, True, 1), AlignConfig(False, False, 0, 8))
     yield from (CombineConfig(0, True), CombineConfig(1, False), PermuteConfig())
     for num_n, folded, ragged, wgmma in ((8, True, False, False), (16, False, True, False), (64, False, False, True)):
         stages = w8a16_stages(4, num_n)

@@ -176,13 +176,14 @@ class GemmConfig:
 @dataclass(frozen=True)
 class AlignConfig:
     """wide_ids: ids are int64. mapped: ids go through an expert map. num_shared: experts every token goes to, behind
-    the routed ones. num_ctas: of the cluster that shares the work. few: at most 32 pairs, for one warp."""
+    the routed ones. num_ctas: of the cluster that shares the work. few: halves of 64 pairs
+    that one warp sorts; 0 for more."""
 
     wide_ids: bool
     mapped: bool
     num_shared: int
     num_ctas: int = 1
-    few: bool = False
+    few: int = 0
     compiler: ClassVar[str] = "nvfp4.moe_sm90:compile_align"
 
     @property
@@ -200,7 +201,7 @@ class AlignConfig:
     @property
     def name(self) -> str:
         ids = ("i64" if self.wide_ids else "i32") + ("_mapped" if self.mapped else "")
-        return f"moe_align{'_few' if self.few else ''}_{ids}_s{self.num_shared}c{self.num_ctas}"
+        return f"moe_align{f'_few{self.few}' if self.few else ''}_{ids}_s{self.num_shared}c{self.num_ctas}"
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from ownpath.kernels.nvfp4.choose import WIDE_PAIRS, MoeChoice, choose_moe, moe_
 from ownpath.kernels.nvfp4.config import ALIGN_THREADS, CombineConfig, GemmConfig, PermuteConfig
 from ownpath.kernels.nvfp4.launch import (
     PAIRS_PER_ALIGN_CTA,
+    PAIRS_PER_ALIGN_WARP,
     GemmLaunch,
     MoeCallKey,
     MoeSizes,
@@ -217,7 +218,7 @@ class Nvfp4MoeKernel:
         return self._configs(stored.hidden_size, stored.down.shape[2])
 
     def _configs(self, hidden: int, inter: int) -> list[Config]:
-        counts = (1, PAIRS_PER_ALIGN_CTA, PAIRS_PER_ALIGN_CTA + 1)
+        counts = (1, PAIRS_PER_ALIGN_WARP, PAIRS_PER_ALIGN_CTA, PAIRS_PER_ALIGN_CTA + 1)
         found: list[Config] = [align_config(wide, False, 0, pairs) for wide in (False, True) for pairs in counts]
         found += [PermuteConfig(), CombineConfig(0, True)]
         if not self.is_batch_invariant:

@@ -71,3 +71,53 @@ def warp_sum(value: Int32, lane: Int32) -> Int32:
         if lane >= 1 << power:
             running += other
     return running
+
+
+@cute.jit
+def count_below(mask: Int32, lane: Int32) -> Int32:
+    """Returns the number of set bits below this lane's."""
+    return Int32(cute.arch.popc(mask & ((Int32(1) << lane) - 1)))
+
+
+def lowest_bit(mask: Int32) -> Int32:
+    """Returns the place of the lowest set bit."""
+    return Int32(cute.arch.popc((mask & -mask) - 1))
+
+
+@cute.jit
+def lanes_with(value: Int32, mine: Int32) -> Int32:
+    """Returns the lanes whose ``value`` equals this lane's ``mine``, a bit each."""
+    found = Int32(0)
+    for lane in cutlass.range_constexpr(32):
+        bit = Int32((1 << lane) - (1 << 32 if lane == 31 else 0))
+        found = found | (bit if cute.arch.shuffle_sync(value, lane) == mine else Int32(0))
+    return found
+
+
+@cute.jit
+def named(pairs: Pairs, idx: Int32) -> Int32:
+    """Returns a pair's expert, or -1, also beyond the last pair."""
+    expert = Int32(-1)
+    if idx < pairs.total:
+        expert = pairs.expert(idx)
+    return expert
+
+
+@dataclass(frozen=True)
+class PairRanks:
+    """A lane's pair of each half: its expert, the pairs of the same expert (masks of both halves), those before it."""
+
+    experts: list[Int32]
+    masks: list[tuple[Int32, Int32]]
+    earlier: list[Int32]
+
+
+def rank_pairs(pairs: Pairs, halves: int, lane: Int32) -> PairRanks:
+    """Compares up to 32 pairs (``halves`` is 1), or 64, with each other. One warp: a lane has one of each half."""
+    experts = [named(pairs, lane + 32 * half) for half in range(halves)]
+    own = [Int32(cute.arch.match_sync(0xFFFFFFFF, expert)) for expert in experts]
+    if halves == 1:
+        return PairRanks(experts, [(own[0], Int32(0))], [count_below(own[0], lane)])
+    later, former = lanes_with(experts[1], experts[0]), lanes_with(experts[0], experts[1])
+    ahead = Int32(cute.arch.popc(former)) + count_below(own[1], lane)
+    return PairRanks(experts, [(own[0], later), (former, own[1])], [count_below(own[0], lane), ahead])

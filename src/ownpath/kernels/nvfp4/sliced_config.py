@@ -64,7 +64,7 @@ class SlicedConfig:
     @property
     def routing(self) -> AlignConfig:
         """The form of the expert ids."""
-        return AlignConfig(self.wide_ids, self.mapped, self.num_shared, few=True)
+        return AlignConfig(self.wide_ids, self.mapped, self.num_shared, few=1)
 
     @property
     def num_threads(self) -> int:
@@ -111,7 +111,7 @@ class SlicedSumConfig:
     @property
     def routing(self) -> AlignConfig:
         """The form of the expert ids."""
-        return AlignConfig(self.wide_ids, self.mapped, self.num_shared, few=True)
+        return AlignConfig(self.wide_ids, self.mapped, self.num_shared, few=1)
 
     @property
     def num_threads(self) -> int:

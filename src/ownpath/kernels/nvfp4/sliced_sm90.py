@@ -31,7 +31,7 @@ from ownpath.kernels.dsl.pipeline import Pipeline
 from ownpath.kernels.nvfp4.config import UNSCALE
 from ownpath.kernels.nvfp4.decode_sm90 import decode
 from ownpath.kernels.nvfp4.epilogue_sm90 import swiglu
-from ownpath.kernels.nvfp4.pairs_sm90 import Pairs, warp_sum
+from ownpath.kernels.nvfp4.pairs_sm90 import Pairs, rank_pairs, warp_sum
 from ownpath.kernels.nvfp4.schedule import element
 from ownpath.kernels.nvfp4.sliced_config import (
     CLUSTER,
@@ -142,12 +142,6 @@ class SliceLane:
     @property
     def pair(self) -> Int32:
         return self.thread % 4
-
-
-@cute.jit
-def count_below(mask: Int32, lane: Int32) -> Int32:
-    """Returns the number of set bits below this lane's."""
-    return Int32(cute.arch.popc(mask & ((Int32(1) << lane) - 1)))
 
 
 class SlicedExperts:
@@ -287,11 +281,8 @@ class SlicedExperts:
 
         A tile has pairs of one expert, in their order.
         """
-        expert = Int32(-1)
-        if lane < pairs.total:
-            expert = pairs.expert(lane)
-        same = Int32(cute.arch.match_sync(0xFFFFFFFF, expert))
-        earlier = count_below(same, lane)
+        ranks = rank_pairs(pairs, 1, lane)
+        expert, same, earlier = ranks.experts[0], ranks.masks[0][0], ranks.earlier[0]
         count, tiles = Int32(0), Int32(0)
         if expert >= 0 and earlier == 0:
             count = Int32(cute.arch.popc(same))
