@@ -49,7 +49,8 @@ class SelectConfig:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        return (*(f"select/{name}.py" for name in ("select_sm90", "search_sm90", "write_sm90", "parts_sm90", "config_sm90", "ptx")), "dsl/ptx.py")
+        names = ("select_sm90", "search_sm90", "write_sm90", "parts_sm90", "config_sm90", "ptx")
+        return (*(f"select/{name}.py" for name in names), "dsl/ptx.py")
 
     @property
     def num_threads(self) -> int:

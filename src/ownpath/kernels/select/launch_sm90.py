@@ -15,14 +15,14 @@ import torch
 from ownpath.kernels.checks import check, check_rank
 from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.cache import load
-from ownpath.kernels.dsl.driver import Launch, Pointers, current_stream
+from ownpath.kernels.dsl.driver import Argument, Launch, Pointers, current_stream
 from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.scores.launch import check_rows
 from ownpath.kernels.scores.types import CSA_PAGES, EntryPages, PagedRows
-from ownpath.kernels.select.checks import check_selected, new_selected
 from ownpath.kernels.select.choose_sm90 import choose_config, reachable_configs
 from ownpath.kernels.select.config_sm90 import SelectConfig
-from ownpath.kernels.select.launch import SELECT, SelectOperand, SelectOutputs
+from ownpath.kernels.select.launch import SELECT, SelectOperand
+from ownpath.kernels.select.outputs import SelectOutputs, check_selected
 from ownpath.kernels.select.types import Selected, SelectWeights
 
 
@@ -33,7 +33,7 @@ class ClusterSelectCall:
         num_rows, num_blocks = shape
         self.outputs = SelectOutputs(num_rows, topk, device_index)
         self._pointers = Pointers(6)
-        args = (*self._pointers.arguments, c_int(num_blocks), c_int(topk))
+        args: tuple[Argument, ...] = (*self._pointers.arguments, c_int(num_blocks), c_int(topk))
         self._launch = Launch(load(config, device_index), (config.cluster, num_rows, 1), args)
 
     def start(self, stream: int, *addresses: int) -> None:
@@ -71,7 +71,7 @@ class CuteSelect:
 
     def config(self, num_rows: int, num_blocks: int, operand: CuteSelectOperand) -> SelectConfig | None:
         """Returns the kernel of a call's rows; ``None`` where Triton's runs."""
-        return choose_config(num_rows, num_blocks, operand.tree.topk, operand.tree.pages)
+        return choose_config(num_rows, num_blocks, operand.tree.pages)
 
     def variant(self, scores_TC: torch.Tensor, operand: CuteSelectOperand) -> str:
         """Returns the variant's name, which depends on the number of rows, the longest possible one and ``topk``."""

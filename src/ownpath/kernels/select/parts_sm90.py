@@ -24,8 +24,6 @@ CANDIDATES = OWN_CANDIDATES + 4 * MAX_CANDIDATES
 BLOCKS = CANDIDATES + 4 * MAX_CANDIDATES
 
 
-
-
 @dataclass(frozen=True)
 class Share:
     """A thread's part of a row. base: of shared memory. rank: of the CTA among ``peers``. chunk, chunks: its warp's

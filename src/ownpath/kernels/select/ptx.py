@@ -1,4 +1,4 @@
-"""PTX instructions of the selection, as typed functions. Addresses are bytes of shared memory unless they say global."""
+"""PTX instructions of the selection, as typed functions. Addresses are of shared memory unless they say global."""
 
 from cutlass import Float32, Int32, Int64
 from cutlass._mlir.dialects import llvm
@@ -46,9 +46,7 @@ def value_of(key: Value, *, loc: Site = None, ip: Site = None) -> Float32:
 
 
 @dsl_user_op
-def value_bin(
-    key: Value, best: Value, scale: Value, num_bins: int, *, loc: Site = None, ip: Site = None
-) -> Int32:
+def value_bin(key: Value, best: Value, scale: Value, num_bins: int, *, loc: Site = None, ip: Site = None) -> Int32:
     """Returns (best - value of the key) * scale as a bin; a NaN of infinities is bin 0. It never falls with the key's
     rank, whatever the scale, if that is not negative."""
     text = (
@@ -95,9 +93,7 @@ def add_lower_lane(x: Value, distance: int, *, loc: Site = None, ip: Site = None
 @dsl_user_op
 def max_of_pair(x: Value, distance: int, *, loc: Site = None, ip: Site = None) -> Int32:
     """Returns the larger of this lane's integer and of the lane's that differs in one bit."""
-    text = (
-        f"{{ .reg .b32 o; shfl.sync.bfly.b32 o, $1, {distance}, 31, 0xffffffff; max.s32 $0, $1, o; }}"
-    )
+    text = f"{{ .reg .b32 o; shfl.sync.bfly.b32 o, $1, {distance}, 31, 0xffffffff; max.s32 $0, $1, o; }}"
     return Int32(asm(text, "=r,r", T.i32(), [Int32(x).ir_value(loc=loc, ip=ip)], False, loc, ip))
 
 
@@ -180,9 +176,7 @@ def fetch_add(address: Value, x: Value, *, loc: Site = None, ip: Site = None) ->
 
 
 @dsl_user_op
-def load_peer(
-    address: Value, rank: Value, count: int, *, loc: Site = None, ip: Site = None
-) -> tuple[Int32, ...]:
+def load_peer(address: Value, rank: Value, count: int, *, loc: Site = None, ip: Site = None) -> tuple[Int32, ...]:
     """Loads 1, 2 or 4 integers at an aligned address of the cluster's CTA ``rank``."""
     results = ", ".join(f"${idx}" for idx in range(count))
     width, results = ("", results) if count == 1 else (f".v{count}", f"{{{results}}}")

@@ -5,7 +5,27 @@ from cutlass import Float32, Int32, cute
 
 from ownpath.kernels.select import ptx
 from ownpath.kernels.select.config_sm90 import MAX_CANDIDATES, NUM_BINS, SelectConfig
-from ownpath.kernels.select.parts_sm90 import *
+from ownpath.kernels.select.parts_sm90 import (
+    ABSENT,
+    BEST,
+    BINS,
+    BOUND,
+    CANDIDATES,
+    COUNT,
+    FOUND,
+    FOUND_OF_RANK,
+    LARGEST,
+    LEAST,
+    OWN_CANDIDATES,
+    ROOM,
+    SIGN,
+    THRESHOLD,
+    Cut,
+    Share,
+    barrier,
+    bit_of,
+    sum_before,
+)
 
 FULL_BINS = float(NUM_BINS - 1)
 VALUES, HIGH_BITS, MIDDLE_BITS, LOW_BITS, LAST_BITS = -1, 22, 12, 2, 0

@@ -21,7 +21,7 @@ from cutlass import Int32, Int64, cute
 
 from ownpath.kernels.select import ptx
 from ownpath.kernels.select.config_sm90 import CHUNK, NUM_BINS, SelectConfig
-from ownpath.kernels.select.parts_sm90 import *
+from ownpath.kernels.select.parts_sm90 import ABSENT, BEST, BINS, BLOCKS, BOUND, COUNT, LARGEST, LEAST, Cut, Share
 from ownpath.kernels.select.search_sm90 import Search
 from ownpath.kernels.select.write_sm90 import Writer
 
@@ -97,8 +97,14 @@ class Select:
             cute.arch.griddepcontrol_wait()
             cute.arch.sync_threads()
             line = scores.toint() + Int64(row) * table_blocks * (cfg.per_block * 4)
-            self.select_row(line, rows.toint() + Int64(row) * topk * 4, num.toint() + Int64(row) * 4,
-                            flags.toint() + Int64(row) * 4, topk, share)
+            self.select_row(
+                line,
+                rows.toint() + Int64(row) * topk * 4,
+                num.toint() + Int64(row) * 4,
+                flags.toint() + Int64(row) * 4,
+                topk,
+                share,
+            )
 
     @cute.jit
     def share(self, base: Int32, thread: Int32, rank: Int32, peers: Int32, visible: Int32) -> Share:

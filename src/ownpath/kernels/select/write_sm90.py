@@ -5,7 +5,7 @@ from cutlass import Int32, Int64, cute
 
 from ownpath.kernels.select import ptx
 from ownpath.kernels.select.config_sm90 import CHUNK, SelectConfig
-from ownpath.kernels.select.parts_sm90 import *
+from ownpath.kernels.select.parts_sm90 import BEST_INFINITE, BLOCKS, LEAST_INFINITE, WARP_SUMS, Cut, Share, sum_warps
 
 
 class Writer:
