@@ -32,7 +32,7 @@ print(compile_select(SelectConfig(*map(int, sys.argv[1:]))).__ptx__)
 
 @pytest.fixture(scope="module")
 def usage(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What each kernel uses of an SM, by its name."""
+    """The share of an SM that each kernel uses, by its name."""
     tool = str(Path(nvidia.__file__).parent / "bin" / "cuobjdump")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OWNPATH_KERNEL_CACHE", str(tmp_path_factory.mktemp("kernels")))

@@ -271,7 +271,7 @@ def _addresses(warp: Warp, operand: str) -> Lanes:
 
 
 def _exchange(one: Instruction, warp: Warp) -> None:
-    """What the threads of a warp tell each other."""
+    """Exchanges integers within a warp."""
     x, everyone = warp.value(one.operands[1]), np.ones(LANES, bool)
     lane = np.arange(LANES)
     if one.parts[0] == "redux":
@@ -291,7 +291,7 @@ def _exchange(one: Instruction, warp: Warp) -> None:
 
 
 def _compute(one: Instruction, warp: Warp) -> Lanes:
-    """What a thread computes on its own registers."""
+    """Computes on each thread's own registers."""
     name, kind = one.parts[0], one.kind
     if kind == "pred":
         return _predicate(one, warp)

@@ -1,4 +1,4 @@
-"""Which kernel selects: by the number of rows and the longest possible one. Importable without the DSL."""
+"""The choice of the kernel that selects, by the number of rows and the longest possible one. Needs no DSL."""
 
 from ownpath.kernels.scores.types import EntryPages
 from ownpath.kernels.select.config_sm90 import SelectConfig

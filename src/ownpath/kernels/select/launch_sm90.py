@@ -26,7 +26,7 @@ from ownpath.kernels.select.outputs import SelectOutputs, check_selected
 from ownpath.kernels.select.types import Selected, SelectWeights
 
 
-class ClusterSelectCall:
+class ClusterSelectLaunch:
     """The prepared launch of one size, and its outputs."""
 
     def __init__(self, config: SelectConfig, topk: int, shape: torch.Size, device_index: int) -> None:
@@ -51,7 +51,7 @@ class CuteSelectOperand:
     """tree: Triton's operand, for rows that are not long. calls: for inputs that have passed every check."""
 
     tree: SelectOperand
-    calls: LaunchCache[ClusterCallKey, ClusterSelectCall] = field(default_factory=LaunchCache, compare=False)
+    calls: LaunchCache[ClusterCallKey, ClusterSelectLaunch] = field(default_factory=LaunchCache, compare=False)
     lock: Lock = field(default_factory=Lock, compare=False)
 
 
@@ -116,7 +116,7 @@ class CuteSelect:
         with operand.lock:
             if call is None:
                 assert config is not None
-                call = operand.calls.add((shape, index), ClusterSelectCall(config, tree.topk, shape, index))
+                call = operand.calls.add((shape, index), ClusterSelectLaunch(config, tree.topk, shape, index))
             out = call.outputs.new() if out is None else out
             call.start(current_stream(index), *(tensor.data_ptr() for tensor in (scores_TC, *rows, *out)))
         return out

@@ -8,7 +8,7 @@ from ownpath.kernels.select.types import Selected
 
 
 class SelectOutputs:
-    """What a prepared call of ``num_rows`` rows allocates if it is given no outputs."""
+    """The outputs that a prepared call of ``num_rows`` rows allocates if it is given none."""
 
     def __init__(self, num_rows: int, topk: int, device_index: int) -> None:
         shapes = (num_rows, topk), (num_rows,), (num_rows,)

@@ -25,7 +25,7 @@ BLOCKS = CANDIDATES + 4 * MAX_CANDIDATES
 
 
 @dataclass(frozen=True)
-class Share:
+class RowShare:
     """A thread's part of a row. base: of shared memory. rank: of the CTA among ``peers``. chunk, chunks: its warp's
     first one, and how many. first: the CTA's first. visible: entries of the row."""
 
@@ -42,8 +42,8 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """Where the selection ends. threshold: the k-th best. room: how many of its equals are selected. lower, equals: of
+class SelectCut:
+    """The end of the selection. threshold: the k-th best. room: how many of its equals are selected. lower, equals: of
     the CTAs before: scores above it, and equal to it."""
 
     threshold: Int32
@@ -53,7 +53,7 @@ class Cut:
 
 
 @cute.jit
-def barrier(cluster: int, share: Share) -> None:
+def barrier(cluster: int, share: RowShare) -> None:
     """Waits for all CTAs of the row, of the kernel's ``cluster``; what they wrote is then visible."""
     if cutlass.const_expr(cluster > 1):
         if share.peers > 1:
@@ -65,7 +65,7 @@ def barrier(cluster: int, share: Share) -> None:
 
 
 @cute.jit
-def sum_warps(which: int, share: Share) -> Int32:
+def sum_warps(which: int, share: RowShare) -> Int32:
     """Adds what the warps before this one have left."""
     sums = Int32(0)
     if share.lane < share.warp:
@@ -74,7 +74,7 @@ def sum_warps(which: int, share: Share) -> Int32:
 
 
 @cute.jit
-def sum_before(first: Int32, second: Int32, share: Share) -> tuple[Int32, Int32]:
+def sum_before(first: Int32, second: Int32, share: RowShare) -> tuple[Int32, Int32]:
     """Returns the sums of two integers over the threads before this one."""
     sums = []
     for at, own in enumerate((first, second)):

@@ -20,8 +20,8 @@ from ownpath.kernels.select.parts_sm90 import (
     ROOM,
     SIGN,
     THRESHOLD,
-    Cut,
-    Share,
+    RowShare,
+    SelectCut,
     barrier,
     bit_of,
     sum_before,
@@ -29,11 +29,11 @@ from ownpath.kernels.select.parts_sm90 import (
 
 FULL_BINS = float(NUM_BINS - 1)
 VALUES, HIGH_BITS, MIDDLE_BITS, LOW_BITS, LAST_BITS = -1, 22, 12, 2, 0
-"""What a round counts by: values, or ten bits from this one on."""
+"""A round counts by values, or by ten bits from this one on."""
 MASK = NUM_BINS - 1
 
 
-class Search:
+class SelectSearch:
     """Builds the search of one ``SelectConfig``."""
 
     def __init__(self, config: SelectConfig) -> None:
@@ -42,7 +42,7 @@ class Search:
         self.bins = NUM_BINS // config.threads
 
     @cute.jit
-    def extremes(self, keys: cute.Tensor, topk: Int32, share: Share) -> tuple[Int32, Int32, Int32]:
+    def extremes(self, keys: cute.Tensor, topk: Int32, share: RowShare) -> tuple[Int32, Int32, Int32]:
         """Returns the row's best and least key, and a lower bound of the k-th best: the least of the best keys of
         topk groups of scores or more. A group is two to 32 lanes of a warp, one lane, or half of one."""
         least, even, odd = Int32(LARGEST), Int32(ABSENT), Int32(ABSENT)
@@ -77,7 +77,7 @@ class Search:
         return ptx.max_warp(best), ptx.min_warp(least), ptx.min_warp(bound)
 
     @cute.jit
-    def search(self, keys: cute.Tensor, best: Int32, low: Int32, topk: Int32, share: Share) -> Cut:
+    def search(self, keys: cute.Tensor, best: Int32, low: Int32, topk: Int32, share: RowShare) -> SelectCut:
         """Searches the k-th best key, which lies between ``low`` and ``best``."""
         alive = Int32(0)
         for idx in cutlass.range_constexpr(self.cfg.keys):
@@ -125,7 +125,7 @@ class Search:
             threshold, room = ptx.load_shared(share.base + THRESHOLD), ptx.load_shared(share.base + ROOM)
             above, equals = self.before(threshold, share)
             lower += above
-        return Cut(threshold, room, lower, equals)
+        return SelectCut(threshold, room, lower, equals)
 
     @cute.jit
     def next_bits(self, shift: Int32) -> Int32:
@@ -141,7 +141,7 @@ class Search:
 
     @cute.jit
     def count_values(
-        self, keys: cute.Tensor, alive: Int32, top: Float32, scale: Float32, counts: Int32, share: Share
+        self, keys: cute.Tensor, alive: Int32, top: Float32, scale: Float32, counts: Int32, share: RowShare
     ) -> None:
         """Counts the keys by value."""
         for j in cutlass.range_constexpr(self.vectors):
@@ -188,7 +188,7 @@ class Search:
         return kept & alive
 
     @cute.jit
-    def find(self, counts: Int32, need: Int32, share: Share) -> None:
+    def find(self, counts: Int32, need: Int32, share: RowShare) -> None:
         """Adds the cluster's bins, best first, and tells the CTA: the bin in which ``need`` keys are reached, how many
         of it are needed, how many the CTAs before have above it, and how many it has: all in all and in each CTA."""
         ranks, bins = self.cfg.cluster, self.bins
@@ -217,7 +217,7 @@ class Search:
             lower += befores[idx]
 
     @cute.jit
-    def load_bins(self, address: Int32, share: Share) -> list[list[Int32]]:
+    def load_bins(self, address: Int32, share: RowShare) -> list[list[Int32]]:
         """Loads a thread's bins of every CTA, which are zero where the row needs one alone."""
         ranks, bins = self.cfg.cluster, self.bins
         words = cute.make_rmem_tensor(ranks * bins, Int32)
@@ -234,7 +234,7 @@ class Search:
         return [[words[rank * bins + idx] for idx in range(bins)] for rank in range(ranks)]
 
     @cute.jit
-    def gather(self, keys: cute.Tensor, alive: Int32, share: Share) -> None:
+    def gather(self, keys: cute.Tensor, alive: Int32, share: RowShare) -> None:
         """Brings the keys of the last bin into every CTA, those of lower CTAs first."""
         if alive != 0:
             place = ptx.fetch_add(share.base + COUNT, ptx.count_bits(alive))
@@ -255,7 +255,7 @@ class Search:
         cute.arch.sync_threads()
 
     @cute.jit
-    def compare(self, need: Int32, count: Int32, share: Share) -> None:
+    def compare(self, need: Int32, count: Int32, share: RowShare) -> None:
         """Compares the candidates with each other: whoever is the ``need``-th best says so."""
         if share.thread < count:
             mine = ptx.load_shared(share.base + CANDIDATES + share.thread * 4)
@@ -271,7 +271,7 @@ class Search:
                 ptx.store_shared(share.base + ROOM, need - above)
 
     @cute.jit
-    def before(self, threshold: Int32, share: Share) -> tuple[Int32, Int32]:
+    def before(self, threshold: Int32, share: RowShare) -> tuple[Int32, Int32]:
         """Counts the candidates of lower CTAs that are above the threshold, and that equal it."""
         above, equals = Int32(0), Int32(0)
         if cutlass.const_expr(self.cfg.cluster > 1):

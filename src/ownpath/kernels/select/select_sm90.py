@@ -21,12 +21,23 @@ from cutlass import Int32, Int64, cute
 
 from ownpath.kernels.select import ptx
 from ownpath.kernels.select.config_sm90 import CHUNK, NUM_BINS, SelectConfig
-from ownpath.kernels.select.parts_sm90 import ABSENT, BEST, BINS, BLOCKS, BOUND, COUNT, LARGEST, LEAST, Cut, Share
-from ownpath.kernels.select.search_sm90 import Search
-from ownpath.kernels.select.write_sm90 import Writer
+from ownpath.kernels.select.parts_sm90 import (
+    ABSENT,
+    BEST,
+    BINS,
+    BLOCKS,
+    BOUND,
+    COUNT,
+    LARGEST,
+    LEAST,
+    RowShare,
+    SelectCut,
+)
+from ownpath.kernels.select.search_sm90 import SelectSearch
+from ownpath.kernels.select.write_sm90 import SelectWriter
 
 
-class Select:
+class ClusterSelect:
     """Builds the kernel of one ``SelectConfig``."""
 
     def __init__(self, config: SelectConfig) -> None:
@@ -36,7 +47,7 @@ class Select:
         self.blocks_of_chunk = CHUNK // config.per_block
         self.bins = NUM_BINS // config.threads
         self.words = BLOCKS // 4 + self.warps * self.vectors * self.blocks_of_chunk
-        self.searcher, self.writer = Search(config), Writer(config)
+        self.searcher, self.writer = SelectSearch(config), SelectWriter(config)
 
     @cute.jit
     def __call__(
@@ -107,7 +118,7 @@ class Select:
             )
 
     @cute.jit
-    def share(self, base: Int32, thread: Int32, rank: Int32, peers: Int32, visible: Int32) -> Share:
+    def share(self, base: Int32, thread: Int32, rank: Int32, peers: Int32, visible: Int32) -> RowShare:
         """Deals a row's chunks out evenly among the warps of its CTAs."""
         warp = cute.arch.make_warp_uniform(thread // 32)
         warps, chunks = peers * self.warps, (visible + CHUNK - 1) // CHUNK
@@ -117,13 +128,13 @@ class Select:
         if place < rest:
             mine = each + 1
         first = rank * self.warps
-        return Share(
+        return RowShare(
             base, thread, warp, thread % 32, rank, peers,
             place * each + cutlass.min(place, rest), mine, first * each + cutlass.min(first, rest), visible,
         )  # fmt: skip
 
     @cute.jit
-    def load_blocks(self, table: Int64, table_blocks: Int32, share: Share) -> None:
+    def load_blocks(self, table: Int64, table_blocks: Int32, share: RowShare) -> None:
         """Copies the block numbers of the CTA's chunks to shared memory."""
         per_warp = self.vectors * self.blocks_of_chunk
         for turn in cutlass.range_constexpr((self.warps * per_warp + self.cfg.threads - 1) // self.cfg.threads):
@@ -133,7 +144,7 @@ class Select:
                 ptx.store_shared(share.base + BLOCKS + idx * 4, ptx.load_global(table + Int64(block) * 4))
 
     @cute.jit
-    def select_row(self, scores: Int64, rows: Int64, num: Int64, flags: Int64, topk: Int32, share: Share) -> None:
+    def select_row(self, scores: Int64, rows: Int64, num: Int64, flags: Int64, topk: Int32, share: RowShare) -> None:
         """Selects a row's best entries and writes them."""
         keys = self.load_keys(scores, share)
         best, least, bound = self.searcher.extremes(keys, topk, share)
@@ -144,7 +155,7 @@ class Select:
         if cutlass.const_expr(self.cfg.cluster > 1):
             if share.peers > 1:
                 ptx.arrive_cluster()
-        self.writer.write(keys, Cut(threshold, room, lower, equals), rows, share)
+        self.writer.write(keys, SelectCut(threshold, room, lower, equals), rows, share)
         if share.rank == 0:
             self.writer.finish(rows, num, flags, best, least, topk, share)
         if cutlass.const_expr(self.cfg.cluster > 1):
@@ -152,7 +163,7 @@ class Select:
                 ptx.wait_cluster()
 
     @cute.jit
-    def load_keys(self, scores: Int64, share: Share) -> cute.Tensor:
+    def load_keys(self, scores: Int64, share: RowShare) -> cute.Tensor:
         """Loads a thread's scores as keys; ABSENT where the row sees none."""
         keys = cute.make_rmem_tensor(self.cfg.keys, Int32)
         for j in cutlass.range_constexpr(self.vectors):
@@ -184,5 +195,14 @@ def compile_select(config: SelectConfig) -> Any:
 
     count = Int32(1)
     return cute.compile(
-        Select(config), pointer(16), pointer(4), pointer(4), pointer(4), pointer(4), pointer(4), count, count, count
+        ClusterSelect(config),
+        pointer(16),
+        pointer(4),
+        pointer(4),
+        pointer(4),
+        pointer(4),
+        pointer(4),
+        count,
+        count,
+        count,
     )

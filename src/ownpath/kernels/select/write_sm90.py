@@ -5,10 +5,18 @@ from cutlass import Int32, Int64, cute
 
 from ownpath.kernels.select import ptx
 from ownpath.kernels.select.config_sm90 import CHUNK, SelectConfig
-from ownpath.kernels.select.parts_sm90 import BEST_INFINITE, BLOCKS, LEAST_INFINITE, WARP_SUMS, Cut, Share, sum_warps
+from ownpath.kernels.select.parts_sm90 import (
+    BEST_INFINITE,
+    BLOCKS,
+    LEAST_INFINITE,
+    WARP_SUMS,
+    RowShare,
+    SelectCut,
+    sum_warps,
+)
 
 
-class Writer:
+class SelectWriter:
     """Builds the end of the kernel of one ``SelectConfig``."""
 
     def __init__(self, config: SelectConfig) -> None:
@@ -16,7 +24,7 @@ class Writer:
         self.vectors = config.keys // 4
 
     @cute.jit
-    def write(self, keys: cute.Tensor, cut: Cut, rows: Int64, share: Share) -> None:
+    def write(self, keys: cute.Tensor, cut: SelectCut, rows: Int64, share: RowShare) -> None:
         """Writes the rows of what is above the threshold, and of its first equals, in the order of the entries."""
         above, equals = Int32(0), Int32(0)
         for idx in cutlass.range_constexpr(self.cfg.keys):
@@ -42,7 +50,7 @@ class Writer:
                 self.write_some_equals(keys, cut.threshold, room, place, rows, share)
 
     @cute.jit
-    def write_above(self, keys: cute.Tensor, limit: Int32, place: Int32, rows: Int64, share: Share) -> None:
+    def write_above(self, keys: cute.Tensor, limit: Int32, place: Int32, rows: Int64, share: RowShare) -> None:
         """Writes the rows of a warp's keys above ``limit``."""
         for j in cutlass.range_constexpr(self.vectors):
             if j < share.chunks:
@@ -51,7 +59,7 @@ class Writer:
 
     @cute.jit
     def write_some_equals(
-        self, keys: cute.Tensor, threshold: Int32, room: Int32, place: Int32, rows: Int64, share: Share
+        self, keys: cute.Tensor, threshold: Int32, room: Int32, place: Int32, rows: Int64, share: RowShare
     ) -> None:
         """Writes the rows of a warp's keys above the threshold, and of the first ``room`` that equal it."""
         for j in cutlass.range_constexpr(self.vectors):
@@ -69,7 +77,7 @@ class Writer:
                 place = self.write_chunk(chosen, j, place, rows, share)
 
     @cute.jit
-    def write_chunk(self, chosen: list[Int32], j: int, place: Int32, rows: Int64, share: Share) -> Int32:
+    def write_chunk(self, chosen: list[Int32], j: int, place: Int32, rows: Int64, share: RowShare) -> Int32:
         """Writes the rows of a chunk's chosen entries from ``place`` on; returns the next place."""
         mine, number = _places(chosen)
         if number > 0:
@@ -86,7 +94,7 @@ class Writer:
 
     @cute.jit
     def finish(
-        self, rows: Int64, num: Int64, flags: Int64, best: Int32, least: Int32, topk: Int32, share: Share
+        self, rows: Int64, num: Int64, flags: Int64, best: Int32, least: Int32, topk: Int32, share: RowShare
     ) -> None:
         """Writes a row's number of entries and its flag, and zeros after its last entry."""
         for place in cutlass.range(share.visible + share.thread, topk, self.cfg.threads, unroll=1):
