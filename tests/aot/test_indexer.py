@@ -9,8 +9,8 @@ from ownpath.kernels.scores.types import IndexQuery, PagedRows
 from ownpath.kernels.select import launch as select
 
 SHARED_BYTES = 232448 // 3  # of one program on sm_90, when three share an SM
-TABLES = ((32, 512), (512, 512), (4096, 1024), (12, 128))
-"""Blocks of a table, and entries selected: a row in one program, chunks, the longest rows, the embedded model."""
+TABLES = ((32, 512), (128, 512), (512, 512), (4096, 1024), (12, 128))
+"""Blocks of a table, and entries selected: rows in one program, chunks, the longest rows, the embedded model."""
 
 
 def rows_of(width: int) -> PagedRows:

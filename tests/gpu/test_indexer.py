@@ -27,6 +27,7 @@ from ownpath.kernels.select.types import SelectWeights
 pytestmark = pytest.mark.gpu
 
 SCORE, SELECT = KERNELS["triton.index_scores"], KERNELS["triton.select"]
+CLUSTER_SELECT = KERNELS["cute.select_sm90"]
 POSITIONS = (0, 2, 3, 258, 511, 700, 8191, 16387)
 WIDTH, NUM_BLOCKS = 72, 160
 
@@ -124,8 +125,43 @@ def test_select(topk: int, width: int, scores: str, cuda: torch.device) -> None:
         assert workspace is None or not workspace[:, : plan_tree(width * 64, topk).header].any()
 
 
+OUTLIERS = {"high": 1e30, "low": -1e30, "infinite": torch.inf}
+
+
+@pytest.mark.parametrize("num_rows", [1, 8, 40, 100, 140])
+@pytest.mark.parametrize(("topk", "width"), [(512, 160), (512, 512), (1024, 512), (128, 300), (1, 512)])
+def test_select_of_long_rows(topk: int, width: int, num_rows: int, cuda: torch.device) -> None:
+    """Every kernel that serves long rows: rows of one CTA, of all, shorter than K; hard scores; rows repeat bits."""
+    longest = width * 256 - 1
+    ends = (longest, 4 * topk + 3, 4 * topk - 1, longest - 5, 16383, 16387, 0, longest // 2, 4 * 4096 + 3)
+    positions = [min(ends[row % len(ends)], longest) for row in range(num_rows)]
+    rows = make_rows(positions, width, num_rows * width + 8, generator(cuda))
+    operand = CLUSTER_SELECT.prepare(SelectWeights(topk))
+    assert CLUSTER_SELECT.workspace(operand, num_rows, width, cuda) is None
+    kinds = [make(num_rows, width * 64, generator(cuda, topk)) for make in SCORES.values()]
+    for outlier in OUTLIERS.values():
+        kinds.append(torch.randn(num_rows, width * 64, generator=generator(cuda), device=cuda))
+        kinds[-1][:, 5] = outlier
+    for scores_TC in kinds:
+        hidden_TC = hide_unseen(scores_TC, rows)
+        for _ in range(2):
+            out = unset(num_rows, topk, cuda)
+            CLUSTER_SELECT.run(hidden_TC, rows, operand, out=out)
+            judge_selected(out, hidden_TC, rows, topk)
+
+
+def test_select_of_a_million_tokens(cuda: torch.device) -> None:
+    """The longest rows: random, and few distinct values, whose bins hold thousands."""
+    rows = make_rows((4096 * 256 - 1, 700000, 16384 * 4 + 3, 900), 4096, 3 * 4096 + 9, generator(cuda))
+    for kind in ("normal", "ties", "ordered"):
+        scores_TC = hide_unseen(SCORES[kind](4, 4096 * 64, generator(cuda)), rows)
+        for topk in (512, 1024):
+            judge_selected(CLUSTER_SELECT(scores_TC, rows, topk), scores_TC, rows, topk)
+
+
+@pytest.mark.parametrize("select", [SELECT, CLUSTER_SELECT], ids=["triton", "cute"])
 @pytest.mark.parametrize("width", [32, 512])
-def test_a_graph_follows_its_inputs(width: int, cuda: torch.device) -> None:
+def test_a_graph_follows_its_inputs(width: int, select: Any, cuda: torch.device) -> None:
     """Scores and select captured together, replayed for other positions, tables and queries."""
     g = generator(cuda)
     longest = width * 256 - 1
@@ -134,13 +170,13 @@ def test_a_graph_follows_its_inputs(width: int, cuda: torch.device) -> None:
     )
     query, other = (make_query(3, 64, torch.float32, g) for _ in range(2))
     keys = torch.randn((2 * width + 8) * 64, 128, generator=g, device=cuda).bfloat16()
-    scored, selected = SCORE.prepare(PAGES), SELECT.prepare(SelectWeights(512))
+    scored, selected = SCORE.prepare(PAGES), select.prepare(SelectWeights(512))
     scores_TC, out = torch.full((3, width * 64), torch.nan, device=cuda), unset(3, 512, cuda)
-    workspace = SELECT.workspace(selected, 3, width, cuda)
+    workspace = select.workspace(selected, 3, width, cuda)
 
     def step() -> None:
         SCORE.run(query, keys, first, scored, out=scores_TC)
-        SELECT.run(scores_TC, first, selected, out=out, workspace=workspace)
+        select.run(scores_TC, first, selected, out=out, workspace=workspace)
 
     step()
     graph = torch.cuda.CUDAGraph()

@@ -24,17 +24,18 @@ from ownpath.kernels.checks import check, check_rank
 from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
-from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.scores.launch import check_rows
 from ownpath.kernels.scores.types import CSA_PAGES, EntryPages, PagedRows
+from ownpath.kernels.select.outputs import SelectOutputs, check_selected, new_selected
 from ownpath.kernels.select.search import ordered_keys, select_kept, select_keys
 from ownpath.kernels.select.types import Selected, SelectWeights
 from ownpath.kernels.variants import variant_name
 
 INTERPRETED = triton.knobs.runtime.interpret
 MAX_TOPK = 1024
-LEAST_SIZE, NUM_WARPS = 128, 4
+LEAST_SIZE, MOST_SIZE = 128, 8192
+"""Scores of the one program of a short row."""
 LEAF_SIZES = (2048, 4096)
 """Scores of a program, up to half as many and up to a quarter as many of which are selected."""
 MAX_SCORES = 1 << 18
@@ -163,7 +164,7 @@ def plan_tree(num_scores: int, topk: int) -> SelectTree:
     """Plans the tree of rows of up to ``num_scores``. Errors: ValueError for rows that are too long."""
     if num_scores > MAX_SCORES:
         raise ValueError(f"cannot select of rows of {num_scores} scores; the most are {MAX_SCORES}")
-    if num_scores <= LEAF_SIZES[-1]:
+    if num_scores <= MOST_SIZE:
         return SelectTree(max(LEAST_SIZE, triton.next_power_of_2(num_scores)), 1, 1, 0, 0, 0)
     size = next(size for size in LEAF_SIZES if topk * 4 <= size)
     fan, leaves = size // topk, triton.cdiv(num_scores, size)
@@ -184,7 +185,7 @@ class SelectCall:
 
     tree: SelectTree
     launch: TritonCall
-    outputs: tuple[EmptyOutput, EmptyOutput, EmptyOutput]
+    outputs: SelectOutputs
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,7 @@ class TritonSelect:
         width = rows.blocks_TB.shape[1] * operand.pages.per_block
         check("scores_TC", scores_TC, (torch.float32,), (num_rows, width), device)
         if out is not None:
-            _check_selected(out, num_rows, operand.topk, device)
+            check_selected(out, num_rows, operand.topk, device)
         key = rows.blocks_TB.shape, scores_TC.get_device()
         prepared = operand.launches.get(key)
         tree = plan_tree(width, operand.topk) if prepared is None else prepared.tree
@@ -257,8 +258,9 @@ class TritonSelect:
         elif tree.leaves > 1:
             workspace = self.workspace(operand, num_rows, rows.blocks_TB.shape[1], device)
         if prepared is None:
-            return _first(scores_TC, rows, operand, tree, out or _new_selected(scores_TC, operand.topk), workspace)
-        out = Selected(*(empty.new() for empty in prepared.outputs)) if out is None else out
+            out = out or new_selected(num_rows, operand.topk, device)
+            return _first(scores_TC, rows, operand, tree, out, workspace)
+        out = prepared.outputs.new() if out is None else out
         addresses = [tensor.data_ptr() for tensor in (scores_TC, *rows, *out)]
         with operand.lock:
             scratch = addresses[3] if workspace is None else workspace.data_ptr()
@@ -281,17 +283,6 @@ def _check_workspace(workspace: torch.Tensor, num_rows: int, tree: SelectTree, d
     if len(workspace) < num_rows:
         raise ValueError(f"workspace is for {len(workspace)} rows, found {num_rows}")
     check("workspace", workspace, (torch.int32,), (len(workspace), tree.record), device)
-
-
-def _check_selected(out: Selected, num_rows: int, topk: int, device: torch.device) -> None:
-    check("out.rows_TK", out.rows_TK, (torch.int32,), (num_rows, topk), device)
-    check("out.num_T", out.num_T, (torch.int32,), (num_rows,), device)
-    check("out.non_finite_T", out.non_finite_T, (torch.int32,), (num_rows,), device)
-
-
-def _new_selected(scores_TC: torch.Tensor, topk: int) -> Selected:
-    shapes = (len(scores_TC), topk), (len(scores_TC),), (len(scores_TC),)
-    return Selected(*(torch.empty(shape, dtype=torch.int32, device=scores_TC.device) for shape in shapes))
 
 
 def _first(
@@ -322,15 +313,15 @@ def _first(
             "NODES": tree.nodes,
             "HEADER": tree.header,
             "PDL": pdl,
-            "num_warps": NUM_WARPS,
+            "num_warps": 4 if tree.size <= LEAF_SIZES[-1] else 8,
             "launch_pdl": pdl,
         },
         moving=range(7),
     )
     if call is not None:
-        first, second, third = (EmptyOutput(part.shape, part.dtype, part.get_device()) for part in out)
-        key = rows.blocks_TB.shape, scores_TC.get_device()
-        operand.launches.add(key, SelectCall(tree, call, (first, second, third)))
+        index = scores_TC.get_device()
+        outputs = SelectOutputs(num_rows, topk, index)
+        operand.launches.add((rows.blocks_TB.shape, index), SelectCall(tree, call, outputs))
     return out
 
 
