@@ -96,7 +96,8 @@ class CallInMessage(Strict):
 class ChatMessage(Strict):
     """One message of the conversation; ``history`` has made one text of its parts.
 
-    reasoning: another name of reasoning_content. refusal: what an assistant said instead of content.
+    reasoning: another name of reasoning_content. refusal: what an assistant said instead of content. prefix: the
+    answer goes on where this last message ends.
     """
 
     role: str
@@ -106,6 +107,7 @@ class ChatMessage(Strict):
     refusal: str = ""
     tool_calls: Annotated[list[CallInMessage], FailFast()] = []
     tool_call_id: str | None = None
+    prefix: bool = False
 
     def check(self, param: str) -> None:
         """Refuses a field that is missing, or that this role does not have. Errors: ApiError 400."""

@@ -72,7 +72,7 @@ def _setting(request: ChatRequest, release: Release) -> Setting:
     level = effort_level(request, release)
     text = "" if level is None else RELEASES[release.name][level]
     schema = None if request.response_format is None else request.response_format.schema_for_model()
-    return Setting(request.thinks, text, request.functions, schema)
+    return Setting(request.thinks, text, request.functions, schema, request.ending)
 
 
 async def completion_prompts(request: CompletionRequest, tokenizer: Tokenizer, max_model_len: int) -> list[Prompt]:

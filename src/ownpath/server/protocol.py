@@ -4,6 +4,7 @@ from typing import Annotated, TypeVar
 
 from pydantic import BeforeValidator, FailFast, Field, PlainValidator, ValidationError
 
+from ownpath.chat.encode import Ending
 from ownpath.chat.levels import LEVEL_OF_WORD
 from ownpath.engine.limits import MAX_TEMPERATURE, MAX_TOP_LOGPROBS, SEED_LIMIT
 from ownpath.server import fields
@@ -97,7 +98,19 @@ class ChatRequest(_GenerationRequest):
     """``POST /v1/chat/completions``."""
 
     messages: Annotated[list[ChatMessage], FailFast()] = Field(
-        min_length=1, description=f"roles {', '.join(ROLES)}; ends with user, developer or tool"
+        min_length=1,
+        description=f"roles {', '.join(ROLES)}; ends with user, developer or tool, unless the two fields "
+        "below say otherwise",
+    )
+    add_generation_prompt: bool | None = Field(
+        None,
+        description="left out: true unless the last message is continued. false: the prompt ends with the last "
+        "message, of whatever role, and no answer is opened; not with thinking",
+    )
+    continue_final_message: bool = Field(
+        False,
+        description="the answer goes on where the last message ends, an assistant's without calls, and does not repeat "
+        "it; as prefix: true in that message. With thinking, its reasoning is closed, empty or not",
     )
     max_tokens: int | None = Field(None, ge=-1, description=f"{_EXCESS}; left out: -1")
     max_completion_tokens: int | None = Field(
@@ -133,6 +146,13 @@ class ChatRequest(_GenerationRequest):
         return () if self.tool_choice == "none" else tuple(tool.function for tool in self.tools)
 
     @property
+    def ending(self) -> Ending:
+        """The end of the prompt."""
+        if self.continue_final_message or self.messages[-1].prefix:
+            return Ending.REST
+        return Ending.NOTHING if self.add_generation_prompt is False else Ending.ANSWER
+
+    @property
     def effort(self) -> str | None:
         """The word for the reasoning effort, "none" included; None without one."""
         options = self.chat_template_kwargs
@@ -149,6 +169,11 @@ class ChatRequest(_GenerationRequest):
     def thinks(self) -> bool:
         """True if the answer should open with reasoning: only if a field asks for it."""
         return True in self.thinking_values()
+
+    @property
+    def opens_reasoning(self) -> bool:
+        """True if the answer's first token is reasoning; that of a continued message is closed already."""
+        return self.thinks and self.ending is Ending.ANSWER
 
     def thinking_values(self) -> set[bool | None]:
         """The values that the fields give to thinking, each for itself; None says nothing."""
@@ -197,6 +222,9 @@ def read_chat_request(body: dict[str, object], labels: Labels | None = None) -> 
         body = body | {"tools": [_known_tool(tool, index, labels) for index, tool in enumerate(tools)]}
     request = _validate(ChatRequest, body)
     _check_chat(request)
+    if request.thinks and request.ending is Ending.NOTHING:
+        text = "add_generation_prompt: false opens no answer, so none can begin with reasoning; turn thinking off"
+        raise bad_request(text, "add_generation_prompt")
     return request
 
 
@@ -214,9 +242,8 @@ def _check_chat(request: ChatRequest) -> None:
     _check_stream_options(request)
     for index, message in enumerate(request.messages):
         message.check(f"messages.{index}.")
-    if request.messages[-1].role not in ("user", "developer", "tool"):
-        raise bad_request("messages: the last message must be the user's, a developer's or a tool's", "messages")
     _check_thinking(request)
+    _check_ending(request)
     if request.response_format is not None:
         request.response_format.check()
     if request.top_logprobs and not request.logprobs:
@@ -227,6 +254,28 @@ def _check_chat(request: ChatRequest) -> None:
     given = (request.max_tokens, request.max_completion_tokens)
     if None not in given and given[0] != given[1]:
         raise bad_request("max_tokens and max_completion_tokens contradict each other", "max_tokens")
+
+
+def _check_ending(request: ChatRequest) -> None:
+    *earlier, last = request.messages
+    for index, message in enumerate(earlier):
+        if message.prefix:
+            param = f"messages.{index}.prefix"
+            raise bad_request(f"{param}: only the last message is continued", param)
+    place = f"messages.{len(earlier)}"
+    name = f"{place}.prefix" if last.prefix else "continue_final_message"
+    if request.ending is Ending.REST and request.add_generation_prompt:
+        raise bad_request(f"{name} and add_generation_prompt: true contradict each other", name)
+    if request.ending is Ending.REST and last.role != "assistant":
+        raise bad_request(f"{name}: {place} is of role {last.role!r}; only an assistant's is continued", name)
+    if request.ending is Ending.REST and last.tool_calls:
+        raise bad_request(f"{name}: {place} has tool_calls, and nothing follows calls in a message", name)
+    if request.ending is Ending.ANSWER and last.role not in ("user", "developer", "tool"):
+        raise bad_request(
+            "messages: the last message must be the user's, a developer's or a tool's; continue_final_message: true "
+            "goes on with an assistant's",
+            "messages",
+        )
 
 
 def _check_thinking(request: ChatRequest) -> None:

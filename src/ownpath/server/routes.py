@@ -171,7 +171,7 @@ class Api:
 
     def _chat_answer(self, asked: ChatRequest) -> Answer:
         """Makes the parser for the parts that the request allows. Errors: ApiError 400."""
-        parser = AnswerParser(asked.thinks, offers_tools=bool(asked.functions))
+        parser = AnswerParser(asked.opens_reasoning, offers_tools=bool(asked.functions))
         try:
             return Answer(self.tokenizer, asked.stop, parser, None if asked.parallel_tool_calls else 1)
         except MissingMarkerError as error:
