@@ -26,6 +26,7 @@ from ownpath.server.metrics import Metrics
 from ownpath.server.policy import RequestPolicy
 from ownpath.server.request_log import LogRequests, RequestLog
 from ownpath.server.routes import Api
+from ownpath.server.token_api import TokenApi
 from ownpath.server.vitals import Vitals
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -102,6 +103,7 @@ def create_app(
 
 def _endpoints(api: Api, debug: DebugPlan | None) -> dict[str, Mapping[str, Endpoint]]:
     """Returns each path with its methods."""
+    tokens = TokenApi(api)
     paths: dict[str, Mapping[str, Endpoint]] = {
         "/health": {"GET": api.health},
         "/ready": {"GET": api.ready},
@@ -110,6 +112,9 @@ def _endpoints(api: Api, debug: DebugPlan | None) -> dict[str, Mapping[str, Endp
         "/v1/models/{model_id:path}": {"GET": api.model},
         "/v1/completions": {"POST": api.completions},
         "/v1/chat/completions": {"POST": api.chat_completions},
+        "/tokenize": {"POST": tokens.tokenize},
+        "/detokenize": {"POST": tokens.detokenize},
+        "/version": {"GET": tokens.version},
     }
     return paths if debug is None else paths | {_DEBUG_PATH: {"GET": debug.show, "POST": debug.record}}
 

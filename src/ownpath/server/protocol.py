@@ -201,7 +201,9 @@ class CompletionRequest(_GenerationRequest):
         return (None, _DEFAULT_MAX_TOKENS) if self.max_tokens is None else ("max_tokens", self.max_tokens)
 
 
-_CHAT = FieldTable(ChatRequest.model_fields.keys(), fields.CHAT, fields.LABELS)
+RequestModel = TypeVar("RequestModel", bound=Strict)
+Conversing = TypeVar("Conversing", bound=ChatRequest)
+
 _COMPLETION = FieldTable(CompletionRequest.model_fields.keys(), fields.COMPLETION, fields.LABELS)
 _NESTED = {
     "stream_options": FieldTable(StreamOptions.model_fields.keys(), fields.STREAM_OPTIONS),
@@ -213,25 +215,34 @@ _TOOL = FieldTable(Tool.model_fields.keys(), {}, fields.TOOL_LABELS)
 
 def read_chat_request(body: dict[str, object], labels: Labels | None = None) -> ChatRequest:
     """Validates a chat request, and notes its labels. Errors: ApiError 400 naming the field."""
-    labels = labels or Labels()
-    check_counts(body)
-    body = _known_fields(body, _CHAT, labels)
-    body = body | {"messages": plain_messages(body.get("messages"), labels)} if "messages" in body else body
-    tools = body.get("tools")
-    if isinstance(tools, list):
-        body = body | {"tools": [_known_tool(tool, index, labels) for index, tool in enumerate(tools)]}
-    request = _validate(ChatRequest, body)
-    _check_chat(request)
+    request = read_conversation(ChatRequest, body, labels or Labels())
     if request.thinks and request.ending is Ending.NOTHING:
         text = "add_generation_prompt: false opens no answer, so none can begin with reasoning; turn thinking off"
         raise bad_request(text, "add_generation_prompt")
     return request
 
 
+def read_conversation(model: type[Conversing], body: dict[str, object], labels: Labels) -> Conversing:
+    """Validates a request that holds a conversation as chat requests do, and notes its labels.
+
+    Errors: ApiError 400 naming the field.
+    """
+    check_counts(body)
+    table = FieldTable(model.model_fields.keys(), fields.CHAT, fields.LABELS)
+    body = known_fields(body, table, labels)
+    body = body | {"messages": plain_messages(body.get("messages"), labels)} if "messages" in body else body
+    tools = body.get("tools")
+    if isinstance(tools, list):
+        body = body | {"tools": [_known_tool(tool, index, labels) for index, tool in enumerate(tools)]}
+    request = validate(model, body)
+    _check_chat(request)
+    return request
+
+
 def read_completion_request(body: dict[str, object], labels: Labels | None = None) -> CompletionRequest:
     """Validates a completions request, and notes its labels. Errors: ApiError 400 naming the field."""
     check_counts(body)
-    request = _validate(CompletionRequest, _known_fields(body, _COMPLETION, labels or Labels()))
+    request = validate(CompletionRequest, known_fields(body, _COMPLETION, labels or Labels()))
     _check_stream_options(request)
     if request.max_tokens == 0 and not request.echo:
         raise bad_request("max_tokens: 0 generates nothing; it needs echo", "max_tokens")
@@ -295,8 +306,11 @@ def _check_stream_options(request: _GenerationRequest) -> None:
         raise bad_request(f"{param}: needs include_usage to be true", param)
 
 
-def _known_fields(body: dict[str, object], table: FieldTable, labels: Labels) -> dict[str, object]:
-    """Keeps the fields that are implemented, of the request and of the objects in it."""
+def known_fields(body: dict[str, object], table: FieldTable, labels: Labels) -> dict[str, object]:
+    """Keeps the fields that are implemented, of the request and of the objects in it; notes the labels.
+
+    Errors: ApiError 400 naming the field.
+    """
     kept = labels.keep_fields(body, table)
     for name, nested in _NESTED.items():
         value = kept.get(name)
@@ -316,10 +330,8 @@ def _known_tool(tool: object, index: int, labels: Labels) -> object:
     return kept
 
 
-RequestModel = TypeVar("RequestModel", bound=Strict)
-
-
-def _validate(model: type[RequestModel], body: dict[str, object]) -> RequestModel:
+def validate(model: type[RequestModel], body: dict[str, object]) -> RequestModel:
+    """Builds a request from its fields. Errors: ApiError 400 naming the first that is wrong."""
     try:
         return model.model_validate(body, context=FirstFailure())
     except ValidationError as error:
