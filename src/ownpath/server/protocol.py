@@ -2,7 +2,7 @@
 
 from typing import Annotated, TypeVar
 
-from pydantic import BeforeValidator, FailFast, Field, PlainValidator, ValidationError
+from pydantic import BeforeValidator, FailFast, Field, PlainValidator, ValidationError, WithJsonSchema
 
 from ownpath.chat.encode import Ending
 from ownpath.chat.levels import LEVEL_OF_WORD
@@ -20,7 +20,7 @@ from ownpath.server.conversation import (
     ToolChoice,
     Tools,
 )
-from ownpath.server.counts import check_counts
+from ownpath.server.counts import MAX_PROMPTS, check_counts
 from ownpath.server.errors import ApiError, bad_request
 from ownpath.server.fields import FieldTable
 from ownpath.server.history import plain_messages
@@ -43,6 +43,11 @@ def _stops(value: object) -> list[str]:
     return stops
 
 
+_A_STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
+STOPS_SCHEMA = {"anyOf": [_A_STOP, {"type": "array", "items": _A_STOP, "maxItems": MAX_STOPS}]}
+"""The values that ``_stops`` takes."""
+
+
 def _prompts(value: object) -> list[str] | list[list[int]]:
     """Reads all four forms of a prompt as a list of prompts, texts or token ids."""
     if isinstance(value, str):
@@ -59,6 +64,18 @@ def _prompts(value: object) -> list[str] | list[list[int]]:
 
 def _is_token_ids(value: list[object]) -> bool:
     return bool(value) and all(type(item) is int and 0 <= item <= _MAX_INT for item in value)
+
+
+IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": _MAX_INT}, "minItems": 1}
+PROMPTS_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
+        IDS_SCHEMA,
+        {"type": "array", "items": IDS_SCHEMA, "minItems": 1, "maxItems": MAX_PROMPTS},
+    ]
+}
+"""The values that ``_prompts`` takes."""
 
 
 class StreamOptions(Strict):
@@ -79,7 +96,7 @@ class _GenerationRequest(Strict):
     seed: int | None = Field(
         None, ge=-SEED_LIMIT, lt=SEED_LIMIT, description="the same seed, prompt and parameters draw the same numbers"
     )
-    stop: Annotated[list[str], BeforeValidator(_stops)] = Field(
+    stop: Annotated[list[str], BeforeValidator(_stops), WithJsonSchema(STOPS_SCHEMA)] = Field(
         default_factory=list,
         description=f"the answer ends before it; a string or up to {MAX_STOPS}, of 1 to {MAX_STOP_CHARS} characters",
     )
@@ -187,7 +204,7 @@ class ChatRequest(_GenerationRequest):
 class CompletionRequest(_GenerationRequest):
     """``POST /v1/completions``. ``prompt`` holds texts or lists of token ids."""
 
-    prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompts)] = Field(
+    prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompts), WithJsonSchema(PROMPTS_SCHEMA)] = Field(
         description="a text, a list of texts, token ids, or a list of such lists; each prompt is a choice"
     )
     logprobs: int | None = Field(

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -23,7 +23,7 @@ from ownpath.server.json_shape import CONVERSATION, PROMPTS
 from ownpath.server.json_text import to_json
 from ownpath.server.labels import Labels
 from ownpath.server.prompts import chat_ids, chat_segments, check_ids, text_ids
-from ownpath.server.protocol import ChatRequest, known_fields, read_conversation, validate
+from ownpath.server.protocol import IDS_SCHEMA, ChatRequest, known_fields, read_conversation, validate
 from ownpath.server.routes import Api
 from ownpath.versions import versions
 
@@ -56,11 +56,16 @@ def _token_ids(value: object) -> list[int]:
     return value
 
 
+_MAYBE_NONE = IDS_SCHEMA | {"minItems": 0}
+
+
 class DetokenizeRequest(Strict):
     """``POST /detokenize``."""
 
     model: str | None = Field(None, description=_MODEL)
-    tokens: Annotated[list[int], BeforeValidator(_token_ids)] = Field(description="token ids; may be empty")
+    tokens: Annotated[list[int], BeforeValidator(_token_ids), WithJsonSchema(_MAYBE_NONE)] = Field(
+        description="token ids; may be empty"
+    )
 
 
 _TEXT = FieldTable(TokenizeTextRequest.model_fields.keys(), {}, fields.LABELS)
