@@ -67,7 +67,7 @@ def _opened(schema: Schema, neutral: Neutral, labels: Collection[str] | None) ->
 
 def _or_null(field: Schema) -> Schema:
     if "enum" in field:
-        return field | {"enum": [*dict.fromkeys((*field["enum"], None))]}
+        return field if None in field["enum"] else field | {"enum": [*field["enum"], None]}
     inner = {name: value for name, value in field.items() if name not in ("description", "default", "title")}
     if not inner:  # anything
         return field

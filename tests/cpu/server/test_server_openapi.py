@@ -140,6 +140,49 @@ def test_declared_fields_are_read_and_no_others(whole: Harness, name: str) -> No
         read(good | {"undeclared": 1}, Labels())
 
 
+NESTED: dict[str, Any] = {
+    "ChatMessage": ({"role": "assistant"}, lambda it: {"messages": [it, *HELLO]}),
+    "CallInMessage": ({"function": {"name": "f"}}, lambda it: {"messages": [calling(it), *HELLO]}),
+    "CalledFunction": ({"name": "f"}, lambda it: {"messages": [calling({"function": it}), *HELLO]}),
+    "StreamOptions": ({}, lambda it: {"messages": HELLO, "stream": True, "stream_options": it}),
+    "Thinking": ({"type": "enabled"}, lambda it: {"messages": HELLO, "thinking": it}),
+    "TemplateOptions": ({}, lambda it: {"messages": HELLO, "chat_template_kwargs": it}),
+    "Tool": ({"type": "function", "function": {"name": "f"}}, lambda it: {"messages": HELLO, "tools": [it]}),
+    "ResponseFormat": ({"type": "text"}, lambda it: {"messages": HELLO, "response_format": it}),
+    "JsonSchema": ({"schema": {}}, lambda it: {"messages": HELLO, "response_format": with_schema(it)}),
+}
+"""Type -> the least of it, and a chat request around it."""
+
+
+def calling(call: dict[str, Any]) -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": [call]}
+
+
+def with_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": schema}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_declared_fields_of_objects_in_a_request_are_read(whole: Harness, name: str) -> None:
+    least, around = NESTED[name]
+    schema = described(whole)["components"]["schemas"][name]
+    assert set(schema.get("required", [])) == set(least)
+    for field, told in schema["properties"].items():
+        taken = [] if field in schema.get("required", []) else [None]
+        for value in taken + ([] if field in ("role", "type") else told.get("enum", [])):
+            read_chat_request(around(least | {field: value}))
+    undeclared = around(least | {"undeclared": 1})
+    if schema["additionalProperties"]:
+        read_chat_request(undeclared)
+    else:
+        with pytest.raises(ApiError, match="undeclared"):
+            read_chat_request(undeclared)
+
+
+def test_every_declared_type_is_held_to_the_server(whole: Harness) -> None:
+    assert set(described(whole)["components"]["schemas"]) == {*READERS, *NESTED, "RecordingRequest", "Error"}
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=3),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
