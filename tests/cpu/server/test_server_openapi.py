@@ -244,7 +244,7 @@ def test_random_bodies_of_the_schema_get_declared_statuses(whole: Harness, path:
     schema = told["requestBody"]["content"]["application/json"]["schema"]
     statuses: list[int] = []
 
-    @settings(max_examples=40, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(values_of(schema, api["components"]["schemas"]), st.booleans())
     def run(body: dict[str, Any], is_plain: bool) -> None:
         if "completions" in path:
