@@ -249,6 +249,7 @@ def test_random_bodies_of_the_schema_get_declared_statuses(whole: Harness, path:
     def run(body: dict[str, Any], is_plain: bool) -> None:
         if "completions" in path:
             body = {"max_tokens": 2} | body
+            body |= {"max_tokens": 2} if body["max_tokens"] == -1 else {}  # long answers are others' tests
         if "messages" in body and is_plain:  # random messages seldom make a conversation
             body["messages"] = HELLO
         response = whole.post(path, **body)
