@@ -1,4 +1,4 @@
-"""Shipping: the wheel's contents, and the container and cluster examples beside the program they start."""
+"""The shipped files: the wheel's contents, and the container and cluster examples beside the program they start."""
 
 import argparse
 import re
@@ -73,6 +73,13 @@ def test_the_image_and_the_cluster_start_what_the_command_line_has(
         assert {word for word in (*entry, *arguments) if word.startswith("--")} <= options_of_serve()
         assert main([*entry, *["cpu" if word == "cuda" else word for word in arguments]]) == 2
         assert "/model" in capsys.readouterr().err
+
+
+def test_the_cluster_sets_no_setting_by_itself() -> None:
+    """A Service named ownpath would set OWNPATH_PORT to an address in every pod beside it."""
+    documents = yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text(encoding="utf-8"))
+    deployment = next(it for it in documents if it["kind"] == "Deployment")
+    assert deployment["spec"]["template"]["spec"]["enableServiceLinks"] is False
 
 
 def test_the_cluster_probes_and_drains_as_the_server_does() -> None:

@@ -11,23 +11,27 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from ownpath.chat.effort import RELEASES, Release, find_release
 from ownpath.commands.arguments import (
+    OptionHolder,
     add_engine_arguments,
     add_list_argument,
     add_model_argument,
     some_text,
-    whole_number,
 )
 from ownpath.commands.listings import fields_of_server
 from ownpath.commands.serve_options import (
     access_of,
-    add_server_arguments,
+    add_access,
+    add_address,
+    add_limits,
+    add_logs,
     rules_of,
     settings_of,
     start_server_log,
     tls_of,
 )
+from ownpath.commands.settings import add_config_argument, variable_of
 from ownpath.server.access import AccessPolicy
-from ownpath.server.admin_key import ADMIN_KEY_VARIABLE, admin_key
+from ownpath.server.admin_key import admin_key
 from ownpath.terminal.console import tell, tell_page
 from ownpath.terminal.progress import Progress
 from ownpath.terminal.text import counted
@@ -41,52 +45,56 @@ if TYPE_CHECKING:
     from ownpath.server.policy import RequestPolicy
 
 
+_SETTINGS = (
+    f"Each option may also stand in the environment (--max-num-seqs as {variable_of('max_num_seqs')}; of several "
+    "values, commas between them; of a switch, true or false) and in the TOML file of --config. The command line wins "
+    "over the environment, and the environment over the file."
+)
+
+
 def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     """``ownpath serve [MODEL]``"""
-    parser = subparsers.add_parser("serve", help="serve the model over HTTP", description=__doc__)
-    add_model_argument(parser)
-    parser.add_argument("--host", type=some_text, default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument(
-        "--port", type=whole_number(0, 65535), default=8000, help="port; 0 takes a free one (default: 8000)"
-    )
-    parser.add_argument(
+    parser = subparsers.add_parser("serve", help="serve the model over HTTP", description=__doc__, epilog=_SETTINGS)
+    _add_model_group(parser.add_argument_group("model"))
+    numerics = parser.add_argument_group("numerics and kernels")
+    limits = parser.add_argument_group("limits")
+    add_engine_arguments(numerics, limits)
+    add_limits(limits)
+    _add_request_group(parser.add_argument_group("requests"))
+    add_address(parser.add_argument_group("server"))
+    add_access(parser.add_argument_group("access"))
+    add_logs(parser.add_argument_group("logs"))
+    add_config_argument(parser.add_argument_group("settings"))
+    add_list_argument(parser, fields_of_server, "every request field, and the checks of the self-test")
+    return parser
+
+
+def _add_model_group(group: OptionHolder) -> None:
+    add_model_argument(group)
+    group.add_argument(
         "--served-model-name",
         type=some_text,
         action="append",
         metavar="NAME",
         help="a name of the model for clients; repeatable, answers to all of them (default: the model folder's name)",
     )
-    parser.add_argument(
-        "--strict-fields",
-        action="store_true",
-        help="refuse fields that change no answer, instead of ignoring them",
-    )
-    parser.add_argument(
-        "--strict-limits", action="store_true", help="refuse a max_tokens beyond the context, instead of clamping it"
-    )
-    parser.add_argument(
+    group.add_argument(
         "--release",
         choices=RELEASES,
         help="whose words for reasoning_effort it knows (default: told by the folder, or guessed)",
     )
-    parser.add_argument(
-        "--admin-key",
-        metavar="KEY",
-        help=f"opens /debug/plan to whoever sends it (default: ${ADMIN_KEY_VARIABLE}, which others cannot read off the "
-        "command line; closed without either)",
+    group.add_argument("--allow-unverified", action="store_true", help="serve even if the self-test fails")
+
+
+def _add_request_group(group: OptionHolder) -> None:
+    group.add_argument(
+        "--strict-fields",
+        action="store_true",
+        help="refuse fields that change no answer, instead of ignoring them",
     )
-    parser.add_argument(
-        "--max-num-seqs",
-        type=whole_number(1),
-        default=16,
-        metavar="N",
-        help="requests that run together; others wait (default: 16)",
+    group.add_argument(
+        "--strict-limits", action="store_true", help="refuse a max_tokens beyond the context, instead of clamping it"
     )
-    parser.add_argument("--allow-unverified", action="store_true", help="serve even if the self-test fails")
-    add_engine_arguments(parser)
-    add_server_arguments(parser)
-    add_list_argument(parser, fields_of_server, "every request field, and the checks of the self-test")
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:
