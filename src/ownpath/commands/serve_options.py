@@ -23,8 +23,8 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
         "--api-key-file",
         type=some_text,
         metavar="FILE",
-        help=f"API keys, one a line; more in ${API_KEYS_VARIABLE}, between commas. With any, every path but /health "
-        "and /ready asks for one",
+        help=f"API keys, one a line; more in ${API_KEYS_VARIABLE}, between commas. With any, every path but /health, "
+        "/ready and the page at / asks for one",
     )
     access.add_argument("--insecure", action="store_true", help="listen beyond this machine without any API key")
     access.add_argument(

@@ -23,6 +23,7 @@ from ownpath.server.fingerprint import system_fingerprint
 from ownpath.server.gate import HostGate, KeyGate
 from ownpath.server.labels import LabelLog
 from ownpath.server.metrics import Metrics
+from ownpath.server.page import PAGE_PATH, ChatPage
 from ownpath.server.policy import RequestPolicy
 from ownpath.server.request_log import LogRequests, RequestLog
 from ownpath.server.routes import Api
@@ -93,7 +94,8 @@ def create_app(
         errors.ClientGone: errors.on_client_gone,
         HTTPException: errors.on_http_error,
     }
-    layers = _layers(rules, metrics, own_key_paths=frozenset() if debug is None else frozenset({_DEBUG_PATH}))
+    open_paths = {PAGE_PATH} if debug is None else {PAGE_PATH, _DEBUG_PATH}
+    layers = _layers(rules, metrics, open_paths=frozenset(open_paths))
     app = Starlette(routes=routes, middleware=layers, exception_handlers=handlers, lifespan=lifespan)
     # A redirect would be built from the client's own Host header, and POST clients do not follow it anyway.
     app.router.redirect_slashes = False
@@ -103,6 +105,7 @@ def create_app(
 def _endpoints(api: Api, debug: DebugPlan | None) -> dict[str, Mapping[str, Endpoint]]:
     """Returns each path with its methods."""
     paths: dict[str, Mapping[str, Endpoint]] = {
+        PAGE_PATH: {"GET": ChatPage().show},
         "/health": {"GET": api.health},
         "/ready": {"GET": api.ready},
         "/metrics": {"GET": api.prometheus},
@@ -114,7 +117,7 @@ def _endpoints(api: Api, debug: DebugPlan | None) -> dict[str, Mapping[str, Endp
     return paths if debug is None else paths | {_DEBUG_PATH: {"GET": debug.show, "POST": debug.record}}
 
 
-def _layers(rules: Rules, metrics: Metrics, own_key_paths: frozenset[str]) -> list[Middleware]:
+def _layers(rules: Rules, metrics: Metrics, open_paths: frozenset[str]) -> list[Middleware]:
     """Returns what a request passes, in order. A browser's preflight request carries no key: CORS comes before keys."""
     access = rules.access
     layers = [Middleware(RequestLog, metrics=metrics, tells=rules.log_requests)]
@@ -131,5 +134,5 @@ def _layers(rules: Rules, metrics: Metrics, own_key_paths: frozenset[str]) -> li
             )
         )
     if access.keys:
-        layers.append(Middleware(KeyGate, keys=access.keys, own_key_paths=own_key_paths))
+        layers.append(Middleware(KeyGate, keys=access.keys, open_paths=open_paths))
     return layers

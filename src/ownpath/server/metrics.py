@@ -14,7 +14,7 @@ FINISH_REASONS = ("stop", "length", "tool_calls", "error", "abandoned")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 """Upper bounds of the histograms' buckets, from one decoded token to the longest answer."""
 _PATHS = frozenset(
-    {"/health", "/ready", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions", "/debug/plan"}
+    {"/", "/health", "/ready", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions", "/debug/plan"}
 )
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
