@@ -15,7 +15,7 @@ from ownpath.terminal.text import printable
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
-_COMMANDS = ("inspect", "plan", "verify", "generate", "serve", "diff", "quantize", "bench")
+_COMMANDS = ("inspect", "plan", "verify", "generate", "chat", "serve", "diff", "quantize", "bench")
 _USAGE_ERROR, _BUG, _INTERRUPTED, _NOBODY_READS = 2, 70, 130, 141
 
 

@@ -164,16 +164,25 @@ def served_names(args: argparse.Namespace, folder: str) -> tuple[str, "RequestPo
 
 def _debug_plan(session: "Session", admin_key: str, model_id: str, release: Release) -> "DebugPlan":
     """Builds the data of ``/debug/plan``. The plan is made from the headers again; it is the one that was loaded."""
+    from ownpath.inspect.memory import cache_bytes, weights_bytes
     from ownpath.loading import planned
     from ownpath.plan.show import plan_dict
     from ownpath.server.body import Limits
     from ownpath.server.debug import DebugPlan
     from ownpath.versions import versions
 
-    plan, _ = planned(session.folder, session.engine.config)
+    config = session.engine.config
+    plan, index = planned(session.folder, config)
     device = {"type": plan.caps.device_type, "name": plan.caps.name, "sm": plan.caps.sm}
     facts: dict[str, object] = {"model": model_id, "versions": versions(), "device": device, "plan": plan_dict(plan)}
     facts["release"] = asdict(release)
+    one = cache_bytes(plan, config.max_model_len, config.dtype, config.cache_format)
+    facts["memory"] = {
+        "weights_bytes": weights_bytes(plan, index),
+        "cache_bytes": one * config.max_num_seqs,
+        "requests": config.max_num_seqs,
+        "tokens_each": config.max_model_len,
+    }
     return DebugPlan(admin_key, facts, session.ledger, Limits())
 
 

@@ -70,7 +70,7 @@ def add_access(group: OptionHolder) -> None:
         type=some_text,
         metavar="FILE",
         help=f"API keys, one a line; more in ${API_KEYS_VARIABLE}, between commas. With any, every path but /health, "
-        "/ready and the page /docs asks for one",
+        "/ready and the pages at / and /docs asks for one",
     )
     group.add_argument(
         "--admin-key",

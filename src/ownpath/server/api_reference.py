@@ -1,29 +1,15 @@
-"""``/openapi.json``, made from the tables that the server itself uses, and ``/docs``, a page that shows it.
+"""``/openapi.json``, made from the tables that the server itself uses. ``/docs`` is a page that shows it."""
 
-The page is one file and asks nobody but this server. It is given to everybody, because a browser cannot send a key with
-an address that is typed; the description that it shows it asks for with the key that its reader types.
-"""
-
-import base64
-import hashlib
 import re
 from functools import cache
-from pathlib import Path
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ownpath.files import read_bytes
 from ownpath.server.request_schemas import Schema, request_schemas
 from ownpath.server.route_table import STATUSES, Answered, RouteSpec, served_routes
 from ownpath.versions import versions
 
-_FILE = Path(__file__).with_name("docs.html")
-_MAX_BYTES = 64 * 2**10
-_POLICY = (
-    "default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
-)
 _ERROR: Schema = {
     "type": "object",
     "properties": {
@@ -51,11 +37,6 @@ class ApiReference:
     async def describe(self, request: Request) -> Response:
         """``GET /openapi.json``"""
         return JSONResponse(description(has_debug=self._has_debug))
-
-    async def show(self, request: Request) -> Response:
-        """``GET /docs``"""
-        content, headers = _page()
-        return Response(content, headers=headers, media_type=Answered.HTML.value)
 
 
 @cache
@@ -109,23 +90,3 @@ def _responses(route: RouteSpec) -> Schema:
         has_own = status == 200 or (tells_status and status == 503)
         responses[str(status)] = {"description": STATUSES[status], "content": content if has_own else error}
     return responses
-
-
-@cache
-def _page() -> tuple[bytes, dict[str, str]]:
-    """Returns the page and its headers. Nothing runs but its own script, and no text becomes markup."""
-    content = read_bytes(_FILE, _MAX_BYTES)
-    policy = _POLICY.format(script=_source(content, b"script"), style=_source(content, b"style"))
-    return content, {
-        "Content-Security-Policy": policy,
-        "Cache-Control": "no-cache",
-        "Referrer-Policy": "no-referrer",
-        "X-Content-Type-Options": "nosniff",
-        "X-Frame-Options": "DENY",
-    }
-
-
-def _source(content: bytes, tag: bytes) -> str:
-    """Returns the only element of this kind as a policy names it: by the digest of its text."""
-    (text,) = re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), content, re.DOTALL)
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode('ascii')}'"

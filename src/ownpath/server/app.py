@@ -26,8 +26,9 @@ from ownpath.server.labels import LabelLog
 from ownpath.server.metrics import Metrics
 from ownpath.server.policy import RequestPolicy
 from ownpath.server.request_log import LogRequests, RequestLog
-from ownpath.server.route_table import DOCS_PATH, served_routes
+from ownpath.server.route_table import DOCS_PATH, PAGE_PATH, served_routes
 from ownpath.server.routes import Api
+from ownpath.server.static_page import StaticPage
 from ownpath.server.token_api import TokenApi
 from ownpath.server.vitals import Vitals
 
@@ -95,7 +96,7 @@ def create_app(
         errors.ClientGone: errors.on_client_gone,
         HTTPException: errors.on_http_error,
     }
-    open_paths = {DOCS_PATH} if debug is None else {DOCS_PATH, _DEBUG_PATH}
+    open_paths = {PAGE_PATH, DOCS_PATH} if debug is None else {PAGE_PATH, DOCS_PATH, _DEBUG_PATH}
     layers = _layers(rules, metrics, open_paths=frozenset(open_paths))
     app = Starlette(routes=routes, middleware=layers, exception_handlers=handlers, lifespan=lifespan)
     # A redirect would be built from the client's own Host header, and POST clients do not follow it anyway.
@@ -107,6 +108,7 @@ def _endpoints(api: Api, debug: DebugPlan | None) -> dict[str, Mapping[str, Endp
     """Returns each path with its methods."""
     tokens, reference = TokenApi(api), ApiReference(has_debug=debug is not None)
     paths: dict[str, Mapping[str, Endpoint]] = {
+        PAGE_PATH: {"GET": StaticPage("page.html").show},
         "/health": {"GET": api.health},
         "/ready": {"GET": api.ready},
         "/metrics": {"GET": api.prometheus},
@@ -118,7 +120,7 @@ def _endpoints(api: Api, debug: DebugPlan | None) -> dict[str, Mapping[str, Endp
         "/detokenize": {"POST": tokens.detokenize},
         "/version": {"GET": tokens.version},
         "/openapi.json": {"GET": reference.describe},
-        DOCS_PATH: {"GET": reference.show},
+        DOCS_PATH: {"GET": StaticPage("docs.html").show},
     }
     return paths if debug is None else paths | {_DEBUG_PATH: {"GET": debug.show, "POST": debug.record}}
 

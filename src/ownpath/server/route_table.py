@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from enum import Enum
 
-DOCS_PATH = "/docs"
+PAGE_PATH, DOCS_PATH = "/", "/docs"
 _ADMIN_PATH = "/debug/plan"
 
 STATUSES = {
@@ -103,6 +103,7 @@ ROUTES = (
     ),
     RouteSpec("GET", "/version", "ownpath's version", _KEYED, answer=(("version", "string"),)),
     RouteSpec("GET", "/openapi.json", "this description", _KEYED, answer=(("openapi", "string"), ("paths", "object"))),
+    RouteSpec("GET", PAGE_PATH, "a page that chats and shows what runs", _ANY, answered=Answered.HTML),
     RouteSpec("GET", DOCS_PATH, "a page that shows this description", _ANY, answered=Answered.HTML),
     RouteSpec(
         *("GET", _ADMIN_PATH, "what was planned and what ran, for admins", _KEYED),
