@@ -87,13 +87,11 @@ def _keys(caches: LayerCache, ratio: int) -> DecodeKeys:
 class PagedAttention:
     """The backend of loaded models: decode steps on the line of kernels, all others on the reference.
 
-    step_angles: positions int32 [T] -> the angles of a decode step. no_rotation: cos and sin of no rotation, for as
-    many rows as the engine's steps have.
+    step_angles: positions int32 [T] -> the angles of a decode step.
     """
 
     reference: ReferenceAttention
     step_angles: Callable[[torch.Tensor], StepAngles]
-    no_rotation: Rotation
 
     def prepare(self, tables: StepTables) -> AttentionStep | DecodeStep:
         """Prepares a step: a decode step if every request has one row, which is what kernels and rings are made for."""
@@ -101,8 +99,5 @@ class PagedAttention:
 
     def prepare_decode(self, tables: DecodeTables) -> DecodeStep:
         """Prepares a decode step. Reads nothing back from the device."""
-        num_rows, none_TF = len(tables.positions_T), self.no_rotation.cos_TF
-        undone = self.no_rotation.rows(0, num_rows)
-        if num_rows > len(none_TF):
-            undone = Rotation.none(num_rows, none_TF.shape[1], none_TF.device)
-        return DecodeStep(tables, self.step_angles(tables.positions_T), undone)
+        positions_T = tables.positions_T
+        return DecodeStep(tables, self.step_angles(positions_T), Rotation.none(len(positions_T), positions_T.device))

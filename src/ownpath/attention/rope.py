@@ -61,13 +61,9 @@ class Rotation:
         return self.cos_TF, self.sin_TF
 
     @classmethod
-    def none(cls, num_rows: int, num_freqs: int, device: torch.device) -> "Rotation":
-        """Returns rotations by no angle."""
-        ones_TF = torch.ones(num_rows, num_freqs, device=device)
-        return cls(ones_TF, torch.zeros_like(ones_TF))
-
-    def rows(self, start: int, stop: int) -> "Rotation":
-        return Rotation(self.cos_TF[start:stop], self.sin_TF[start:stop])
+    def none(cls, num_rows: int, device: torch.device) -> "Rotation":
+        """Returns rotations of no channel: a row has no angle."""
+        return cls(torch.empty(num_rows, 0, device=device), torch.empty(num_rows, 0, device=device))
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,9 @@ CallInputs = TypeVar("CallInputs")
 _CallInputs_contra = TypeVar("_CallInputs_contra", contravariant=True)
 
 
+BFLOAT16 = Demands("bfloat16")
+
+
 class NotApplicable(ValueError):
     """Raised by a contender that cannot run a case; the message says why."""
 
@@ -79,11 +82,15 @@ BindTo = Callable[[Any, KernelSpec, Sequence[CallInputs]], Bound]
 
 
 def contenders_of(
-    asked: BenchRequest, kind: OpKind, bind_to: BindTo[CallInputs], peers: Sequence[KernelContender[CallInputs]]
+    asked: BenchRequest,
+    kind: OpKind,
+    bind_to: BindTo[CallInputs],
+    peers: Sequence[KernelContender[CallInputs]],
+    demands: Demands = BFLOAT16,
 ) -> list[KernelContender[CallInputs]]:
     """Returns who takes part: the kernel that a plan would choose, and peers; any other kernel of ours by its name."""
     device = asked.settings.device
-    default = select(kind, None, device_caps(device), SPECS, Demands("bfloat16"))
+    default = select(kind, None, device_caps(device), SPECS, demands)
     assert isinstance(default, Choice)
     everyone: list[KernelContender[CallInputs]] = [OwnKernel("ownpath", default.kernel, bind_to), *peers]
     plain_first = {spec.name: spec for spec in reversed(own_kernels(kind, None, device))}

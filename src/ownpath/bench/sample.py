@@ -18,6 +18,7 @@ from ownpath.kernels.sample.ref import sample
 from ownpath.kernels.sample.types import FilterRows, Sampled, SampleKernel, SampleRows
 from ownpath.kernels.spec import KernelSpec
 from ownpath.ops import OpKind
+from ownpath.plan.select import Demands
 
 MOST_SETS, JUDGED_ROWS = 16, 8
 
@@ -33,7 +34,7 @@ class SampleInputs:
 
 def measured(asked: BenchRequest) -> Iterator[Row]:
     """Measures case by case."""
-    contenders = contenders_of(asked, OpKind.SAMPLE, bind, [TorchSampling()])
+    contenders = contenders_of(asked, OpKind.SAMPLE, bind, [TorchSampling()], Demands("float32"))
     for case in cases_of(asked.shapes, CASES):
         yield from run_kernels(_problems(asked, case), contenders, asked.settings, asked.settings.timer)
 

@@ -65,6 +65,7 @@ def tune(
 ) -> dict[str, Tried]:
     """Runs every candidate and writes the fastest for each case to ``out``; other cases of an earlier table are kept.
 
+    An entry has the commit and date that it was measured at, the table those of the last run.
     A tie goes to the earlier candidate. Errors: CandidateFailed when no candidate of a case runs; nothing is written.
     """
     best = {}
@@ -73,11 +74,32 @@ def tune(
         for one in tried:
             report(f"{family} {case} {json.dumps(dict(one.config))}: " + (one.reason or f"{one.us:.2f} us"))
         best[case] = _fastest(family, case, tried)
-    entries = _entries(out) | {case: {"config": dict(one.config), "us": round(one.us, 3)} for case, one in best.items()}
+    origin = {key: provenance[key] for key in ("commit", "date") if key in provenance}
+    found = {case: {"config": dict(one.config), "us": round(one.us, 3), **origin} for case, one in best.items()}
+    entries = _entries(out) | found
     table = {"family": family, "measured": dict(provenance), "entries": dict(sorted(entries.items()))}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     return best
+
+
+def chosen_cases(
+    candidates: Mapping[str, Sequence[Candidate]], shapes: Sequence[str], tokens: Sequence[int] | None
+) -> dict[str, Sequence[Candidate]]:
+    """Returns the cases whose key has one of the shapes in it, as "rows=4096,cols=8192", and one of the token counts.
+
+    None given: all. Errors: ValueError if none is left.
+    """
+    found = {
+        case: configs
+        for case, configs in candidates.items()
+        if (not shapes or any(shape in case for shape in shapes))
+        and (tokens is None or any(case.startswith(f"tokens={count},") for count in tokens))
+    }
+    if not found:
+        first = next(iter(candidates))
+        raise ValueError(f"--tune: no case has {' or '.join(shapes) or 'any shape'}, tokens {tokens}; one is {first}")
+    return found
 
 
 def load_family(name: str, device: str) -> Family:

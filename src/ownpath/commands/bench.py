@@ -11,6 +11,8 @@ from ownpath.terminal.console import show
 from ownpath.terminal.progress import Progress
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ownpath.bench.measure import Settings
     from ownpath.bench.request import BenchRequest
     from ownpath.bench.row import Row
@@ -94,12 +96,17 @@ def run(args: argparse.Namespace) -> int:
         measured = BENCHES[args.bench].load()
         from ownpath.bench.table import table_page
     rows: list[Row] = []
+    keep = _keeper(args, asked.settings)
     with Progress("measuring") as progress:
         for row in measured(asked):
             rows.append(row)
+            keep(row)
             progress.told(f"{len(rows)} measured, the last {row.contender} on {row.case.shape}")
     show(*table_page(rows, _title(args, asked.settings)))
-    _keep(args, asked.settings, rows)
+    if args.plot is not None:
+        from ownpath.bench.plot import plot_rows
+
+        plot_rows(rows, _title(args, asked.settings), args.plot)
     return 0 if all(row.status in ("ok", "not applicable") for row in rows if not row.is_peer) else 1
 
 
@@ -140,20 +147,18 @@ def _title(args: argparse.Namespace, settings: "Settings") -> str:
     return f"bench {args.bench} on {device_name(args.device)}, {settings.timer.name}, seed {args.seed}{kind}"
 
 
-def _keep(args: argparse.Namespace, settings: "Settings", rows: "list[Row]") -> None:
-    """Writes JSON lines before the plot, so that a missing matplotlib does not cost the numbers."""
-    from ownpath.bench.plot import plot_rows
+def _keeper(args: argparse.Namespace, settings: "Settings") -> "Callable[[Row], None]":
+    """Returns what appends a row to the file of ``--out`` as soon as it is measured: a run that ends early keeps it."""
     from ownpath.bench.record import append_lines, provenance, row_dict
 
-    if args.out is not None:
-        origin = provenance(args.device, args.commit, _command(args), settings.timer.name)
-        append_lines(args.out, [row_dict(row, args.seed, origin) for row in rows])
-    if args.plot is not None:
-        plot_rows(rows, _title(args, settings), args.plot)
+    if args.out is None:
+        return lambda row: None
+    origin = provenance(args.device, args.commit, _command(args), settings.timer.name)
+    return lambda row: append_lines(args.out, [row_dict(row, args.seed, origin)])
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from ownpath.bench.tune import load_family, tune
+    from ownpath.bench.tune import chosen_cases, load_family, tune
 
     family = load_family(args.tune, args.device)
     from ownpath.bench.record import provenance
@@ -161,7 +166,8 @@ def _tune(args: argparse.Namespace) -> int:
 
     timer = choose_timer(args.device)
     origin = provenance(args.device, args.commit, _command(args), timer.name)
-    tune(args.tune, family.candidates, family.run, args.out or family.table, origin, report=_show_line)
+    cases = chosen_cases(family.candidates, args.shape, args.tokens)
+    tune(args.tune, cases, family.run, args.out or family.table, origin, report=_show_line)
     return 0
 
 

@@ -75,6 +75,13 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
         help=f"opens /debug/plan to whoever sends it (default: ${ADMIN_KEY_VARIABLE}, which others cannot read off the "
         "command line; closed without either)",
     )
+    parser.add_argument(
+        "--max-num-seqs",
+        type=whole_number(1),
+        default=16,
+        metavar="N",
+        help="requests that run together; others wait (default: 16)",
+    )
     parser.add_argument("--allow-unverified", action="store_true", help="serve even if the self-test fails")
     add_engine_arguments(parser)
     add_server_arguments(parser)
@@ -110,7 +117,7 @@ def _serve(args: argparse.Namespace, opened: _Opened) -> int:
         from ownpath.server.run import ENGINE_FAILED, run_server
         from ownpath.server.vitals import Vitals
 
-    with open_session(args) as session:
+    with open_session(args, args.max_num_seqs) as session:
         failed = _self_test(session, args.allow_unverified)
         if failed and not args.allow_unverified:
             return 1

@@ -99,8 +99,9 @@ class KernelSpec:
     @property
     def reads_host(self) -> bool:
         """True if a call waits for values on the host, so that no graph can hold it: torch's experts ask which experts
-        were chosen, torch's decode steps how long rows are."""
-        return self.is_torch and self.kind in (OpKind.MOE, OpKind.ENTRIES, OpKind.SELECT, OpKind.ATTEND)
+        were chosen, torch's decode steps how long rows are, torch's sampler which rows draw."""
+        kinds = (OpKind.MOE, OpKind.ENTRIES, OpKind.SELECT, OpKind.ATTEND, OpKind.SAMPLE)
+        return self.is_torch and self.kind in kinds
 
 
 _QUANTIZER_WHY = {

@@ -11,7 +11,7 @@ from ownpath.attention.compress import Compressor
 from ownpath.attention.decode import DecodeLayer, PagedAttention
 from ownpath.attention.interface import AttentionLayer
 from ownpath.attention.reference import ReferenceAttention
-from ownpath.attention.rope import Rope, Rotation
+from ownpath.attention.rope import Rope
 from ownpath.attention.select import EntrySelector
 from ownpath.cache.layout import windows_per_entry
 from ownpath.cache.pools import CacheSpec
@@ -206,8 +206,7 @@ class Builder:
         ropes = (Rope.for_layer(config, compressing, device) for compressing in (False, True))
         frequencies = Frequencies(*(rope.freqs_F for rope in ropes))
         angles = angles_of_steps(frequencies, writes[0])
-        no_rotation = Rotation.none(self.engine.max_num_seqs, len(frequencies.compress_F), device)
-        return PagedAttention(ReferenceAttention(config.sliding_window), angles, no_rotation)
+        return PagedAttention(ReferenceAttention(config.sliding_window), angles)
 
     def _decode(self, layer_idx: int) -> DecodeLayer | None:
         """Builds a layer's line of a decode step; ``None`` where none is planned."""

@@ -7,7 +7,6 @@ import torch
 from ownpath.formats import FP8_BLOCK
 from ownpath.kernels.checks import require, require_activations
 from ownpath.kernels.contract import Config, GroupedKernel, StoredGroups
-from ownpath.kernels.grouped.config import MAX_ANGLES
 from ownpath.kernels.registry import KERNELS
 from ownpath.qtensor import QuantTensor
 from ownpath.runners.linear import plain_format
@@ -64,14 +63,14 @@ class GroupedRunner(KernelRunner):
     def __call__(self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
         """Multiplies, and with a rotation undoes it first.
 
-        rotation: (cos, sin) float32 [T, A] of each row's angles; none is a rotation by 0 of [T, G, I].
+        rotation: (cos, sin) float32 [T, A] of each row's angles; none rotates nothing of [T, G, I].
         """
         if rotation is None:
             if x.shape[-2:] != (self.num_groups, self.in_features):
                 raise ValueError(f"x must be [..., {self.num_groups}, {self.in_features}], found {list(x.shape)}")
             rows = x.flatten(0, -3)
-            cos_TA = torch.ones(len(rows), min(MAX_ANGLES, self.in_features // 2), device=x.device)
-            return self(rows, (cos_TA, torch.zeros_like(cos_TA))).reshape(*x.shape[:-1], self.out_features)
+            no_angles = torch.empty(len(rows), 0, device=x.device)
+            return self(rows, (no_angles, no_angles)).reshape(*x.shape[:-1], self.out_features)
         if torch.compiler.is_compiling():
             y_TGR: torch.Tensor = torch.ops.ownpath.grouped_linear(x, *rotation, self.handle)
             return y_TGR

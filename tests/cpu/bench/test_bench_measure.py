@@ -1,5 +1,7 @@
 """The harness itself, on the CPU with the reference kernels: who is right, who is wrong, which clock."""
 
+import contextlib
+import itertools
 import json
 import math
 
@@ -172,6 +174,20 @@ def test_the_command_prints_a_table_that_is_a_cpus(capsys: pytest.CaptureFixture
     assert record["commit"] == "abc"
     command = "ownpath bench linear --shape tiny --tokens 1 --device cpu --seed 0 --seconds 0.0"
     assert record["command"] == command, "it reproduces the row, and names no folder of this machine"
+
+
+def test_a_run_that_ends_early_keeps_what_it_measured(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    import ownpath.bench.linear as linear
+
+    def interrupted(*args, measured=linear.run_linear):
+        yield from itertools.islice(measured(*args), 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(linear, "run_linear", interrupted)
+    arguments = ["bench", "linear", "--device", "cpu", "--shape", "tiny", "--tokens", "1", "--seconds", "0"]
+    with contextlib.suppress(KeyboardInterrupt):
+        assert main([*arguments, "--out", str(tmp_path / "rows.jsonl")]) != 0
+    assert len((tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()) == 2
 
 
 @pytest.mark.parametrize(

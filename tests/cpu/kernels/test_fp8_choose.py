@@ -19,6 +19,7 @@ from ownpath.kernels.fp8.choose import (
     w8a16_configs,
 )
 from ownpath.kernels.fp8.config import CTA_SMEM, TOKEN_TILES, W8A8Config, W8A16Config, w8a16_stages
+from ownpath.kernels.fp8.spec import PREFILL_FROM
 
 SMS = 132
 TUNED: WeightKey = (64, 32, True, False)
@@ -58,7 +59,7 @@ def rule(num_tokens: int, key: WeightKey, entries: dict[str, Any]) -> W8A16Confi
     kept = dict(entries)
     entries.clear()
     forget()
-    found = w8a16_config(num_tokens, key, SMS) if num_tokens <= 64 else w8a8_config(num_tokens, key, SMS)
+    found = w8a16_config(num_tokens, key, SMS) if num_tokens < PREFILL_FROM else w8a8_config(num_tokens, key, SMS)
     entries.update(kept)
     forget()
     return found
@@ -79,15 +80,15 @@ def test_an_entry_of_many_tokens_holds_for_as_many_blocks(entries: dict[str, dic
     entries.update(ENTRIES)
     for num_tokens in (1985, 2047, 2048):
         assert w8a8_config(num_tokens, TUNED, SMS) == W8A8Config(3, 1, 4, 2)
-    for num_tokens in (65, 1984, 2049, 4096):
+    for num_tokens in (PREFILL_FROM, 1984, 2049, 4096):
         assert w8a8_config(num_tokens, TUNED, SMS) == rule(num_tokens, TUNED, entries)
 
 
 @pytest.mark.parametrize("key", OTHERS)
 def test_other_weights_follow_the_rule(key: WeightKey, entries: dict[str, dict[str, Any]]) -> None:
     entries.update(ENTRIES)
-    for num_tokens in (1, 16, 33, 64, 2048):
-        choose = w8a16_config if num_tokens <= 64 else w8a8_config
+    for num_tokens in (1, 16, 33, 64, 128, 2048):
+        choose = w8a16_config if num_tokens < PREFILL_FROM else w8a8_config
         assert choose(num_tokens, key, SMS) == rule(num_tokens, key, entries)
 
 
@@ -113,7 +114,9 @@ def test_an_invariant_plan_never_reads_the_table(entries: dict[str, dict[str, An
 
 
 @pytest.mark.parametrize("with_entries", [False, True])
-@pytest.mark.parametrize(("prefill_from", "invariant"), [(65, False), (None, False), (None, True), (33, False)])
+@pytest.mark.parametrize(
+    ("prefill_from", "invariant"), [(PREFILL_FROM, False), (None, False), (None, True), (33, False)]
+)
 def test_what_is_compiled_first_covers_every_count(
     with_entries: bool, prefill_from: int | None, invariant: bool, entries: dict[str, dict[str, Any]]
 ) -> None:
@@ -122,7 +125,7 @@ def test_what_is_compiled_first_covers_every_count(
         listed = w8a16_configs(key, SMS, prefill_from, invariant)
         for num_tokens in range(1, prefill_from or 300):
             assert w8a16_config(num_tokens, key, SMS, invariant) in listed
-        for num_tokens in range(prefill_from or 65, 5000, 61):
+        for num_tokens in range(prefill_from or PREFILL_FROM, 5000, 61):
             assert w8a8_config(num_tokens, key, SMS) in w8a8_configs(key)
         assert w8a8_config(2048, key, SMS) in w8a8_configs(key)
 

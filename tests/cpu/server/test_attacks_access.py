@@ -132,7 +132,7 @@ def test_the_command_refuses_before_it_loads(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OWNPATH_API_KEYS", raising=False)
-    monkeypatch.setattr("ownpath.commands.session.open_session", lambda args: pytest.fail("nothing is loaded"))
+    monkeypatch.setattr("ownpath.commands.session.open_session", lambda *args: pytest.fail("nothing is loaded"))
     for options, reason in (
         (["--host", "0.0.0.0"], "other machines reach 0.0.0.0, and no API key is asked for"),
         (["--api-key-file", str(tmp_path / "none")], "No such file"),

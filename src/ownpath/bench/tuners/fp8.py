@@ -28,7 +28,7 @@ from ownpath.kernels.fp8.launch import quantize_launch, w8a8_launch, w8a16_launc
 from ownpath.kernels.fp8.layout import PackedFp8, pack_fp8
 from ownpath.kernels.fp8.ref import quantize_rows
 
-FEW = (8, 16, 32, 64)
+FEW = (8, 16, 32, 64, 128)
 """Token counts of W8A16: an entry holds down to the one before."""
 MANY = (256, 512, 1024, 2048)
 """Token counts of W8A8."""
@@ -46,6 +46,7 @@ TILES: dict[int, tuple[CandidateTile, ...]] = {
     16: (*SMALL, (2, 2, 2, True), (4, 4, 1, False)),
     32: ((2, 2, 2, True), (2, 1, 2, True), (1, 1, 4, True), (2, 2, 2, False), (1, 1, 3, False), (4, 4, 1, True)),
     64: ((2, 2, 2, True), (2, 1, 2, True), (1, 1, 2, True), (1, 1, 3, True), (4, 2, 1, True), (4, 4, 1, True)),
+    128: ((2, 2, 1, True), (1, 1, 2, True), (2, 1, 2, True), (4, 2, 1, True), (4, 4, 1, True)),
 }
 """Tokens -> tiles to try, beside the rule's choice. Four CTAs per SM spill registers at 32 tokens with ``mma``."""
 UNEVEN = (6,)
@@ -61,8 +62,8 @@ def few(shape: LinearShape, tokens: int) -> list[Candidate]:
         num_m64, _, per_sm, _ = tile
         for cluster_k in (1, 2, 4, 8, *(UNEVEN if num_m64 == 4 else ())):
             groups = -(-blocks // num_m64)
-            # One CTA per SM leaves nothing to cover a second wave with.
-            waves_fit = per_sm > 1 or groups <= FITTING[cluster_k]
+            # One CTA per SM leaves nothing to cover a second wave with; tiles of 128 tokens hardly fit twice.
+            waves_fit = per_sm > 1 or tokens > 64 or groups <= FITTING[cluster_k]
             num_ctas_fits = 2 * SMS // 3 <= groups * cluster_k <= (2 * SMS if cluster_k > 1 else 5 * SMS)
             if waves_fit and num_ctas_fits and cluster_k <= k_blocks:
                 found.append(_tile(tile, tokens, cluster_k))

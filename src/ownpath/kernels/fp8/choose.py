@@ -64,7 +64,8 @@ def w8a16_shape(num_n: int, key: WeightKey, sms: int, wgmma: bool) -> W8A16Confi
     """
     num_row_blocks, num_k_blocks, folded, ragged = key
     best = (1 << 62, 0, 0)
-    for num_m64 in (4, 2):
+    # The sums of two row blocks by 128 tokens fill the registers, twice where each block of K is scaled apart.
+    for num_m64 in (4, 2) if num_n < 128 or folded else (2,):
         for cluster_k, clusters in CLUSTERS.items():
             per_cta = -(-num_k_blocks // cluster_k)
             if per_cta > MAX_K_BLOCKS or cluster_k > num_k_blocks:

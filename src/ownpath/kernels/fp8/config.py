@@ -29,9 +29,7 @@ W8A8_REGISTERS = {2: 240, 3: 160}
 SUM_REGISTERS = 64
 """Registers per thread for the sums of 64 tokens x 128 features: a set for the block of K, one per block's total."""
 MAX_CLUSTER = 8
-TOKEN_TILES = (8, 16, 32, 64)
-LARGEST_TILE = 128
-"""Tokens of the largest tile that the kernels can be compiled for."""
+TOKEN_TILES = (8, 16, 32, 64, 128)
 ACT_STRIDE = 9216
 """Activation blocks start at multiples of 1024, as the swizzle needs: 8192 bytes, 256 of scales, a gap."""
 
@@ -70,9 +68,8 @@ class W8A16Config:
             raise ValueError(f"per_sm={self.per_sm} with consumers={self.consumers}: no split of the registers")
         if self.num_m64 not in (1, 2, 4) or self.num_m64 % self.consumers:
             raise ValueError(f"num_m64={self.num_m64}: 1, 2 or 4 blocks, shared by consumers={self.consumers}")
-        sizes = (*TOKEN_TILES, LARGEST_TILE)
-        if self.num_n not in sizes:
-            raise ValueError(f"num_n={self.num_n}: tiles have {', '.join(map(str, sizes))} tokens")
+        if self.num_n not in TOKEN_TILES:
+            raise ValueError(f"num_n={self.num_n}: tiles have {', '.join(map(str, TOKEN_TILES))} tokens")
         if not 1 <= self.cluster_k <= MAX_CLUSTER:
             raise ValueError(f"cluster_k={self.cluster_k}: clusters have 1 to {MAX_CLUSTER} CTAs")
         stages = w8a16_stages(self.num_m64, self.num_n, CTA_SMEM[self.per_sm])

@@ -1,4 +1,4 @@
-"""W8A16 on Hopper: E4M3 block weights times BF16 activations, for decode (up to 64 tokens a tile).
+"""W8A16 on Hopper: E4M3 block weights times BF16 activations, for decode (up to 128 tokens a tile).
 
 How it works. The product is taken transposed, y.T = W x.T: weight rows are the M of the tensor cores (64 to a block)
 and tokens their N, so that one token costs 8 columns rather than 64 rows. A CTA owns ``num_m64`` blocks of 64 rows and
@@ -20,7 +20,7 @@ multiplies. Nearly a CTA's whole share of the weights is in flight at once (up t
 weights, tokens and results passes through memory.
 
 Roofline. 1 byte per weight at 4.41 TB/s up to M = 64, where tensor cores are at about half their rate; tokens beyond
-64 go to further CTAs, which read the weights again from L2. docs/benchmarks.md has the measured rates.
+128 go to further CTAs, which read the weights again from L2. docs/benchmarks.md has the measured rates.
 Limits: sm_90a; K a multiple of 8; 16-byte aligned rows.
 """
 

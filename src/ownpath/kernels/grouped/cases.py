@@ -6,6 +6,7 @@ from ownpath.kernels.cases import KernelCase
 
 _CASES = (
     KernelCase("grouped_linear", "tiny", (2, 2, 512, 64, 128), (1, 5, 17), tiny=True),
+    KernelCase("grouped_linear", "no angles", (2, 2, 512, 0, 128), (1, 33), tiny=True),
     KernelCase("grouped_linear", "short heads", (3, 4, 64, 32, 64), (1, 33), tiny=True),
     KernelCase(
         "grouped_linear", "tiny", (2, 2, 512, 64, 128), (1, 17), tiny=True, kernel="triton.grouped_linear_invariant"
@@ -44,5 +45,6 @@ FP8_CASES = (
     GroupedFp8Case(
         "flash", (8, 8, 512, 64, 1024), "e8m0", (1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 255, 1024), bench=True
     ),
+    GroupedFp8Case("flash, no angles", (8, 8, 512, 0, 1024), "e8m0", (1, 8, 17, 64, 128), bench=True),
     GroupedFp8Case("pro", (16, 8, 512, 64, 1024), "e8m0", (1, 8, 32, 128), bench=True),
 )

@@ -173,8 +173,8 @@ def _check_inputs(o_TNH: Tensor, cos_TA: Tensor, sin_TA: Tensor, operand: Groupe
             f"o_TNH {list(o_TNH.shape)} does not fit {operand.num_groups} groups of {width} channels, "
             f"in heads of a multiple of {BLOCK}"
         )
-    if cos_TA.ndim != 2 or not 0 < cos_TA.shape[1] <= MAX_ANGLES or cos_TA.shape[1] % 4:
-        raise ValueError(f"cos_TA must be [T, 4..{MAX_ANGLES}], a multiple of 4, found {list(cos_TA.shape)}")
+    if cos_TA.ndim != 2 or cos_TA.shape[1] > MAX_ANGLES or cos_TA.shape[1] % 4:
+        raise ValueError(f"cos_TA must be [T, 0..{MAX_ANGLES}], a multiple of 4, found {list(cos_TA.shape)}")
     angles = (num_tokens, cos_TA.shape[1])
     check("o_TNH", o_TNH, (torch.bfloat16,), tuple(o_TNH.shape), device)
     check("cos_TA", cos_TA, (torch.float32,), angles, device)

@@ -143,8 +143,8 @@ def _check_shapes(o_TNH: torch.Tensor, cos_TA: torch.Tensor, weight_GRI: torch.T
     if num_rows % 64:
         raise ValueError(f"weight_GRI must have a multiple of 64 rows per group, found {num_rows}")
     check("weight_GRI", weight_GRI, (torch.bfloat16,), (num_groups, num_rows, width), o_TNH.device)
-    if cos_TA.ndim != 2 or not 0 < cos_TA.shape[1] <= 32:
-        raise ValueError(f"cos_TA must be [T, 1..32], found {list(cos_TA.shape)}")
+    if cos_TA.ndim != 2 or cos_TA.shape[1] > 32:
+        raise ValueError(f"cos_TA must be [T, 0..32], found {list(cos_TA.shape)}")
 
 
 def _check_out(out: torch.Tensor, o_TNH: torch.Tensor, operand: GroupedOperand) -> None:

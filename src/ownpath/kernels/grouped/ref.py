@@ -20,9 +20,9 @@ def grouped_linear(x_MGI: torch.Tensor, weight_GRI: torch.Tensor) -> torch.Tenso
 
 
 def rope_inverse(x: torch.Tensor, cos_TA: torch.Tensor, sin_TA: torch.Tensor) -> torch.Tensor:
-    """Rotates the last 2A channels of x [T, ..., H], in pairs (2i, 2i+1), back by their angles."""
+    """Rotates the last 2A channels of x [T, ..., H], in pairs (2i, 2i+1), back by their angles. A may be 0."""
     num_passed = x.shape[-1] - 2 * cos_TA.shape[-1]
-    even, odd = x[..., num_passed:].to(sum_dtype(x)).unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x[..., num_passed:].to(sum_dtype(x)).unflatten(-1, (cos_TA.shape[-1], 2)).unbind(-1)
     shape = (len(cos_TA), *[1] * (x.ndim - 2), cos_TA.shape[-1])
     cos, sin = cos_TA.view(shape), -sin_TA.view(shape)
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
