@@ -59,6 +59,13 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
         help="from a request's prompt to the end of its answer (default: 3600)",
     )
     running.add_argument(
+        "--drain-timeout",
+        type=whole_number(0, 10**6),
+        default=5,
+        metavar="SECONDS",
+        help="how long open answers may go on after SIGTERM or SIGINT (default: 5)",
+    )
+    running.add_argument(
         "--step-timeout",
         type=seconds,
         default=300,
@@ -112,7 +119,8 @@ def settings_of(args: argparse.Namespace, tls: ssl.SSLContext | None) -> "Server
     from ownpath.server.run import ServerSettings
 
     num = args.max_connections
-    return ServerSettings(ConnectionLimits(max_total=num, max_per_site=max(num * 3 // 4, 1)), tls)
+    limits = ConnectionLimits(max_total=num, max_per_site=max(num * 3 // 4, 1))
+    return ServerSettings(limits, tls, drain_s=float(args.drain_timeout))
 
 
 def start_server_log(args: argparse.Namespace) -> None:
