@@ -42,7 +42,6 @@ class SlicedConfig:
     wide_ids: bool = False
     mapped: bool = False
     num_shared: int = 0
-    flags: int = 0
     compiler: ClassVar[str] = "nvfp4.sliced_sm90:compile_sliced"
 
     def __post_init__(self) -> None:
@@ -53,7 +52,7 @@ class SlicedConfig:
 
     @property
     def name(self) -> str:
-        shape = f"n{self.tokens}s{self.num_stages}p{self.per_sm}f{self.flags}"
+        shape = f"n{self.tokens}s{self.num_stages}p{self.per_sm}"
         return f"nvfp4_moe_sliced_{shape}_{_form(self.routing)}"
 
     @property
@@ -77,8 +76,7 @@ class SlicedConfig:
     @property
     def smem_bytes(self) -> int:
         stage = STAGE_CODES + STAGE_SCALES + self.tokens * TOKEN_BYTES + 16
-        partial = (12 if self.flags & 4 else 4) * WARP * 16
-        return self.num_stages * stage + 8 * HIDDEN_PITCH + partial + 384
+        return self.num_stages * stage + 8 * HIDDEN_PITCH + CONSUMER_WARPS // 2 * WARP * 16 + 384
 
     @property
     def max_smem_bytes(self) -> int:
