@@ -26,7 +26,7 @@ HIDDEN_PITCH = 2 * WIDTH + 16
 """Bytes from token to token of a slice's activations."""
 SUM_THREADS = 256
 SUM_COLUMNS = 32
-_SOURCES = tuple(f"nvfp4/{name}.py" for name in ("pairs_sm90", "schedule", "config", "sliced_config"))
+_SOURCES = tuple(f"nvfp4/{name}.py" for name in ("pairs_sm90", "schedule", "config", "moe_sliced_config"))
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class SlicedConfig:
     wide_ids: bool = False
     mapped: bool = False
     num_shared: int = 0
-    compiler: ClassVar[str] = "nvfp4.sliced_sm90:compile_sliced"
+    compiler: ClassVar[str] = "nvfp4.moe_sliced_sm90:compile_sliced"
 
     def __post_init__(self) -> None:
         if not 1 <= self.tokens <= 8:
@@ -57,7 +57,7 @@ class SlicedConfig:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        modules = ("sliced_sm90", "decode_sm90", "epilogue_sm90", "tile_sm90")
+        modules = ("moe_sliced_sm90", "decode_sm90", "epilogue_sm90", "tile_sm90")
         return (*(f"nvfp4/{name}.py" for name in modules), *_SOURCES, *DSL_SOURCES)
 
     @property
@@ -96,7 +96,7 @@ class SlicedSumConfig:
     wide_ids: bool = False
     mapped: bool = False
     num_shared: int = 0
-    compiler: ClassVar[str] = "nvfp4.sliced_sum_sm90:compile_sliced_sum"
+    compiler: ClassVar[str] = "nvfp4.moe_sliced_sum_sm90:compile_sliced_sum"
 
     @property
     def name(self) -> str:
@@ -104,7 +104,7 @@ class SlicedSumConfig:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        return ("nvfp4/sliced_sum_sm90.py", *_SOURCES, *DSL_SOURCES)
+        return ("nvfp4/moe_sliced_sum_sm90.py", *_SOURCES, *DSL_SOURCES)
 
     @property
     def routing(self) -> AlignConfig:

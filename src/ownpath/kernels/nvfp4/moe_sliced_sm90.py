@@ -2,7 +2,7 @@
 
 How it works. Down is a sum over the expert's width, so a slice of 64 of its features can go all the way: gate and up of
 the slice, SwiGLU, and the columns of the down weight that read the slice. What a slice adds to each pair's output goes
-to memory as float32, and ``sliced_sum_sm90`` adds the slices up in a fixed order. No CTA waits for another one's
+to memory as float32, and ``moe_sliced_sum_sm90`` adds the slices up in a fixed order. No CTA waits for another one's
 expert, and nothing stops the stream of weights between the products: the ring holds the down weight's first blocks
 before the slice's activations are there. Two CTAs, a cluster, share a slice: each computes 32 of its features from all
 columns of x, writes them into the shared memory of both, and multiplies half of the down weight's rows.
@@ -31,9 +31,7 @@ from ownpath.kernels.dsl.pipeline import Pipeline
 from ownpath.kernels.nvfp4.config import UNSCALE
 from ownpath.kernels.nvfp4.decode_sm90 import decode
 from ownpath.kernels.nvfp4.epilogue_sm90 import swiglu
-from ownpath.kernels.nvfp4.pairs_sm90 import Pairs, rank_pairs, warp_sum
-from ownpath.kernels.nvfp4.schedule import element
-from ownpath.kernels.nvfp4.sliced_config import (
+from ownpath.kernels.nvfp4.moe_sliced_config import (
     CLUSTER,
     CONSUMER_WARPS,
     HIDDEN_PITCH,
@@ -46,6 +44,8 @@ from ownpath.kernels.nvfp4.sliced_config import (
     WIDTH,
     SlicedConfig,
 )
+from ownpath.kernels.nvfp4.pairs_sm90 import Pairs, rank_pairs, warp_sum
+from ownpath.kernels.nvfp4.schedule import element
 
 GROUP_WARPS = 4
 CONSUMERS = CONSUMER_WARPS * WARP
