@@ -25,7 +25,7 @@ from ownpath.kernels.fp8.choose import fp8_table, w8a8_configs, w8a16_configs
 from ownpath.kernels.fp8.config import QuantizeConfig, W8A8Config, W8A16Config, w8a8_stages, w8a16_stages
 from ownpath.kernels.nvfp4.choose import choose_linear, fit, linear_config, linear_table, moe_choice, moe_table
 from ownpath.kernels.nvfp4.config import AlignConfig, CombineConfig, GemmConfig, PermuteConfig
-from ownpath.kernels.nvfp4.sliced_config import SlicedConfig, SlicedSumConfig
+from ownpath.kernels.nvfp4.moe_sliced_config import SlicedConfig, SlicedSumConfig
 
 SMS = 132
 EXPERTS = ((4096, 2048), (7168, 3072), (256, 128))

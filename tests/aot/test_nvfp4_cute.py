@@ -15,7 +15,7 @@ import triton.backends.nvidia.compiler as nvidia  # for the disassembler it carr
 from ownpath.kernels.dsl.cache import compile_missing, stem
 from ownpath.kernels.nvfp4.choose import choose_linear, moe_choice, moe_table
 from ownpath.kernels.nvfp4.config import MAX_SHARED_BYTES, AlignConfig, CombineConfig, GemmConfig, PermuteConfig
-from ownpath.kernels.nvfp4.sliced_config import SlicedConfig, SlicedSumConfig
+from ownpath.kernels.nvfp4.moe_sliced_config import SlicedConfig, SlicedSumConfig
 
 
 def gemms() -> list[GemmConfig]:

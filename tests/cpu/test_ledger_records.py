@@ -17,7 +17,7 @@ from ownpath.kernels.nvfp4.choose import choose_linear, choose_moe
 from ownpath.kernels.nvfp4.launch import PackedWeight
 from ownpath.kernels.nvfp4.linear import LinearOperand, nvfp4_linear, nvfp4_linear_invariant
 from ownpath.kernels.nvfp4.moe import MoeOperand, nvfp4_moe
-from ownpath.kernels.nvfp4.sliced import sliced_configs
+from ownpath.kernels.nvfp4.moe_sliced import sliced_configs
 from ownpath.kernels.registry import KERNELS, SPECS, spec_of
 from ownpath.loading import load_model, plan_model
 from ownpath.model.batch import ForwardBatch

@@ -13,8 +13,8 @@ from ownpath.formats import NVFP4
 from ownpath.kernels.contract import Config, Routing, StoredExperts
 from ownpath.kernels.nvfp4.choose import MoeChoice, choose_moe
 from ownpath.kernels.nvfp4.moe import MoeOperand, Nvfp4MoeKernel
-from ownpath.kernels.nvfp4.sliced import sliced_bytes, sliced_configs
-from ownpath.kernels.nvfp4.sliced_config import SlicedConfig
+from ownpath.kernels.nvfp4.moe_sliced import sliced_bytes, sliced_configs
+from ownpath.kernels.nvfp4.moe_sliced_config import SlicedConfig
 from ownpath.qtensor import QuantTensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sm90]

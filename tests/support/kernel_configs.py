@@ -26,7 +26,7 @@ from ownpath.kernels.fp8.layout import PackedFp8, pack_fp8
 from ownpath.kernels.nvfp4.choose import choose_linear, choose_moe
 from ownpath.kernels.nvfp4.config import CombineConfig, PermuteConfig
 from ownpath.kernels.nvfp4.launch import align_config
-from ownpath.kernels.nvfp4.sliced import sliced_configs
+from ownpath.kernels.nvfp4.moe_sliced import sliced_configs
 from ownpath.plan.plan import Plan
 from ownpath.verify.launch_configs import configs_of
 from support.hopper_layouts import subject_on

@@ -4,7 +4,7 @@ import pytest
 
 from ownpath.kernels.nvfp4.choose import SMS, choose_linear, choose_moe
 from ownpath.kernels.nvfp4.config import MAX_SHARED_BYTES, GemmConfig
-from ownpath.kernels.nvfp4.sliced_config import MAX_SLICED_PAIRS, SlicedConfig, fits_slices
+from ownpath.kernels.nvfp4.moe_sliced_config import MAX_SLICED_PAIRS, SlicedConfig, fits_slices
 
 SHAPES = ((1536, 4096), (32768, 1024), (4096, 8192), (4096, 4096), (4096, 2048), (64, 128), (192, 384), (640, 256))
 

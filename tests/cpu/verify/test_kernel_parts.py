@@ -21,7 +21,7 @@ from ownpath.formats import BF16
 from ownpath.kernels.contract import StoredExperts
 from ownpath.kernels.fp8.choose import w8a8_config, w8a16_config
 from ownpath.kernels.nvfp4.choose import choose_linear, choose_moe
-from ownpath.kernels.nvfp4.sliced import sliced_configs
+from ownpath.kernels.nvfp4.moe_sliced import sliced_configs
 from ownpath.oracle.formats import E2M1, E4M3, nearest
 from ownpath.oracle.formulas import frequencies
 from ownpath.qtensor import QuantTensor

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ownpath.kernels.nvfp4.config import BLOCK_K, GemmConfig
-from ownpath.kernels.nvfp4.sliced_config import MAX_SLICED_PAIRS, SlicedConfig, fits_slices
+from ownpath.kernels.nvfp4.moe_sliced_config import MAX_SLICED_PAIRS, SlicedConfig, fits_slices
 
 TUNED = Path(__file__).parent / "tuned"
 BLOCK_ROWS = 64

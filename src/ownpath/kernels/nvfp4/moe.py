@@ -40,8 +40,8 @@ from ownpath.kernels.nvfp4.launch import (
 )
 from ownpath.kernels.nvfp4.layout import check_scales, gate_up_rows, pack_weight_, plain_rows, unpack_weight
 from ownpath.kernels.nvfp4.linear import require_packable, require_rows
-from ownpath.kernels.nvfp4.sliced import PackedExperts, SlicedLaunches, sliced_bytes, sliced_configs
-from ownpath.kernels.nvfp4.sliced_config import MAX_SLICED_PAIRS
+from ownpath.kernels.nvfp4.moe_sliced import PackedExperts, SlicedLaunches, sliced_bytes, sliced_configs
+from ownpath.kernels.nvfp4.moe_sliced_config import MAX_SLICED_PAIRS
 from ownpath.qtensor import QuantTensor
 
 DIM_MULTIPLE = 128

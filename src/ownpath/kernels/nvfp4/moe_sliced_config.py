@@ -26,7 +26,7 @@ HIDDEN_PITCH = 2 * WIDTH + 16
 """Bytes from token to token of a slice's activations."""
 SUM_THREADS = 256
 SUM_COLUMNS = 32
-_SOURCES = tuple(f"nvfp4/{name}.py" for name in ("pairs_sm90", "schedule", "config", "sliced_config"))
+_SOURCES = tuple(f"nvfp4/{name}.py" for name in ("pairs_sm90", "schedule", "config", "moe_sliced_config"))
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ class SlicedConfig:
     wide_ids: bool = False
     mapped: bool = False
     num_shared: int = 0
-    flags: int = 0
-    compiler: ClassVar[str] = "nvfp4.sliced_sm90:compile_sliced"
+    compiler: ClassVar[str] = "nvfp4.moe_sliced_sm90:compile_sliced"
 
     def __post_init__(self) -> None:
         if not 1 <= self.tokens <= 8:
@@ -53,12 +52,12 @@ class SlicedConfig:
 
     @property
     def name(self) -> str:
-        shape = f"n{self.tokens}s{self.num_stages}p{self.per_sm}f{self.flags}"
+        shape = f"n{self.tokens}s{self.num_stages}p{self.per_sm}"
         return f"nvfp4_moe_sliced_{shape}_{_form(self.routing)}"
 
     @property
     def sources(self) -> tuple[str, ...]:
-        modules = ("sliced_sm90", "decode_sm90", "epilogue_sm90", "tile_sm90")
+        modules = ("moe_sliced_sm90", "decode_sm90", "epilogue_sm90", "tile_sm90")
         return (*(f"nvfp4/{name}.py" for name in modules), *_SOURCES, *DSL_SOURCES)
 
     @property
@@ -77,8 +76,7 @@ class SlicedConfig:
     @property
     def smem_bytes(self) -> int:
         stage = STAGE_CODES + STAGE_SCALES + self.tokens * TOKEN_BYTES + 16
-        partial = (12 if self.flags & 4 else 4) * WARP * 16
-        return self.num_stages * stage + 8 * HIDDEN_PITCH + partial + 384
+        return self.num_stages * stage + 8 * HIDDEN_PITCH + CONSUMER_WARPS // 2 * WARP * 16 + 384
 
     @property
     def max_smem_bytes(self) -> int:
@@ -98,7 +96,7 @@ class SlicedSumConfig:
     wide_ids: bool = False
     mapped: bool = False
     num_shared: int = 0
-    compiler: ClassVar[str] = "nvfp4.sliced_sum_sm90:compile_sliced_sum"
+    compiler: ClassVar[str] = "nvfp4.moe_sliced_sum_sm90:compile_sliced_sum"
 
     @property
     def name(self) -> str:
@@ -106,7 +104,7 @@ class SlicedSumConfig:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        return ("nvfp4/sliced_sum_sm90.py", *_SOURCES, *DSL_SOURCES)
+        return ("nvfp4/moe_sliced_sum_sm90.py", *_SOURCES, *DSL_SOURCES)
 
     @property
     def routing(self) -> AlignConfig:

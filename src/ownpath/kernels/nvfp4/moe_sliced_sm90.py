@@ -2,7 +2,7 @@
 
 How it works. Down is a sum over the expert's width, so a slice of 64 of its features can go all the way: gate and up of
 the slice, SwiGLU, and the columns of the down weight that read the slice. What a slice adds to each pair's output goes
-to memory as float32, and ``sliced_sum_sm90`` adds the slices up in a fixed order. No CTA waits for another one's
+to memory as float32, and ``moe_sliced_sum_sm90`` adds the slices up in a fixed order. No CTA waits for another one's
 expert, and nothing stops the stream of weights between the products: the ring holds the down weight's first blocks
 before the slice's activations are there. Two CTAs, a cluster, share a slice: each computes 32 of its features from all
 columns of x, writes them into the shared memory of both, and multiplies half of the down weight's rows.
@@ -31,9 +31,7 @@ from ownpath.kernels.dsl.pipeline import Pipeline
 from ownpath.kernels.nvfp4.config import UNSCALE
 from ownpath.kernels.nvfp4.decode_sm90 import decode
 from ownpath.kernels.nvfp4.epilogue_sm90 import swiglu
-from ownpath.kernels.nvfp4.pairs_sm90 import Pairs, rank_pairs, warp_sum
-from ownpath.kernels.nvfp4.schedule import element
-from ownpath.kernels.nvfp4.sliced_config import (
+from ownpath.kernels.nvfp4.moe_sliced_config import (
     CLUSTER,
     CONSUMER_WARPS,
     HIDDEN_PITCH,
@@ -46,6 +44,8 @@ from ownpath.kernels.nvfp4.sliced_config import (
     WIDTH,
     SlicedConfig,
 )
+from ownpath.kernels.nvfp4.pairs_sm90 import Pairs, rank_pairs, warp_sum
+from ownpath.kernels.nvfp4.schedule import element
 
 GROUP_WARPS = 4
 CONSUMERS = CONSUMER_WARPS * WARP
@@ -257,7 +257,7 @@ class SlicedExperts:
         scales = alloc(Uint8, stages * STAGE_SCALES, 128)
         tokens = alloc(Uint8, stages * cfg.tokens * TOKEN_BYTES, 16)
         hidden = alloc(Uint8, 8 * HIDDEN_PITCH, 16)
-        partial = alloc(Uint8, (3 if cfg.flags & 4 else 1) * GROUP_WARPS * WARP * 16, 16)
+        partial = alloc(Uint8, GROUP_WARPS * WARP * 16, 16)
         tile = TileInfo(alloc(Int32, TILE_WORDS, 16))
         ring = Pipeline.allocate(stages)
         full, empty = (
@@ -311,7 +311,6 @@ class SlicedExperts:
         cfg = self.cfg
         expert, rows = memory.tile.read(0), memory.tile.read(1)
         ring = memory.ring.producer()
-        once = not cfg.flags & 2
         first = expert * (part.inter // 32) + part.idx * CLUSTER + part.rank
         codes = up.codes.toint() + Int64(first) * part.hidden * 32
         scales = up.scales.toint() + Int64(first) * part.hidden * 4
@@ -319,8 +318,8 @@ class SlicedExperts:
             ring.acquire()
             if lane == 0:
                 ring.commit(rows * (2 * STAGE_COLUMNS) + (STAGE_CODES + STAGE_SCALES))
-                ptx.load_bulk(memory.codes + ring.slot * STAGE_CODES, codes, STAGE_CODES, ring.full, once)
-                ptx.load_bulk(memory.scales + ring.slot * STAGE_SCALES, scales, STAGE_SCALES, ring.full, once)
+                ptx.load_bulk(memory.codes + ring.slot * STAGE_CODES, codes, STAGE_CODES, ring.full, True)
+                ptx.load_bulk(memory.scales + ring.slot * STAGE_SCALES, scales, STAGE_SCALES, ring.full, True)
             if lane < rows:
                 place = memory.tokens + (ring.slot * cfg.tokens + lane) * TOKEN_BYTES
                 ptx.load_bulk(place, row, 2 * STAGE_COLUMNS, ring.full)
@@ -340,9 +339,9 @@ class SlicedExperts:
                 ring.commit(STAGE_CODES + STAGE_SCALES)
             if lane < STAGE_BLOCKS:
                 place = memory.codes + ring.slot * STAGE_CODES + lane * BLOCK_CODES
-                ptx.load_bulk(place, codes, BLOCK_CODES, ring.full, once)
+                ptx.load_bulk(place, codes, BLOCK_CODES, ring.full, True)
                 place = memory.scales + ring.slot * STAGE_SCALES + lane * BLOCK_SCALES
-                ptx.load_bulk(place, scales, BLOCK_SCALES, ring.full, once)
+                ptx.load_bulk(place, scales, BLOCK_SCALES, ring.full, True)
             codes += step
             scales += step // 8
             ring.advance()
@@ -362,68 +361,17 @@ class SlicedExperts:
         # The assembler must not recognise this as a constant: it would load it again for every use.
         scale_bits = Uint32(0x0FF00FF0) | Uint32(part.inter >> 31)
         factors = up.factors(memory.tile.read(0))
-        if cutlass.const_expr(self.cfg.flags & 4):
-            self.tall_up(factors, memory, part, lane, swiglu_limit, scale_bits)
-        else:
-            total = self.multiply_up(memory, part, lane, scale_bits)
-            place = memory.partial + (lane.warp * WARP + lane.lane) * 16
-            if lane.group == 1:
-                ptx.store_shared_vec4(place, tuple(total[idx] for idx in range(4)))
-            ptx.named_barrier(1, CONSUMERS)
-            if lane.group == 0:
-                others = ptx.load_shared_vec4(place)
-                both = [total[idx] + ptx.as_float(others[idx]) for idx in range(4)]
-                feature = part.rank * 32 + 8 * lane.warp
-                self.activate(both, factors, swiglu_limit, memory, lane, feature)
+        total = self.multiply_up(memory, part, lane, scale_bits)
+        place = memory.partial + (lane.warp * WARP + lane.lane) * 16
+        if lane.group == 1:
+            ptx.store_shared_vec4(place, tuple(total[idx] for idx in range(4)))
+        ptx.named_barrier(1, CONSUMERS)
+        if lane.group == 0:
+            others = ptx.load_shared_vec4(place)
+            both = [total[idx] + ptx.as_float(others[idx]) for idx in range(4)]
+            self.activate(both, factors, swiglu_limit, memory, lane, part.rank * 32 + 8 * lane.warp)
         cute.arch.mbarrier_wait(memory.arrived, 0)
         self.multiply_down(down, sums, memory, part, lane, scale_bits)
-
-    @cute.jit
-    def tall_up(
-        self,
-        factors: tuple[Float32, Float32],
-        memory: SliceMemory,
-        part: SliceShare,
-        lane: SliceLane,
-        swiglu_limit: Float32,
-        scale_bits: Uint32,
-    ) -> None:
-        """A warp takes 32 rows and 64 columns of a stage."""
-        cfg = self.cfg
-        ring = memory.ring.consumer()
-        sums = cute.make_rmem_tensor(cute.make_layout(8), Float32)
-        sums.fill(0.0)
-        quarter, strip = lane.thread // WARP // 2, lane.thread // WARP % 2 * 2
-        token = cutlass.min(lane.lane % 8, memory.tile.read(1) - 1)
-        token_at = memory.tokens + token * TOKEN_BYTES + quarter * 128 + lane.lane // 8 * 16
-        code_at = memory.codes + quarter * 2048 + strip * 512 + lane.lane * 16
-        scale_at = memory.scales + quarter * 256 + strip * 64 + lane.row * 8
-        for _ in cutlass.range(part.hidden // STAGE_COLUMNS, unroll=1):
-            ring.wait()
-            codes, scales = code_at + ring.slot * STAGE_CODES, scale_at + ring.slot * STAGE_SCALES
-            start = token_at + ring.slot * (cfg.tokens * TOKEN_BYTES)
-            if cutlass.const_expr(not cfg.flags & 8):
-                words = [list(ptx.load_shared_vec4(codes + idx * 512)) for idx in range(2)]
-                spread = [list(ptx.load_shared_vec2(scales + idx * 64)) for idx in range(2)]
-                tokens = [ptx.load_matrix4(start + 64 * idx) for idx in range(2)]
-                for step in cutlass.range_constexpr(4):
-                    for idx in cutlass.range_constexpr(2):
-                        self.step(words[idx], spread[idx], tokens, step, sums, idx, scale_bits)
-            ring.release(ring.slot, lane.thread)
-            ring.advance()
-        for idx in cutlass.range_constexpr(2):
-            place = memory.partial + (strip + idx) * 512 + lane.lane * 16
-            if quarter > 0:
-                ptx.store_shared_vec4(place + (quarter - 1) * 2048, tuple(sums[4 * idx + at] for at in range(4)))
-        ptx.named_barrier(1, CONSUMERS)
-        if quarter == 0:
-            for idx in cutlass.range_constexpr(2):
-                both = [sums[4 * idx + at] for at in range(4)]
-                for other in cutlass.range_constexpr(3):
-                    place = memory.partial + (strip + idx) * 512 + lane.lane * 16
-                    words = ptx.load_shared_vec4(place + other * 2048)
-                    both = [both[at] + ptx.as_float(words[at]) for at in range(4)]
-                self.activate(both, factors, swiglu_limit, memory, lane, part.rank * 32 + 8 * (strip + idx))
 
     @cute.jit
     def activate(
@@ -461,12 +409,11 @@ class SlicedExperts:
         token_at = memory.tokens + token * TOKEN_BYTES + lane.group * STAGE_COLUMNS + lane.lane // 8 * 16
         for _ in cutlass.range(part.hidden // STAGE_COLUMNS, unroll=1):
             ring.wait()
-            if cutlass.const_expr(not cfg.flags & 8):
-                words, scales = self.load_block(memory, ring.slot, 2 * lane.group, 2, lane)
-                start = token_at + ring.slot * (cfg.tokens * TOKEN_BYTES)
-                tokens = [ptx.load_matrix4(start + 64 * idx) for idx in range(4)]
-                for step in cutlass.range_constexpr(8):
-                    self.step(words, scales, tokens, step, sums, step % 2, scale_bits)
+            words, scales = self.load_block(memory, ring.slot, 2 * lane.group, 2, lane)
+            start = token_at + ring.slot * (cfg.tokens * TOKEN_BYTES)
+            tokens = [ptx.load_matrix4(start + 64 * idx) for idx in range(4)]
+            for step in cutlass.range_constexpr(8):
+                self.step(words, scales, tokens, step, sums, step % 2, scale_bits)
             ring.release(ring.slot, lane.thread)
             ring.advance()
         for idx in cutlass.range_constexpr(4):
@@ -503,10 +450,9 @@ class SlicedExperts:
             for block in cutlass.range_constexpr(GROUP_BLOCKS):
                 total = cute.make_rmem_tensor(cute.make_layout(4), Float32)
                 total.fill(0.0)
-                if cutlass.const_expr(not cfg.flags & 8):
-                    words, scales = self.load_block(memory, ring.slot, lane.group * GROUP_BLOCKS + block, 1, lane)
-                    for step in cutlass.range_constexpr(WIDTH // 16):
-                        self.step(words, scales, tokens, step, total, 0, scale_bits)
+                words, scales = self.load_block(memory, ring.slot, lane.group * GROUP_BLOCKS + block, 1, lane)
+                for step in cutlass.range_constexpr(WIDTH // 16):
+                    self.step(words, scales, tokens, step, total, 0, scale_bits)
                 for idx in cutlass.range_constexpr(len(targets)):
                     if 2 * lane.pair + idx < rows:
                         both = (total[idx] * factors[0], total[2 + idx] * factors[1])

@@ -1,4 +1,4 @@
-"""Launches experts in slices: ``sliced_sm90`` and ``sliced_sum_sm90``, for few (token, slot) pairs.
+"""Launches experts in slices: ``moe_sliced_sm90`` and ``moe_sliced_sum_sm90``, for few (token, slot) pairs.
 
 A call's scratch is float32 [pairs, slices, D]: what each slice of the experts' width adds to a pair's output.
 """
@@ -13,7 +13,7 @@ from ownpath.kernels.dsl.cache import load
 from ownpath.kernels.dsl.driver import Argument, Launch, Pointers, pointer
 from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.nvfp4.launch import MoeCallKey, PackedWeight
-from ownpath.kernels.nvfp4.sliced_config import CLUSTER, SUM_COLUMNS, WIDTH, SlicedConfig, SlicedSumConfig
+from ownpath.kernels.nvfp4.moe_sliced_config import CLUSTER, SUM_COLUMNS, WIDTH, SlicedConfig, SlicedSumConfig
 
 
 @dataclass(frozen=True)

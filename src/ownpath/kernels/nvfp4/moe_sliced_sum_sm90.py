@@ -1,4 +1,4 @@
-"""Sums what the slices of ``sliced_sm90`` add to each pair's output, and the pairs of each token, by their weights.
+"""Sums what the slices of ``moe_sliced_sm90`` add to each pair's output, and the pairs of each token, by their weights.
 
 How it works. A CTA takes 32 columns of a token: each of 32 groups of eight lanes takes every 32nd slice and adds the
 token's pairs, the sums of a warp's groups meet by shuffles and those of the warps in shared memory, in the same order
@@ -14,8 +14,8 @@ from cutlass import BFloat16, Float32, Int32, Int64, Uint32, cute
 
 from ownpath.kernels.dsl import ptx
 from ownpath.kernels.nvfp4.config import AlignConfig
+from ownpath.kernels.nvfp4.moe_sliced_config import SUM_COLUMNS, SUM_THREADS, WARP, WIDTH, SlicedSumConfig
 from ownpath.kernels.nvfp4.schedule import element
-from ownpath.kernels.nvfp4.sliced_config import SUM_COLUMNS, SUM_THREADS, WARP, WIDTH, SlicedSumConfig
 
 LANES = SUM_COLUMNS // 4
 GROUPS = SUM_THREADS // LANES
