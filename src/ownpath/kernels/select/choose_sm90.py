@@ -1,5 +1,7 @@
 """The choice of the kernel that selects, by the number of rows and the longest possible one. Needs no DSL."""
 
+from functools import lru_cache
+
 from ownpath.kernels.scores.types import EntryPages
 from ownpath.kernels.select.config_sm90 import SelectConfig
 
@@ -22,6 +24,7 @@ def choose_config(num_rows: int, num_blocks: int, pages: EntryPages) -> SelectCo
     return next(at_once, min(fitting, key=lambda config: config.cluster, default=None))
 
 
+@lru_cache(maxsize=16)
 def reachable_configs(pages: EntryPages) -> tuple[SelectConfig, ...]:
     """Returns every kernel that a call may launch."""
     if pages.per_block not in PAGES:
