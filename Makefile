@@ -10,7 +10,7 @@ LOCKED := $(PIP) --no-deps --require-hashes --requirement
 ON_A_DEVICE := tests/gpu tests/cpu/verify/test_oracle_block.py $(addprefix tests/cpu/,model numerics kernels \
 	checkpoint/test_reader_writer.py engine selftest test_startup.py test_launches.py test_full_layer.py)
 
-.PHONY: demo test lint type interpret aot test-clients test-gpu sanitize bench size lock
+.PHONY: demo test lint type interpret aot test-clients test-gpu sanitize bench dist size lock
 
 demo: $(VENV)/.base
 	$(BIN)/python tools/demo.py
@@ -54,6 +54,12 @@ sanitize:
 
 bench: $(VENV)/.base
 	$(BIN)/python bench/first_light.py --out bench/results/first_light.jsonl
+
+# An sdist, and the wheel that is built from it, without a network; then the wheel in a fresh environment.
+dist: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(BIN)/python tools/try_dist.py dist
 
 size: $(VENV)/.dev
 	$(BIN)/python tools/size.py

@@ -39,13 +39,18 @@ class CacheCase:
         return model.forward(batch).double().log_softmax(-1)
 
 
+INDEXER = frozenset({Step.INDEXER})
 EXACT = CacheCase("float64", torch.float64, CacheFormat.BF16)
 CASES = (
     CacheCase("float32, bf16", torch.float32, CacheFormat.BF16),
     CacheCase("float32, fp8", torch.float32, CacheFormat.FP8),
+    CacheCase("float32, fp4-index", torch.float32, CacheFormat.FP4_INDEX),
     CacheCase("bfloat16, bf16", torch.bfloat16, CacheFormat.BF16),
     CacheCase("bfloat16, fp8", torch.bfloat16, CacheFormat.FP8),
-    CacheCase("float32, bf16, indexer official", torch.float32, CacheFormat.BF16, frozenset({Step.INDEXER})),
+    CacheCase("bfloat16, fp4-index", torch.bfloat16, CacheFormat.FP4_INDEX),
+    CacheCase("float32, bf16, indexer official", torch.float32, CacheFormat.BF16, INDEXER),
+    CacheCase("float32, fp8, indexer official", torch.float32, CacheFormat.FP8, INDEXER),
+    CacheCase("float32, fp4-index, indexer official", torch.float32, CacheFormat.FP4_INDEX, INDEXER),
 )
 
 
@@ -59,13 +64,13 @@ def main() -> None:
     exact_TV = EXACT.log_probs(args.model, token_ids)
     following_T = torch.tensor(token_ids[1:])
     print(f"{args.positions} positions, {exact_TV.shape[1]} tokens each; differences of log-probs from float64")
-    print(f"{'':<34}{'mean':>10}{'next token':>12}{'largest':>10}{'same best':>11}")
+    print(f"{'':<38}{'mean':>10}{'next token':>12}{'largest':>10}{'same best':>11}")
     for case in CASES:
         found_TV = case.log_probs(args.model, token_ids)
         moved_TV = (found_TV - exact_TV).abs()
         of_text = moved_TV[:-1].gather(1, following_T[:, None]).mean()
         same = (found_TV.argmax(-1) == exact_TV.argmax(-1)).double().mean()
-        print(f"{case.name:<34}{moved_TV.mean():>10.2e}{of_text:>12.2e}{moved_TV.max():>10.2e}{same:>11.4f}")
+        print(f"{case.name:<38}{moved_TV.mean():>10.2e}{of_text:>12.2e}{moved_TV.max():>10.2e}{same:>11.4f}")
 
 
 if __name__ == "__main__":

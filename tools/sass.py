@@ -25,6 +25,7 @@ from ownpath.kernels.fp8.choose import fp8_table, w8a8_configs, w8a16_configs
 from ownpath.kernels.fp8.config import QuantizeConfig, W8A8Config, W8A16Config, w8a8_stages, w8a16_stages
 from ownpath.kernels.nvfp4.choose import choose_linear, fit, linear_config, linear_table, moe_choice, moe_table
 from ownpath.kernels.nvfp4.config import AlignConfig, CombineConfig, GemmConfig, PermuteConfig
+from ownpath.kernels.nvfp4.sliced_config import SlicedConfig, SlicedSumConfig
 
 SMS = 132
 EXPERTS = ((4096, 2048), (7168, 3072), (256, 128))
@@ -42,10 +43,13 @@ def moe_kernels() -> Iterator[Config]:
             for wide in (False, True):
                 choice = moe_choice(knobs, hidden, inter, wide)
                 yield from (choice.gate_up, choice.down)
+                if choice.sliced:
+                    yield choice.sliced
     for num_shared in (0, 1):
         for mapped in (False, True):
             for wide_ids in (False, True):
-                yield AlignConfig(wide_ids, mapped, num_shared, few=True)
+                yield SlicedSumConfig(wide_ids, mapped, num_shared)
+                yield from (AlignConfig(wide_ids, mapped, num_shared, few=halves) for halves in (1, 2))
                 yield from (AlignConfig(wide_ids, mapped, num_shared, ctas) for ctas in (1, 8))
         yield from (CombineConfig(num_shared, wide) for wide in (False, True))
     yield PermuteConfig()
@@ -83,7 +87,8 @@ def few_kernels() -> Iterator[Config]:
     for at in (0, len(table) // 2, len(table) - 1):
         choice = moe_choice(table[at][1], 4096, 2048, at == 0)
         yield from (choice.gate_up, choice.down)
-    yield from (AlignConfig(False, False, 0, few=True), AlignConfig(True, True, 1), AlignConfig(False, False, 0, 8))
+    yield from (SlicedConfig(1, 5, 4), SlicedConfig(2, 5, 4, True, True, 1), SlicedSumConfig())
+    yield from (AlignConfig(False, False, 0, few=1), AlignConfig(True, True, 1), AlignConfig(False, False, 0, 8))
     yield from (CombineConfig(0, True), CombineConfig(1, False), PermuteConfig())
     for num_n, folded, ragged, wgmma in ((8, True, False, False), (16, False, True, False), (64, False, False, True)):
         stages = w8a16_stages(4, num_n)

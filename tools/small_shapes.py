@@ -13,7 +13,8 @@ import torch
 from ownpath.config import EngineConfig
 from ownpath.conformance.attend import make_attend_inputs
 from ownpath.conformance.quant_weights import DenseWeight, ExpertStacks, RoutedTokens, draw_rows, draw_weights
-from ownpath.engine.decoder import Decoder, DecodeRow
+from ownpath.engine.decoder import Decoder
+from ownpath.engine.rows import DecodeRow, StepRows
 from ownpath.kernels.attend.cases import CASES as ATTEND_CASES
 from ownpath.kernels.fp8.cases import Fp8Case
 from ownpath.kernels.registry import KERNELS
@@ -56,9 +57,9 @@ def attention() -> Iterator[tuple[str, torch.Tensor]]:
     """Tables and lists name rows far outside of the pools where a row's own have ended."""
     for case in (case for case in ATTEND_CASES if case.tiny):
         for name in ("cute.attend", "cute.attend_invariant", "triton.attend"):
-            for num_rows in (1, 9):
-                inputs = make_attend_inputs(case, num_rows, CUDA)
-                yield f"{name} {case.label} {num_rows} rows", KERNELS[name](*inputs.arguments)
+            for num_rows, group in ((1, 1), (9, 1), (9, 4)):
+                inputs = make_attend_inputs(case, num_rows, CUDA, group=group)
+                yield f"{name} {case.label} {num_rows} rows, {group} a request", KERNELS[name](*inputs.arguments)
 
 
 def decode_steps() -> Iterator[tuple[str, torch.Tensor]]:
@@ -70,13 +71,27 @@ def decode_steps() -> Iterator[tuple[str, torch.Tensor]]:
     decoder = Decoder(model, 4, model.config.vocab_size)
     for step in range(2):
         with torch.inference_mode():
-            found = decoder.step([DecodeRow(cache, 9) for cache in caches])
+            found = decoder.step(StepRows.of([DecodeRow(cache, 9) for cache in caches]))
         yield f"decode step {step} of {len(PROMPTS)} rows", found.logits_TV
+
+
+def several_rows() -> Iterator[tuple[str, torch.Tensor]]:
+    """Eager decode steps with four rows of each request, of which three are taken back."""
+    engine = EngineConfig("cuda", torch.bfloat16, 1024, max_num_seqs=len(PROMPTS), rows_per_request=4)
+    model = load_model(default_model_dir(), engine)
+    caches = [model.new_cache() for _ in PROMPTS]
+    for cache, count in zip(caches, PROMPTS, strict=True):
+        model.forward(ForwardBatch.of([(list(range(5, 5 + count)), cache)], "cuda"))
+    for step in range(2):
+        batch = ForwardBatch.of([([9, 8, 7, 6], cache) for cache in caches], "cuda", all_logits=True)
+        yield f"decode step {step} of {len(PROMPTS)} requests, 4 rows each", model.forward(batch)
+        for cache in caches:
+            cache.num_tokens -= 3
 
 
 def main() -> None:
     torch.manual_seed(0)
-    for part in (linears, experts, fp8, attention, decode_steps):
+    for part in (linears, experts, fp8, attention, decode_steps, several_rows):
         for name, y in part():
             torch.cuda.synchronize()
             assert torch.isfinite(y).all(), name

@@ -8,13 +8,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from ownpath.commands.settings import parse_arguments
 from ownpath.terminal.console import start_log, trace_text
 from ownpath.terminal.text import printable
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
-_COMMANDS = ("inspect", "plan", "verify", "generate", "serve", "diff", "quantize", "bench")
+_COMMANDS = ("inspect", "plan", "verify", "generate", "chat", "serve", "diff", "quantize", "bench")
 _USAGE_ERROR, _BUG, _INTERRUPTED, _NOBODY_READS = 2, 70, 130, 141
 
 
@@ -99,14 +100,14 @@ def _run(argv: list[str]) -> int:
 
 
 def _command(argv: list[str]) -> int:
-    """Parses one command's arguments, with options allowed between its positional arguments too, and runs it."""
+    """Parses one command's arguments, with options between its positional arguments too, and runs it."""
     parser, commands = _parser()
     try:
         if not argv:
             parser.print_help()
             return 0
         known = commands.get(argv[0])
-        args = parser.parse_args(argv) if known is None else known.parse_intermixed_args(argv[1:])
+        args = parser.parse_args(argv) if known is None else parse_arguments(known, argv[1:], os.environ)
     except SystemExit as end:  # --help, --version, --list, wrong usage
         return end.code if isinstance(end.code, int) else 0
     start_log()

@@ -226,6 +226,8 @@ class EngineConfig:
     loads_draft: load the MTP modules too. The engine does not draft; callers of the model may.
     reference: names of slots or modules that torch computes from the stored form, whatever kernels there are.
     cache_format: the format of keys in the caches.
+    rows_per_request: the most rows that a request may have in a decode step, up to 9: rings of the caches are made for
+        it. The engine itself decodes one row of each; callers of the model may bring drafts.
     graphs: capture decode steps as CUDA graphs; without, they run eagerly, with the same bits.
     parallel: this process's rank among those that run one model together.
     """
@@ -242,6 +244,7 @@ class EngineConfig:
     reference: frozenset[str] = frozenset()
     graphs: bool = True
     cache_format: CacheFormat = CacheFormat.BF16
+    rows_per_request: int = 1
 
     @classmethod
     def for_device(cls, device: str, max_model_len: int = 4096) -> "EngineConfig":

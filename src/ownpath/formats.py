@@ -40,14 +40,38 @@ INT64 = Format("INT64", 64)
 
 FP8_KEY_DIM, FP8_KEY_ROTARY, FP8_INDEX_DIM = 512, 64, 128
 """Channels of a key in FP8 pages, how many of them are rotary, and channels of an index key."""
-FP8_KEY_BYTES, FP8_INDEX_BYTES = 584, 132
-"""Bytes of a key in FP8 pages: 448 E4M3, 64 BF16, 7 scales and a pad byte; of an index key: 128 E4M3 and a scale."""
+FP8_KEY_BYTES, FP8_INDEX_BYTES, FP4_INDEX_BYTES = 584, 132, 68
+"""Bytes of a key in FP8 pages: 448 E4M3, 64 BF16, 7 scales and a pad byte; of an index key: 128 E4M3 and a scale; of an
+index key in FP4 pages: 128 E2M1, two to a byte, and 4 scales."""
 
 
-class CacheFormat(StrEnum):
-    """The format of keys in the caches."""
+class KeyFormat(StrEnum):
+    """The format of one kind of keys in the caches."""
 
     BF16 = "bf16"
     """The activations' dtype: BF16 on a GPU."""
     FP8 = "fp8"
     """The pages of DeepSeek's published caches: E4M3 with power-of-two scales, rotary channels in BF16."""
+    FP4 = "fp4"
+    """Pages of E2M1 with a power-of-two scale per 32 channels; index keys alone have them."""
+
+
+class CacheFormat(StrEnum):
+    """The format of the caches, by its name in ``--cache-format``: of window keys and entries, and of index keys."""
+
+    BF16 = "bf16", KeyFormat.BF16, KeyFormat.BF16
+    FP8 = "fp8", KeyFormat.FP8, KeyFormat.FP8
+    FP4_INDEX = "fp4-index", KeyFormat.FP8, KeyFormat.FP4
+
+    keys: KeyFormat
+    index_keys: KeyFormat
+
+    def __new__(cls, name: str, keys: KeyFormat, index_keys: KeyFormat) -> "CacheFormat":
+        member = str.__new__(cls, name)
+        member._value_, member.keys, member.index_keys = name, keys, index_keys
+        return member
+
+    @property
+    def in_pages(self) -> bool:
+        """True if keys lie in pages, which round them."""
+        return self.keys is not KeyFormat.BF16

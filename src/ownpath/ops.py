@@ -28,6 +28,8 @@ class OpKind(StrEnum):
     """Rounding of keys to the cache's format before attention."""
     INDEX_QUANTIZER = "index_quantizer"
     """Rounding of index queries and keys to the index cache's format before they are scored."""
+    STEP_ANGLES = "step_angles"
+    """cos and sin of a decode step's positions, for all layers at once."""
     ENTRIES = "attention_entries"
     """One decode row's writes to the caches: its key, its compressors' raw rows, and the entries that end at it."""
     INDEX_SCORES = "index_scores"
@@ -42,4 +44,9 @@ class OpKind(StrEnum):
     @property
     def is_decode(self) -> bool:
         """True for what only a decode step runs: in place of norms, rotations and ``ATTENTION``, of gate and router."""
-        return self in (OpKind.ENTRIES, OpKind.INDEX_SCORES, OpKind.SELECT, OpKind.ATTEND, OpKind.ROUTE)
+        return self in _OF_DECODE_STEPS
+
+
+_OF_DECODE_STEPS = frozenset(
+    {OpKind.STEP_ANGLES, OpKind.ENTRIES, OpKind.INDEX_SCORES, OpKind.SELECT, OpKind.ATTEND, OpKind.ROUTE}
+)

@@ -6,6 +6,7 @@ so there is one for each form that Triton's kernels have, and one of the largest
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
@@ -19,6 +20,8 @@ from ownpath.runners.make import compile_configs
 from ownpath.terminal.progress import Progress
 from ownpath.terminal.text import counted
 
+SCORED_ROWS = 257
+"""Rows of the largest step that are scored: one more than the last form but one has."""
 WARM_UP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 """A number of tokens for each form but the last: up to 1, 2, 4, 8, 16, 32, 64, 256. A test holds that there are no
 others."""
@@ -54,4 +57,6 @@ def warm_up_sizes(engine: EngineConfig) -> list[int]:
 
 def _step(model: Model, engine: EngineConfig, num_tokens: int) -> None:
     token_ids = [idx % model.config.vocab_size for idx in range(num_tokens)]
-    model.forward(ForwardBatch.of([(token_ids, model.new_cache())], engine.device))
+    # As a prompt's log-probs do: what follows the last layer has the forms of the rows that are scored.
+    batch = ForwardBatch.of([(token_ids, model.new_cache())], engine.device, all_logits=True)
+    model.forward(replace(batch, logits_ids=batch.logits_ids[-SCORED_ROWS:]))

@@ -21,6 +21,8 @@ CASES = (
     AttendCase("64 heads, fp8", 64, 0, 300, fp8=True),
     AttendCase("64 heads, split, fp8", 64, 128, 70000, fp8=True),
 )
+LONGER = (CASES[2], CASES[5])
+"""Also for longer rings, of several rows of a request."""
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +33,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
         for case in CASES:
             kernel = ATTEND if case.num_heads == 4 else ATTEND_INVARIANT
             kernel(*make_attend_inputs(case, 2, torch.device("cpu")).arguments)
+        for case in LONGER:
+            ATTEND_INVARIANT(*make_attend_inputs(case, 2, torch.device("cpu"), group=2).arguments)
         official = make_attend_inputs(CASES[0], 2, torch.device("cpu"))
         ATTEND(*replace(official, weights=replace(official.weights, is_stepwise=True)).arguments)
     folder = tmp_path_factory.mktemp("cubins")
@@ -45,9 +49,10 @@ def kinds(compiled: list[Compiled], **wanted: object) -> list[Compiled]:
 
 def test_every_form_is_there(compiled: list[Compiled]) -> None:
     """One compilation serves every number of rows, heads, blocks, selected entries and splits."""
-    assert len(kinds(compiled, STEPWISE=False)) == len(CASES)
+    assert len(kinds(compiled, STEPWISE=False, SPARE=0)) == len(CASES)
+    assert len(kinds(compiled, STEPWISE=False, SPARE=8)) == len(LONGER)
     assert len(kinds(compiled, STEPWISE=True)) == 1
-    assert len(compiled) == len(CASES) + 1 + 2  # and one merge for each ratio that splits
+    assert len(compiled) == len(CASES) + len(LONGER) + 1 + 2  # and one merge for each ratio that splits
 
 
 def test_shared_memory_fits(compiled: list[Compiled]) -> None:

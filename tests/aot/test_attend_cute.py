@@ -12,7 +12,12 @@ from ownpath.kernels.attend.choose_sm90 import reachable_configs
 from ownpath.kernels.attend.config_sm90 import MAX_SMEM, REGISTERS, AttendCombineConfig, AttendConfig
 from ownpath.kernels.dsl.cache import compile_missing, stem
 
-CONFIGS = (AttendConfig(64, selected=True, split=True, fp8=True), AttendConfig(2, merges=True), AttendCombineConfig())
+CONFIGS = (
+    AttendConfig(64, selected=True, split=True, fp8=True),
+    AttendConfig(2, merges=True),
+    AttendConfig(64, selected=True, split=True, fp8=True, spare=8),
+    AttendCombineConfig(),
+)
 ATTEND = [config for config in CONFIGS if isinstance(config, AttendConfig)]
 
 
@@ -39,7 +44,7 @@ def cuobjdump(option: str, cache: Path, config: AttendConfig | AttendCombineConf
 
 
 def test_calls_launch_what_is_listed() -> None:
-    assert set(CONFIGS) <= set(reachable_configs(is_invariant=False))
+    assert set(CONFIGS) <= {*reachable_configs(is_invariant=False), *reachable_configs(is_invariant=False, spare=8)}
     assert set(reachable_configs(is_invariant=True)) <= set(reachable_configs(is_invariant=False))
 
 

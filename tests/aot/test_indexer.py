@@ -20,7 +20,8 @@ def rows_of(width: int) -> PagedRows:
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
     """Every distinct launch of these shapes, compiled for sm_90."""
-    pools, angles_TF = (torch.zeros(64, 128).bfloat16(), torch.zeros(1, 8448, dtype=torch.uint8)), torch.zeros(2, 32)
+    pages = (torch.zeros(1, 64 * key_bytes, dtype=torch.uint8) for key_bytes in (132, 68))
+    pools, angles_TF = (torch.zeros(64, 128).bfloat16(), *pages), torch.zeros(2, 32)
     with pytest.MonkeyPatch.context() as patch, recorded_launches() as launches:
         for module in (scores, select):
             patch.setattr(module, "check_rank", lambda name, tensor, rank, runs_on_cpu: None)  # refuses what is on CPU
@@ -39,7 +40,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
 
 def test_every_kernel_is_there(compiled: list[Compiled]) -> None:
     names = [one.launch.name for one in compiled]
-    assert names.count("index_scores_kernel") == 8
+    assert names.count("index_scores_kernel") == 12
     assert names.count("select_kernel") == len(TABLES)
 
 
@@ -49,6 +50,16 @@ def test_nothing_spills(compiled: list[Compiled]) -> None:
 
 def test_three_programs_share_an_sm(compiled: list[Compiled]) -> None:
     assert all(one.shared_bytes <= SHARED_BYTES for one in compiled)
+
+
+def test_programs_of_pages_share_an_sm(compiled: list[Compiled]) -> None:
+    """As many as the grid is made for."""
+    forms = [(dict(one.launch.constants).get("FORM"), one) for one in compiled]
+    paged = [(scores.PROGRAMS_PER_SM[form], one) for form, one in forms if form]
+    assert len(paged) == 8
+    for number, one in paged:
+        assert 128 * one.registers * number <= 65536
+        assert (one.shared_bytes + 1024) * number <= 228 * 1024
 
 
 def test_launches_overlap_with_their_neighbours(compiled: list[Compiled]) -> None:
@@ -64,6 +75,17 @@ def test_scores_use_the_tensor_cores_and_copy_ahead(compiled: list[Compiled]) ->
             assert "wgmma.mma_async" in one.ptx
             assert "cp.async.cg.shared.global" in one.ptx
             assert "max.NaN.f32" in one.ptx
+
+
+def test_fp4_codes_become_numbers_in_registers(compiled: list[Compiled]) -> None:
+    """Keys go from memory to shared memory to a product's registers, and nowhere between; a multiplication of two
+    codes at a time."""
+    fp4 = [one for one in compiled if dict(one.launch.constants).get("FORM") == scores.FP4_PAGES.value]
+    assert len(fp4) == 4
+    for one in fp4:
+        loop = one.intermediate[one.intermediate.index("scf.for") :]
+        assert "local_alloc" not in loop.partition("scf.yield")[0]
+        assert "HMUL2.BF16" in one.sass()
 
 
 def test_counts_use_one_instruction_a_warp(compiled: list[Compiled]) -> None:

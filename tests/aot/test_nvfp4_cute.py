@@ -15,6 +15,7 @@ import triton.backends.nvidia.compiler as nvidia  # for the disassembler it carr
 from ownpath.kernels.dsl.cache import compile_missing, stem
 from ownpath.kernels.nvfp4.choose import choose_linear, moe_choice, moe_table
 from ownpath.kernels.nvfp4.config import MAX_SHARED_BYTES, AlignConfig, CombineConfig, GemmConfig, PermuteConfig
+from ownpath.kernels.nvfp4.sliced_config import SlicedConfig, SlicedSumConfig
 
 
 def gemms() -> list[GemmConfig]:
@@ -27,8 +28,13 @@ def gemms() -> list[GemmConfig]:
     return list({config.name: config for config in found}.values())
 
 
+SLICED = (SlicedConfig(1, 5, 4), SlicedConfig(2, 5, 4), SlicedConfig(4, 4, 4, wide_ids=True, mapped=True, num_shared=1))
 HELPERS = (
-    AlignConfig(False, False, 0, few=True),
+    *SLICED,
+    SlicedSumConfig(),
+    SlicedSumConfig(True, True, 1),
+    AlignConfig(False, False, 0, few=1),
+    AlignConfig(True, True, 1, few=2),
     AlignConfig(True, True, 1),
     AlignConfig(False, False, 0, 8),
     PermuteConfig(),
@@ -71,6 +77,19 @@ def test_it_fits_without_spilling(config: GemmConfig, binary: str) -> None:
     assert shared <= MAX_SHARED_BYTES
     if isinstance(config, GemmConfig):
         assert registers * config.num_threads <= 65536
+
+
+@pytest.mark.parametrize("config", SLICED, ids=lambda config: config.name)
+def test_slices_share_an_sm_and_wait_for_no_memory(config: SlicedConfig, binary: str) -> None:
+    found = re.search(r"REG:(\d+) STACK:\d+ SHARED:(\d+)", tool("cuobjdump", "-res-usage", binary))
+    assert found
+    registers, shared = map(int, found.groups())
+    assert -(-registers // 8) * 8 * config.num_threads * config.per_sm <= 65536
+    # The driver keeps 1 KiB of each CTA's shared memory for itself.
+    assert shared - 1024 <= config.smem_bytes <= config.max_smem_bytes
+    code = tool("nvdisasm", "-c", binary)
+    assert len(re.findall(r"HMMA\.16816\.F32\.BF16", code)) == 8 + 8, "a stage of gate and up, and one of down"
+    assert "MEMBAR" not in code, "activations go to the cluster without fences"
 
 
 @pytest.mark.parametrize("config", gemms(), ids=lambda config: config.name)

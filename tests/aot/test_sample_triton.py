@@ -15,17 +15,17 @@ NUM_ROWS, NUM_VOCAB = 32, 129280
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
-    """Launches of plain rows, rows with filters, and rows with everything; one row compiles to the same code."""
+    """Launches of plain rows, a decode step's, and rows with everything; one row compiles to the same code."""
     g = torch.Generator().manual_seed(0)
     everything = mixed_rows(NUM_ROWS, NUM_VOCAB, g)
     with pytest.MonkeyPatch.context() as patch, recorded_launches() as launches:
         patch.setattr(launch, "check_rank", lambda name, tensor, rank, runs_on_cpu: None)  # refuses what is on CPU
         patch.setattr(launch, "num_sms", lambda device: 132)
         logits, (token, fault) = torch.empty(NUM_ROWS, NUM_VOCAB), torch.empty(2, NUM_ROWS, dtype=torch.int64)
-        for rows in (plain_rows(NUM_ROWS), plain_rows(NUM_ROWS)._replace(filters=everything.filters)):
-            launch.SAMPLE.run(logits, rows, launch.SAMPLE.prepare(), out=Sampled(token, fault, None))
-        out = Sampled(token, fault, torch.empty(NUM_ROWS))
-        launch.SAMPLE.run(logits, everything, launch.SAMPLE.prepare(), out=out)
+        out, plain = Sampled(token, fault, torch.empty(NUM_ROWS)), plain_rows(NUM_ROWS)
+        launch.SAMPLE.run(logits, plain, launch.SAMPLE.prepare(), out=out._replace(logprob_T=None))
+        for rows in (plain._replace(filters=everything.filters), everything):
+            launch.SAMPLE.run(logits, rows, launch.SAMPLE.prepare(), out=out)
     folder = tmp_path_factory.mktemp("cubins")
     return [compile_launch(one, 90, folder) for one in launches]
 

@@ -10,9 +10,10 @@ from support.indexer_cases import make_keys, make_query, make_rows
 
 from ownpath.conformance.attend import make_attend_inputs
 from ownpath.conformance.entries import WritingStep, draw_step
+from ownpath.kernels.angles.types import Frequencies
 from ownpath.kernels.attend.cases import CASES as ATTEND_CASES
 from ownpath.kernels.entries.cases import CASES as ENTRIES_CASES
-from ownpath.runners import CacheEntries, DecodeAttention, IndexScores, Select
+from ownpath.runners import CacheEntries, DecodeAttention, IndexScores, RotaryAngles, Select
 from ownpath.runners.decode_ops import DECODE_OPERATIONS
 
 CPU = torch.device("cpu")
@@ -35,7 +36,13 @@ def indexing() -> Iterator[Call]:
     rows = make_rows([700, 3, 0, 1023], 4, 12, g)
     query, keys = make_query(4, 4, torch.bfloat16, g), make_keys(rows, 12, g)
     yield "index_scores", IndexScores(), (query, keys, rows)
-    yield "select", Select(128), (torch.randn(4, 256, generator=g), rows)
+    flags_T = torch.full((4,), 7, dtype=torch.int32)
+    yield "select", Select(128), (torch.randn(4, 256, generator=g), rows, flags_T)
+
+
+def turning() -> Iterator[Call]:
+    frequencies = Frequencies(torch.rand(24), torch.rand(24))
+    yield "step_angles", RotaryAngles(frequencies), (torch.tensor([0, 700, 3], dtype=torch.int32),)
 
 
 def attending() -> Iterator[Call]:
@@ -56,7 +63,10 @@ def compiled(run: Any) -> Any:
 
 
 def tensors_of(found: Any) -> list[torch.Tensor]:
-    return [found] if isinstance(found, torch.Tensor) else list(found)
+    """Returns the tensors of a result, those of named tuples inside it too."""
+    if isinstance(found, torch.Tensor):
+        return [found]
+    return [tensor for one in found if one is not None for tensor in tensors_of(one)]
 
 
 def opcheck(name: str, arguments: tuple[Any, ...]) -> None:
@@ -66,10 +76,10 @@ def opcheck(name: str, arguments: tuple[Any, ...]) -> None:
 
 
 def test_every_operation_has_a_case() -> None:
-    assert {name for name, _, _ in (*indexing(), *attending())} | {"cache_entries"} == set(NAMES)
+    assert {name for name, _, _ in (*turning(), *indexing(), *attending())} | {"cache_entries"} == set(NAMES)
 
 
-@pytest.mark.parametrize("call", [*indexing(), *attending()], ids=lambda call: call[0])
+@pytest.mark.parametrize("call", [*turning(), *indexing(), *attending()], ids=lambda call: call[0])
 def test_a_result_is_the_runners(call: Call) -> None:
     """By opcheck's rules; and a compiled call in one graph gives the same bits."""
     name, runner, arguments = call

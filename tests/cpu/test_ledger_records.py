@@ -17,6 +17,7 @@ from ownpath.kernels.nvfp4.choose import choose_linear, choose_moe
 from ownpath.kernels.nvfp4.launch import PackedWeight
 from ownpath.kernels.nvfp4.linear import LinearOperand, nvfp4_linear, nvfp4_linear_invariant
 from ownpath.kernels.nvfp4.moe import MoeOperand, nvfp4_moe
+from ownpath.kernels.nvfp4.sliced import sliced_configs
 from ownpath.kernels.registry import KERNELS, SPECS, spec_of
 from ownpath.loading import load_model, plan_model
 from ownpath.model.batch import ForwardBatch
@@ -163,7 +164,10 @@ def test_a_call_of_experts_names_both_products(num_tokens: int) -> None:
     ids = torch.empty(num_tokens, 6, dtype=torch.int64, device="meta")
     choice = choose_moe(6 * num_tokens, 256, 4096, 2048, False)
     named = nvfp4_moe.variant(ids, Routing(ids, empty), MoeOperand(w13, w2, 256, 7.0))
-    assert named.split() == [choice.gate_up.name, choice.down.name]
+    launched = [choice.gate_up, choice.down]
+    if choice.sliced:
+        launched = [*sliced_configs(choice.sliced, True, False, 0)]
+    assert named.split() == [config.name for config in launched]
 
 
 def test_nobody_asked_nothing_is_recorded() -> None:

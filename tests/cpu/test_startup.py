@@ -15,6 +15,8 @@ from ownpath.config import EngineConfig
 from ownpath.kernels.dsl import cache
 from ownpath.kernels.dsl.compilations import COMPILATIONS, Compilations
 from ownpath.loading import default_model_dir, load_model
+from ownpath.model.batch import ForwardBatch
+from ownpath.model.model import Model
 from ownpath.runners import ConcatLinear, PlainLinear, WideLinear
 from ownpath.runners.make import compile_configs
 from ownpath.runners.runner import KernelRunner
@@ -99,6 +101,26 @@ def test_what_is_compiled_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "_compile", lambda queue, count: queue.clear() or "")
     cache.compile_missing([Config("a"), Config("b")])  # type: ignore[list-item]
     assert COMPILATIONS.count == before + 2
+
+
+def test_a_warm_up_scores_prompts_of_every_form_too(
+    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last boundary and the head have forms of their own rows, which are one unless a prompt is scored."""
+    random_checkpoint(tmp_path)
+    engine = EngineConfig.for_device(str(device), 300)
+    model, forward = load_model(tmp_path, engine), Model.forward
+    sizes: dict[int, int] = {}
+
+    def noted(model: Model, batch: ForwardBatch) -> torch.Tensor:
+        sizes[len(batch.token_ids_T)] = len(batch.logits_ids)
+        return forward(model, batch)
+
+    monkeypatch.setattr(Model, "forward", noted)
+    warm_up(model, engine)
+    largest = max(sizes)
+    assert largest > 257
+    assert sizes == {size: size for size in (1, 2, 4, 8, 16, 32, 64, 128)} | {largest: 257}
 
 
 def test_a_warm_up_leaves_no_trace_in_the_ledger(tmp_path: Path, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Decode steps on a device over FP8 pages and under official numerics of attention, as graphs and beside the reference.
+"""Decode steps on a device over pages and under official numerics of attention, as graphs and beside the reference.
 
 Experts stay plain: official ones are torch's, which no graph can hold.
 """
@@ -13,6 +13,7 @@ from support.kernel_configs import model_configs
 
 from ownpath.cache.layout import NAN_BYTE
 from ownpath.config import EngineConfig
+from ownpath.engine.rows import StepRows
 from ownpath.formats import CacheFormat
 from ownpath.kernels.dsl.cache import Config
 from ownpath.loading import default_model_dir, load_model
@@ -26,6 +27,8 @@ KEYS = frozenset({Step.KV, Step.INDEXER})
 WAYS = {
     "fp8": (CacheFormat.FP8, PLAIN),
     "fp8, keys official": (CacheFormat.FP8, KEYS),
+    "fp4-index": (CacheFormat.FP4_INDEX, PLAIN),
+    "fp4-index, keys official": (CacheFormat.FP4_INDEX, KEYS),
     "bf16, keys official": (CacheFormat.BF16, KEYS),
     "bf16, all official": (CacheFormat.BF16, KEYS | {Step.Q_HEAD_NORM}),
 }
@@ -58,7 +61,7 @@ def test_a_graph_has_the_bits_of_an_eager_step(model: Model) -> None:
 def test_a_step_close_to_the_reference(model: Model) -> None:
     """As in test_decoder_gpu; keys that a BF16 rounding moves over the middle between two codes differ by a code."""
     rows = started(model, PROMPTS)
-    found = eager(model).step(rows).logits_TV.clone()
+    found = eager(model).step(StepRows.of(rows)).logits_TV.clone()
     for row in rows:
         row.cache.release()
     expected = []

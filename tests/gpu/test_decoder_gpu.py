@@ -1,5 +1,7 @@
 """Captured decode steps on a device: the bits of eager ones, the same kernels, and nobody else's memory."""
 
+import queue
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -8,17 +10,22 @@ import torch
 import triton
 from support.kernel_configs import model_configs
 
+from ownpath.cache.layout import BLOCK_TOKENS
 from ownpath.cache.pools import CachePool
-from ownpath.config import EngineConfig
-from ownpath.engine.decoder import Decoder, DecodeRow
-from ownpath.engine.request import SamplingParams
+from ownpath.config import CSA_RATIO, EngineConfig
+from ownpath.engine.decoder import Decoder, make_decoder
+from ownpath.engine.engine import Engine
+from ownpath.engine.request import FinishReason, Request, SamplingParams, StepOutput
+from ownpath.engine.rows import DecodeRow, StepRows
 from ownpath.engine.sampler import SampleRow, choose_tokens, warm_up_sampler
 from ownpath.kernels.dsl import cache
 from ownpath.kernels.dsl.cache import Config
 from ownpath.kernels.dsl.compilations import COMPILATIONS
+from ownpath.kernels.registry import SPECS
 from ownpath.loading import default_model_dir, load_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
+from ownpath.ops import OpKind
 from ownpath.startup import warm_up
 from ownpath.trace.launches import record_launches
 
@@ -67,7 +74,7 @@ def decode(decoder: Decoder, rows: list[DecodeRow]) -> list[torch.Tensor]:
     """The logits of greedy steps; gives the rows' caches back."""
     logits = []
     for _ in range(NUM_STEPS):
-        found = decoder.step(rows)
+        found = decoder.step(StepRows.of(rows))
         logits.append(found.logits_TV.clone())
         assert None not in found.token_ids
         rows = [DecodeRow(row.cache, token or 0) for row, token in zip(rows, found.token_ids, strict=True)]
@@ -98,7 +105,7 @@ def test_graphs_serve_other_rows_than_they_were_captured_with(model: Model) -> N
 def test_a_step_close_to_the_reference(model: Model) -> None:
     """The line of kernels beside torch's attention over the same caches: their roundings, no more."""
     rows = started(model, PROMPTS)
-    found = eager(model).step(rows).logits_TV
+    found = eager(model).step(StepRows.of(rows)).logits_TV
     for row in rows:
         row.cache.release()
     expected = []
@@ -135,14 +142,49 @@ def _is_invariant(model: Model) -> bool:
     return any(kernel.endswith("_invariant") for _, kernel in model.ledger.kernels.values())
 
 
+def test_index_scores_that_are_not_finite_are_told_of_their_row(model: Model) -> None:
+    """By a graph and eagerly, in steps with padded rows; the tokens of the other rows stay as they are."""
+    layer_idx = model.config.compress_ratios.index(CSA_RATIO)
+    indexer = model.caches.layers[layer_idx].indexer
+    assert indexer is not None
+    for decoder in (captured(model), eager(model)):
+        rows = started(model, PROMPTS)
+        clean = decoder.step(StepRows.of(rows))
+        assert clean.flagged == {}
+        for row in rows:
+            row.cache.num_tokens -= 1  # the same step once more
+        indexer.entries[rows[3].cache.blocks[0] * BLOCK_TOKENS // CSA_RATIO] = torch.nan
+        found = decoder.step(StepRows.of(rows))
+        assert found.flagged == {3: layer_idx}
+        others = [0, 1, 2, 4]
+        assert [found.token_ids[n] for n in others] == [clean.token_ids[n] for n in others]
+        for row in rows:
+            row.cache.release()
+
+
+def test_log_probs_are_those_of_the_logits(model: Model) -> None:
+    for decoder in (captured(model), eager(model)):
+        rows = started(model, PROMPTS)
+        params = SamplingParams(9, temperature=0.8, top_p=0.7)
+        drawn = [row._replace(sample=SampleRow(params, seed=n, num_drawn=0)) for n, row in enumerate(rows)]
+        found = decoder.step(StepRows.of(drawn))
+        exact_TV = found.logits_TV.double().log_softmax(-1)
+        for n, token_id in enumerate(found.token_ids):
+            assert token_id is not None
+            # As in the sampler's own tests: a difference of logits below 64 in float32, and a sum over the vocabulary.
+            assert abs(float(found.logprobs_T[n]) - float(exact_TV[n, token_id])) < 64 * 2**-20
+        for row in rows:
+            row.cache.release()
+
+
 def test_replays_are_counted_like_eager_steps(model: Model) -> None:
     graphs = captured(model)
     rows = started(model, (20, 30))
     model.ledger.clear()
-    graphs.step(rows)
+    graphs.step(StepRows.of(rows))
     replayed = Counter(model.ledger.calls)
     model.ledger.clear()
-    eager(model).step([DecodeRow(row.cache, 7) for row in rows])
+    eager(model).step(StepRows.of([DecodeRow(row.cache, 7) for row in rows]))
     assert replayed == model.ledger.calls
     assert "layers.1.attn.decode.attend" in replayed
 
@@ -152,13 +194,17 @@ def test_the_device_ran_the_kernels_of_the_plan(model: Model) -> None:
     graphs = captured(model)
     rows = started(model, (20, 30))
     once = eager(model)
-    once.step(rows)
+    once.step(StepRows.of(rows))
     launched = record_launches(model.ledger, lambda: once.run(2))
     replayed = record_launches(model.ledger, lambda: graphs._graphs[2].graph.replay())
     # A copy is a transfer to an eager step and a kernel to a graph.
     names = Counter(launch.kernel for launch in replayed if not launch.kernel.startswith("memcpy"))
     assert names == Counter(launch.kernel for launch in launched)
     slots = {launch.slot for launch in launched}
+    patterns = [pattern for spec in SPECS if spec.kind is not OpKind.SAMPLE for pattern in spec.launches]
+    glue = {launch.kernel for launch in launched if launch.slot is None}
+    assert not [kernel for kernel in glue if re.search("|".join(patterns), kernel)], "all but the sampler have a slot"
+    assert "attn.decode.angles" in slots
     assert {f"layers.1.attn.decode.{name}" for name in ("entries", "scores", "select", "attend")} <= slots
     assert ("layers.1.ffn.decode.route" in slots) is not _is_invariant(model)
     assert ("layers.1.ffn.router" in slots) is _is_invariant(model)
@@ -175,7 +221,7 @@ def test_no_step_compiles_after_the_capture(model: Model, monkeypatch: pytest.Mo
         rows = started(model, [3 + idx for idx in range(count)])
         compiled.clear()  # prompts are another kind of step
         drawn = [DecodeRow(row.cache, 5, SampleRow(params, seed=idx, num_drawn=0)) for idx, row in enumerate(rows)]
-        assert None not in graphs.step(drawn).token_ids
+        assert None not in graphs.step(StepRows.of(drawn)).token_ids
         for row in rows:
             row.cache.release()
         assert compiled == [], count
@@ -196,6 +242,36 @@ def test_no_prompt_compiles_after_the_start(model: Model) -> None:
         assert COMPILATIONS.count == before, lengths
         for row in rows:
             row.cache.release()
+
+
+def test_a_served_engine_compiles_and_captures_nothing(model: Model) -> None:
+    """After a start as ``serve`` makes it, whatever requests come: alone and together, greedy, drawn and scored."""
+    engine = EngineConfig(model.cache_spec.device.type, torch.bfloat16, 1024, MAX_ROWS, max_prefill_tokens=512)
+    warm_up(model, engine)
+    warm_up_sampler(model.cache_spec.device, model.config.vocab_size)
+    before = COMPILATIONS.num_captured
+    decoder = make_decoder(model, engine, model.config.vocab_size)
+    assert decoder is not None
+    assert COMPILATIONS.num_captured - before == len(decoder.buckets)
+    runs = Engine(model, engine, model.config.vocab_size, end_token_ids=(), decoder=decoder)
+    runs.start()
+    for count in range(1, MAX_ROWS + 1):
+        heard: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
+        kinds = (
+            SamplingParams(5 + count, temperature=0.0),
+            SamplingParams(5 + count, temperature=0.9, top_p=0.8, num_logprobs=0),
+            SamplingParams(5 + count, num_logprobs=3, prompt_logprobs=True),
+        )
+        runs.submit([Request([5 + n] * (1 + 60 * n), kinds[n % 3], heard.put) for n in range(count)])
+        num_ended = 0
+        while num_ended < count:
+            output = heard.get(timeout=60)
+            assert output.finish_reason is not FinishReason.ERROR, output.error
+            num_ended += output.finish_reason is not None
+    load = runs.load()
+    runs.stop()
+    assert (load.num_compiled, load.num_captured) == (0, 0)
+    assert decoder.num_replays
 
 
 def started_together(model: Model, lengths: Sequence[int]) -> list[DecodeRow]:

@@ -4,9 +4,20 @@ from typing import Any
 
 import pytest
 import torch
-from support.indexer_cases import PAGES, SCORES, hide_unseen, make_keys, make_pages, make_query, make_rows, unset
+from support.indexer_cases import (
+    PAGES,
+    POOLS,
+    SCORES,
+    hide_unseen,
+    in_every_form,
+    make_keys,
+    make_query,
+    make_rows,
+    unset,
+)
 
 from ownpath.conformance.indexer import judge_scores, judge_selected
+from ownpath.kernels.cache_formats.ref import fp4_index
 from ownpath.kernels.registry import KERNELS
 from ownpath.kernels.scores.ref import visible_entries
 from ownpath.kernels.scores.types import IndexQuery, PagedRows
@@ -27,7 +38,7 @@ def generator(cuda: torch.device, seed: int = 0) -> torch.Generator:
 
 @pytest.mark.parametrize("num_heads", [1, 4, 64, 128])
 @pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("make_pool", [make_keys, make_pages])
+@pytest.mark.parametrize("make_pool", POOLS)
 def test_scores(num_heads: int, weights_dtype: torch.dtype, make_pool: Any, cuda: torch.device) -> None:
     g = generator(cuda, num_heads)
     rows = make_rows(POSITIONS, WIDTH, NUM_BLOCKS, g)
@@ -47,13 +58,24 @@ def test_scores(num_heads: int, weights_dtype: torch.dtype, make_pool: Any, cuda
 
 
 @pytest.mark.parametrize("num_heads", [4, 64])
-@pytest.mark.parametrize("make_pool", [make_keys, make_pages])
+@pytest.mark.parametrize("make_pool", POOLS)
 def test_scores_of_fp4_queries(num_heads: int, make_pool: Any, cuda: torch.device) -> None:
     """Queries are rounded as official numerics rounds them: one that falls to the other side would be seen."""
     g = generator(cuda, num_heads)
     rows = make_rows(POSITIONS, WIDTH, NUM_BLOCKS, g)
     query, pool = make_query(len(POSITIONS), num_heads, torch.float32, g), make_pool(rows, NUM_BLOCKS, g)
     judge_scores(KERNELS["triton.index_scores_fp4"](query, pool, rows), query, pool, rows, is_fp4=True)
+
+
+def test_the_same_values_have_the_same_scores_in_every_form(cuda: torch.device) -> None:
+    """Of FP4 keys by FP4 queries, whose products are exact sums; every program of the longest row has one block."""
+    g = generator(cuda)
+    rows = make_rows((16383, 700), 64, 80, g)
+    query, keys = make_query(2, 64, torch.float32, g), fp4_index(make_keys(rows, 80, g))
+    seen, kernel = visible_entries(rows, PAGES), KERNELS["triton.index_scores_fp4"]
+    expected, *found = (kernel(query, pool, rows)[seen] for pool in in_every_form(keys))
+    assert expected.isfinite().all()
+    assert all(torch.equal(one, expected) for one in found)
 
 
 def test_scores_of_a_row_do_not_depend_on_its_neighbours(cuda: torch.device) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from ownpath.cache.keys import StoredKeys
 from ownpath.conformance.attend import AttendInputs, judge_attend, make_attend_inputs, map_rows
 from ownpath.conformance.call import KernelCall
 from ownpath.conformance.memory import memory_problem
@@ -14,6 +15,7 @@ from ownpath.kernels.attend.launch import ATTEND, ATTEND_INVARIANT, TritonAttend
 from ownpath.kernels.attend.ref import ATTEND as TWIN
 from ownpath.kernels.attend.ref import attend, decode_pages
 from ownpath.kernels.attend.types import AttendWeights, DecodeKeys, DecodeRows
+from ownpath.numerics import KEY_PAGES
 from ownpath.ops import OpKind
 
 CPU = torch.device("cpu")
@@ -23,7 +25,7 @@ LARGE = [case for case in TINY.values() if case.num_heads != 4]
 CSA, HCA = TINY["embedded CSA bf16"], TINY["embedded HCA fp8"]
 
 
-def run_poisoned(kernel: TritonAttend, inputs: AttendInputs) -> torch.Tensor:
+def run_poisoned(kernel: Any, inputs: AttendInputs) -> torch.Tensor:
     """A call whose output and workspace were full of NaN."""
     q, cos, sin, keys, rows, weights = inputs.arguments
     operand = kernel.prepare(weights)
@@ -46,6 +48,39 @@ def test_64_and_128_heads(case: AttendCase) -> None:
     """In programs of 64 heads, two of them for 128."""
     inputs = make_attend_inputs(case, case.tokens[0], CPU)
     judge_attend(run_poisoned(ATTEND_INVARIANT, inputs), inputs)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.label)
+def test_several_rows_of_a_request(case: AttendCase) -> None:
+    """Each sees its own window and entries in a longer ring, whose other rows are NaN."""
+    for group, first in ((2, 0), (4, 126)):
+        inputs = make_attend_inputs(case, group + 1, CPU, first, torch.full((group + 1,), first), group)
+        for kernel in (ATTEND, TWIN):
+            judge_attend(run_poisoned(kernel, inputs), inputs)
+
+
+@pytest.mark.parametrize("kernel", [ATTEND_INVARIANT, TWIN], ids=["invariant", "twin"])
+@pytest.mark.parametrize("case", [SMALL[0], SMALL[1], CSA], ids=lambda case: case.label)
+def test_the_length_of_a_ring_changes_no_bit(kernel: Any, case: AttendCase) -> None:
+    """Nor what it holds besides."""
+    for position in (100, 127, 128, 299):
+        inputs = make_attend_inputs(case, 2, CPU, positions=torch.full((2,), position))
+        assert torch.equal(run_poisoned(kernel, with_spare(inputs)), run_poisoned(kernel, inputs))
+
+
+def with_spare(inputs: AttendInputs) -> AttendInputs:
+    """The same keys in rings that are longer by 8 rows of zeros."""
+    rows, is_fp8 = inputs.rows, inputs.keys.is_fp8
+    window = StoredKeys(inputs.keys.window, torch.bfloat16, KEY_PAGES if is_fp8 else None)
+    count, age = len(rows.slots_T) + 1, torch.arange(128)
+    shape = (count, 136 * 584) if is_fp8 else (count * 136, 512)
+    longer = replace(window, memory=window.memory.new_zeros(shape))
+    position_TK = rows.positions_T[:, None] - age
+    old, new = (rows.slots_T[:, None] * ring + position_TK % ring for ring in (128, 136))
+    written = position_TK >= 0
+    longer.write(new[written].long(), window.read(old[written].long()))
+    weights = replace(inputs.weights, spare=8)
+    return replace(inputs, keys=inputs.keys._replace(window=longer.memory), weights=weights)
 
 
 def test_few_rows_of_64_heads_are_split_by_heads() -> None:
@@ -166,6 +201,8 @@ WRONG_ARGUMENTS: dict[str, tuple[Any, str]] = {
     "angles": (lambda i: replace(i, cos_TF=i.cos_TF[:, :16].contiguous()), "cos_TF"),
     "angles bf16": (lambda i: replace(i, sin_TF=i.sin_TF.bfloat16()), "sin_TF"),
     "sink": (lambda i: replace(i, weights=replace(i.weights, sink_N=i.weights.sink_N[:2])), "sink_N"),
+    "spare": (lambda i: replace(i, weights=replace(i.weights, spare=4)), "spare"),
+    "ring": (lambda i: replace(i, weights=replace(i.weights, spare=8)), "window"),
     "rotary": (lambda i: replace(i, weights=replace(i.weights, num_rotary=32)), "num_rotary"),
     "window": (lambda i: replace(i, keys=i.keys._replace(window=i.keys.window[:-1])), "window"),
     "entries": (lambda i: replace(i, keys=i.keys._replace(entries=None)), "entries"),

@@ -7,15 +7,24 @@ import pytest
 import torch
 
 from ownpath.conformance.entries import WritingStep, draw_step, judge_rounded, judge_step, with_pages
+from ownpath.formats import KeyFormat
+from ownpath.kernels.angles.launch import STEP_ANGLES
+from ownpath.kernels.angles.ref import step_angles
+from ownpath.kernels.angles.types import Frequencies, views_of
 from ownpath.kernels.cases import KernelCase
-from ownpath.kernels.entries.angles import Frequencies, step_angles
 from ownpath.kernels.entries.cases import CASES
-from ownpath.kernels.entries.head import STEP_ANGLES
 from ownpath.kernels.entries.launch import ENTRIES, num_parts, num_slices
 from ownpath.kernels.entries.types import KeyRounding
 from ownpath.kernels.registry import KERNELS
+from ownpath.numerics import INDEX_FORMS
 
 CPU = torch.device("cpu")
+
+
+def label(case: KernelCase) -> str:
+    return case.label
+
+
 TINY = [(case, num_rows) for case in CASES if case.tiny for num_rows in case.tokens]
 NAMES = ("triton.entries", "ref.entries")
 CSA = next(case for case in CASES if case.label == "csa narrow")
@@ -40,6 +49,69 @@ def test_every_residue(residue: int) -> None:
         written = step.copy()
         ENTRIES(*written.arguments)
         judge_step(step, written)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("group", [2, 4, 9])
+def test_several_rows_of_a_request(name: str, group: int) -> None:
+    """First, second and later windows end at each row of a step; rings are NaN where the step writes. Where the first
+    request's rows end, the second's begin: its windows reach back over them."""
+    for case in (CSA, HCA):
+        for first in (0, 3, 126, 251):
+            step = draw_step(case, 2 * group, CPU, first, [first] * group + [first + group] * group, group)
+            written = step.copy()
+            KERNELS[name](*written.arguments)
+            judge_step(step, written)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("case", [CSA, HCA], ids=label)
+def test_how_rows_are_grouped_changes_no_bit(name: str, case: KernelCase) -> None:
+    """Rows of two requests, in steps of any number of them."""
+    step = draw_step(case, 12, CPU, positions=[121] * 6 + [252] * 6, group=6)
+    whole = step.copy()
+    KERNELS[name](*whole.arguments)
+    for sizes in ([1] * 12, [6, 6], [2, 4, 1, 3, 2], [3, 5, 4]):
+        cut, start = step.copy(), 0
+        for size in sizes:
+            KERNELS[name](*cut.part(slice(start, start + size)).arguments)
+            start += size
+        for found, wanted in zip(cut.pools, whole.pools, strict=True):
+            assert found is None or wanted is None or torch.equal(bits(found), bits(wanted))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("case", [CSA, HCA], ids=label)
+def test_rows_that_are_taken_back_leave_nothing(name: str, case: KernelCase) -> None:
+    """Drafts at up to 9 positions, some ending windows, are written over: the rows of rings and the entries that a run
+    without them has written have its bits."""
+    for kept in (0, 1, 5):
+        drafted = draw_step(case, 9, CPU, positions=[121] * 9, group=9)
+        right = draw_step(case, 9, CPU, positions=[121 + kept] * 9, group=9, seed=1)
+        right = replace(right, weights=drafted.weights, rows=right.rows._replace(slots_T=drafted.rows.slots_T))
+        right = replace(right, rows=right.rows._replace(blocks_TB=drafted.rows.blocks_TB), pools=drafted.pools)
+        without, beside = right.copy(), right.copy()
+        if kept:
+            KERNELS[name](*replace(drafted, pools=without.pools).part(slice(kept)).arguments)
+        KERNELS[name](*without.arguments)
+        KERNELS[name](*replace(drafted, pools=beside.pools).arguments)
+        KERNELS[name](*beside.arguments)
+        for found, wanted in zip(beside.pools, without.pools, strict=True):
+            if found is not None and wanted is not None:
+                of_both = ~wanted.isnan().any(1)
+                assert of_both.any()
+                assert torch.equal(bits(found)[of_both], bits(wanted)[of_both])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["csa", "hca"])
+def test_pages_of_longer_rings(name: str, kind: str) -> None:
+    case = next(case for case in CASES if case.tiny and case.label == kind)
+    step = draw_step(case, 8, CPU, positions=[126] * 4 + [254] * 4, group=4)
+    paged = with_pages(step.copy())
+    KERNELS[name](*step.arguments)
+    KERNELS[name](*paged.arguments)
+    judge_rounded(step, paged)
 
 
 def test_parts_of_several_slices() -> None:
@@ -95,10 +167,11 @@ def test_roundings_to_fewer_bits(name: str, label: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("index_keys", [KeyRounding.NONE, KeyRounding.FP4])
-def test_pages(name: str, index_keys: KeyRounding) -> None:
-    """Reading FP8 pages gives the rounded keys, whose FP4 is exact in them; what is not written keeps its bytes."""
+@pytest.mark.parametrize("index_format", INDEX_FORMS)
+def test_pages(name: str, index_keys: KeyRounding, index_format: KeyFormat) -> None:
+    """Reading pages gives the rounded keys, whose FP4 is exact in them; what is not written keeps its bytes."""
     step = step_of_many_sizes(next(case for case in CASES if case.tiny and case.label == "csa"))
-    paged = with_pages(step.copy())
+    paged = with_pages(step.copy(), index_format)
     paged = replace(paged, weights=replace(step.weights, index_keys=index_keys))
     KERNELS[name](*step.arguments)
     KERNELS[name](*paged.arguments)
@@ -172,7 +245,8 @@ def test_angles_of_a_step() -> None:
     out = torch.full((8, len(positions_T), num_pairs), torch.nan)
     operand = STEP_ANGLES.prepare(frequencies)
     shifts = {"sliding": (0,), "csa": (0, -3), "hca": (0, -127)}
-    for found in (STEP_ANGLES.run(positions_T, operand, out=out), step_angles(positions_T, frequencies)):
+    for tables in (STEP_ANGLES.run(positions_T, operand, out=out), step_angles(positions_T, frequencies)):
+        found = views_of(tables)
         for name, angles in zip(found._fields, found, strict=True):
             freqs_F = frequencies.sliding_F if name == "sliding" else frequencies.compress_F
             for shift, cos_TF, sin_TF in zip(shifts[name], angles[::2], angles[1::2], strict=False):

@@ -4,9 +4,22 @@ from typing import Any
 
 import pytest
 import torch
-from support.indexer_cases import PAGES, SCORES, hide_unseen, make_keys, make_pages, make_query, make_rows, unset
+from support.indexer_cases import (
+    PAGES,
+    POOLS,
+    SCORES,
+    hide_unseen,
+    in_every_form,
+    make_fp4_pages,
+    make_keys,
+    make_pages,
+    make_query,
+    make_rows,
+    unset,
+)
 
 from ownpath.conformance.indexer import judge_scores, judge_selected
+from ownpath.kernels.cache_formats.ref import fp4_index
 from ownpath.kernels.registry import KERNELS
 from ownpath.kernels.scores import launch as scores_launch
 from ownpath.kernels.scores.ref import index_scores, visible_entries
@@ -24,7 +37,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @pytest.mark.parametrize("num_heads", [1, 4, 64])
 @pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("make_pool", [make_keys, make_pages])
+@pytest.mark.parametrize("make_pool", POOLS)
 def test_scores(num_heads: int, weights_dtype: torch.dtype, make_pool: Any) -> None:
     """Right wherever a row sees an entry, nothing written elsewhere, and no read of memory that is not the row's."""
     g = generator(num_heads)
@@ -36,7 +49,7 @@ def test_scores(num_heads: int, weights_dtype: torch.dtype, make_pool: Any) -> N
 
 
 @pytest.mark.parametrize("kernel", ["triton.index_scores_fp4", "ref.index_scores_fp4", "ref.index_scores"])
-@pytest.mark.parametrize("make_pool", [make_keys, make_pages])
+@pytest.mark.parametrize("make_pool", POOLS)
 def test_other_scores(kernel: str, make_pool: Any) -> None:
     """FP4 queries as official numerics rounds them, bit for bit, and the twins."""
     g = generator()
@@ -57,12 +70,36 @@ def test_a_twin_reads_both_forms_of_keys() -> None:
     assert torch.equal(index_scores(query, pages, rows), index_scores(query, keys.bfloat16(), rows))
 
 
+@pytest.mark.parametrize("kernel", ["triton.index_scores_fp4", "ref.index_scores_fp4", "ref.index_scores"])
+def test_the_same_values_have_the_same_scores_in_every_form(kernel: str) -> None:
+    """Of FP4 keys by FP4 queries, whose products are exact sums; the twins' in any case."""
+    g = generator()
+    rows = make_rows((700, 3), 3, 6, g)
+    query, keys = make_query(2, 4, torch.float32, g), fp4_index(make_keys(rows, 6, g))
+    seen = visible_entries(rows, PAGES)
+    expected, *found = (KERNELS[kernel](query, pool, rows)[seen] for pool in in_every_form(keys))
+    assert expected.isfinite().all()
+    assert all(torch.equal(one, expected) for one in found)
+
+
+@pytest.mark.parametrize("byte", [192, 200, 255])
+def test_scales_that_fp4_pages_do_not_have_are_seen(byte: int) -> None:
+    """A NaN, and what is too large for the kernel, in any of a key's scales: of that key alone."""
+    g = generator()
+    rows = make_rows((300,), 2, 4, g)
+    query, pages = make_query(1, 4, torch.float32, g), make_fp4_pages(rows, 4, g)
+    for block in range(4):
+        pages[rows.blocks_TB[0, 0], 64 * 64 + 4 * (7 + block) + block] = byte
+    seen = SCORE(query, pages, rows)[0, :75].isnan()
+    assert seen.nonzero().flatten().tolist() == [7, 8, 9, 10]
+
+
 def test_scores_do_not_depend_on_the_grid_or_the_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     g = generator()
     rows = make_rows((1000, 1300), 6, 12, g)
     query, keys = make_query(2, 4, torch.float32, g), make_keys(rows, 12, g)
     whole = SCORE(query, keys, rows)
-    monkeypatch.setattr(scores_launch, "NUM_PROGRAMS", 2)
+    monkeypatch.setattr(scores_launch, "NUM_SMS", 1)
     strided = SCORE(query, keys, rows)
     alone = SCORE(
         IndexQuery(*(part[1:].clone() for part in query)), keys, PagedRows(*(part[1:].clone() for part in rows))
@@ -70,6 +107,26 @@ def test_scores_do_not_depend_on_the_grid_or_the_neighbours(monkeypatch: pytest.
     visible_TC = visible_entries(rows, PAGES)
     assert torch.equal(whole[visible_TC], strided[visible_TC])
     assert torch.equal(whole[1, visible_TC[1]], alone[0, visible_TC[1]])
+
+
+def test_rows_of_one_request_see_their_own_entries() -> None:
+    """Rows at consecutive positions, of one table: each has the scores and the selection that it has alone."""
+    g = generator()
+    last = make_rows((515,), 4, 12, g)
+    positions_T = torch.arange(509, 516, dtype=torch.int32)
+    rows, topk = PagedRows(positions_T, last.blocks_TB.repeat(7, 1)), 127
+    query, keys = make_query(7, 4, torch.float32, g), make_keys(last, 12, g)
+    scores_TC = SCORE(query, keys, rows)
+    found = SELECT(hide_unseen(scores_TC, rows), rows, topk)
+    judge_scores(scores_TC, query, keys, rows)
+    assert found.num_T.tolist() == [127] * 7
+    for t in range(7):
+        own = PagedRows(*(part[t : t + 1].clone() for part in rows))
+        alone_TC = SCORE(IndexQuery(*(part[t : t + 1].clone() for part in query)), keys, own)
+        visible = (509 + t + 1) // 4
+        assert torch.equal(alone_TC[0, :visible], scores_TC[t, :visible])
+        alone = SELECT(hide_unseen(alone_TC, own), own, topk)
+        assert torch.equal(alone.rows_TK[0], found.rows_TK[t])
 
 
 @pytest.mark.parametrize("place", ["key", "query", "weight"])
@@ -215,10 +272,12 @@ def test_outputs_are_returned() -> None:
     assert isinstance(SELECT(torch.zeros(2, 128), rows, 128), Selected)
 
 
+@pytest.mark.parametrize("per_sm", [3, 4])
 @pytest.mark.parametrize("num_blocks", [1, 3, 32, 512, 4096])
 @pytest.mark.parametrize("num_rows", [1, 8, 32, 128, 256, 1000])
-def test_programs_of_a_row(num_rows: int, num_blocks: int) -> None:
+def test_programs_of_a_row(num_rows: int, num_blocks: int, per_sm: int) -> None:
     """At least one and at most one a block; no more in all than run at once, but one a row."""
-    programs = scores_launch.num_programs(num_rows, num_blocks)
+    programs = scores_launch.num_programs(num_rows, num_blocks, per_sm)
     assert 1 <= programs <= num_blocks
-    assert programs == 1 or programs * num_rows <= scores_launch.NUM_PROGRAMS
+    assert programs == 1 or programs * num_rows <= per_sm * scores_launch.NUM_SMS
+    assert programs < num_blocks or programs * num_rows <= 3 * scores_launch.NUM_SMS or programs == 1

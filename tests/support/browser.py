@@ -21,6 +21,8 @@ FLAGS = (
     "--no-first-run",
 )
 
+_KEY_CODES = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39}
+
 
 def find_browser() -> str | None:
     """Returns the first of ``NAMES`` that is installed."""
@@ -37,11 +39,11 @@ class Browser:
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         self._call("Page.enable")
 
-    def open(self, path: Path, width: int) -> None:
-        """Shows a file. width: of the window, in CSS pixels."""
+    def open(self, place: Path | str, width: int) -> None:
+        """Shows a file or an address. width: of the window, in CSS pixels."""
         wide = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         self._call("Emulation.setDeviceMetricsOverride", **wide)
-        self._call("Page.navigate", url=path.as_uri())
+        self._call("Page.navigate", url=place if isinstance(place, str) else place.as_uri())
         while self._read().get("method") != "Page.loadEventFired":
             pass
 
@@ -50,10 +52,39 @@ class Browser:
         self._call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     def evaluate(self, expression: str) -> Any:
-        """Returns a JavaScript expression's value."""
-        found = self._call("Runtime.evaluate", expression=expression, returnByValue=True)
+        """Returns a JavaScript expression's value; of a promise, what it brings."""
+        found = self._call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
+
+    def until(self, condition: str) -> None:
+        """Waits for a JavaScript condition, at most ten seconds."""
+        waits = "new Promise(go => setTimeout(go, 20))"
+        looks = f"for (const end = Date.now() + 1e4; Date.now() < end; await {waits}) if ({condition}) return true;"
+        assert self.evaluate(f"(async () => {{ {looks} return false; }})()"), condition
+
+    def type(self, text: str) -> None:
+        """Types a text where the focus is."""
+        self._call("Input.insertText", text=text)
+
+    def press(self, key: str, text: str = "") -> None:
+        """Presses and lets go a key, such as ``Enter``. text: what it types."""
+        named = {"key": key, "code": key, "windowsVirtualKeyCode": _KEY_CODES[key], "text": text}
+        self._call("Input.dispatchKeyEvent", type="keyDown", **named)
+        self._call("Input.dispatchKeyEvent", type="keyUp", **named)
+
+    def point(self, x: float, y: float) -> None:
+        """Moves the pointer, in CSS pixels of the window."""
+        self._call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+    def focusable(self) -> list[tuple[str, str]]:
+        """Returns role and accessible name of everything that can have the focus."""
+        nodes = self._call("Accessibility.getFullAXTree")["nodes"]
+        return [
+            (node["role"]["value"], node.get("name", {}).get("value", ""))
+            for node in nodes
+            if any(one["name"] == "focusable" and one["value"]["value"] for one in node.get("properties", []))
+        ]
 
     def screenshot(self) -> bytes:
         """Returns the whole page as a PNG."""

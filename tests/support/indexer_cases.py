@@ -8,6 +8,7 @@ from ownpath.kernels.scores.ref import entry_rows, visible_entries
 from ownpath.kernels.scores.types import CSA_PAGES as PAGES
 from ownpath.kernels.scores.types import IndexQuery, PagedRows
 from ownpath.kernels.select.types import Selected
+from ownpath.numerics import INDEX_FORMS
 
 
 def make_rows(positions: Sequence[int], width: int, num_blocks: int, g: torch.Generator) -> PagedRows:
@@ -49,6 +50,30 @@ def make_pages(rows: PagedRows, num_blocks: int, g: torch.Generator) -> torch.Te
     codes[unseen], scales[unseen] = 0x7F, torch.nan
     parts = codes.view(num_blocks, -1), scales.float().view(num_blocks, -1).view(torch.uint8)
     return torch.cat(parts, dim=1)
+
+
+def make_fp4_pages(rows: PagedRows, num_blocks: int, g: torch.Generator) -> torch.Tensor:
+    """The same as FP4 pages: any code, scales of several magnitudes, which differ within a key."""
+    codes = torch.randint(0, 256, (num_blocks * 64, 64), generator=g, device=g.device, dtype=torch.uint8)
+    scales = torch.randint(118, 132, (num_blocks * 64, 4), generator=g, device=g.device, dtype=torch.uint8)
+    unseen = torch.ones(num_blocks * 64, dtype=torch.bool, device=g.device)
+    unseen[entry_rows(rows.blocks_TB, 64)[visible_entries(rows, PAGES)]] = False
+    scales[unseen, 3] = 255
+    return torch.cat((codes.view(num_blocks, -1), scales.view(num_blocks, -1)), dim=1)
+
+
+def in_every_form(keys: torch.Tensor) -> list[torch.Tensor]:
+    """Keys, bfloat16, as rows, as FP8 pages and as FP4 pages."""
+    every, num_blocks = torch.arange(len(keys), device=keys.device), len(keys) // 64
+    pools = [keys]
+    for form in INDEX_FORMS.values():
+        pools.append(torch.zeros(num_blocks, 64 * form.key_bytes, dtype=torch.uint8, device=keys.device))
+        form.write(pools[-1], every, keys)
+    return pools
+
+
+POOLS = (make_keys, make_pages, make_fp4_pages)
+"""A pool in each form of keys."""
 
 
 def hide_unseen(scores_TC: torch.Tensor, rows: PagedRows) -> torch.Tensor:

@@ -25,7 +25,8 @@ from ownpath.kernels.fp8.launch import weight_key
 from ownpath.kernels.fp8.layout import PackedFp8, pack_fp8
 from ownpath.kernels.nvfp4.choose import choose_linear, choose_moe
 from ownpath.kernels.nvfp4.config import CombineConfig, PermuteConfig
-from ownpath.kernels.nvfp4.moe import align_config
+from ownpath.kernels.nvfp4.launch import align_config
+from ownpath.kernels.nvfp4.sliced import sliced_configs
 from ownpath.plan.plan import Plan
 from ownpath.verify.launch_configs import configs_of
 from support.hopper_layouts import subject_on
@@ -52,6 +53,9 @@ def moe_configs(
     """Of ``Nvfp4MoE``. dims: experts held, hidden, width. pairs: numbers of (token, slot) pairs, shared slots too."""
     for count in pairs:
         choice = choose_moe(count, *dims, is_invariant)
+        if choice.sliced:
+            yield from sliced_configs(choice.sliced, wide_ids, mapped, num_shared)
+            continue
         yield align_config(wide_ids, mapped, num_shared, count)
         yield choice.gate_up
         yield choice.down

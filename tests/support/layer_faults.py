@@ -207,8 +207,10 @@ def sink_dropped(loaded: LoadedLayer) -> LoadedLayer:
 class ShiftedSelector(EntrySelector):
     """Selects the neighbours of the entries that it should."""
 
-    def select(self, q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        mask = super().select(q, weights, keys, visible)
+    def select(
+        self, q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, visible: torch.Tensor, *flags: Any
+    ) -> torch.Tensor:
+        mask = super().select(q, weights, keys, visible, *flags)
         return mask if len(keys) <= self.topk else mask.roll(1, dims=1)
 
 

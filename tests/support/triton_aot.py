@@ -26,6 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 TOOLS = Path(nvidia.__file__).parent / "bin"
 TYPES = {
     torch.uint8: "u8",
+    torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
     torch.float8_e4m3fn: "fp8e4nv",

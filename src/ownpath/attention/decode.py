@@ -1,10 +1,11 @@
-"""Attention of a decode step, in which every request has one row: a straight line of kernels over the pool.
+"""Attention of a decode step: a straight line of kernels over the pool.
 
     entries -> scores -> select -> attend
 
 Each takes all rows of the step at once, with positions, slots and block tables as arrays on the device. Nothing depends
 on host values except the number of rows and the length of the block tables, so that a step can be captured in a graph
-and replayed for other requests. Any other step goes to the torch reference, over the same pool.
+and replayed for other requests. A request has one row, or up to as many as the pool's rings are made for: each row sees
+what the rows before it have written in the same step. Any other step goes to the torch reference, over the same pool.
 
 Legend: T rows of the step, N heads, H head dim, I index heads, P compressor width, F rotary frequencies.
 """
@@ -45,7 +46,7 @@ class DecodeLayer:
     write: Callable[[RawRows, EntryAngles, RowPlaces, LayerPools], None]
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, DecodeKeys, DecodeRows], torch.Tensor]
     score: Callable[[IndexQuery, torch.Tensor, PagedRows], torch.Tensor] | None = None
-    select: Callable[[torch.Tensor, PagedRows], Sequence[torch.Tensor]] | None = None
+    select: Callable[[torch.Tensor, PagedRows, torch.Tensor | None], Sequence[torch.Tensor]] | None = None
 
     def __call__(self, rows: Products, step: DecodeStep) -> torch.Tensor:
         """Writes the step's keys, rows and entries to the caches, then attends: [T, N, H], its rotation undone."""
@@ -67,7 +68,8 @@ class DecodeLayer:
         assert rows.index_weights_TI is not None
         paged = PagedRows(tables.positions_T, tables.blocks_TB)
         query = IndexQuery(rows.index_q_TIH, rows.index_weights_TI, angles.cos_TF, angles.sin_TF)
-        return self.select(self.score(query, caches.indexer.entries, paged), paged)[:2]
+        scores_TC = self.score(query, caches.indexer.entries, paged)
+        return self.select(scores_TC, paged, tables.flags_of(self.layer_idx))[:2]
 
 
 def _pools(caches: LayerCache) -> LayerPools:
@@ -94,7 +96,7 @@ class PagedAttention:
     step_angles: Callable[[torch.Tensor], StepAngles]
 
     def prepare(self, tables: StepTables) -> AttentionStep | DecodeStep:
-        """Prepares a step: a decode step if every request has one row, which is what kernels and rings are made for."""
+        """Prepares a step: a decode step if no request has more rows than the pool's rings are made for."""
         return self.reference.prepare(tables) if tables.decode is None else self.prepare_decode(tables.decode)
 
     def prepare_decode(self, tables: DecodeTables) -> DecodeStep:

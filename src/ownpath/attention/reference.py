@@ -15,7 +15,7 @@ import torch
 from ownpath.attention.compress import Compressor
 from ownpath.attention.interface import AttentionLayer, Projected
 from ownpath.cache.keys import StoredKeys
-from ownpath.cache.layout import BLOCK_TOKENS, first_row, windows_per_entry
+from ownpath.cache.layout import BLOCK_TOKENS, first_row
 from ownpath.cache.pools import EntryCache
 from ownpath.cache.tables import StepTables
 
@@ -108,9 +108,10 @@ class ReferenceStep:
             return entries.visible_tC
         assert rows.index_q_TIH is not None
         assert rows.index_weights_TI is not None
-        keys_CH = index.keys.read(entries.entry_rows)
+        keys_CH, flags_T = index.keys.read(entries.entry_rows), self.tables.flags_LT[layer.layer_idx, of]
         q_tIH, weights_tI = rows.index_q_TIH[of], rows.index_weights_TI[of]
-        return layer.tap_mask(layer.selector.select(q_tIH, weights_tI, keys_CH, entries.visible_tC))
+        mask_tC = layer.selector.select(q_tIH, weights_tI, keys_CH, entries.visible_tC, flags_T)
+        return layer.tap_mask(mask_tC)
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class ReferenceAttention:
         positions_t = tables.positions_T[rows]
         oldest, end = max(0, start - self.sliding_window + 1), start + rows.stop - rows.start
         older = torch.arange(oldest, start, device=positions_t.device)
-        num_rows = tables.pool.spec.config.sliding_window
+        num_rows = tables.pool.spec.window_rows
         age_tK = positions_t[:, None] - torch.arange(oldest, end, device=positions_t.device)
         visible_tK = (age_tK >= 0) & (age_tK < self.sliding_window)
         ratios = tables.pool.layout.ratios
@@ -145,7 +146,7 @@ def _read_entries(tables: StepTables, number: int, ratio: int, positions: range)
     positions_t = tables.positions_T[tables.rows[number]]
     windows = range(positions.start // ratio, positions.stop // ratio)
     older = torch.arange(first_row(windows.start, ratio), positions.start, device=positions_t.device)
-    num_rows = windows_per_entry(ratio) * ratio
+    num_rows = tables.pool.spec.state_rows(ratio)
     entries_C = torch.arange(windows.stop, device=positions_t.device)
     per_block = BLOCK_TOKENS // ratio
     entry_rows = tables.blocks_RB[number, entries_C // per_block] * per_block + entries_C % per_block

@@ -47,6 +47,7 @@ BENCHES = {
     "attend": Bench("attend:measured", "decode attention", partial(family_cases, "attend"), OpKind.ATTEND),
     "scores": Bench("scores:measured", "the indexer's scores", partial(family_cases, "scores"), OpKind.INDEX_SCORES),
     "select": Bench("select:measured", "the selection by scores", partial(family_cases, "select"), OpKind.SELECT),
+    "angles": Bench("angles:measured", "a decode step's angles", partial(family_cases, "angles"), OpKind.STEP_ANGLES),
     "entries": Bench(
         "entries:measured", "a decode step's cache writes", partial(family_cases, "entries"), OpKind.ENTRIES
     ),

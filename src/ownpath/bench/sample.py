@@ -40,12 +40,12 @@ def measured(asked: BenchRequest) -> Iterator[Row]:
 
 
 def bind(kernel: SampleKernel[object], spec: KernelSpec, sets: Sequence[SampleInputs]) -> Bound:
-    """Binds calls that share an operand and an output."""
+    """Binds calls that share an operand and an output, with log-probs, as a decode step asks for them."""
     operand, first = kernel.prepare(), sets[0]
-    token_T, fault_T = (
-        torch.full((len(first.logits_TV),), -1, dtype=torch.int64, device=first.logits_TV.device) for _ in range(2)
-    )
-    out = Sampled(token_T, fault_T, None)
+    num_rows, device = len(first.logits_TV), first.logits_TV.device
+    token_T, fault_T = (torch.full((num_rows,), -1, dtype=torch.int32, device=device) for _ in range(2))
+    logprob_T = torch.full((num_rows,), torch.nan, device=device)
+    out = Sampled(token_T, fault_T, logprob_T)
     calls = [partial(kernel.run, one.logits_TV, one.rows, operand, out=out) for one in sets]
 
     def judge() -> None:
@@ -53,6 +53,10 @@ def bind(kernel: SampleKernel[object], spec: KernelSpec, sets: Sequence[SampleIn
         wrong = (token_T[:JUDGED_ROWS].cpu() != wanted.token_T).nonzero().flatten().tolist()
         assert not wrong, f"another token in rows {wrong[:8]}"
         assert not fault_T.any(), "a fault"
+        exact_TV = first.logits_TV[:JUDGED_ROWS].double().log_softmax(-1)
+        exact_T = exact_TV.gather(1, token_T[:JUDGED_ROWS].long().unsqueeze(-1)).squeeze(-1)
+        # Below 16, where float32 has steps of 2**-20: 64 of them for a sum over the vocabulary.
+        assert (logprob_T[:JUDGED_ROWS] - exact_T).abs().max() < 64 * 2**-20, "another log-prob"
 
     return Bound(calls, judge)
 

@@ -14,9 +14,11 @@ from ownpath.bench.request import BenchRequest
 from ownpath.bench.rotation import num_calls
 from ownpath.bench.row import Row
 from ownpath.conformance.indexer import judge_scores
+from ownpath.formats import KeyFormat
 from ownpath.kernels.scores.cases import CASES, ScoresCase
 from ownpath.kernels.scores.types import (
     CSA_PAGES,
+    FP4_KEY_BYTES,
     FP8_KEY_BYTES,
     INDEX_DIM,
     ROTARY_DIM,
@@ -32,6 +34,9 @@ MOST_SETS, JUDGED_ROWS = 64, 2
 BLOCK_TOKENS = CSA_PAGES.per_block * CSA_PAGES.ratio
 NAN_BITS = 127
 """E4M3's codes of NaN, without the sign."""
+E8M0_ONE = 127
+"""The byte of the scale 1."""
+KEY_BYTES = {KeyFormat.BF16: 2 * INDEX_DIM, KeyFormat.FP8: FP8_KEY_BYTES, KeyFormat.FP4: FP4_KEY_BYTES}
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def bind(kernel: IndexScoresKernel[object], spec: KernelSpec, sets: Sequence[Sco
 def scores_work(case: ScoresCase, num_rows: int) -> Work:
     """Counts a call: every visible key, and its score; a product of each head with each key."""
     num_entries = case.context // CSA_PAGES.ratio
-    row_bytes = num_entries * ((FP8_KEY_BYTES if case.fp8 else 2 * INDEX_DIM) + 4) + 2 * case.num_heads * INDEX_DIM
+    row_bytes = num_entries * (KEY_BYTES[case.keys] + 4) + 2 * case.num_heads * INDEX_DIM
     return Work(num_rows * row_bytes, 2 * num_rows * num_entries * case.num_heads * INDEX_DIM)
 
 
@@ -83,20 +88,23 @@ def _problems(asked: BenchRequest, case: ScoresCase) -> Iterator[KernelProblem[S
     num_sets = {n: min(num_calls(scores_work(case, n).num_bytes, 2), MOST_SETS) for n in counts}
     # A pool that the sets of any step together more than fill, or as much of it as memory is worth spending on.
     num_blocks = 1 + min(max(n * num_sets[n] for n in counts) * (case.context // BLOCK_TOKENS), 65536)
-    keys = draw_keys(num_blocks, case.fp8, g)
+    keys = draw_keys(num_blocks, case.keys, g)
     for num_rows in counts:
         sets = [_draw(case, num_rows, keys, num_blocks, g) for _ in range(num_sets[num_rows])]
         yield KernelProblem(case_of(asked.settings, "scores", case.label, num_rows, scores_work(case, num_rows)), sets)
 
 
-def draw_keys(num_blocks: int, fp8: bool, g: torch.Generator) -> torch.Tensor:
-    """Draws keys: bfloat16 [blocks * 64, 128], or FP8 pages uint8 [blocks, 64 * 132]."""
+def draw_keys(num_blocks: int, form: KeyFormat, g: torch.Generator) -> torch.Tensor:
+    """Draws keys: bfloat16 [blocks * 64, 128], or FP8 or FP4 pages uint8 [blocks, 64 * 132 or 68]."""
     per_block = CSA_PAGES.per_block
-    if not fp8:
+    if form is KeyFormat.BF16:
         keys = torch.empty(num_blocks * per_block, INDEX_DIM, dtype=torch.bfloat16, device=g.device)
         return keys.normal_(generator=g)
-    shape = num_blocks, per_block * FP8_KEY_BYTES
+    shape = num_blocks, per_block * KEY_BYTES[form]
     pages = torch.empty(shape, dtype=torch.uint8, device=g.device).random_(0, 256, generator=g)
+    if form is KeyFormat.FP4:
+        pages[:, per_block * INDEX_DIM // 2 :].bitwise_and_(7).add_(E8M0_ONE - 7)
+        return pages
     pages.masked_fill_((pages & NAN_BITS) == NAN_BITS, 0)
     pages[:, per_block * INDEX_DIM :] = torch.full((per_block,), 0.01).view(torch.uint8).to(g.device)
     return pages

@@ -27,7 +27,8 @@ from ownpath.cache.layout import CacheTensor, EntryKind
 from ownpath.cache.pools import CachePool, SequenceCache
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.config import CSA_RATIO, EngineConfig, ModelConfig
-from ownpath.engine.decoder import Decoder, DecodeRow
+from ownpath.engine.decoder import Decoder
+from ownpath.engine.rows import DecodeRow, StepRows
 from ownpath.loading import device_caps
 from ownpath.model.build import Builder
 from ownpath.model.model import Model
@@ -193,12 +194,12 @@ class StepBench:
         case = self._case(count, statistics.mean(experts) if experts else None)
         return Row(case, "ownpath", False, "ok", "", timing, None, facts)
 
-    def _rows(self, count: int) -> list[DecodeRow]:
+    def _rows(self, count: int) -> StepRows:
         """Draws tokens for rows at the end of the context."""
         ids = torch.randint(0, self.made.model.config.vocab_size, (count,), generator=self.generator).tolist()
         for cache in self.caches[:count]:
             cache.num_tokens = self.asked.step.context
-        return [DecodeRow(cache, token_id) for cache, token_id in zip(self.caches, ids, strict=False)]
+        return StepRows.of([DecodeRow(cache, token_id) for cache, token_id in zip(self.caches, ids, strict=False)])
 
     def _time(self, count: int) -> tuple[float, float]:
         """Returns microseconds of a step on the device, and of the host beside it, uploads and launch included."""

@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 
 from ownpath.cache.layout import CacheTensor, EntryKind
-from ownpath.numerics import INDEX_PAGES, KEY_PAGES, PageForm
-
-_FORMS = {EntryKind.MAIN: KEY_PAGES, EntryKind.INDEX: INDEX_PAGES}
+from ownpath.numerics import INDEX_FORMS, KEY_PAGES, PageForm
 
 
 @dataclass(frozen=True)
 class StoredKeys:
     """The keys of a window, or the entries of a layer or its indexer.
 
-    memory: as kernels take it: values [rows, H], or FP8 pages uint8 [slots or blocks, rows * bytes]. dtype: of keys
+    memory: as kernels take it: values [rows, H], or pages uint8 [slots or blocks, rows * bytes]. dtype: of keys
     that are read. pages: the form of the pages; ``None`` for values.
     """
 
@@ -28,7 +26,8 @@ class StoredKeys:
 
     @classmethod
     def of(cls, member: CacheTensor, memory: Tensor, dtype: torch.dtype) -> "StoredKeys":
-        return cls(memory, dtype, _FORMS[member.part] if member.page_bytes else None)
+        form = KEY_PAGES if member.part is EntryKind.MAIN else INDEX_FORMS.get(member.format)
+        return cls(memory, dtype, form if member.page_bytes else None)
 
     @property
     def width(self) -> int:

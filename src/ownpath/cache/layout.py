@@ -4,6 +4,8 @@ There are three groups:
 
 - ``window``: the last keys of each layer, which are the values too. A ring: position p is row p % num_rows of a slot.
 - ``state``: the raw rows of each compressor, as many as its next entry needs. A ring as well.
+  Both are longer by ``spare_rows`` if a decode step may have several rows of a request: the step's last row must not
+  replace what its first one reads, and rows that are taken back must not have replaced what is read again.
 - ``entries``: the compressed entries of a layer (main) and its index keys (index). They grow with the sequence: block b
   of a sequence holds the entries of its tokens [256 b, 256 b + 256), in every layer.
 
@@ -19,14 +21,18 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from ownpath.config import CSA_RATIO, ModelConfig
-from ownpath.formats import FP8_INDEX_BYTES, FP8_KEY_BYTES, CacheFormat
+from ownpath.formats import FP4_INDEX_BYTES, FP8_INDEX_BYTES, FP8_KEY_BYTES, CacheFormat, KeyFormat
 
 BLOCK_TOKENS = 256
 """Tokens of a block: a multiple of every compress ratio."""
 NOBODY = 0
 """The slot, and the block, that no sequence owns: writes that are to be dropped go there."""
+MOST_ROWS_PER_REQUEST, MOST_DECODE_ROWS = 9, 256
+"""Of a decode step: rows of one request, and of all."""
 NAN_BYTE = 255
-"""A cache full of this byte is full of NaN, in BF16 and float32 as in FP8 pages, codes and scales."""
+"""A cache full of this byte is full of NaN, in BF16 and float32 as in pages, by codes or by scales."""
+INDEX_BYTES = {KeyFormat.FP8: FP8_INDEX_BYTES, KeyFormat.FP4: FP4_INDEX_BYTES}
+"""Bytes of an index key in pages."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,8 @@ class CacheTensor:
     """One tensor of a group.
 
     num_rows: rows of one slot, or of one block of a paged group. width: elements of a row. ratio: tokens per entry, 0
-    for a window. page_bytes: bytes of a row where the rows of a slot or block are one FP8 page; 0 where each is values.
+    for a window. format: of keys. page_bytes: bytes of a row where the rows of a slot or block are one page; 0 where
+    each is values.
     """
 
     group: CacheGroup
@@ -68,6 +75,7 @@ class CacheTensor:
     num_rows: int
     width: int
     ratio: int = 0
+    format: KeyFormat = KeyFormat.BF16
     page_bytes: int = 0
 
     def num_sequence_rows(self, num_tokens: int) -> int:
@@ -87,11 +95,18 @@ class CacheLayout:
 
     @classmethod
     def of(
-        cls, config: ModelConfig, ratios: Sequence[int], cache_format: CacheFormat = CacheFormat.BF16
+        cls,
+        config: ModelConfig,
+        ratios: Sequence[int],
+        cache_format: CacheFormat = CacheFormat.BF16,
+        rows_per_request: int = 1,
     ) -> "CacheLayout":
-        """Lists the tensors of a model's layers. ratios: one for each layer, as in ``compress_ratios``."""
-        members = (member for idx, ratio in enumerate(ratios) for member in _of_layer(config, idx, ratio))
-        return cls(tuple(map(_in_pages, members) if cache_format is CacheFormat.FP8 else members))
+        """Lists the tensors of a model's layers. ratios: one for each layer, as in ``compress_ratios``.
+        rows_per_request: the most of a decode step. Errors: ValueError where that is more than any may have."""
+        spare = spare_rows(rows_per_request)
+        listed = (member for idx, ratio in enumerate(ratios) for member in _of_layer(config, idx, ratio))
+        members = [member if member.group.is_paged else _longer(member, spare) for member in listed]
+        return cls(tuple(_in_format(member, cache_format) for member in members))
 
     def of_layers(self, layer_ids: frozenset[int]) -> "CacheLayout":
         """Keeps the tensors of some layers."""
@@ -119,7 +134,14 @@ class CacheLayout:
         return sum(member.num_rows * member.row_bytes(itemsize, state_itemsize) for member in members)
 
 
+def aligned_rows(num_rows: int) -> int:
+    """Returns the least number of 4-byte rows, at least ``num_rows``, after which the next array begins at a multiple
+    of 16 bytes, as the kernels' widest loads need."""
+    return -(-num_rows // 4) * 4
+
+
 def _of_layer(config: ModelConfig, layer_idx: int, ratio: int) -> Iterator[CacheTensor]:
+    """Yields the tensors of a layer, for steps with one row of a request."""
     yield CacheTensor(WINDOW, layer_idx, EntryKind.MAIN, config.sliding_window, config.head_dim)
     if ratio:
         yield from _compressed_tensors(layer_idx, EntryKind.MAIN, ratio, config.head_dim)
@@ -135,11 +157,25 @@ def _compressed_tensors(layer_idx: int, part: EntryKind, ratio: int, head_dim: i
     yield CacheTensor(ENTRIES, layer_idx, part, BLOCK_TOKENS // ratio, head_dim, ratio)
 
 
-def _in_pages(member: CacheTensor) -> CacheTensor:
-    """Puts keys into FP8 pages; states stay as they are."""
-    if member.group.is_wide:
+def _longer(member: CacheTensor, spare: int) -> CacheTensor:
+    return replace(member, num_rows=member.num_rows + spare)
+
+
+def _in_format(member: CacheTensor, cache_format: CacheFormat) -> CacheTensor:
+    """Gives keys their format; states stay as they are."""
+    is_main = member.part is EntryKind.MAIN
+    key_format = cache_format.keys if is_main else cache_format.index_keys
+    if member.group.is_wide or key_format is KeyFormat.BF16:
         return member
-    return replace(member, page_bytes=FP8_KEY_BYTES if member.part is EntryKind.MAIN else FP8_INDEX_BYTES)
+    return replace(member, format=key_format, page_bytes=FP8_KEY_BYTES if is_main else INDEX_BYTES[key_format])
+
+
+def spare_rows(rows_per_request: int) -> int:
+    """Returns the rows by which rings are longer than one row of a request needs: none, or enough for any number of
+    rows, so that kernels are compiled for two lengths. Errors: ValueError."""
+    if not 1 <= rows_per_request <= MOST_ROWS_PER_REQUEST:
+        raise ValueError(f"rows_per_request must be 1 to {MOST_ROWS_PER_REQUEST}, found {rows_per_request}")
+    return 0 if rows_per_request == 1 else MOST_ROWS_PER_REQUEST - 1
 
 
 def windows_per_entry(ratio: int) -> int:

@@ -23,6 +23,8 @@ from ownpath.cache.layout import (
     EntryKind,
     entry_row,
     num_blocks,
+    spare_rows,
+    windows_per_entry,
 )
 from ownpath.cache.slots import Owned, Slots
 from ownpath.config import SLIDING, EngineConfig, ModelConfig
@@ -35,7 +37,8 @@ class CacheSpec:
 
     max_tokens: the most tokens of one sequence. max_sequences: the most sequences at a time. num_drafts: loaded MTP
     modules; each has a window of its own. layer_ids: the layers to allocate for; ``None``: all. dtype: of keys that are
-    read, and of the memory in BF16. cache_format: of keys.
+    read, and of the memory in BF16. cache_format: of keys. rows_per_request: the most rows that a sequence may have in
+    a decode step, one more than can be taken back (``SequenceCache.num_tokens``).
     """
 
     config: ModelConfig
@@ -46,13 +49,22 @@ class CacheSpec:
     max_sequences: int = 1
     layer_ids: frozenset[int] | None = None
     cache_format: CacheFormat = CacheFormat.BF16
+    rows_per_request: int = 1
 
     @classmethod
     def of(cls, config: ModelConfig, engine: EngineConfig) -> "CacheSpec":
         num_drafts = config.num_nextn_predict_layers if engine.loads_draft else 0
         device = torch.device(engine.device)
-        sizes = num_drafts, engine.max_num_seqs
-        return cls(config, engine.max_model_len, engine.dtype, device, *sizes, cache_format=engine.cache_format)
+        return cls(
+            config,
+            engine.max_model_len,
+            engine.dtype,
+            device,
+            num_drafts,
+            engine.max_num_seqs,
+            cache_format=engine.cache_format,
+            rows_per_request=engine.rows_per_request,
+        )
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -63,8 +75,17 @@ class CacheSpec:
     def layout(self) -> CacheLayout:
         """The tensors of the layers to allocate for: the backbone's, then the drafts'."""
         ratios = (*self.config.compress_ratios, *[SLIDING] * self.num_drafts)
-        layout = CacheLayout.of(self.config, ratios, self.cache_format)
+        layout = CacheLayout.of(self.config, ratios, self.cache_format, self.rows_per_request)
         return layout if self.layer_ids is None else layout.of_layers(self.layer_ids)
+
+    @property
+    def window_rows(self) -> int:
+        """Rows of a slot in the rings of windows."""
+        return self.config.sliding_window + spare_rows(self.rows_per_request)
+
+    def state_rows(self, ratio: int) -> int:
+        """Returns the rows of a slot in the rings of states."""
+        return windows_per_entry(ratio) * ratio + spare_rows(self.rows_per_request)
 
     @property
     def sequence_bytes(self) -> int:
@@ -181,7 +202,11 @@ class SequenceCache:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the backbone's caches hold; the model advances it."""
+        """Tokens that the backbone's caches hold; the model advances it.
+
+        The last ones may be taken back, fewer than a decode step has rows of a request, by setting a smaller number:
+        the next tokens take their places, and until then nothing reads them.
+        """
         return self.pool.slots.lengths[self.slot]
 
     @num_tokens.setter
@@ -216,6 +241,6 @@ class SequenceCache:
         return cache.keys.read(torch.tensor(rows, dtype=torch.int64, device=cache.entries.device))
 
     def window(self, layer_idx: int) -> torch.Tensor:
-        """Reads a layer's ring of keys [sliding_window, H]: row p % sliding_window holds position p."""
-        keys, num_rows = self.pool.layers[layer_idx].keys, self.pool.spec.config.sliding_window
+        """Reads a layer's ring of keys [R, H]: row p % R holds position p."""
+        keys, num_rows = self.pool.layers[layer_idx].keys, self.pool.spec.window_rows
         return keys.read(self.slot * num_rows + torch.arange(num_rows, device=keys.memory.device))

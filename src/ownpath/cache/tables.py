@@ -8,10 +8,25 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from ownpath.cache.layout import BLOCK_TOKENS, NOBODY, windows_per_entry
+from ownpath.cache.layout import BLOCK_TOKENS, MOST_DECODE_ROWS, NOBODY, aligned_rows
 from ownpath.cache.pools import CachePool, SequenceCache
+
+
+def new_flags(pool: CachePool, num_rows: int) -> torch.Tensor:
+    """Makes the flags of a step's rows, none of them set: int32 [L, num_rows], each layer's aligned for kernels."""
+    shape = 1 + max(pool.layers), aligned_rows(num_rows)
+    return torch.zeros(shape, dtype=torch.int32, device=pool.spec.device)[:, :num_rows]
+
+
+def first_flagged(flags_LT: "npt.NDArray[np.int32]") -> dict[int, int]:
+    """Returns the first layer that flagged each row, of those that are flagged at all."""
+    if not flags_LT.any():
+        return {}
+    return {row: int(flags_LT[:, row].argmax()) for row in np.flatnonzero(flags_LT.any(axis=0)).tolist()}
 
 
 @dataclass(frozen=True)
@@ -30,16 +45,25 @@ class Writes:
 
 @dataclass(frozen=True)
 class DecodeTables:
-    """The arrays of a decode step, in which every request has one row; all int32, on the pool's device.
+    """The arrays of a decode step, in which a request has one row, or as many as the pool's rings are made for; all
+    int32, on the pool's device.
 
     positions_T [T]: each row's position in its sequence; slots_T [T]; blocks_TB [T, B]: block tables, which bound the
-    context at 256 * B tokens. A padded row has slot ``NOBODY``, position 0 and a table of ``NOBODY``.
+    context at 256 * B tokens. Rows of one request follow each other, at consecutive positions. A padded row has slot
+    ``NOBODY``, position 0 and a table of ``NOBODY``.
+    flags_LT [L, T]: where layer l has an indexer, its selection sets 1 in rows whose index scores are not finite, else
+    0. ``None``: nobody asks.
     """
 
     pool: CachePool
     positions_T: torch.Tensor
     slots_T: torch.Tensor
     blocks_TB: torch.Tensor
+    flags_LT: torch.Tensor | None = None
+
+    def flags_of(self, layer_idx: int) -> torch.Tensor | None:
+        """Returns a layer's flags [T]; ``None`` where nobody asks."""
+        return None if self.flags_LT is None else self.flags_LT[layer_idx]
 
 
 @dataclass(frozen=True)
@@ -47,7 +71,8 @@ class StepTables:
     """The arrays of one step: on the pool's device for kernels, on the host for Python code.
 
     Device: positions_T int64 [T], each row's position in its sequence; cu_rows int64 [R + 1], the rows of request r are
-    [cu_rows[r], cu_rows[r + 1]); slots_R int64 [R]; blocks_RB int64 [R, B], block tables.
+    [cu_rows[r], cu_rows[r + 1]); slots_R int64 [R]; blocks_RB int64 [R, B], block tables; flags_LT int32 [L, T], 1 in
+    rows whose index scores are not finite in layer l.
     Host: row_ends, the same as cu_rows without its 0; starts, the position of each request's first row; slots; blocks.
     """
 
@@ -56,6 +81,7 @@ class StepTables:
     cu_rows: torch.Tensor
     slots_R: torch.Tensor
     blocks_RB: torch.Tensor
+    flags_LT: torch.Tensor
     writes: Writes
     row_ends: tuple[int, ...]
     starts: tuple[int, ...]
@@ -68,13 +94,19 @@ class StepTables:
 
     @cached_property
     def decode(self) -> DecodeTables | None:
-        """The arrays of a decode step; ``None`` if a request has several rows. Block tables are cut to the blocks that
-        the step needs."""
-        if len(self.slots) != self.row_ends[-1]:
+        """The arrays of a decode step; ``None`` if a request has more rows than the pool's rings are made for. Block
+        tables are cut to the blocks that the step needs."""
+        counts = [rows.stop - rows.start for rows in self.rows]
+        if max(counts) > self.pool.spec.rows_per_request or self.row_ends[-1] > MOST_DECODE_ROWS:
             return None
-        needed = max(self.starts) // BLOCK_TOKENS + 1
-        arrays = (self.positions_T, self.slots_R, self.blocks_RB[:, :needed])
-        return DecodeTables(self.pool, *(array.to(torch.int32).contiguous() for array in arrays))
+        needed = max(start + count - 1 for start, count in zip(self.starts, counts, strict=True)) // BLOCK_TOKENS + 1
+        slots_T, blocks_TB = self.slots_R, self.blocks_RB[:, :needed]
+        if max(counts) > 1:
+            request_T = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(slots_T.device)
+            slots_T, blocks_TB = slots_T[request_T], blocks_TB[request_T]
+        arrays = (self.positions_T, slots_T, blocks_TB)
+        positions_T, slots_T, blocks_TB = (array.to(torch.int32).contiguous() for array in arrays)
+        return DecodeTables(self.pool, positions_T, slots_T, blocks_TB, self.flags_LT)
 
     def extend(self) -> None:
         """Adds the step's rows to the token counts of their sequences."""
@@ -105,6 +137,7 @@ class StepTables:
             cu_rows.to(device),
             slots_R.to(device),
             blocks_RB.to(device),
+            new_flags(pool, row_ends[-1]),
             places.writes(pool, device),
             row_ends,
             starts,
@@ -122,10 +155,10 @@ class _Places:
     blocks_TB: torch.Tensor
 
     def writes(self, pool: CachePool, device: torch.device) -> Writes:
-        ratios, window = pool.layout.ratios, pool.spec.config.sliding_window
-        state_T = {ratio: self.ring(windows_per_entry(ratio) * ratio).to(device) for ratio in ratios}
+        ratios, spec = pool.layout.ratios, pool.spec
+        state_T = {ratio: self.ring(spec.state_rows(ratio)).to(device) for ratio in ratios}
         entry_T = {ratio: self.entries(ratio).to(device) for ratio in ratios}
-        return Writes(self.ring(window).to(device), state_T, entry_T)
+        return Writes(self.ring(spec.window_rows).to(device), state_T, entry_T)
 
     def ring(self, num_rows: int) -> torch.Tensor:
         """Applies ``layout.ring_row`` to the last ``num_rows`` positions of each sequence."""

@@ -15,6 +15,7 @@ Source: the format's public description and reference encoder, ``encoding/`` in 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from ownpath.chat.dsml import offer_tools, write_calls, write_json
@@ -32,10 +33,18 @@ from ownpath.chat.markers import (
     Special,
     join_text,
 )
-from ownpath.chat.messages import Message
+from ownpath.chat.messages import ChatFormatError, Message
 from ownpath.chat.turns import merge_turns
 
 _FORMAT_REQUEST = "## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
+
+
+class Ending(Enum):
+    """The end of a prompt: an answer's opening; nothing behind whole messages; a message that is to go on."""
+
+    ANSWER = "answer"
+    NOTHING = "nothing"
+    REST = "rest"
 
 
 @dataclass(frozen=True)
@@ -46,12 +55,14 @@ class Setting:
     effort_text: stands before everything when thinking; see ``effort.RELEASES``.
     functions: tools on offer, each an object with a name, and usually a description and parameters.
     response_schema: the schema that the answer should adhere to, a JSON value; None asks for nothing.
+    ending: what follows the last message.
     """
 
     thinking: bool = False
     effort_text: str = ""
     functions: tuple[Mapping[str, Any], ...] = ()
     response_schema: Any = None
+    ending: Ending = Ending.ANSWER
 
 
 PLAIN = Setting()
@@ -63,13 +74,18 @@ def encode_messages(messages: Sequence[Message], setting: Setting = PLAIN) -> li
     A last user's or developer's turn is followed by the opening of the assistant's answer: ``</think>``, or ``<think>``
     with ``thinking``. Reasoning is written only for answers after the last of these turns; that of earlier answers is
     dropped, unless tools are on offer. Unlike the reference encoder, it keeps earlier messages of a developer then.
+    With the ending REST the last message is an assistant's, written without its EOS: with ``thinking`` behind its
+    reasoning, which is closed even if it is empty, as the reference encoder writes such a message (``wo_eos``).
     Errors: ChatFormatError for what the format has no way to write, naming the message or the call.
     """
     turns = _with_requests(merge_turns(messages), setting)
+    if setting.ending is Ending.REST and (turns[-1].role != "assistant" or turns[-1].tool_calls):
+        raise ChatFormatError(f"messages[{len(messages) - 1}]: only an assistant's message without calls goes on")
     last_user_idx = max((i for i, turn in enumerate(turns) if turn.role in ("user", "developer")), default=-1)
     segments: list[Segment] = [Special(BOS), setting.effort_text if setting.thinking else ""]
     for index, turn in enumerate(turns):
-        next_role = turns[index + 1].role if index + 1 < len(turns) else None
+        is_last = index + 1 == len(turns)
+        is_answered = setting.ending is Ending.ANSWER if is_last else turns[index + 1].role == "assistant"
         thinks = setting.thinking and (index >= last_user_idx or bool(setting.functions))
         is_task_result = index > 0 and turns[index - 1].task != ""
         if turn.role == "system":
@@ -77,10 +93,11 @@ def encode_messages(messages: Sequence[Message], setting: Setting = PLAIN) -> li
         elif turn.role == "latest_reminder":
             segments += [Special(LATEST_REMINDER), turn.content]
         elif turn.role == "assistant":
-            segments += _answer(turn, thinks and not is_task_result)
+            is_open = is_last and setting.ending is Ending.REST
+            segments += _answer(turn, thinks and not is_task_result, is_open)
         else:
             segments += [Special(USER), turn.content]
-            segments += _opening(turn, thinks, setting.thinking) if next_role in (None, "assistant") else []
+            segments += _opening(turn, thinks, setting.thinking) if is_answered else []
     return join_text(segments)
 
 
@@ -102,8 +119,10 @@ def _requests(setting: Setting) -> list[Segment]:
     return segments
 
 
-def _answer(turn: Message, thinks: bool) -> list[Segment]:
+def _answer(turn: Message, thinks: bool, is_open: bool) -> list[Segment]:
     segments: list[Segment] = [turn.reasoning, Special(THINK_END)] if thinks else []
+    if is_open:
+        return [*segments, turn.content]
     segments += [turn.content, *(write_calls(turn.tool_calls) if turn.tool_calls else []), Special(EOS)]
     return [*segments, Special(TASKS["title"])] if turn.task == "title" else segments
 

@@ -67,9 +67,9 @@ class Tokenizer:
             raise TokenizerError(f"{self._source}: cannot write {self.token_text(min(markers))!r} as plain text")
         return ids
 
-    def encode_raw(self, text: str) -> list[int]:
-        """Encodes text in which special tokens are recognised; puts BOS first iff ``add_bos``."""
-        bos = [self.special_id(BOS)] if self.add_bos else []
+    def encode_raw(self, text: str, *, add_special: bool = True) -> list[int]:
+        """Encodes text in which special tokens are recognised; puts BOS first iff ``add_bos`` and ``add_special``."""
+        bos = [self.special_id(BOS)] if self.add_bos and add_special else []
         return bos + self._encode(self._raw, text)
 
     def encode_segments(self, segments: Sequence[Special | str]) -> list[int]:
@@ -88,6 +88,10 @@ class Tokenizer:
     def is_hidden(self, token_id: int) -> bool:
         """Tells whether a token is a marker that answers do not show."""
         return token_id in self._hidden_ids
+
+    def token_name(self, token_id: int) -> str:
+        """Returns a token as the vocabulary spells it (a space is ``Ġ``); empty for an id without a token."""
+        return self._raw.id_to_token(token_id) or ""
 
     def token_bytes(self, token_id: int) -> bytes:
         """Returns the bytes of a token, not always whole characters; none for an id without a token."""

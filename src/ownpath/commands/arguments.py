@@ -18,13 +18,16 @@ from ownpath.terminal.text import quoted
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
+OptionHolder = argparse._ActionsContainer
+"""A parser, or a group of its options."""
+
 _HUB_NAME = re.compile(r"(?:https?://[^/\s]+/|hf://)?([\w.-]+/[\w.-]+?)(?:/tree/\w+)?/?")
 _HUB_WORD = re.compile(r"[\w-]*[A-Za-z]")
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 _GPU_KIND = re.compile(r"sm_\d{2,3}")
 
 
-def add_model_argument(parser: argparse.ArgumentParser) -> None:
+def add_model_argument(parser: OptionHolder) -> None:
     """Adds the optional model folder, ``args.model``: a path, or None for the embedded model."""
     parser.add_argument(
         "model", nargs="?", type=model_folder, metavar="MODEL", help="model folder (default: the embedded model)"
@@ -48,10 +51,11 @@ def add_list_argument(parser: argparse.ArgumentParser, text: Callable[[], str], 
     parser.add_argument("--list", action=_Print, const=text, help=f"print {what}, and end")
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds where to run, which properties kernels must have, and how long a sequence may get."""
+def add_engine_arguments(parser: OptionHolder, limits: OptionHolder | None = None) -> None:
+    """Adds where to run, which properties kernels must have, and how long a sequence may get. limits: the group of
+    that; None: the same."""
     add_plan_arguments(parser)
-    parser.add_argument(
+    (limits or parser).add_argument(
         "--max-model-len",
         type=whole_number(1),
         default=4096,
@@ -65,7 +69,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_plan_arguments(parser: argparse.ArgumentParser, *, any_gpu: bool = False) -> None:
+def add_plan_arguments(parser: OptionHolder, *, any_gpu: bool = False) -> None:
     """Adds what a plan depends on besides the checkpoint. any_gpu: a GPU that is not here may be named too."""
     also = "; sm_90, sm_100: a GPU that need not be here" if any_gpu else ""
     parser.add_argument(
@@ -90,15 +94,15 @@ def add_plan_arguments(parser: argparse.ArgumentParser, *, any_gpu: bool = False
     parser.add_argument(
         "--cache-format",
         type=_cache_format,
-        metavar="bf16|fp8",
+        metavar="|".join(CacheFormat),
         default=CacheFormat.BF16,
-        help="format of keys in the caches: bf16, the activations' dtype, or fp8, the pages of DeepSeek's published "
-        "caches, about half the memory (default: bf16)",
+        help="format of keys in the caches: bf16, the activations' dtype; fp8, the pages of DeepSeek's published "
+        "caches, about half the memory; or fp4-index, those with the indexer's keys in FP4 (default: bf16)",
     )
     add_reference_argument(parser)
 
 
-def add_reference_argument(parser: argparse.ArgumentParser) -> None:
+def add_reference_argument(parser: OptionHolder) -> None:
     """Adds ``--reference``, repeatable; ``args.reference`` is a list of names."""
     parser.add_argument(
         "--reference",
@@ -111,9 +115,10 @@ def add_reference_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _cache_format(text: str) -> CacheFormat:
-    if text not in tuple(CacheFormat):
-        raise argparse.ArgumentTypeError(f"{quoted(text)} is none of {', '.join(CacheFormat)}")
-    return CacheFormat(text)
+    for cache_format in CacheFormat:
+        if text == cache_format:
+            return cache_format
+    raise argparse.ArgumentTypeError(f"{quoted(text)} is none of {', '.join(CacheFormat)}")
 
 
 def _numerics(text: str) -> frozenset[Step]:

@@ -6,27 +6,21 @@ is -, the prompt is read from standard input.
 
 import argparse
 import os
-import queue
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ownpath.commands.arguments import add_engine_arguments, hub_name, model_folder, number, some_text, whole_number
-from ownpath.engine.limits import MAX_TEMPERATURE, SEED_LIMIT
+from ownpath.commands.arguments import add_engine_arguments, hub_name, model_folder
+from ownpath.commands.sampling_options import add_sampling_arguments, sampling_of
 from ownpath.terminal.console import is_terminal, tell, write_data, write_prose
 from ownpath.terminal.progress import Progress
 
 if TYPE_CHECKING:
     from ownpath.commands.arguments import Subparsers
     from ownpath.commands.session import Session
-    from ownpath.engine.request import Request, StepOutput
 
 _USES = 'ownpath generate [MODEL] "PROMPT", or a prompt piped into ownpath generate [MODEL]'
-
-
-class GenerationFailed(RuntimeError):
-    """The engine could not go on with the request."""
 
 
 def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
@@ -44,21 +38,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
         help="model folder (default: the embedded model); text to continue, in which special tokens are recognised",
     )
     parser.add_argument("--chat", action="store_true", help="PROMPT is a user's message, and plain text")
-    parser.add_argument("--max-tokens", type=whole_number(0), default=128, metavar="N", help="default: 128")
-    parser.add_argument(
-        "--temperature",
-        type=number(0, MAX_TEMPERATURE),
-        default=0.0,
-        metavar="T",
-        help="default: 0, the likeliest token",
-    )
-    parser.add_argument(
-        "--top-p", type=number(0, 1, above=True), default=1.0, metavar="P", help="default: 1, all tokens"
-    )
-    parser.add_argument("--seed", type=whole_number(-SEED_LIMIT, SEED_LIMIT - 1), help="same seed, same answer")
-    parser.add_argument(
-        "--stop", type=some_text, action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable"
-    )
+    add_sampling_arguments(parser, 128)
     parser.add_argument("--token-ids", action="store_true", help="print token ids instead of text, one a line")
     add_engine_arguments(parser)
     return parser
@@ -68,16 +48,12 @@ def run(args: argparse.Namespace) -> int:
     """Prints the answer; returns 1 if the engine fails on the way. Errors: ValueError for what the user can cause."""
     args.model, prompt = _model_and_prompt(args.words)
     with Progress("starting"):
+        from ownpath.commands.answers import GenerationFailed
         from ownpath.commands.session import open_session
-        from ownpath.engine.request import Request, SamplingParams
 
-    params = SamplingParams(args.max_tokens, args.temperature, args.top_p, args.seed)
     with open_session(args, max_num_seqs=1) as session:
-        outputs: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
-        request = Request(_prompt_ids(session, prompt, is_chat=args.chat), params, outputs.put)
-        session.engine.submit([request])
         try:
-            for piece in _pieces(session, request, outputs, args):
+            for piece in _pieces(session, _prompt_ids(session, prompt, is_chat=args.chat), args):
                 write_data(piece) if args.token_ids else write_prose(piece)
         except GenerationFailed as error:
             tell(f"ownpath: {error}")
@@ -129,29 +105,12 @@ def _prompt_ids(session: "Session", prompt: str, *, is_chat: bool) -> list[int]:
     return session.tokenizer.encode_raw(prompt)
 
 
-def _pieces(
-    session: "Session",
-    request: "Request",
-    outputs: "queue.SimpleQueue[StepOutput]",
-    args: argparse.Namespace,
-) -> Iterator[str]:
+def _pieces(session: "Session", prompt_ids: list[int], args: argparse.Namespace) -> Iterator[str]:
     """Yields the output as it comes: text, or token ids (EOS and a stop string's tokens included)."""
     from ownpath.chat.answer import Answer, content_of
-    from ownpath.engine.request import FinishReason
+    from ownpath.commands.answers import Reports, answer_parts
 
-    answer = Answer(session.tokenizer, args.stop)
-    while True:
-        output = outputs.get()
-        if output.error is not None:
-            raise GenerationFailed(output.error)
-        text = ""
-        if output.token is not None and output.finish_reason is not FinishReason.STOP:
-            text = content_of(answer.feed(output.token.token_id))
-        if output.finish_reason is not None:
-            text += content_of(answer.finish())
+    answer, reports = Answer(session.tokenizer, args.stop), Reports()
+    for output, parts in answer_parts(session.engine, prompt_ids, sampling_of(args, args.max_tokens), answer, reports):
         if output.token is not None:
-            yield str(output.token.token_id) if args.token_ids else text
-        if answer.is_stopped:
-            session.engine.abort(request)
-        if answer.is_stopped or output.finish_reason is not None:
-            return
+            yield str(output.token.token_id) if args.token_ids else content_of(parts)

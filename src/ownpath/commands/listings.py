@@ -79,12 +79,13 @@ def _evidence(spec: "KernelSpec") -> tuple[str, ...]:
 
 
 def fields_of_server() -> str:
-    """Lists every request field of both endpoints, reasons for empty content, and the checks of the self-test."""
+    """Lists every request field of each endpoint, reasons for empty content, and the checks of the self-test."""
     from ownpath.selftest.checks import all_checks
     from ownpath.server import fields
     from ownpath.server.conversation import CalledFunction, CallInMessage, ChatMessage, TemplateOptions
     from ownpath.server.empty_content import MEANING
     from ownpath.server.protocol import ChatRequest, CompletionRequest, StreamOptions
+    from ownpath.server.token_api import DetokenizeRequest, TokenizeTextRequest
 
     parts = []
     endpoints = (("chat/completions", ChatRequest, fields.CHAT), ("completions", CompletionRequest, fields.COMPLETION))
@@ -92,7 +93,10 @@ def fields_of_server() -> str:
         parts += [f"/v1/{name}, honoured:", _entries(_honoured_fields(model)), ""]
         parts += [f"/v1/{name}, refused with 400 unless the value is one of these (null: not sent):"]
         parts += [_refusal(neutral), ""]
-    parts += ["of both, labels: accepted, ignored and named in a header (--strict-fields refuses them):"]
+    parts += ["/tokenize of a prompt, honoured:", _entries(_honoured_fields(TokenizeTextRequest)), ""]
+    parts += ["/tokenize of messages: every field of /v1/chat/completions, and return_token_strs", ""]
+    parts += ["/detokenize, honoured:", _entries(_honoured_fields(DetokenizeRequest)), ""]
+    parts += ["of all, labels: accepted, ignored and named in a header (--strict-fields refuses them):"]
     parts += [_words([f"{kind}: {', '.join(names)}"]) for kind, names in fields.LABEL_KINDS.items()]
     parts += [
         "",

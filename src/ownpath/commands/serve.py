@@ -11,23 +11,27 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from ownpath.chat.effort import RELEASES, Release, find_release
 from ownpath.commands.arguments import (
+    OptionHolder,
     add_engine_arguments,
     add_list_argument,
     add_model_argument,
     some_text,
-    whole_number,
 )
 from ownpath.commands.listings import fields_of_server
 from ownpath.commands.serve_options import (
     access_of,
-    add_server_arguments,
+    add_access,
+    add_address,
+    add_limits,
+    add_logs,
     rules_of,
     settings_of,
     start_server_log,
     tls_of,
 )
+from ownpath.commands.settings import add_config_argument, variable_of
 from ownpath.server.access import AccessPolicy
-from ownpath.server.admin_key import ADMIN_KEY_VARIABLE, admin_key
+from ownpath.server.admin_key import admin_key
 from ownpath.terminal.console import tell, tell_page
 from ownpath.terminal.progress import Progress
 from ownpath.terminal.text import counted
@@ -41,45 +45,56 @@ if TYPE_CHECKING:
     from ownpath.server.policy import RequestPolicy
 
 
+_SETTINGS = (
+    f"Each option may also stand in the environment (--max-num-seqs as {variable_of('max_num_seqs')}; of several "
+    "values, commas between them; of a switch, true or false) and in the TOML file of --config. The command line wins "
+    "over the environment, and the environment over the file."
+)
+
+
 def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     """``ownpath serve [MODEL]``"""
-    parser = subparsers.add_parser("serve", help="serve the model over HTTP", description=__doc__)
-    add_model_argument(parser)
-    parser.add_argument("--host", type=some_text, default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument(
-        "--port", type=whole_number(0, 65535), default=8000, help="port; 0 takes a free one (default: 8000)"
-    )
-    parser.add_argument(
+    parser = subparsers.add_parser("serve", help="serve the model over HTTP", description=__doc__, epilog=_SETTINGS)
+    _add_model_group(parser.add_argument_group("model"))
+    numerics = parser.add_argument_group("numerics and kernels")
+    limits = parser.add_argument_group("limits")
+    add_engine_arguments(numerics, limits)
+    add_limits(limits)
+    _add_request_group(parser.add_argument_group("requests"))
+    add_address(parser.add_argument_group("server"))
+    add_access(parser.add_argument_group("access"))
+    add_logs(parser.add_argument_group("logs"))
+    add_config_argument(parser.add_argument_group("settings"))
+    add_list_argument(parser, fields_of_server, "every request field, and the checks of the self-test")
+    return parser
+
+
+def _add_model_group(group: OptionHolder) -> None:
+    add_model_argument(group)
+    group.add_argument(
         "--served-model-name",
         type=some_text,
         action="append",
         metavar="NAME",
         help="a name of the model for clients; repeatable, answers to all of them (default: the model folder's name)",
     )
-    parser.add_argument(
-        "--strict-fields",
-        action="store_true",
-        help="refuse fields that change no answer, instead of ignoring them",
-    )
-    parser.add_argument(
-        "--strict-limits", action="store_true", help="refuse a max_tokens beyond the context, instead of clamping it"
-    )
-    parser.add_argument(
+    group.add_argument(
         "--release",
         choices=RELEASES,
         help="whose words for reasoning_effort it knows (default: told by the folder, or guessed)",
     )
-    parser.add_argument(
-        "--admin-key",
-        metavar="KEY",
-        help=f"opens /debug/plan to whoever sends it (default: ${ADMIN_KEY_VARIABLE}, which others cannot read off the "
-        "command line; closed without either)",
+    group.add_argument("--allow-unverified", action="store_true", help="serve even if the self-test fails")
+
+
+def _add_request_group(group: OptionHolder) -> None:
+    group.add_argument(
+        "--strict-fields",
+        action="store_true",
+        help="refuse fields that change no answer, instead of ignoring them",
     )
-    parser.add_argument("--allow-unverified", action="store_true", help="serve even if the self-test fails")
-    add_engine_arguments(parser)
-    add_server_arguments(parser)
-    add_list_argument(parser, fields_of_server, "every request field, and the checks of the self-test")
-    return parser
+    group.add_argument(
+        "--strict-limits", action="store_true", help="refuse a max_tokens beyond the context, instead of clamping it"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -110,7 +125,7 @@ def _serve(args: argparse.Namespace, opened: _Opened) -> int:
         from ownpath.server.run import ENGINE_FAILED, run_server
         from ownpath.server.vitals import Vitals
 
-    with open_session(args) as session:
+    with open_session(args, args.max_num_seqs) as session:
         failed = _self_test(session, args.allow_unverified)
         if failed and not args.allow_unverified:
             return 1
@@ -149,16 +164,25 @@ def served_names(args: argparse.Namespace, folder: str) -> tuple[str, "RequestPo
 
 def _debug_plan(session: "Session", admin_key: str, model_id: str, release: Release) -> "DebugPlan":
     """Builds the data of ``/debug/plan``. The plan is made from the headers again; it is the one that was loaded."""
+    from ownpath.inspect.memory import cache_bytes, weights_bytes
     from ownpath.loading import planned
     from ownpath.plan.show import plan_dict
     from ownpath.server.body import Limits
     from ownpath.server.debug import DebugPlan
     from ownpath.versions import versions
 
-    plan, _ = planned(session.folder, session.engine.config)
+    config = session.engine.config
+    plan, index = planned(session.folder, config)
     device = {"type": plan.caps.device_type, "name": plan.caps.name, "sm": plan.caps.sm}
     facts: dict[str, object] = {"model": model_id, "versions": versions(), "device": device, "plan": plan_dict(plan)}
     facts["release"] = asdict(release)
+    one = cache_bytes(plan, config.max_model_len, config.dtype, config.cache_format)
+    facts["memory"] = {
+        "weights_bytes": weights_bytes(plan, index),
+        "cache_bytes": one * config.max_num_seqs,
+        "requests": config.max_num_seqs,
+        "tokens_each": config.max_model_len,
+    }
     return DebugPlan(admin_key, facts, session.ledger, Limits())
 
 

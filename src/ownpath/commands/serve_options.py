@@ -8,26 +8,78 @@ import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ownpath.commands.arguments import some_text, whole_number
+from ownpath.commands.arguments import OptionHolder, some_text, whole_number
 from ownpath.server.access import API_KEYS_VARIABLE, AccessPolicy, access_policy, api_keys
+from ownpath.server.admin_key import ADMIN_KEY_VARIABLE
 
 if TYPE_CHECKING:
     from ownpath.server.app import Rules
     from ownpath.server.run import ServerSettings
 
 
-def add_server_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options, in two groups."""
-    access = parser.add_argument_group("who may use it")
-    access.add_argument(
+def add_limits(group: OptionHolder) -> None:
+    """Adds how many requests and connections there may be, and for how long."""
+    seconds = whole_number(1, 10**6)
+    group.add_argument(
+        "--max-num-seqs",
+        type=whole_number(1),
+        default=16,
+        metavar="N",
+        help="requests that run together; others wait (default: 16)",
+    )
+    group.add_argument(
+        "--max-connections", type=whole_number(1, 10**5), default=1024, metavar="N", help="(default: 1024)"
+    )
+    group.add_argument(
+        "--request-timeout",
+        type=seconds,
+        default=3600,
+        metavar="SECONDS",
+        help="from a request's prompt to the end of its answer (default: 3600)",
+    )
+    group.add_argument(
+        "--drain-timeout",
+        type=whole_number(0, 10**6),
+        default=5,
+        metavar="SECONDS",
+        help="how long open answers may go on after SIGTERM or SIGINT (default: 5)",
+    )
+    group.add_argument(
+        "--step-timeout",
+        type=seconds,
+        default=300,
+        metavar="SECONDS",
+        help="a step of the model that takes longer hangs: the server ends (default: 300)",
+    )
+
+
+def add_address(group: OptionHolder) -> None:
+    """Adds the address to listen on, and TLS."""
+    group.add_argument("--host", type=some_text, default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    group.add_argument(
+        "--port", type=whole_number(0, 65535), default=8000, help="port; 0 takes a free one (default: 8000)"
+    )
+    group.add_argument("--tls-cert", type=some_text, metavar="FILE", help="certificate chain in PEM; serves https")
+    group.add_argument("--tls-key", type=some_text, metavar="FILE", help="its private key, if that is another file")
+
+
+def add_access(group: OptionHolder) -> None:
+    """Adds the keys, and the names and web pages that are let in."""
+    group.add_argument(
         "--api-key-file",
         type=some_text,
         metavar="FILE",
-        help=f"API keys, one a line; more in ${API_KEYS_VARIABLE}, between commas. With any, every path but /health "
-        "and /ready asks for one",
+        help=f"API keys, one a line; more in ${API_KEYS_VARIABLE}, between commas. With any, every path but /health, "
+        "/ready and the pages at / and /docs asks for one",
     )
-    access.add_argument("--insecure", action="store_true", help="listen beyond this machine without any API key")
-    access.add_argument(
+    group.add_argument(
+        "--admin-key",
+        metavar="KEY",
+        help=f"opens /debug/plan to whoever sends it (default: ${ADMIN_KEY_VARIABLE}, which others cannot read off the "
+        "command line; closed without either)",
+    )
+    group.add_argument("--insecure", action="store_true", help="listen beyond this machine without any API key")
+    group.add_argument(
         "--allowed-hosts",
         type=some_text,
         action="append",
@@ -36,7 +88,7 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
         help="a name that clients may call the server by, or *.NAME; repeatable, * for all (default: loopback's names "
         "on loopback without keys, else all)",
     )
-    access.add_argument(
+    group.add_argument(
         "--allowed-origins",
         type=some_text,
         action="append",
@@ -44,34 +96,17 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ORIGIN",
         help="an origin whose web pages may read answers (CORS); repeatable (default: none)",
     )
-    access.add_argument("--tls-cert", type=some_text, metavar="FILE", help="certificate chain in PEM; serves https")
-    access.add_argument("--tls-key", type=some_text, metavar="FILE", help="its private key, if that is another file")
-    running = parser.add_argument_group("how it runs")
-    seconds = whole_number(1, 10**6)
-    running.add_argument(
-        "--max-connections", type=whole_number(1, 10**5), default=1024, metavar="N", help="(default: 1024)"
-    )
-    running.add_argument(
-        "--request-timeout",
-        type=seconds,
-        default=3600,
-        metavar="SECONDS",
-        help="from a request's prompt to the end of its answer (default: 3600)",
-    )
-    running.add_argument(
-        "--step-timeout",
-        type=seconds,
-        default=300,
-        metavar="SECONDS",
-        help="a step of the model that takes longer hangs: the server ends (default: 300)",
-    )
-    running.add_argument(
+
+
+def add_logs(group: OptionHolder) -> None:
+    """Adds the content and the form of the log."""
+    group.add_argument(
         "--log-requests",
         choices=("off", "access", "bodies"),
         default="access",
         help="log nothing of a request, its path and status, or also what it says (default: access)",
     )
-    running.add_argument("--log-format", choices=("text", "json"), default="text", help="(default: text)")
+    group.add_argument("--log-format", choices=("text", "json"), default="text", help="(default: text)")
 
 
 def access_of(args: argparse.Namespace, listener: socket.socket) -> AccessPolicy:
@@ -112,7 +147,8 @@ def settings_of(args: argparse.Namespace, tls: ssl.SSLContext | None) -> "Server
     from ownpath.server.run import ServerSettings
 
     num = args.max_connections
-    return ServerSettings(ConnectionLimits(max_total=num, max_per_site=max(num * 3 // 4, 1)), tls)
+    limits = ConnectionLimits(max_total=num, max_per_site=max(num * 3 // 4, 1))
+    return ServerSettings(limits, tls, drain_s=float(args.drain_timeout))
 
 
 def start_server_log(args: argparse.Namespace) -> None:

@@ -77,7 +77,7 @@ def load_for(args: argparse.Namespace, max_num_seqs: int = EngineConfig.max_num_
 
 
 @contextlib.contextmanager
-def open_session(args: argparse.Namespace, max_num_seqs: int = EngineConfig.max_num_seqs) -> Iterator[Session]:
+def open_session(args: argparse.Namespace, max_num_seqs: int) -> Iterator[Session]:
     """Loads the model that the arguments name and runs its engine, for so many requests at a time.
 
     Errors: as ``load_for``.

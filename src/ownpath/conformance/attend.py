@@ -23,6 +23,7 @@ from ownpath.conformance.bounds import (
 from ownpath.kernels.attend.cases import AttendCase
 from ownpath.kernels.attend.ref import entry_rows, gather_keys
 from ownpath.kernels.attend.types import WINDOW_ROWS, AttendWeights, DecodeKeys, DecodeRows
+from ownpath.kernels.checks import SPARE_MULTIPLE
 from ownpath.kernels.norms.ref import rms_norm, rms_norm_stepwise
 from ownpath.numerics import E4M3_MAX, decode_e8m0, encode_e4m3, encode_e8m0_ceil, rotate_pairs
 
@@ -81,24 +82,37 @@ class AttendInputs:
 
 
 def make_attend_inputs(
-    case: AttendCase, num_rows: int, device: torch.device, seed: int = 0, positions: torch.Tensor | None = None
+    case: AttendCase,
+    num_rows: int,
+    device: torch.device,
+    seed: int = 0,
+    positions: torch.Tensor | None = None,
+    group: int = 1,
 ) -> AttendInputs:
     """Draws the operands of a case: queries of several magnitudes, keys of unit variance, all in poisoned memory.
 
-    positions: int64 [T] below the case's context; by default those of the case.
+    positions: int64 [T] below the case's context; by default those of the case. group: the most rows of a request: each
+    request has so many, the last perhaps fewer, from the position of its first row on; rings are longer where there are
+    several.
     """
     g = torch.Generator(device).manual_seed(seed)
     host = torch.Generator().manual_seed(seed)
     positions_T = _positions(case, num_rows, host) if positions is None else positions
     slots_T = 1 + torch.randperm(num_rows, generator=host)
-    blocks_TB, num_blocks = _blocks(positions_T, case.context, host)
+    number_T = torch.arange(num_rows)
+    first_T = number_T - number_T % group
+    positions_T = (positions_T[first_T].clamp(max=case.context - group) + number_T % group).clamp(min=0)
+    slots_T, spare = slots_T[first_T], 0 if group == 1 else SPARE_MULTIPLE
+    blocks_TB, num_blocks = _blocks(positions_T[(first_T + group - 1).clamp(max=num_rows - 1)], case.context, host)
+    blocks_TB = blocks_TB[first_T]
     per_block = BLOCK_TOKENS // case.ratio if case.ratio else 0
-    window = _pool(_window_rows(positions_T, slots_T), (num_rows + 1) * WINDOW_ROWS, WINDOW_ROWS, case.fp8, g)
+    ring = WINDOW_ROWS + spare
+    window = _pool(_window_rows(positions_T, slots_T, ring).unique(), (num_rows + 1) * ring, ring, case.fp8, g)
     rows = DecodeRows(*(part.to(device, torch.int32) for part in (positions_T, slots_T, blocks_TB)))
     keys = DecodeKeys(window)
     if case.ratio:
         visible = _visible_rows(positions_T, blocks_TB, case.ratio)
-        entries = _pool(torch.cat(visible), num_blocks * per_block, per_block, case.fp8, g)
+        entries = _pool(torch.cat(visible).unique(), num_blocks * per_block, per_block, case.fp8, g)
         keys = DecodeKeys(window, entries, per_block, case.ratio)
         if case.ratio == 4:
             rows = rows._replace(**_selection(visible, case.topk, host, device))
@@ -106,7 +120,7 @@ def make_attend_inputs(
     q = torch.randn(num_rows, case.num_heads, HEAD_DIM, generator=g, device=device)
     q *= 10 ** (2 * torch.rand(num_rows, case.num_heads, 1, generator=g, device=device) - 1)
     sink_N = 2 * torch.randn(case.num_heads, generator=g, device=device)
-    weights = AttendWeights(sink_N, HEAD_DIM**-0.5, 1e-6)
+    weights = AttendWeights(sink_N, HEAD_DIM**-0.5, 1e-6, spare=spare)
     return AttendInputs(q.bfloat16(), angles_TF.cos(), angles_TF.sin(), keys, rows, weights)
 
 
@@ -129,10 +143,10 @@ def _blocks(positions_T: torch.Tensor, context: int, host: torch.Generator) -> t
     return blocks_TB, len(shuffled) + 1
 
 
-def _window_rows(positions_T: torch.Tensor, slots_T: torch.Tensor) -> torch.Tensor:
-    """Returns the rows of the rings that hold a key."""
-    ring_TK = slots_T[:, None] * WINDOW_ROWS + torch.arange(WINDOW_ROWS)
-    return ring_TK[torch.arange(WINDOW_ROWS) <= positions_T[:, None]]
+def _window_rows(positions_T: torch.Tensor, slots_T: torch.Tensor, ring: int) -> torch.Tensor:
+    """Returns the rows of the rings that hold a key that some row sees."""
+    position_TK = positions_T[:, None] - torch.arange(WINDOW_ROWS)
+    return (slots_T[:, None] * ring + position_TK % ring)[position_TK >= 0]
 
 
 def _visible_rows(positions_T: torch.Tensor, blocks_TB: torch.Tensor, ratio: int) -> list[torch.Tensor]:
@@ -188,7 +202,7 @@ def exact_attention(inputs: AttendInputs) -> Exact:
     q_TNH = rotate_pairs(q_TNH, inputs.cos_TF, inputs.sin_TF).double()
     value, bound = torch.empty_like(q_TNH), torch.empty_like(q_TNH)
     for t, q_NH in enumerate(q_TNH):
-        keys_KH = gather_keys(inputs.keys, inputs.rows, t, torch.float64)
+        keys_KH = gather_keys(inputs.keys, inputs.rows, t, torch.float64, inputs.weights.spare)
         sink_N, scale = inputs.weights.sink_N.double(), inputs.weights.softmax_scale
         # Stepwise, a mean or a root at the edge of two numbers may be either.
         error_NH = 2 * rounding(torch.bfloat16) * q_NH.abs() if is_stepwise else None

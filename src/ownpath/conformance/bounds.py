@@ -100,7 +100,7 @@ def deviation(found: Tensor, exact: Exact) -> Deviation:
     value = float(ratio.flatten()[worst])
     place = tuple(int(part) for part in torch.unravel_index(torch.tensor(worst), found.shape))
     columns: Sequence[int] = ()
-    if not value <= 1.0:
+    if not value <= 1.0 and ratio.ndim > 1:
         columns = (ratio > 1.0).flatten(0, -2).any(0).nonzero().flatten().tolist()
     return Deviation(value, place, float(found[place]), float(exact.value[place]), tuple(columns))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ownpath.conformance.bounds import FLOAT32_ROUND, SPREAD, Exact, rounding
-from ownpath.formats import CacheFormat
+from ownpath.formats import CacheFormat, KeyFormat
 from ownpath.oracle.formats import E2M1, E4M3, fp8, hadamard_matrix, nearest, power_of_two_scale
 
 KEY_BLOCK, INDEX_BLOCK = 64, 32
@@ -25,17 +25,17 @@ class CachedKeys:
     """The form of keys in a cache. dtype: of the activations, which keys are rounded to before.
 
     num_rotary: channels at the end that have no codes; 0 for index keys. is_official: rounded as the published code
-    does. in_pages: kept in FP8 pages.
+    does. stored: the pages that keep them, if any.
     """
 
     dtype: torch.dtype
     num_rotary: int
     is_official: bool = False
-    in_pages: bool = False
+    stored: KeyFormat = KeyFormat.BF16
 
     def of(self, x: Exact) -> Exact:
         """Returns what the cache holds of keys [T, H] that are normed and turned."""
-        if not self.is_official and not self.in_pages:
+        if not self.is_official and self.stored is KeyFormat.BF16:
             return x
         x = x.plus(rounding(self.dtype) * x.value.abs())
         return self._keys(x) if self.num_rotary else self._index_keys(x)
@@ -43,7 +43,7 @@ class CachedKeys:
     def _keys(self, x: Exact) -> Exact:
         plain, rotary = (Exact(x.value[:, at], x.bound[:, at]) for at in self._parts)
         plain = in_blocks(plain, KEY_BLOCK, E4M3, LEAST_KEY_AMAX)
-        if self.in_pages:
+        if self.stored is not KeyFormat.BF16:
             rotary = rotary.plus(rounding(torch.bfloat16) * rotary.value.abs())
         return Exact(torch.cat((plain.value, rotary.value), 1), torch.cat((plain.bound, rotary.bound), 1))
 
@@ -53,12 +53,16 @@ class CachedKeys:
 
     def _index_keys(self, x: Exact) -> Exact:
         x = fp4_of(x, self.dtype) if self.is_official else x
-        return in_blocks(x, x.value.shape[-1], E4M3, LEAST_INDEX_AMAX) if self.in_pages else x
+        if self.stored is KeyFormat.FP8:
+            return in_blocks(x, x.value.shape[-1], E4M3, LEAST_INDEX_AMAX)
+        # What is FP4 already stays as it is; see ``numerics.pages``.
+        is_new = self.stored is KeyFormat.FP4 and not self.is_official
+        return in_blocks(x, INDEX_BLOCK, E2M1, LEAST_INDEX_AMAX) if is_new else x
 
 
 def kept(keys_TH: Tensor, num_rotary: int, cache_format: CacheFormat) -> Tensor:
     """Returns what the caches keep of keys [T, H], bit by bit, in their dtype."""
-    if cache_format is CacheFormat.BF16:
+    if not cache_format.in_pages:
         return keys_TH
     plain, rotary = keys_TH[:, :-num_rotary], keys_TH[:, -num_rotary:]
     return torch.cat((fp8(plain, KEY_BLOCK).to(keys_TH.dtype), rotary.bfloat16().to(keys_TH.dtype)), 1)

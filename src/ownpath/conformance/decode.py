@@ -24,7 +24,7 @@ from ownpath.conformance.bounds import (
     sum_rounding,
 )
 from ownpath.conformance.cached import fp4_of
-from ownpath.conformance.entries import exact_key
+from ownpath.conformance.exact_entries import exact_key
 from ownpath.kernels.contract import NormWeights
 from ownpath.oracle import formulas
 

@@ -14,18 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ownpath.conformance.bounds import (
-    EXP_STEPS,
-    FLOAT32_ROUND,
-    MAX_REL_L2,
-    Exact,
-    assert_allowed,
-    relative_l2,
-    rounding,
-    sum_rounding,
-)
-from ownpath.kernels.cache_formats.ref import fp4_index, fp8_keys
+from ownpath.conformance.bounds import MAX_REL_L2, Exact, assert_allowed, relative_l2
+from ownpath.conformance.exact_entries import exact_key, exact_pool
+from ownpath.formats import KeyFormat
+from ownpath.kernels.cache_formats.ref import INDEX_BLOCK, fp4_index, fp8_keys
 from ownpath.kernels.cases import KernelCase
+from ownpath.kernels.checks import SPARE_MULTIPLE
 from ownpath.kernels.contract import NormWeights
 from ownpath.kernels.entries.types import (
     CompressorWeights,
@@ -36,8 +30,7 @@ from ownpath.kernels.entries.types import (
     RawRows,
     RowPlaces,
 )
-from ownpath.numerics import decode_e4m3, decode_e8m0, fake_quantize_fp8
-from ownpath.oracle import formulas
+from ownpath.numerics import decode_e2m1, decode_e4m3, decode_e8m0, fake_quantize_fp4, fake_quantize_fp8, unpack_e2m1
 
 EPS = 1e-6
 KEY_BYTES = 584
@@ -101,31 +94,43 @@ class WritingStep:
 
     def first(self, count: int) -> "WritingStep":
         """Returns the step of the first rows alone, on a copy of the pools."""
+        return self.copy().part(slice(count))
+
+    def part(self, part: slice) -> "WritingStep":
+        """Returns the step of some rows, on the same pools."""
         kv_TH, *raw_rows = self.raw
-        raw = RawRows(kv_TH[:count], *(None if one is None else one[:count] for one in raw_rows))
-        cos_TF, sin_TF, *others = self.angles
-        first = (None if one is None else one[:count] for one in others)
-        angles = EntryAngles(cos_TF[:count], sin_TF[:count], *first)
-        return replace(self.copy(), raw=raw, angles=angles, rows=RowPlaces(*(one[:count] for one in self.rows)))
+        raw = RawRows(kv_TH[part], *(None if one is None else one[part] for one in raw_rows))
+        cos_TF, sin_TF, *others = (None if one is None else one[part].clone() for one in self.angles)
+        assert cos_TF is not None
+        assert sin_TF is not None
+        angles = EntryAngles(cos_TF, sin_TF, *others)
+        return replace(self, raw=raw, angles=angles, rows=RowPlaces(*(one[part].clone() for one in self.rows)))
 
 
 def draw_step(
-    case: KernelCase, num_rows: int, device: torch.device, seed: int = 0, positions: list[int] | None = None
+    case: KernelCase,
+    num_rows: int,
+    device: torch.device,
+    seed: int = 0,
+    positions: list[int] | None = None,
+    group: int = 1,
 ) -> WritingStep:
     """Draws a step. By default the first row ends the first window, the second is padded, half of the others end one.
 
-    positions: of the rows, instead; all of them are real.
+    positions: of the rows, instead; all of them are real. group: the most rows of a request: each request has so many,
+    the last perhaps fewer, from the position of its first row on; rings are longer where there are several.
     """
     head_dim, num_pairs, ratio, index_dim, num_blocks = case.sizes
     g = torch.Generator(device).manual_seed(seed)
-    weights = _draw_weights(g, head_dim, ratio, index_dim)
+    weights = replace(_draw_weights(g, head_dim, ratio, index_dim), spare=0 if group == 1 else SPARE_MULTIPLE)
     rows = _draw_rows(g, num_rows, num_blocks, max(ratio, 1), positions)
+    rows = rows if group == 1 else _in_groups(rows, group, 256 * num_blocks)
     raw_kv = _normal(g, num_rows, 2 * head_dim).bfloat16()[:, head_dim:]
-    main_state, index_state = (_draw_state(g, rows, one) for one in (weights.main, weights.index))
+    main_state, index_state = (_draw_state(g, rows, one, weights.spare) for one in (weights.main, weights.index))
     raw = RawRows(raw_kv, _draw_raw(g, num_rows, weights.main), _draw_raw(g, num_rows, weights.index))
     at, first = (_angles(rows.positions_T + shift, num_pairs) for shift in (0, 1 - ratio))
     angles = EntryAngles(*at, *first) if ratio else EntryAngles(*at)
-    window = raw_kv.new_full(((num_rows + 1) * weights.window, head_dim), torch.nan)
+    window = raw_kv.new_full(((num_rows + 1) * weights.window_rows, head_dim), torch.nan)
     entries = [
         None if one is None else window.new_full(((num_rows * num_blocks + 1) * one.per_block, one.head_dim), torch.nan)
         for one in (weights.main, weights.index)
@@ -166,6 +171,15 @@ def _draw_rows(
     return RowPlaces(drawn.int(), slots_T.int(), blocks_TB.int())
 
 
+def _in_groups(rows: RowPlaces, group: int, num_tokens: int) -> RowPlaces:
+    """Makes consecutive rows those of one request: the first one's, at consecutive positions."""
+    number_T = torch.arange(len(rows.positions_T), device=rows.positions_T.device)
+    first_T = number_T - number_T % group
+    start_T = rows.positions_T[first_T].clamp(max=num_tokens - group)
+    positions_T = torch.where(rows.slots_T[first_T] == 0, 0, start_T + number_T % group)
+    return RowPlaces(positions_T.int(), rows.slots_T[first_T], rows.blocks_TB[first_T])
+
+
 def _draw_raw(g: torch.Generator, num_rows: int, weights: CompressorWeights | None) -> Tensor | None:
     """Draws raw rows as a slice of wider ones; scores over several magnitudes."""
     if weights is None:
@@ -176,16 +190,18 @@ def _draw_raw(g: torch.Generator, num_rows: int, weights: CompressorWeights | No
     return raw
 
 
-def _draw_state(g: torch.Generator, rows: RowPlaces, weights: CompressorWeights | None) -> Tensor | None:
+def _draw_state(g: torch.Generator, rows: RowPlaces, weights: CompressorWeights | None, spare: int) -> Tensor | None:
     """Draws the ring's rows that tokens before the step have written and entries may read; all others are NaN."""
     if weights is None:
         return None
-    num_rows, width = weights.num_rows, 2 * weights.num_windows * weights.head_dim
+    num_rows, width = weights.num_rows + spare, 2 * weights.num_windows * weights.head_dim
     state = torch.full(((len(rows.slots_T) + 1) * num_rows, width), torch.nan, device=g.device)
-    age = torch.arange(1, num_rows, device=g.device)
+    age = torch.arange(1, weights.num_rows, device=g.device)
     position = rows.positions_T[:, None] - age
     written = (rows.slots_T[:, None] * num_rows + position % num_rows)[position >= 0].long()
     state[written] = _normal(g, len(written), width)
+    if spare:
+        state[_ring_rows(rows, num_rows)] = torch.nan
     return state
 
 
@@ -198,7 +214,7 @@ def _angles(positions_T: Tensor, num_pairs: int) -> tuple[Tensor, Tensor]:
 def judge_step(before: WritingStep, after: WritingStep) -> None:
     """Judges what a step wrote, keys without a rounding to fewer bits. Errors: AssertionError naming the pool."""
     weights, rows = before.weights, before.rows
-    ring_T = _ring_rows(rows, weights.window)
+    ring_T = _ring_rows(rows, weights.window_rows)
     _judge_untouched("window", before.pools.window, after.pools.window, ring_T)
     raw_TH = before.raw.kv_TH.double()
     angles = before.angles.cos_TF, before.angles.sin_TF
@@ -210,7 +226,7 @@ def judge_step(before: WritingStep, after: WritingStep) -> None:
 
 def _judge_compressor(before: WritingStep, old: CompressorPools, new: CompressorPools) -> None:
     name, weights, raw = old.name, old.weights, old.raw_TP2
-    ring_T = _ring_rows(before.rows, weights.num_rows)
+    ring_T = _ring_rows(before.rows, before.weights.state_rows(weights))
     _judge_untouched(f"{name} state", old.state, new.state, ring_T)
     assert torch.equal(new.state[ring_T], raw), f"{name} state"
     ends_E = ((before.rows.positions_T + 1) % weights.ratio == 0).nonzero()[:, 0]
@@ -222,9 +238,12 @@ def _judge_compressor(before: WritingStep, old: CompressorPools, new: Compressor
     cos_TF, sin_TF = before.angles.first_cos_TF, before.angles.first_sin_TF
     assert cos_TF is not None
     assert sin_TF is not None
-    exact = exact_key(
-        exact_pool(raw[ends_E], ending, old.state, weights), weights.norm, (cos_TF[ends_E], sin_TF[ends_E])
-    )
+    state = old.state
+    if before.weights.spare:
+        state = state.clone()
+        state[ring_T] = raw  # no row that an entry may read is replaced
+    pooled = exact_pool(raw[ends_E], ending, state, weights, spare=before.weights.spare)
+    exact = exact_key(pooled, weights.norm, (cos_TF[ends_E], sin_TF[ends_E]))
     _assert_rounded(new.entries[entry_E], exact, KEY_ROUNDINGS + 1, f"{name} entries")
 
 
@@ -253,67 +272,9 @@ def _entry_rows(ending: RowPlaces, weights: CompressorWeights) -> Tensor:
     return block_E * weights.per_block + entry_E % weights.per_block
 
 
-def exact_pool(
-    raw_EP2: Tensor,
-    ending: RowPlaces,
-    state: Tensor,
-    weights: CompressorWeights,
-    dtype: torch.dtype = torch.bfloat16,
-) -> Exact:
-    """Averages each entry's rows, one entry after the other, and bounds the error after a rounding to ``dtype``.
-
-    A score's error d changes its gate by a factor of exp(d), the sum of gates by no more.
-    """
-    values, bounds = [], []
-    for number in range(len(raw_EP2)):
-        kv_LH, score_LH = _entry_inputs(raw_EP2[number], number, ending, state, weights)
-        gate_LH = score_LH.softmax(dim=0)
-        value = (gate_LH * kv_LH).sum(0)
-        error = (EXP_STEPS + 4 * score_LH.abs().amax(0)) * FLOAT32_ROUND + 2 * sum_rounding(len(kv_LH))
-        bounds.append((gate_LH * kv_LH.abs()).sum(0) * error + rounding(dtype) * value.abs())
-        values.append(value)
-    return Exact(torch.stack(values), torch.stack(bounds))
-
-
-def _entry_inputs(
-    raw_P2: Tensor, number: int, ending: RowPlaces, state: Tensor, weights: CompressorWeights
-) -> tuple[Tensor, Tensor]:
-    """Reads the (kv, score) rows of one entry in float64, position by position: [L, H] each."""
-    end, slot = int(ending.positions_T[number]), int(ending.slots_T[number])
-    width, head_dim = weights.ape_LP.shape[1], weights.head_dim
-    found = []
-    for position in range(max(0, end + 1 - weights.num_rows), end + 1):
-        row = raw_P2 if position == end else state[slot * weights.num_rows + position % weights.num_rows]
-        is_own_window = position > end - weights.ratio
-        start = head_dim if is_own_window and weights.num_windows > 1 else 0
-        score = row[width:].double() + weights.ape_LP[position % weights.ratio].double()
-        found.append((row[start : start + head_dim].double(), score[start : start + head_dim]))
-    return torch.stack([kv for kv, _ in found]), torch.stack([score for _, score in found])
-
-
-def exact_key(
-    x_TH: Exact, norm: NormWeights, angles: tuple[Tensor, Tensor], dtype: torch.dtype = torch.bfloat16
-) -> Exact:
-    """Norms and rotates, each rounded once to ``dtype``; the last rounding is not in the bound."""
-    assert norm.weight_D is not None
-    root_T1 = x_TH.value.square().mean(-1, keepdim=True).add(norm.eps).sqrt()
-    gain_TH = norm.weight_D.double() / root_T1
-    normed_TH = x_TH.value * gain_TH
-    relative_T1 = x_TH.bound.square().mean(-1, keepdim=True).sqrt() / root_T1
-    relative_T1 = relative_T1 + EXP_STEPS * FLOAT32_ROUND + sum_rounding(normed_TH.shape[1]) / 2
-    error_TH = x_TH.bound * gain_TH.abs() + normed_TH.abs() * relative_T1
-    error_TH = error_TH + rounding(dtype) * normed_TH.abs()
-    cos_TF, sin_TF = (one.double() for one in angles)
-    turned = formulas.rotate(normed_TH, cos_TF, sin_TF)
-    # Turning a pair moves a channel's error by no more than the length of the pair's errors; three float32 operations.
-    num_rotary = 2 * cos_TF.shape[1]
-    pair_TF = error_TH[:, -num_rotary:].unflatten(-1, (-1, 2)).norm(dim=-1)
-    error_TH = torch.cat((error_TH[:, :-num_rotary], pair_TF.repeat_interleave(2, -1)), -1)
-    return Exact(turned, error_TH + 4 * FLOAT32_ROUND * normed_TH.abs().amax(-1, keepdim=True))
-
-
-def with_pages(step: WritingStep) -> WritingStep:
-    """Returns the same step on FP8 pages, all of whose bytes are 255: NaN in every format."""
+def with_pages(step: WritingStep, index_format: KeyFormat = KeyFormat.FP8) -> WritingStep:
+    """Returns the same step on pages, all of whose bytes are 255: NaN in every format. index_format: of index entries;
+    the others are FP8."""
     pools, weights = step.pools, step.weights
 
     def pages(values: Tensor | None, num_rows: int, key_bytes: int) -> Tensor | None:
@@ -323,8 +284,9 @@ def with_pages(step: WritingStep) -> WritingStep:
         return torch.full(shape, 255, dtype=torch.uint8, device=values.device)
 
     per_block = 1 if weights.main is None else weights.main.per_block
-    index_bytes = 0 if weights.index is None else weights.index.head_dim + 4
-    window, main = pages(pools.window, weights.window, KEY_BYTES), pages(pools.main_entries, per_block, KEY_BYTES)
+    width = 0 if weights.index is None else weights.index.head_dim
+    index_bytes = width + 4 if index_format is KeyFormat.FP8 else width // 2 + width // INDEX_BLOCK
+    window, main = pages(pools.window, weights.window_rows, KEY_BYTES), pages(pools.main_entries, per_block, KEY_BYTES)
     assert window is not None
     index = pages(pools.index_entries, per_block, index_bytes)
     return replace(step, pools=pools._replace(window=window, main_entries=main, index_entries=index))
@@ -348,6 +310,14 @@ def read_index_pages(pages: Tensor, num_rows: int) -> Tensor:
     return keys.bfloat16()
 
 
+def read_fp4_index_pages(pages: Tensor, num_rows: int) -> Tensor:
+    """Decodes FP4 pages of ``num_rows`` index keys each to bfloat16 [pages * num_rows, 128], which is exact."""
+    data, tail = pages.split((num_rows * 64, num_rows * 4), dim=1)
+    scales = decode_e8m0(tail.reshape(-1, 4).contiguous())
+    keys: Tensor = decode_e2m1(unpack_e2m1(data.reshape(-1, 64))).unflatten(1, (4, INDEX_BLOCK)) * scales[..., None]
+    return keys.flatten(1).bfloat16()
+
+
 def judge_rounded(plain: WritingStep, rounded: WritingStep) -> None:
     """Judges keys that a step rounded to fewer bits: those of the plain step, rounded by definition, bit for bit.
 
@@ -359,17 +329,21 @@ def judge_rounded(plain: WritingStep, rounded: WritingStep) -> None:
     rounds_keys = weights.keys is KeyRounding.FP8 or found.has_key_pages
     per_block = 1 if weights.main is None else weights.main.per_block
     if found.has_key_pages:
-        window = read_key_pages(window, weights.window)
+        window = read_key_pages(window, weights.window_rows)
         main = None if main is None else read_key_pages(main, per_block)
-    if found.has_index_pages and index is not None:
-        index = read_index_pages(index, per_block)
+    index_format = found.index_format(0 if weights.index is None else weights.index.head_dim)
+    if index_format is not KeyFormat.BF16 and index is not None:
+        read = read_index_pages if index_format is KeyFormat.FP8 else read_fp4_index_pages
+        index = read(index, per_block)
 
     def round_keys(keys: Tensor) -> Tensor:
         return fp8_keys(keys, num_rotary) if rounds_keys else keys
 
     def round_index(keys: Tensor) -> Tensor:
         keys = fp4_index(keys) if weights.index_keys is KeyRounding.FP4 else keys
-        return fake_quantize_fp8(keys, keys.shape[1]) if found.has_index_pages else keys
+        if index_format is KeyFormat.FP4:
+            return fake_quantize_fp4(keys, INDEX_BLOCK)
+        return fake_quantize_fp8(keys, keys.shape[1]) if index_format is KeyFormat.FP8 else keys
 
     _judge_values("window", before.window, window, round_keys)
     _judge_values("main entries", before.main_entries, main, round_keys)

@@ -69,7 +69,8 @@ def rotate_back(o_TNH: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, T
     """Rotates heads back in float64 by (cos, sin) [T, F] as a kernel gets them, and bounds the effect of rounding
     those."""
     u_TNH = formulas.rotate(o_TNH.double(), angles[0].double(), -angles[1].double())
-    return u_TNH, u_TNH.abs() * rounding(o_TNH.dtype)
+    rounded = rounding(o_TNH.dtype) if angles[0].shape[1] else 0.0  # without angles nothing is rotated
+    return u_TNH, u_TNH.abs() * rounded
 
 
 def join_columns(parts: list[Exact]) -> Exact:

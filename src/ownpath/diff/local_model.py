@@ -23,7 +23,7 @@ class LocalModel:
         """Returns the log-probs of every token at the reading's positions, on the CPU: [P, V], float32.
 
         One forward over the sequence, in a fresh cache. Errors: ValueError when the sequence does not fit, or when a
-        logit is not finite.
+        logit or an index score is not finite.
         """
         ids = list(reading.ids)
         if len(ids) > self.model.cache_spec.max_tokens:
@@ -32,6 +32,10 @@ class LocalModel:
         logits_TV = self.model.forward(batch)[:, : self.tokenizer.num_tokens].float()
         if not bool(torch.isfinite(logits_TV).all()):
             raise ValueError("our own model gives logits that are not finite; nothing can be compared with them")
+        if bool(batch.tables.flags_LT.any()):
+            raise ValueError(
+                "our own model's indexer gives scores that are not finite; nothing can be compared with it"
+            )
         # Row n is of the token after ids[n].
         first = reading.start - 1
         rows: torch.Tensor = logits_TV.log_softmax(-1)[first : first + max(len(reading.scored), 1)].cpu()

@@ -25,6 +25,11 @@ class LogitsShare:
     sample_row: int | None
     ends_prompt: bool
 
+    @property
+    def is_answered(self) -> bool:
+        """True if the request is told something after this step."""
+        return self.sample_row is not None or bool(self.scored_ids) or self.ends_prompt
+
 
 def build_batch(chunks: Sequence[ScheduledChunk], device: torch.device | str) -> tuple[ForwardBatch, list[LogitsShare]]:
     """Builds the forward of a step. The request of every chunk must have its cache already."""

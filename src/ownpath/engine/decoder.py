@@ -7,37 +7,27 @@ arrays when other requests take the rows, and reads tokens.
 
 Without graphs the same step runs eagerly, in the same buckets, with the same bits.
 
-Legend: R rows of the largest bucket, B blocks of a table, V vocabulary.
+Legend: T rows of a step, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 
-from ownpath.cache.layout import NOBODY
-from ownpath.cache.pools import CachePool, SequenceCache
+from ownpath.cache.pools import CachePool
 from ownpath.cache.tables import DecodeTables
 from ownpath.config import EngineConfig
-from ownpath.engine.request import SamplingParams
-from ownpath.engine.sampler import SampleRow, sampler_of
-from ownpath.kernels.checks import VECTOR_BYTES
+from ownpath.engine.rows import NO_ROWS, ResidentRows, RowArrays, StepResults, StepRows, StepTokens
+from ownpath.engine.sampler import sampler_of
+from ownpath.kernels.dsl.compilations import COMPILATIONS
 from ownpath.kernels.registry import spec_of
-from ownpath.kernels.sample.types import FilterRows, Sampled, SampleRows
 from ownpath.terminal.console import tell
 from ownpath.terminal.progress import Progress
 from ownpath.trace import Ledger
 from ownpath.trace.ledger import CapturedCalls
 
-PADDED = -1
-"""The token id of a padded row."""
-_PADDED_INTEGERS = np.array([[PADDED], [NOBODY], [0], [0], [0], [-1]])
-_PADDED_FLOATS = np.array([[0.0], [1.0]])
-"""A padded row's token, position, slot and number of drawn tokens; its temperature and top_p."""
-GREEDY = SampleRow(SamplingParams(1, temperature=0.0), seed=0, num_drawn=0)
-"""Takes the likeliest token."""
 BUCKETS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
 
@@ -56,138 +46,6 @@ class DecodingModel(Protocol):
     def decode(self, token_ids_T: torch.Tensor, tables: DecodeTables) -> torch.Tensor: ...
 
 
-class DecodeRow(NamedTuple):
-    """One request's share of a step: its cache, the token at the position where the cache ends, and how the next one
-    is drawn."""
-
-    cache: SequenceCache
-    token_id: int
-    sample: SampleRow = GREEDY
-
-
-class StepTokens(NamedTuple):
-    """A step's results. logits_TV: valid until the next step. token_ids: the token drawn for each row; ``None`` where a
-    logit is not finite."""
-
-    logits_TV: torch.Tensor
-    token_ids: list[int | None]
-
-
-def aligned_rows(num_rows: int) -> int:
-    """Returns the least number of 4-byte rows, at least ``num_rows``, after which the next array may begin for the
-    kernels' widest loads."""
-    per_vector = VECTOR_BYTES // 4
-    return -(-num_rows // per_vector) * per_vector
-
-
-class _RowArrays:
-    """The rows' arrays in one buffer of int32: seeds (two words a row), tokens, slots, positions, numbers of drawn
-    tokens, steps (1 for a row, 0 where padded), pads (0 for a row, -1 where padded), temperatures, top_p [R]; block
-    tables [R, B].
-
-    ``upload`` writes them in host memory and transfers them. It touches only block tables that change: with a context
-    of a million tokens a table has 4,096 words, and a request keeps it for life.
-    """
-
-    WORDS = 10
-
-    def __init__(self, max_rows: int, num_blocks: int, device: torch.device) -> None:
-        num_rows = aligned_rows(max_rows)
-        size = num_rows * (self.WORDS + num_blocks)
-        self._host = torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._device = torch.zeros(size, dtype=torch.int32, device=device)
-        heads = self._host.numpy()[: self.WORDS * num_rows].reshape(self.WORDS, num_rows)
-        self._seeds = heads[:2].reshape(-1).view(np.int64)
-        self._integers, self._floats = heads[2:8], heads[8:].view(np.float32)
-        self._host_blocks = _Columns.of(self._host, num_rows).blocks
-        self._held: list[tuple[int, ...] | None] = [None] * num_rows
-        self.columns = _Columns.of(self._device, num_rows)
-
-    def tables(self, pool: CachePool, count: int) -> DecodeTables:
-        """Returns the step's tables of the first ``count`` rows, as views."""
-        columns = self.columns
-        return DecodeTables(pool, columns.positions[:count], columns.slots[:count], columns.blocks[:count])
-
-    def sample_rows(self, count: int) -> SampleRows:
-        """Returns the parameters of the first ``count`` rows, as views."""
-        columns = self.columns
-        filters = FilterRows(columns.top_k[:count], columns.top_p[:count], columns.min_p[:count])
-        return SampleRows(columns.temperatures[:count], columns.seeds[:count], columns.drawn[:count], filters)
-
-    def upload(self, rows: Sequence[DecodeRow]) -> None:
-        """Writes these rows, and pads the others."""
-        count = len(rows)
-        self._integers[:, count:], self._floats[:, count:] = _PADDED_INTEGERS, _PADDED_FLOATS
-        if rows:
-            caches, tokens, samples = zip(*rows, strict=True)
-            positions, slots = [cache.num_tokens for cache in caches], [cache.slot for cache in caches]
-            drawn = [sample.num_drawn for sample in samples]
-            self._integers[:, :count] = (tokens, slots, positions, drawn, [1] * count, [0] * count)
-            params = [sample.params for sample in samples]
-            self._floats[:, :count] = ([one.temperature for one in params], [one.top_p for one in params])
-            self._seeds[:count] = [sample.seed for sample in samples]
-        num_heads = self.WORDS * len(self._held)
-        self._device[:num_heads].copy_(self._host[:num_heads], non_blocking=True)
-        self._upload_blocks([row.cache.blocks for row in rows])
-
-    def _upload_blocks(self, tables: Sequence[tuple[int, ...]]) -> None:
-        """Transfers the rows' block tables from the first that changed to the last."""
-        wanted = [*tables, *[None] * (len(self._held) - len(tables))]
-        pairs = enumerate(zip(wanted, self._held, strict=True))
-        changed = [row for row, (new, old) in pairs if new is not old and new != old]
-        if not changed:
-            return
-        for row in changed:
-            self._host_blocks[row] = NOBODY if (table := wanted[row]) is None else torch.tensor(table)
-        self._held = wanted
-        some = slice(changed[0], changed[-1] + 1)
-        self.columns.blocks[some].copy_(self._host_blocks[some], non_blocking=True)
-
-
-class _Columns(NamedTuple):
-    """Views of the buffer of ``_RowArrays``. top_k, min_p: zeros, for filters that no request sets yet. counts:
-    positions and drawn [2, R], which a step counts up by ``steps``."""
-
-    seeds: torch.Tensor
-    tokens: torch.Tensor
-    slots: torch.Tensor
-    positions: torch.Tensor
-    drawn: torch.Tensor
-    steps: torch.Tensor
-    pads: torch.Tensor
-    temperatures: torch.Tensor
-    top_p: torch.Tensor
-    blocks: torch.Tensor
-    top_k: torch.Tensor
-    min_p: torch.Tensor
-    counts: torch.Tensor
-
-    @classmethod
-    def of(cls, buffer: torch.Tensor, num_rows: int) -> "_Columns":
-        heads = buffer[: _RowArrays.WORDS * num_rows].view(_RowArrays.WORDS, num_rows)
-        seeds, (temperatures, top_p) = heads[:2].flatten().view(torch.int64), heads[8:].view(torch.float32)
-        tokens, slots, positions, drawn, steps, pads = heads[2:8]
-        blocks = buffer[_RowArrays.WORDS * num_rows :].view(num_rows, -1)
-        top_k = torch.zeros(num_rows, dtype=torch.int32, device=buffer.device)
-        min_p = top_k.view(torch.float32)
-        counts = heads[4:6]
-        return cls(
-            seeds, tokens, slots, positions, drawn, steps, pads, temperatures, top_p, blocks, top_k, min_p, counts
-        )
-
-
-_DrawState = tuple[int, int, SamplingParams]
-_Resident = tuple[int, tuple[int, ...], int, int, _DrawState | None]
-"""A row as the device holds it: slot, blocks, position, token; number of drawn tokens, seed and parameters, if they
-matter."""
-
-
-def _state_of(row: DecodeRow) -> _Resident:
-    cache, sample = row.cache, row.sample
-    draw = None if sample.params.greedy else (sample.num_drawn, sample.seed, sample.params)
-    return cache.slot, cache.blocks, cache.num_tokens, row.token_id, draw
-
-
 @dataclass(frozen=True)
 class _Captured:
     """A bucket's graph, its logits, and the calls that a replay makes."""
@@ -204,11 +62,10 @@ class Decoder:
         self._model, self._num_vocab = model, num_vocab
         self.pool, device = model.caches, model.caches.spec.device
         self.buckets = (*(size for size in BUCKETS if size < max_rows), max_rows)
-        self._rows = _RowArrays(max_rows, self.pool.blocks_per_sequence, device)
+        self._rows = RowArrays(max_rows, self.pool.blocks_per_sequence, device)
         self._sampler, self._sampler_operand = sampler_of(device)
-        self._chosen = torch.zeros(2, aligned_rows(max_rows), dtype=torch.int32, device=device)
-        self._read = torch.zeros(self._chosen.shape, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._resident: list[_Resident] = []
+        self._results = StepResults(self.pool, max_rows)
+        self._resident: ResidentRows | None = None
         self._graphs: dict[int, _Captured] = {}
         self.num_replays = 0
         """Steps that a graph ran."""
@@ -218,7 +75,7 @@ class Decoder:
 
         Each bucket first runs eagerly, so that nothing compiles while a graph is captured.
         """
-        self._rows.upload(())
+        self._rows.upload(NO_ROWS)
         memory = torch.cuda.graph_pool_handle()
         for done, count in enumerate(reversed(self.buckets)):
             progress(done, len(self.buckets), f"{count} rows")
@@ -227,7 +84,7 @@ class Decoder:
     def warm_up(self, progress: Callable[[int, int, str], None]) -> None:
         """Runs every bucket once, so that no later step compiles anything. Call once, before any step; not needed
         where buckets are captured."""
-        self._rows.upload(())
+        self._rows.upload(NO_ROWS)
         for done, count in enumerate(self.buckets):
             progress(done, len(self.buckets), f"{count} rows")
             with self._model.ledger.counting_apart():
@@ -240,32 +97,32 @@ class Decoder:
         graph = torch.cuda.CUDAGraph()
         with self._model.ledger.counting_apart() as calls, torch.cuda.graph(graph, pool=memory):
             logits_TV = self.run(count)
+        COMPILATIONS.num_captured += 1
         return _Captured(graph, logits_TV, self._model.ledger.captured(calls))
 
-    def step(self, rows: Sequence[DecodeRow]) -> StepTokens:
+    def step(self, rows: StepRows) -> StepTokens:
         """Runs a step of at least one row and extends the rows' caches by one token."""
-        count = next(size for size in self.buckets if size >= len(rows))
-        wanted = [_state_of(row) for row in rows]
-        if wanted != self._resident:
+        num_rows, lengths = rows.num_rows, self.pool.slots.lengths
+        count = next(size for size in self.buckets if size >= num_rows)
+        slots = [cache.slot for cache in rows.caches]
+        blocks, positions = [cache.blocks for cache in rows.caches], [lengths[slot] for slot in slots]
+        wanted = ResidentRows(slots, blocks, positions, *rows[1:])
+        if not wanted.continues(self._resident):
             self._rows.upload(rows)
-        self._resident = []  # until the step has ended: one that fails leaves rows that nobody knows
+        self._resident = None  # until the step has ended: one that fails leaves rows that nobody knows
         logits_TV = self.launch(count)
-        self._read.copy_(self._chosen, non_blocking=True)
-        for row in rows:
-            row.cache.num_tokens += 1
-        if self._read.is_pinned():
-            torch.cuda.current_stream(self.pool.spec.device).synchronize()
-        tokens, faults = self._read[:, : len(rows)].tolist()
-        self._resident = [
-            (slot, blocks, at + 1, token, draw and (draw[0] + 1, *draw[1:]))
-            for (slot, blocks, at, _, draw), token in zip(wanted, tokens, strict=True)
-        ]
-        chosen = [None if fault else token for token, fault in zip(tokens, faults, strict=True)]
-        return StepTokens(logits_TV[: len(rows)], chosen)
+        self._results.copy()
+        assert max(positions) < self.pool.spec.max_tokens
+        for slot, position in zip(slots, positions, strict=True):
+            lengths[slot] = position + 1
+        self._results.wait()
+        tokens, results = self._results.read(logits_TV[:num_rows])
+        self._resident = wanted.advanced(tokens)
+        return results
 
-    def upload(self, rows: Sequence[DecodeRow]) -> None:
+    def upload(self, rows: StepRows) -> None:
         """Uploads rows for ``launch`` and ``run``, whatever the device holds."""
-        self._resident = []
+        self._resident = None
         self._rows.upload(rows)
 
     def launch(self, count: int) -> torch.Tensor:
@@ -280,9 +137,10 @@ class Decoder:
 
     def run(self, count: int) -> torch.Tensor:
         """Runs the first ``count`` rows eagerly: the model, a token for each, and the arrays for the next step."""
-        tokens_T, tables = self._rows.columns.tokens[:count], self._rows.tables(self.pool, count)
+        tokens_T = self._rows.columns.tokens[:count]
+        tables = self._rows.tables(self.pool, count, self._results.flags(count))
         logits_TV = self._model.decode(tokens_T, tables)[:, : self._num_vocab]
-        found = Sampled(self._chosen[0, :count], self._chosen[1, :count])
+        found = self._results.sampled(count)
         self._sampler.run(logits_TV.float(), self._rows.sample_rows(count), self._sampler_operand, out=found)
         columns = self._rows.columns
         columns.counts[:, :count].add_(columns.steps[:count])

@@ -4,7 +4,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -12,22 +12,28 @@ import torch
 from ownpath.cache.pools import SequenceCache
 from ownpath.config import EngineConfig, ModelConfig
 from ownpath.engine.batch import LogitsShare, build_batch, decode_share
-from ownpath.engine.decoder import Decoder, DecodeRow
+from ownpath.engine.decoder import Decoder
 from ownpath.engine.device import device_problem
+from ownpath.engine.flags import IndexFlags, tell_flagged
 from ownpath.engine.request import (
     FinishReason,
+    NonFinite,
     Request,
     RequestError,
     ScoredToken,
     StepOutput,
     plain_output,
 )
+from ownpath.engine.rows import step_rows
 from ownpath.engine.sampler import (
     NON_FINITE,
+    Drawn,
+    NonFiniteIndexScores,
     NonFiniteLogits,
     choose_tokens,
     sample_row,
     score_tokens,
+    with_top,
 )
 from ownpath.engine.scheduler import ScheduledChunk, Scheduler
 from ownpath.kernels.dsl.compilations import COMPILATIONS
@@ -54,13 +60,15 @@ class LanguageModel(Protocol):
 class EngineLoad:
     """num_running, num_waiting: requests. cache_use: share of the caches' tokens that running requests fill.
 
-    num_compiled: kernels that steps had to compile, or to take from Triton's cache, since the engine started.
+    Since the engine started: num_compiled, kernels that steps had to compile, or to take from Triton's cache;
+    num_captured, graphs that they had to capture. Both should stay 0.
     """
 
     num_running: int
     num_waiting: int
     cache_use: float
     num_compiled: int
+    num_captured: int
 
 
 class EngineOverloaded(RuntimeError):
@@ -97,12 +105,13 @@ class Engine:
         self._model, self._decoder = model, decoder
         self._scheduler = Scheduler(config.max_num_seqs, config.max_prefill_tokens)
         self._max_num_open = config.max_num_seqs + max_num_queued
+        self._flags = IndexFlags()
         self._open: set[Request] = set()
         self._lock = threading.Lock()
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._stopping = False
         self._is_stepping = False
-        self._num_compiled_before = COMPILATIONS.count
+        self._made_before = (COMPILATIONS.count, COMPILATIONS.num_captured)
         self.num_steps = 0
         """Steps begun so far."""
         self.failure: str | None = None
@@ -113,7 +122,7 @@ class Engine:
 
     def start(self) -> None:
         """Starts the thread. Call once."""
-        self._num_compiled_before = COMPILATIONS.count
+        self._made_before = (COMPILATIONS.count, COMPILATIONS.num_captured)
         self._thread.start()
 
     def stop(self, timeout_s: float = 10.0) -> None:
@@ -159,8 +168,9 @@ class Engine:
         running = list(self._scheduler.running)
         room = self.config.max_num_seqs * self.config.max_model_len
         use = sum(request.num_computed for request in running) / room
-        num_compiled = COMPILATIONS.count - self._num_compiled_before
-        return EngineLoad(len(running), self._scheduler.num_waiting, use, num_compiled)
+        compiled, captured = self._made_before
+        made = COMPILATIONS.count - compiled, COMPILATIONS.num_captured - captured
+        return EngineLoad(len(running), self._scheduler.num_waiting, use, *made)
 
     def check(self, request: Request) -> None:
         """Checks that the request could run here. Errors: RequestError with the numbers."""
@@ -232,7 +242,8 @@ class Engine:
 
     def _step_or_fail(self) -> None:
         """Runs a step. If it fails, its requests fail with it, and only those."""
-        chunks = [chunk for chunk in self._scheduler.schedule() if self._prepare(chunk.request)]
+        planned = self._scheduler.schedule()
+        chunks = [chunk for chunk in planned if chunk.request.cache is not None or self._prepare(chunk.request)]
         if not chunks:
             return
         try:
@@ -257,8 +268,6 @@ class Engine:
 
     def _prepare(self, request: Request) -> bool:
         """Gives a newly admitted request its cache. Returns False, and ends the request, if it gets none."""
-        if request.cache is not None:
-            return True
         try:
             request.cache = self._model.new_cache()
         except Exception:
@@ -275,9 +284,12 @@ class Engine:
             return
         batch, shares = build_batch(chunks, self.config.device)
         logits_RV = self._model.forward(batch)[:, : self.num_vocab]
-        sampled = self._sample(logits_RV, shares)
-        for share, token_id in zip(shares, sampled, strict=True):
-            self._report(share, token_id, logits_RV)
+        drawn = self._sample(logits_RV, shares)
+        self._flags.note(batch.tables, [chunk.request for chunk in chunks])
+        if any(share.is_answered for share in shares):
+            self._flags.read()
+        for share, one in zip(shares, drawn, strict=True):
+            self._report(share, one, logits_RV)
 
     def _decode(self, decoder: Decoder, chunks: Sequence[ScheduledChunk]) -> None:
         """Runs a decode step, which chooses its tokens on the device.
@@ -285,80 +297,82 @@ class Engine:
         Most rows only extend an answer by a token, and are reported without a look at their logits.
         """
         requests = [chunk.request for chunk in chunks]
-        logits_RV, drawn = decoder.step([DecodeRow(one.caches, one.next_id, sample_row(one)) for one in requests])
-        for row, (request, token_id) in enumerate(zip(requests, drawn, strict=True)):
-            if token_id is not None and not request.is_prefilling and request.params.is_plain:
-                self._extend(request, token_id)
+        done = decoder.step(step_rows(requests))
+        self._flags.read()
+        tell_flagged(done.flagged, requests)
+        for row, (request, token_id) in enumerate(zip(requests, done.token_ids, strict=True)):
+            if token_id is None or request.needs_logits:
+                self._report(
+                    decode_share(row, chunks[row]), Drawn(token_id, float(done.logprobs_T[row])), done.logits_TV
+                )
+            elif request.params.num_logprobs is None:
+                self._extend(request, token_id, plain_output(token_id))
             else:
-                share = decode_share(row, chunks[row])
-                self._report(share, None if share.sample_row is None else token_id, logits_RV)
+                token = ScoredToken(token_id, float(done.logprobs_T[row]))
+                self._extend(request, token_id, StepOutput(token=token))
 
-    def _extend(self, request: Request, token_id: int) -> None:
+    def _extend(self, request: Request, token_id: int, output: StepOutput) -> None:
         """Reports one more token of an answer."""
         request.output_ids.append(token_id)
         request.num_computed += 1
-        finish_reason = self._finish_reason(request)
-        output = plain_output(token_id)
-        if finish_reason is not None:
-            output = replace(output, finish_reason=finish_reason)
+        output = request.with_end(output, self.end_token_ids)
+        if output.finish_reason is not None:
             self._close(request)
         self._deliver(request, output)
 
-    def _sample(self, logits_RV: torch.Tensor, shares: list[LogitsShare]) -> list[int | None]:
-        """Samples the next token of every share; None where none is due or none can be chosen."""
+    def _sample(self, logits_RV: torch.Tensor, shares: list[LogitsShare]) -> list[Drawn]:
+        """Samples the next token of every share; without a token where none is due or none can be chosen."""
         due = {n: share.sample_row for n, share in enumerate(shares) if share.sample_row is not None}
-        sampled: list[int | None] = [None] * len(shares)
+        drawn = [Drawn()] * len(shares)
         if due:
-            requests = [shares[n].chunk.request for n in due]
-            rows = [sample_row(one) for one in requests]
-            for n, token_id in zip(due, choose_tokens(logits_RV[list(due.values())], rows), strict=True):
-                sampled[n] = token_id
-        return sampled
+            rows = [sample_row(shares[n].chunk.request) for n in due]
+            found = choose_tokens(logits_RV[list(due.values())], rows)
+            for n, token_id, logprob in zip(due, *found, strict=True):
+                drawn[n] = Drawn(token_id, logprob)
+        return drawn
 
-    def _report(self, share: LogitsShare, token_id: int | None, logits_RV: torch.Tensor) -> None:
+    def _report(self, share: LogitsShare, drawn: Drawn, logits_RV: torch.Tensor) -> None:
         """Advances one request by its chunk and reports to it. An error here fails only this request."""
         request = share.chunk.request
         try:
-            output = self._advance(share, token_id, logits_RV)
+            output = self._advance(share, drawn, logits_RV)
         except NonFiniteLogits as error:
-            self._fail(request, str(error), is_non_finite=True)
+            self._fail(request, str(error), NonFinite.LOGITS)
+            return
+        except NonFiniteIndexScores as error:
+            self._fail(request, str(error), NonFinite.INDEX_SCORES)
             return
         if output.finish_reason is not None:
             self._close(request)
         if output != StepOutput():
             self._deliver(request, output)
 
-    def _advance(self, share: LogitsShare, token_id: int | None, logits_RV: torch.Tensor) -> StepOutput:
+    def _advance(self, share: LogitsShare, drawn: Drawn, logits_RV: torch.Tensor) -> StepOutput:
         request, params = share.chunk.request, share.chunk.request.params
-        if share.sample_row is not None and token_id is None:
+        if request.flagged_layer is not None:
+            raise NonFiniteIndexScores(request.flagged_layer)
+        if share.sample_row is not None and drawn.token_id is None:
             raise NonFiniteLogits(NON_FINITE)
         num_top = params.num_logprobs or 0
         if share.scored_ids:
             rows = logits_RV[share.start : share.start + len(share.scored_ids)]
             request.scored_prompt += score_tokens(rows, share.scored_ids, num_top)
         token = None
-        if share.sample_row is not None and token_id is not None:
-            request.output_ids.append(token_id)
-            token = ScoredToken(token_id)
+        if share.sample_row is not None and drawn.token_id is not None:
+            request.output_ids.append(drawn.token_id)
+            token = ScoredToken(drawn.token_id)
             if params.num_logprobs is not None:
                 row = logits_RV[share.sample_row : share.sample_row + 1]
-                token = score_tokens(row, [token_id], num_top)[0]
+                token = with_top(drawn.token_id, drawn.logprob, row, num_top)
         request.num_computed += share.chunk.num_tokens
         prompt: tuple[ScoredToken, ...] = ()
         if share.ends_prompt and params.prompt_logprobs:
             prompt = (ScoredToken(request.prompt_ids[0]), *request.scored_prompt)
-        return StepOutput(prompt, token, self._finish_reason(request))
+        return request.with_end(StepOutput(prompt, token), self.end_token_ids)
 
-    def _finish_reason(self, request: Request) -> FinishReason | None:
-        if request.output_ids and request.output_ids[-1] in self.end_token_ids:
-            return FinishReason.STOP
-        if not request.is_prefilling and len(request.output_ids) >= request.params.max_tokens:
-            return FinishReason.LENGTH
-        return None
-
-    def _fail(self, request: Request, message: str, is_non_finite: bool = False) -> None:
+    def _fail(self, request: Request, message: str, non_finite: NonFinite | None = None) -> None:
         self._close(request)
-        output = StepOutput(finish_reason=FinishReason.ERROR, error=message, is_non_finite=is_non_finite)
+        output = StepOutput(finish_reason=FinishReason.ERROR, error=message, non_finite=non_finite)
         self._deliver(request, output)
 
     def _deliver(self, request: Request, output: StepOutput) -> None:

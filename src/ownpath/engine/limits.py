@@ -2,5 +2,7 @@
 
 MAX_TEMPERATURE = 2.0
 MAX_TOP_LOGPROBS = 20
+MAX_STOP_TOKENS = 64
+TOP_K_LIMIT = 2**31
 SEED_LIMIT = 2**63
 """A seed is a signed number of 64 bits."""

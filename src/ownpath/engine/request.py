@@ -3,12 +3,12 @@
 import math
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass, field, replace
+from enum import Enum, StrEnum
 from functools import lru_cache
 
 from ownpath.cache.pools import SequenceCache
-from ownpath.engine.limits import MAX_TEMPERATURE, MAX_TOP_LOGPROBS, SEED_LIMIT
+from ownpath.engine.limits import MAX_STOP_TOKENS, MAX_TEMPERATURE, MAX_TOP_LOGPROBS, SEED_LIMIT, TOP_K_LIMIT
 
 
 class RequestError(ValueError):
@@ -25,6 +25,9 @@ class SamplingParams:
     seed: same seed, prompt and parameters: same tokens, whatever else runs. None draws a fresh one.
     num_logprobs: None reports no log-probabilities; n reports the token's own and the n likeliest.
     prompt_logprobs: also report them for the prompt's tokens.
+    top_k: sample among so many of the likeliest tokens; 0 among all.
+    min_p: sample among tokens with at least this share of the likeliest one's probability.
+    ignore_eos: the model's end tokens end nothing. stop_token_ids: tokens that end the answer beside them.
     """
 
     max_tokens: int
@@ -33,6 +36,10 @@ class SamplingParams:
     seed: int | None = None
     num_logprobs: int | None = None
     prompt_logprobs: bool = False
+    top_k: int = 0
+    min_p: float = 0.0
+    ignore_eos: bool = False
+    stop_token_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         checks = (
@@ -43,6 +50,9 @@ class SamplingParams:
                 f"must be between 0 and {MAX_TEMPERATURE:g}",
             ),
             ("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1"),
+            ("top_k", 0 <= self.top_k < TOP_K_LIMIT, "must be 0 or the number of tokens"),
+            ("min_p", 0 <= self.min_p <= 1, "must be between 0 and 1"),
+            ("stop_token_ids", len(self.stop_token_ids) <= MAX_STOP_TOKENS, f"has at most {MAX_STOP_TOKENS} tokens"),
             (
                 "seed",
                 self.seed is None or -SEED_LIMIT <= self.seed < SEED_LIMIT,
@@ -60,13 +70,18 @@ class SamplingParams:
         assert math.isfinite(self.temperature)
 
     @property
+    def has_filters(self) -> bool:
+        """True if not every token may be drawn."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+    @property
     def greedy(self) -> bool:
         return self.temperature == 0
 
     @property
-    def is_plain(self) -> bool:
-        """True if tokens alone are wanted, without log-probabilities."""
-        return self.num_logprobs is None and self.max_tokens > 0
+    def needs_logits(self) -> bool:
+        """True if the sampler's results do not answer a step: the likeliest tokens are wanted, or no token at all."""
+        return bool(self.num_logprobs) or self.max_tokens == 0
 
 
 class FinishReason(Enum):
@@ -75,6 +90,13 @@ class FinishReason(Enum):
     STOP = "stop"
     LENGTH = "length"
     ERROR = "error"
+
+
+class NonFinite(StrEnum):
+    """Numbers that end an answer by being NaN or infinite; the value is the API's code of the error."""
+
+    LOGITS = "non_finite_logits"
+    INDEX_SCORES = "non_finite_index_scores"
 
 
 @dataclass(frozen=True)
@@ -94,14 +116,16 @@ class ScoredToken:
 class StepOutput:
     """One step's result for one request. The one with a ``finish_reason`` is the last.
 
-    is_non_finite: whether the error is a logit that is NaN or infinite.
+    stop_token_id: the token of ``stop_token_ids`` that ended it; None for an end token of the model, or any other end.
+    non_finite: what was NaN or infinite, if that is the error.
     """
 
     prompt: tuple[ScoredToken, ...] = ()
     token: ScoredToken | None = None
     finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
     error: str | None = None
-    is_non_finite: bool = False
+    non_finite: NonFinite | None = None
 
 
 @lru_cache(maxsize=2**16)
@@ -119,6 +143,7 @@ class Request:
 
     seed: the parameters' own or a fresh one; with the number of tokens drawn it decides the next draw.
     num_computed: tokens of ``prompt_ids + output_ids`` that the cache already holds.
+    flagged_layer: the first layer whose index scores were not finite in a row of this request; ``None``: none.
     sink: called with every output, from the engine's thread; must not block.
     """
 
@@ -130,6 +155,7 @@ class Request:
     cache: SequenceCache | None = None
     seed: int = field(init=False)
     scored_prompt: list[ScoredToken] = field(default_factory=list)
+    flagged_layer: int | None = None
 
     def __post_init__(self) -> None:
         fresh = secrets.randbelow(2 * SEED_LIMIT) - SEED_LIMIT
@@ -153,6 +179,23 @@ class Request:
     @property
     def is_prefilling(self) -> bool:
         return self.num_computed < len(self.prompt_ids)
+
+    @property
+    def needs_logits(self) -> bool:
+        """True if more than the sampler's results decides what this step reports."""
+        is_prefilling = self.num_computed < len(self.prompt_ids)
+        return is_prefilling or self.flagged_layer is not None or self.params.needs_logits
+
+    def with_end(self, output: StepOutput, end_token_ids: frozenset[int]) -> StepOutput:
+        """Returns a step's output and why the answer ends with it, if it does. end_token_ids: the model's."""
+        params, last = self.params, self.output_ids[-1] if self.output_ids else None
+        if last in end_token_ids and not params.ignore_eos:
+            return replace(output, finish_reason=FinishReason.STOP)
+        if last in params.stop_token_ids:
+            return replace(output, finish_reason=FinishReason.STOP, stop_token_id=last)
+        if len(self.output_ids) >= params.max_tokens and not self.is_prefilling:
+            return replace(output, finish_reason=FinishReason.LENGTH)
+        return output
 
     @property
     def next_id(self) -> int:

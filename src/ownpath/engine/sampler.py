@@ -3,12 +3,15 @@
 Shapes: V = vocabulary of the tokenizer, S = rows that sample.
 """
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from ownpath.cache.layout import aligned_rows
 from ownpath.engine.request import Request, SamplingParams, ScoredToken
 from ownpath.kernels.registry import KERNELS
 from ownpath.kernels.sample.types import FilterRows, Sampled, SampleKernel, SampleRows
@@ -16,11 +19,20 @@ from ownpath.loading import device_caps
 from ownpath.ops import OpKind
 from ownpath.plan.select import Choice, select
 
+NAN_BITS = 0x7FC00000
+"""A float32 NaN as an integer."""
 NON_FINITE = "the model produced a logit that is not finite"
 
 
 class NonFiniteLogits(RuntimeError):
     """A row of logits that holds NaN or infinity: no token can be chosen from it."""
+
+
+class NonFiniteIndexScores(RuntimeError):
+    """An indexer's scores of a request's entries hold NaN or infinity: its answer may rest on the wrong entries."""
+
+    def __init__(self, layer_idx: int) -> None:
+        super().__init__(f"the indexer of layer {layer_idx} produced a score that is not finite")
 
 
 class SampleRow(NamedTuple):
@@ -34,6 +46,21 @@ class SampleRow(NamedTuple):
     num_drawn: int
 
 
+class Drawn(NamedTuple):
+    """A row's token, ``None`` if none is due or a logit is not finite, and its log-prob by the raw logits, before
+    temperature and filters: NaN if nobody asks for it."""
+
+    token_id: int | None = None
+    logprob: float = math.nan
+
+
+class Chosen(NamedTuple):
+    """Columns of ``Drawn``, a row each."""
+
+    token_ids: list[int | None]
+    logprobs: list[float]
+
+
 def sample_row(request: Request) -> SampleRow:
     """Returns how a request draws its next token."""
     return SampleRow(request.params, request.seed, len(request.output_ids))
@@ -45,21 +72,33 @@ def finite_rows(logits_RV: torch.Tensor) -> list[bool]:
     return finite
 
 
-def choose_tokens(logits_SV: torch.Tensor, rows: Sequence[SampleRow]) -> list[int | None]:
-    """Chooses one token id per row; ``None`` for a row with a logit that is not finite.
+def choose_tokens(logits_SV: torch.Tensor, rows: Sequence[SampleRow]) -> Chosen:
+    """Chooses one token id per row, with its log-prob in the same pass.
 
+    A GPU always computes log-probs, so that one kernel serves all; a CPU where a row asks.
     Shapes: logits_SV float32 [S, V], cut to the tokenizer's vocabulary, so that every id is a token.
     """
-    if logits_SV.device.type == "cpu" and all(row.params.greedy for row in rows):
+    device, count = logits_SV.device, len(rows)
+    asks = device.type != "cpu" or any(row.params.num_logprobs is not None for row in rows)
+    if not asks and all(row.params.greedy for row in rows):
         likeliest: list[int] = logits_SV.argmax(dim=-1).tolist()
-        return [token if finite else None for token, finite in zip(likeliest, finite_rows(logits_SV), strict=True)]
-    # An even number of rows, so that both begin at a multiple of 16 bytes: Triton compiles anew for another beginning.
-    chosen = torch.empty(2, len(rows) + len(rows) % 2, dtype=torch.int64, device=logits_SV.device)[:, : len(rows)]
-    kernel, operand = sampler_of(logits_SV.device)
-    kernel.run(
-        logits_SV.float(), _sample_rows(rows, logits_SV.device), operand, out=Sampled(chosen[0], chosen[1], None)
-    )
-    return [None if fault else token for token, fault in zip(*chosen.tolist(), strict=True)]
+        kept = [token if finite else None for token, finite in zip(likeliest, finite_rows(logits_SV), strict=True)]
+        return Chosen(kept, [math.nan] * count)
+    found = torch.full((len(Sampled._fields), aligned_rows(count)), NAN_BITS, dtype=torch.int32, device=device)
+    kernel, operand = sampler_of(device)
+    out = sampled_views(found, count)
+    out = out if asks else out._replace(logprob_T=None)
+    kernel.run(logits_SV.float(), _sample_rows(rows, device), operand, out=out)
+    read = found.numpy(force=True)[:, :count]
+    tokens, faults = read[:2].tolist()
+    kept = [None if fault else token for token, fault in zip(tokens, faults, strict=True)]
+    return Chosen(kept, read[2].view(np.float32).tolist())
+
+
+def sampled_views(chosen: torch.Tensor, count: int) -> Sampled:
+    """Returns where the sampler writes the results of ``count`` rows: the first rows of int32 [3 or more, R]."""
+    token_T, fault_T, logprob_T = chosen[: len(Sampled._fields), :count]
+    return Sampled(token_T, fault_T, logprob_T.view(torch.float32))
 
 
 def warm_up_sampler(device: torch.device | str, num_vocab: int) -> None:
@@ -83,15 +122,28 @@ def _sample_rows(rows: Sequence[SampleRow], device: torch.device) -> SampleRows:
         return torch.tensor(values, dtype=dtype, device=device)
 
     filters = None
-    if any(row.params.top_p < 1 for row in rows):
-        top_p_S = column([row.params.top_p for row in rows], torch.float32)
-        filters = FilterRows(torch.zeros_like(top_p_S, dtype=torch.int32), top_p_S, torch.zeros_like(top_p_S))
+    if any(row.params.has_filters for row in rows):
+        filters = FilterRows(
+            column([row.params.top_k for row in rows], torch.int32),
+            column([row.params.top_p for row in rows], torch.float32),
+            column([row.params.min_p for row in rows], torch.float32),
+        )
     return SampleRows(
         column([row.params.temperature for row in rows], torch.float32),
         column([row.seed for row in rows], torch.int64),
         column([row.num_drawn for row in rows], torch.int32),
         filters,
     )
+
+
+def with_top(token_id: int, logprob: float, logits_1V: torch.Tensor, num_top: int) -> ScoredToken:
+    """Returns a chosen token with its log-prob, as the sampler computed it, and with the ``num_top`` likeliest of its
+    row, which cost a pass of their own. Among those it keeps the sampler's number. Errors: NonFiniteLogits."""
+    if not num_top:
+        return ScoredToken(token_id, logprob)
+    (scored,) = score_tokens(logits_1V, [token_id], num_top)
+    tops = tuple((other, logprob if other == token_id else value) for other, value in scored.top_logprobs)
+    return ScoredToken(token_id, logprob, tops)
 
 
 def score_tokens(logits_RV: torch.Tensor, token_ids: Sequence[int], num_top: int) -> list[ScoredToken]:

@@ -53,6 +53,7 @@ class Scheduler:
         self._num_parties = 0
         # A party's number is its age: the oldest has the lowest.
         self._party_of: dict[Request, int] = {}
+        self._single: dict[Request, ScheduledChunk] = {}
         self._waiting: dict[int, deque[Request]] = {}
         self.running: list[Request] = []
 
@@ -72,6 +73,7 @@ class Scheduler:
             assert request.num_computed == 0, "a request is added once, before anything of it has run"
             assert request.prompt_ids, "an empty prompt has no row to sample from"
             self._party_of[request] = self._num_parties
+            self._single[request] = ScheduledChunk(request, 1)
         self._waiting[self._num_parties] = deque(requests)
 
     def remove(self, request: Request) -> bool:
@@ -79,6 +81,7 @@ class Scheduler:
         party = self._party_of.pop(request, None)
         if party is None:
             return False
+        del self._single[request]
         if request in self.running:
             self.running.remove(request)
         else:
@@ -95,7 +98,7 @@ class Scheduler:
             if request.is_prefilling:
                 unread.setdefault(self._party_of[request], []).append(request)
             else:
-                chunks.append(ScheduledChunk(request, 1))
+                chunks.append(self._single[request])
         parties = [unread[party] for party in sorted(unread)]
         wanted = [sum(request.num_pending for request in party) for party in parties]
         for party, share in zip(parties, share_tokens(self._max_prefill_tokens, wanted), strict=True):

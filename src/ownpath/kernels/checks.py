@@ -4,6 +4,8 @@ import torch
 
 VECTOR_BYTES = 16
 """Alignment that the kernels' widest loads assume."""
+SPARE_MULTIPLE = 8
+"""Of the spare rows of rings: FP8 pages of such a length are aligned."""
 
 
 def check(
@@ -23,6 +25,12 @@ def check(
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, found strides {list(tensor.stride())}")
     check_alignment(name, tensor)
+
+
+def check_spare(spare: int) -> None:
+    """Checks by how many rows rings are longer than one row of a request needs. Errors: ValueError."""
+    if spare < 0 or spare % SPARE_MULTIPLE:
+        raise ValueError(f"spare must be a multiple of {SPARE_MULTIPLE}, found {spare}")
 
 
 def is_dense(tensor: torch.Tensor, dtype: torch.dtype) -> bool:

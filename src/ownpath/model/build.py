@@ -13,7 +13,7 @@ from ownpath.attention.interface import AttentionLayer
 from ownpath.attention.reference import ReferenceAttention
 from ownpath.attention.rope import Rope
 from ownpath.attention.select import EntrySelector
-from ownpath.cache.layout import windows_per_entry
+from ownpath.cache.layout import spare_rows, windows_per_entry
 from ownpath.cache.pools import CacheSpec
 from ownpath.config import CSA_RATIO, EngineConfig, Layer, ModelConfig
 from ownpath.model.attention import Attention, AttentionCore
@@ -35,6 +35,7 @@ from ownpath.runners import (
     KeyQuantizer,
     Linear,
     RMSNorm,
+    RotaryAngles,
     Route,
     Router,
     RouterWeights,
@@ -52,7 +53,6 @@ from ownpath.runners.decode import (
     Frequencies,
     KeyRounding,
     NormWeights,
-    angles_of_steps,
 )
 from ownpath.runners.linear import LinearRunner
 from ownpath.runners.runner import KernelOrName, chosen_spec
@@ -199,13 +199,13 @@ class Builder:
     @cached_property
     def _paged(self) -> PagedAttention | None:
         """The backend of all layers if decode steps are planned."""
-        writes = [spec for slot, spec in self.specs.items() if slot.endswith(".decode.entries")]
-        if not writes:
+        slot = "attn.decode.angles"
+        if slot not in self.specs:
             return None
         config, device = self.config, torch.device(self.engine.device)
         ropes = (Rope.for_layer(config, compressing, device) for compressing in (False, True))
         frequencies = Frequencies(*(rope.freqs_F for rope in ropes))
-        angles = angles_of_steps(frequencies, writes[0])
+        angles = self.ledger.watch(slot, RotaryAngles(frequencies, kernel=self.specs[slot]))
         return PagedAttention(ReferenceAttention(config.sliding_window), angles)
 
     def _decode(self, layer_idx: int) -> DecodeLayer | None:
@@ -222,9 +222,10 @@ class Builder:
         steps = {name: self._steps(f"{attn}.decode.{name}") for name in ("entries", "attend")}
         keys = KeyRounding.FP8 if Step.KV in steps["entries"] else KeyRounding.NONE
         index_keys = KeyRounding.FP4 if Step.INDEXER in steps["entries"] else KeyRounding.NONE
-        written = EntriesWeights(norm, main, index, keys=keys, index_keys=index_keys)
+        spare = spare_rows(self.engine.rows_per_request)
+        written = EntriesWeights(norm, main, index, keys=keys, index_keys=index_keys, spare=spare)
         is_stepwise = Step.Q_HEAD_NORM in steps["attend"]
-        weights = AttendWeights(sink_N, config.softmax_scale, config.rms_norm_eps, num_rotary, is_stepwise)
+        weights = AttendWeights(sink_N, config.softmax_scale, config.rms_norm_eps, num_rotary, is_stepwise, spare)
 
         def watch(name: str, make: Callable[..., Runner], *args: object) -> Any:
             slot = f"{attn}.decode.{name}"

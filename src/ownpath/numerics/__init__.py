@@ -26,7 +26,7 @@ from ownpath.numerics.fake_quant import (
     nvfp4_codes_times_scales,
 )
 from ownpath.numerics.mxfp4 import ScaleSpanError, mxfp4_as_nvfp4, mxfp4_scale_as_nvfp4
-from ownpath.numerics.pages import INDEX_PAGES, KEY_PAGES, PageForm
+from ownpath.numerics.pages import FP4_INDEX_PAGES, INDEX_FORMS, INDEX_PAGES, KEY_PAGES, PageForm, index_form
 from ownpath.numerics.quantize import (
     nvfp4_global_scale,
     quantize_fp8_block,
@@ -40,7 +40,9 @@ __all__ = [
     "E2M1_MAGNITUDES",
     "E2M1_MAX",
     "E4M3_MAX",
+    "FP4_INDEX_PAGES",
     "FP8_AMAX_FLOOR",
+    "INDEX_FORMS",
     "INDEX_PAGES",
     "KEY_PAGES",
     "PageForm",
@@ -61,6 +63,7 @@ __all__ = [
     "fake_quantize_fp4",
     "fake_quantize_fp8",
     "hadamard",
+    "index_form",
     "mxfp4_as_nvfp4",
     "mxfp4_scale_as_nvfp4",
     "nvfp4_codes_times_scales",

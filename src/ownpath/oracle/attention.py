@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ownpath.config import CSA_RATIO, Layer
-from ownpath.formats import CacheFormat
+from ownpath.formats import KeyFormat
 from ownpath.official import Step
 from ownpath.oracle.arithmetic import OracleRun
-from ownpath.oracle.formats import E4M3, fp4, fp8, hadamard_matrix, nearest, power_of_two_scale
+from ownpath.oracle.formats import E2M1, E4M3, fp4, fp8, hadamard_matrix, nearest, power_of_two_scale
 from ownpath.oracle.formulas import QUERIES_AT_ONCE, attention_weights, index_scores, rms, rotate_to, top_indices
 
 _KV_BLOCK, _INDEX_BLOCK = 64, 32
@@ -66,7 +66,7 @@ def _quantize_kv(run: OracleRun, kv: Tensor) -> Tensor:
 
 def _in_cache(run: OracleRun, keys: Tensor) -> Tensor:
     """Rounds keys as the caches hold them: in FP8 pages rotary channels are BF16, all others E4M3."""
-    if run.arithmetic.cache_format is CacheFormat.BF16:
+    if not run.arithmetic.cache_format.in_pages:
         return keys
     num_rotary = run.config.qk_rope_head_dim
     plain, rotary = keys.split((keys.shape[-1] - num_rotary, num_rotary), -1)
@@ -74,11 +74,14 @@ def _in_cache(run: OracleRun, keys: Tensor) -> Tensor:
 
 
 def _in_index_cache(run: OracleRun, keys: Tensor) -> Tensor:
-    """As ``_in_cache``, for index keys: E4M3 with one scale for each key."""
-    if run.arithmetic.cache_format is CacheFormat.BF16:
+    """As ``_in_cache``, for index keys: E4M3 with one scale for each key, or E2M1 with one for 32 channels."""
+    stored = run.arithmetic.cache_format.index_keys
+    if stored is KeyFormat.BF16:
         return keys
-    scale = power_of_two_scale(keys.float().abs().amax(-1, keepdim=True).clamp(min=E4M3[-1] * 2.0**-126), E4M3[-1])
-    return (nearest(keys.float().double() / scale, E4M3) * scale).to(keys.dtype)
+    size, codes = (keys.shape[-1], E4M3) if stored is KeyFormat.FP8 else (_INDEX_BLOCK, E2M1)
+    blocks = keys.float().unflatten(-1, (-1, size))
+    scale = power_of_two_scale(blocks.abs().amax(-1, keepdim=True).clamp(min=codes[-1] * 2.0**-126), codes[-1])
+    return (nearest(blocks.double() / scale, codes) * scale).flatten(-2).to(keys.dtype)
 
 
 def _attend(run: OracleRun, q_TNH: Tensor, keys_KH: Tensor, visible_TK: Tensor, sink_N: Tensor) -> Tensor:

@@ -50,11 +50,11 @@ def frequencies(config: ModelConfig, ratio: int, dtype: torch.dtype = torch.floa
 
 
 def rotate(x: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
-    """Rotates the last 2F channels of x [T, ..., H] in pairs of neighbours; the others stay as they are."""
-    shape, num_rotary = (len(x), *[1] * (x.ndim - 2), cos_TF.shape[-1]), 2 * cos_TF.shape[-1]
+    """Rotates the last 2F channels of x [T, ..., H] in pairs of neighbours; the others stay as they are. F may be 0."""
+    shape, num_passed = (len(x), *[1] * (x.ndim - 2), cos_TF.shape[-1]), x.shape[-1] - 2 * cos_TF.shape[-1]
     turn = torch.complex(cos_TF.to(x.dtype), sin_TF.to(x.dtype)).view(shape)
-    pairs = torch.view_as_complex(x[..., -num_rotary:].contiguous().unflatten(-1, (-1, 2)))
-    return torch.cat((x[..., :-num_rotary], torch.view_as_real(pairs * turn).flatten(-2)), -1)
+    pairs = torch.view_as_complex(x[..., num_passed:].contiguous().unflatten(-1, (cos_TF.shape[-1], 2)))
+    return torch.cat((x[..., :num_passed], torch.view_as_real(pairs * turn).flatten(-2)), -1)
 
 
 def rotate_to(x: Tensor, positions_T: Tensor, config: ModelConfig, ratio: int, *, inverse: bool = False) -> Tensor:

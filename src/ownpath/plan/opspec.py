@@ -13,6 +13,8 @@ from ownpath.ops import OpKind
 
 DECODE_WINDOW = 128
 """Keys of a window, which the kernels of decode steps are made for."""
+STEP_ANGLES = "attn.decode.angles"
+"""The slot of a decode step's angles, which is no layer's."""
 INDEXER, Q_HEAD_NORM = frozenset({Step.INDEXER}), frozenset({Step.Q_HEAD_NORM})
 
 
@@ -120,6 +122,11 @@ def official_ops(config: ModelConfig, layer: Layer, official: frozenset[Step]) -
     if Step.INDEXER in official and layer.ratio == CSA_RATIO:
         index_dims = (config.index_head_dim,)
         yield CompanionSpec(f"{attn}.indexer.quantizer", OpKind.INDEX_QUANTIZER, index_dims, INDEXER)
+
+
+def angles_op(config: ModelConfig) -> CompanionSpec:
+    """Returns what a decode step computes once, before its layers: the angles of its positions."""
+    return CompanionSpec(STEP_ANGLES, OpKind.STEP_ANGLES, (config.qk_rope_head_dim,))
 
 
 def decode_ops(config: ModelConfig, layer: Layer) -> Iterator[CompanionSpec]:

@@ -21,6 +21,7 @@ from ownpath.plan.opspec import (
     DECODE_WINDOW,
     CompanionSpec,
     OpSpec,
+    angles_op,
     companion_ops,
     decode_ops,
     draft_companions,
@@ -89,7 +90,8 @@ class Planner:
     def companions(self, ops: Iterable[PlannedOp], loads_draft: bool) -> tuple[PlannedCompanion, ...]:
         """Plans what lies between the products ``ops``."""
         config, plain = self.config, self._plain_slots(ops)
-        specs = [*companion_ops(config), *self._of_layers(config.backbone_layers(), plain)]
+        specs = [*companion_ops(config), *([] if self.no_decode else [angles_op(config)])]
+        specs += self._of_layers(config.backbone_layers(), plain)
         if loads_draft:
             specs += [*draft_companions(config), *self._of_layers(config.draft_layers(), plain)]
         return tuple(PlannedCompanion(spec, self._choice(spec, None)) for spec in specs)

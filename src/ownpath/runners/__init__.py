@@ -15,7 +15,7 @@ from ownpath.runners.companions import (
     SharedKeyAttention,
     SwiGLU,
 )
-from ownpath.runners.decode import CacheEntries, DecodeAttention, IndexScores, Select
+from ownpath.runners.decode import CacheEntries, DecodeAttention, IndexScores, RotaryAngles, Select
 from ownpath.runners.grouped import Fp8GroupedLinear, GroupedLinear, GroupedRunner
 from ownpath.runners.linear import (
     ConcatLinear,
@@ -57,6 +57,7 @@ __all__ = [
     "PlainMoE",
     "QuantizedLinear",
     "RMSNorm",
+    "RotaryAngles",
     "Route",
     "RouteWeights",
     "Router",

@@ -3,15 +3,12 @@
 They take the arguments of their kernels, whose types are in the families' ``types.py``.
 """
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 
 import ownpath.runners.decode_ops  # noqa: F401, defines the operations that the runners call while torch compiles
+from ownpath.kernels.angles.types import Frequencies, StepAnglesKernel, views_of
 from ownpath.kernels.attend.types import AttendKernel, AttendWeights, DecodeKeys, DecodeRows
 from ownpath.kernels.contract import NormWeights
-from ownpath.kernels.entries.angles import Frequencies, step_angles
 from ownpath.kernels.entries.types import (
     CompressorWeights,
     EntriesKernel,
@@ -25,7 +22,7 @@ from ownpath.kernels.entries.types import (
 )
 from ownpath.kernels.registry import KERNELS
 from ownpath.kernels.scores.types import CSA_PAGES, IndexQuery, IndexScoresKernel, PagedRows
-from ownpath.kernels.select.types import SelectKernel, SelectWeights
+from ownpath.kernels.select.types import Selected, SelectKernel, SelectWeights
 from ownpath.runners.ops import HANDLES
 from ownpath.runners.runner import KernelOrName, KernelRunner, chosen_spec
 
@@ -46,21 +43,34 @@ __all__ = [
     "NormWeights",
     "PagedRows",
     "RawRows",
+    "RotaryAngles",
     "RowPlaces",
     "Select",
     "StepAngles",
-    "angles_of_steps",
 ]
 
 
-def angles_of_steps(frequencies: Frequencies, kernel: KernelOrName) -> Callable[[torch.Tensor], StepAngles]:
-    """Returns the function that computes the angles of a step's positions, int32 [T]: in one launch where ``kernel``,
-    which writes the caches' entries, is one of Triton's, else in torch."""
-    if chosen_spec(kernel).is_torch:
-        return partial(step_angles, frequencies=frequencies)
-    from ownpath.kernels.entries.head import STEP_ANGLES  # needs Triton
+class RotaryAngles(KernelRunner):
+    """The angles of a step's positions int32 [T], for all layers."""
 
-    return partial(STEP_ANGLES.run, operand=STEP_ANGLES.prepare(frequencies))
+    def __init__(self, frequencies: Frequencies, *, kernel: KernelOrName = "ref.step_angles") -> None:
+        self.spec = chosen_spec(kernel)
+        self.kernel: StepAnglesKernel[object] = KERNELS[self.spec.name]
+        self.num_pairs, self.operand = len(frequencies.sliding_F), self.kernel.prepare(frequencies)
+        self.handle = HANDLES.new(self)
+
+    def variant(self, positions_T: torch.Tensor) -> str | None:
+        """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""
+        return self.kernel.variant(positions_T, self.operand)
+
+    def run(self, positions_T: torch.Tensor) -> torch.Tensor:
+        """Computes all tables [KINDS, T, F]. Errors: ValueError naming an argument that the kernel refuses."""
+        return self.kernel.run(positions_T, self.operand)
+
+    def __call__(self, positions_T: torch.Tensor) -> StepAngles:
+        if torch.compiler.is_compiling():
+            return views_of(torch.ops.ownpath.step_angles(positions_T, self.handle))
+        return views_of(self.run(positions_T))
 
 
 class CacheEntries(KernelRunner):
@@ -113,7 +123,8 @@ class IndexScores(KernelRunner):
 
 
 class Select(KernelRunner):
-    """Selects each row's best-scored entries: their rows in the pool, ascending, and their number."""
+    """Selects each row's best-scored entries: their rows in the pool, ascending, their number, and a flag of scores
+    that are not finite, in ``flags_T`` int32 [T] if that is given."""
 
     def __init__(self, topk: int, *, kernel: KernelOrName = "ref.select") -> None:
         self.spec = chosen_spec(kernel)
@@ -125,15 +136,21 @@ class Select(KernelRunner):
         """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""
         return self.kernel.variant(scores_TC, self.operand)
 
-    def run(self, scores_TC: torch.Tensor, rows: PagedRows) -> tuple[torch.Tensor, ...]:
+    def run(self, scores_TC: torch.Tensor, rows: PagedRows, flags_T: torch.Tensor | None = None) -> Selected:
         """Selects. Errors: ValueError naming an argument that the kernel refuses."""
-        return self.kernel.run(scores_TC, rows, self.operand)
+        if flags_T is None:
+            return self.kernel.run(scores_TC, rows, self.operand)
+        shapes = (len(scores_TC), self.topk), (len(scores_TC),)
+        rows_TK, num_T = (torch.empty(shape, dtype=torch.int32, device=scores_TC.device) for shape in shapes)
+        return self.kernel.run(scores_TC, rows, self.operand, out=Selected(rows_TK, num_T, flags_T))
 
-    def __call__(self, scores_TC: torch.Tensor, rows: PagedRows) -> tuple[torch.Tensor, ...]:
+    def __call__(self, scores_TC: torch.Tensor, rows: PagedRows, flags_T: torch.Tensor | None = None) -> Selected:
         if torch.compiler.is_compiling():
-            found: tuple[torch.Tensor, ...] = torch.ops.ownpath.select(scores_TC, *rows, self.handle)
-            return found
-        return self.kernel.run(scores_TC, rows, self.operand)
+            if flags_T is None:
+                flags_T = torch.empty(len(scores_TC), dtype=torch.int32, device=scores_TC.device)
+            rows_TK, num_T = torch.ops.ownpath.select(scores_TC, *rows, flags_T, self.handle)
+            return Selected(rows_TK, num_T, flags_T)
+        return self.run(scores_TC, rows, flags_T)
 
 
 class DecodeAttention(KernelRunner):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ownpath.kernels.angles.types import KINDS
 from ownpath.kernels.attend.types import DecodeKeys, DecodeRows
 from ownpath.kernels.entries.types import EntryAngles, LayerPools, RawRows, RowPlaces
 from ownpath.kernels.scores.types import IndexQuery, PagedRows
@@ -17,9 +18,14 @@ from ownpath.numerics import wide_dtype
 from ownpath.runners.ops import register
 
 if TYPE_CHECKING:
-    from ownpath.runners.decode import IndexScores, Select
+    from ownpath.runners.decode import IndexScores, RotaryAngles, Select
 
 NUM_RAW, NUM_ANGLES, NUM_PLACES = len(RawRows._fields), len(EntryAngles._fields), len(RowPlaces._fields)
+
+
+def step_angles(positions: Tensor, runner: "RotaryAngles") -> Tensor:
+    """Computes float32 [KINDS, T, F]."""
+    return runner.run(positions)
 
 
 def cache_entries(*given: Any) -> None:
@@ -38,9 +44,11 @@ def index_scores(
     return runner.run(IndexQuery(q, weights, cos, sin), keys, PagedRows(positions, blocks))
 
 
-def select(scores: Tensor, positions: Tensor, blocks: Tensor, runner: "Select") -> tuple[Tensor, ...]:
-    """Returns the rows of the pool [T, K], their number [T] and the flag of scores that are not finite [T]."""
-    return runner.run(scores, PagedRows(positions, blocks))
+def select(
+    scores: Tensor, positions: Tensor, blocks: Tensor, flags: Tensor, runner: "Select"
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Returns the rows of the pool [T, K] and their number [T]; writes the flag of scores that are not finite [T]."""
+    return runner.run(scores, PagedRows(positions, blocks), flags)[:2]
 
 
 def decode_attention(*given: Any) -> Tensor:
@@ -48,6 +56,10 @@ def decode_attention(*given: Any) -> Tensor:
     q, cos, sin, window, entries, per_block, ratio, *rows, runner = given
     found: Tensor = runner.run(q, cos, sin, DecodeKeys(window, entries, per_block, ratio), DecodeRows(*rows))
     return found
+
+
+def _fake_angles(positions: Tensor, runner: "RotaryAngles") -> Tensor:
+    return positions.new_empty((KINDS, len(positions), runner.num_pairs), dtype=torch.float32)
 
 
 def _fake_entries(*_: object) -> None:
@@ -62,8 +74,10 @@ def _fake_scores(
     return q.new_empty((len(blocks), blocks.shape[1] * runner.pages.per_block), dtype=dtype)
 
 
-def _fake_select(scores: Tensor, positions: Tensor, blocks: Tensor, runner: "Select") -> tuple[Tensor, ...]:
-    shapes = (len(scores), runner.topk), (len(scores),), (len(scores),)
+def _fake_select(
+    scores: Tensor, positions: Tensor, blocks: Tensor, flags: Tensor, runner: "Select"
+) -> tuple[Tensor, ...]:  # fmt: skip
+    shapes = (len(scores), runner.topk), (len(scores),)
     return tuple(scores.new_empty(shape, dtype=torch.int32) for shape in shapes)
 
 
@@ -73,6 +87,7 @@ def _fake_attention(q: Tensor, *_: object) -> Tensor:
 
 ROWS = "Tensor positions, Tensor slots, Tensor blocks"
 DECODE_OPERATIONS = (
+    ("step_angles(Tensor positions, int runner) -> Tensor", step_angles, _fake_angles),
     (
         "cache_entries(Tensor kv, Tensor? main, Tensor? index, Tensor cos, Tensor sin, Tensor? first_cos,"
         f" Tensor? first_sin, {ROWS}, Tensor(a!) window, Tensor(b!)? state, Tensor(c!)? entries,"
@@ -87,7 +102,7 @@ DECODE_OPERATIONS = (
         _fake_scores,
     ),
     (
-        "select(Tensor scores, Tensor positions, Tensor blocks, int runner) -> (Tensor, Tensor, Tensor)",
+        "select(Tensor scores, Tensor positions, Tensor blocks, Tensor(a!) flags, int runner) -> (Tensor, Tensor)",
         select,
         _fake_select,
     ),

@@ -84,7 +84,7 @@ def judge(evidence: ProbeAnswers, facts: ModelFacts) -> list[Finding]:
         _at_most("S01-answers", "prompts without an answer", num_unanswered, 0),
         *_consistency(evidence, facts),
         *_signatures(evidence, facts),
-        _at_most("S03-finite", "prompts with logits that are not finite", num_non_finite, 0),
+        _at_most("S03-finite", "prompts with logits or index scores that are not finite", num_non_finite, 0),
     ]
 
 

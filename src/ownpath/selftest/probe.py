@@ -135,7 +135,7 @@ def run_prompts(engine: Engine, asked: Sequence[tuple[tuple[int, ...], SamplingP
 def _add_output(seen: PromptOutput, output: StepOutput) -> PromptOutput:
     if output.error is not None:
         failed = PromptOutput(seen.prompt_ids, finish_reason=FinishReason.ERROR, error=output.error)
-        return replace(failed, is_non_finite=output.is_non_finite)
+        return replace(failed, is_non_finite=output.non_finite is not None)
     rows = tuple(scored.top_logprobs for scored in output.prompt[1:])
     token = output.token
     return replace(

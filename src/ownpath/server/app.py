@@ -17,6 +17,7 @@ from ownpath.chat.effort import DEFAULT, Release
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.server import errors
 from ownpath.server.access import AccessPolicy
+from ownpath.server.api_reference import ApiReference
 from ownpath.server.body import BodyReader, Limits
 from ownpath.server.debug import DebugPlan
 from ownpath.server.fingerprint import system_fingerprint
@@ -25,7 +26,10 @@ from ownpath.server.labels import LabelLog
 from ownpath.server.metrics import Metrics
 from ownpath.server.policy import RequestPolicy
 from ownpath.server.request_log import LogRequests, RequestLog
+from ownpath.server.route_table import DOCS_PATH, PAGE_PATH, served_routes
 from ownpath.server.routes import Api
+from ownpath.server.static_page import StaticPage
+from ownpath.server.token_api import TokenApi
 from ownpath.server.vitals import Vitals
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -83,17 +87,17 @@ def create_app(
         vitals.engine.stop()
         bodies.close()
 
-    routes = [
-        Route(path, endpoint, methods=[method])
-        for path, methods in _endpoints(api, debug).items()
-        for method, endpoint in methods.items()
-    ]
+    endpoints = _endpoints(api, debug)
+    declared = served_routes(has_debug=debug is not None)
+    assert sorted((it.path, it.method) for it in declared) == sorted((p, m) for p in endpoints for m in endpoints[p])
+    routes = [Route(it.path, endpoints[it.path][it.method], methods=[it.method]) for it in declared]
     handlers = {
         errors.ApiError: errors.on_api_error,
         errors.ClientGone: errors.on_client_gone,
         HTTPException: errors.on_http_error,
     }
-    layers = _layers(rules, metrics, own_key_paths=frozenset() if debug is None else frozenset({_DEBUG_PATH}))
+    open_paths = {PAGE_PATH, DOCS_PATH} if debug is None else {PAGE_PATH, DOCS_PATH, _DEBUG_PATH}
+    layers = _layers(rules, metrics, open_paths=frozenset(open_paths))
     app = Starlette(routes=routes, middleware=layers, exception_handlers=handlers, lifespan=lifespan)
     # A redirect would be built from the client's own Host header, and POST clients do not follow it anyway.
     app.router.redirect_slashes = False
@@ -102,7 +106,9 @@ def create_app(
 
 def _endpoints(api: Api, debug: DebugPlan | None) -> dict[str, Mapping[str, Endpoint]]:
     """Returns each path with its methods."""
+    tokens, reference = TokenApi(api), ApiReference(has_debug=debug is not None)
     paths: dict[str, Mapping[str, Endpoint]] = {
+        PAGE_PATH: {"GET": StaticPage("page.html").show},
         "/health": {"GET": api.health},
         "/ready": {"GET": api.ready},
         "/metrics": {"GET": api.prometheus},
@@ -110,11 +116,16 @@ def _endpoints(api: Api, debug: DebugPlan | None) -> dict[str, Mapping[str, Endp
         "/v1/models/{model_id:path}": {"GET": api.model},
         "/v1/completions": {"POST": api.completions},
         "/v1/chat/completions": {"POST": api.chat_completions},
+        "/tokenize": {"POST": tokens.tokenize},
+        "/detokenize": {"POST": tokens.detokenize},
+        "/version": {"GET": tokens.version},
+        "/openapi.json": {"GET": reference.describe},
+        DOCS_PATH: {"GET": StaticPage("docs.html").show},
     }
     return paths if debug is None else paths | {_DEBUG_PATH: {"GET": debug.show, "POST": debug.record}}
 
 
-def _layers(rules: Rules, metrics: Metrics, own_key_paths: frozenset[str]) -> list[Middleware]:
+def _layers(rules: Rules, metrics: Metrics, open_paths: frozenset[str]) -> list[Middleware]:
     """Returns what a request passes, in order. A browser's preflight request carries no key: CORS comes before keys."""
     access = rules.access
     layers = [Middleware(RequestLog, metrics=metrics, tells=rules.log_requests)]
@@ -131,5 +142,5 @@ def _layers(rules: Rules, metrics: Metrics, own_key_paths: frozenset[str]) -> li
             )
         )
     if access.keys:
-        layers.append(Middleware(KeyGate, keys=access.keys, own_key_paths=own_key_paths))
+        layers.append(Middleware(KeyGate, keys=access.keys, open_paths=open_paths))
     return layers

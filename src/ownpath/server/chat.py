@@ -28,13 +28,7 @@ _MARKS = ("malformed", "call_in_reasoning", "empty_content", "stop_reason")
 
 def sampling_params(request: ChatRequest, max_tokens: int) -> SamplingParams:
     """Builds the request's parameters. max_tokens: the limit once it is fitted to the context."""
-    return SamplingParams(
-        max_tokens=max_tokens,
-        temperature=request.temperature,
-        top_p=request.top_p,
-        seed=request.seed,
-        num_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-    )
+    return request.sampling(max_tokens, (request.top_logprobs or 0) if request.logprobs else None)
 
 
 async def chat_chunks(

@@ -21,14 +21,7 @@ _LOGPROB_KEYS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 def sampling_params(request: CompletionRequest, max_tokens: int) -> SamplingParams:
     """Builds the parameters of one prompt. max_tokens: the limit once it is fitted to the context."""
-    return SamplingParams(
-        max_tokens=max_tokens,
-        temperature=request.temperature,
-        top_p=request.top_p,
-        seed=request.seed,
-        num_logprobs=request.logprobs,
-        prompt_logprobs=request.echo and request.logprobs is not None,
-    )
+    return request.sampling(max_tokens, request.logprobs, request.echo and request.logprobs is not None)
 
 
 async def completion_chunks(

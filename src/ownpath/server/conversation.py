@@ -12,6 +12,7 @@ from pydantic import (
     Field,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -82,7 +83,9 @@ class CalledFunction(Strict):
     """The function that an earlier answer called. arguments: as in that answer, broken or not; left out: null."""
 
     name: str
-    arguments: Annotated[str, BeforeValidator(_arguments)] = "null"
+    arguments: Annotated[
+        str, BeforeValidator(_arguments), WithJsonSchema({"description": "text, or the value that it spells"})
+    ] = "null"
 
 
 class CallInMessage(Strict):
@@ -96,16 +99,18 @@ class CallInMessage(Strict):
 class ChatMessage(Strict):
     """One message of the conversation; ``history`` has made one text of its parts.
 
-    reasoning: another name of reasoning_content. refusal: what an assistant said instead of content.
+    reasoning: another name of reasoning_content. refusal: what an assistant said instead of content. prefix: the
+    answer goes on where this last message ends.
     """
 
-    role: str
+    role: Annotated[str, WithJsonSchema({"enum": ROLES})]
     content: str | None = None
     reasoning_content: str = ""
     reasoning: str = ""
     refusal: str = ""
     tool_calls: Annotated[list[CallInMessage], FailFast()] = []
     tool_call_id: str | None = None
+    prefix: bool = False
 
     def check(self, param: str) -> None:
         """Refuses a field that is missing, or that this role does not have. Errors: ApiError 400."""
@@ -144,16 +149,29 @@ def _name(value: str) -> str:
 Name = Annotated[str, AfterValidator(_name)]
 
 
+_FUNCTION_TYPES = {"name": str, "description": str, "parameters": dict, "strict": bool}
+FUNCTION_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "pattern": '^[^"]+$'},
+        "description": {"type": ["string", "null"]},
+        "parameters": {"type": ["object", "null"]},
+        "strict": {"enum": [False, None]},
+    },
+    "required": ["name"],
+}
+"""The values that ``_function`` takes."""
+
+
 def _function(value: object) -> dict[str, object]:
     """Returns a function's own object, which the model reads as it was sent; null is not sent."""
     if not isinstance(value, dict):
         raise ValueError("must be an object")
     function = {key: item for key, item in value.items() if item is not None}
-    types = {"name": str, "description": str, "parameters": dict, "strict": bool}
     for key, item in function.items():
-        if key not in types:
+        if key not in _FUNCTION_TYPES:
             raise ValueError(f"unknown field {shorten(key)}")
-        if not isinstance(item, types[key]):
+        if not isinstance(item, _FUNCTION_TYPES[key]):
             raise ValueError(f"{key} is of the wrong type")
     if function.get("strict"):
         raise ValueError(_NOT_STRICT)
@@ -165,7 +183,7 @@ class Tool(Strict):
     """A tool on offer."""
 
     type: Literal["function"]
-    function: Annotated[dict[str, object], BeforeValidator(_function)]
+    function: Annotated[dict[str, object], BeforeValidator(_function), WithJsonSchema(FUNCTION_SCHEMA)]
 
 
 def _tools(tools: list[Tool]) -> list[Tool]:
@@ -187,7 +205,7 @@ def _tool_choice(value: object) -> str:
     return str(value)
 
 
-ToolChoice = Annotated[str, BeforeValidator(_tool_choice)]
+ToolChoice = Annotated[str, BeforeValidator(_tool_choice), WithJsonSchema({"enum": ["none", "auto"]})]
 
 
 class Thinking(Strict):
@@ -220,7 +238,7 @@ class JsonSchema(Strict):
     name: str | None = None
     # The name "schema" is taken by the base class.
     value: dict[str, object] = Field(alias="schema")
-    strict: Annotated[bool | None, AfterValidator(_not_strict_schema)] = None
+    strict: Annotated[bool | None, AfterValidator(_not_strict_schema), WithJsonSchema({"enum": [False, None]})] = None
 
 
 class ResponseFormat(Strict):

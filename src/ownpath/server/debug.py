@@ -2,14 +2,14 @@
 
 import asyncio
 import hmac
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ownpath.server.body import BodyReader, Limits
-from ownpath.server.errors import ApiError, bad_request
+from ownpath.server.errors import ApiError, bad_request, shorten
 from ownpath.server.gate import bearer_token, digest
 from ownpath.server.json_shape import CONVERSATION
 from ownpath.trace import Ledger, Record, Records
@@ -20,8 +20,8 @@ SCHEMA = 1
 
 @dataclass(repr=False)
 class DebugPlan:
-    """facts: what does not change while the model is served: ``model``, ``release``, ``versions``, ``device``
-        and ``plan``.
+    """facts: what does not change while the model is served: ``model``, ``release``, ``versions``, ``device``,
+        ``plan`` and ``memory``.
 
     records: records of calls since an admin turned them on; ``None`` while they are off.
     """
@@ -33,10 +33,11 @@ class DebugPlan:
     records: Records | None = None
 
     async def show(self, request: Request) -> Response:
-        """``GET /debug/plan``"""
+        """``GET /debug/plan``: all of it, or what ``?fields=`` names, between commas."""
         self._check_admin(request)
+        fields = request.query_params.get("fields")
         # Thousands of modules: rendered in a thread, so that the event loop goes on answering.
-        return await asyncio.to_thread(self._answer)
+        return await asyncio.to_thread(self._answer, None if fields is None else fields.split(","))
 
     async def record(self, request: Request) -> Response:
         """``POST /debug/plan``: {"recording": true} starts to record calls, false stops and drops the records."""
@@ -62,10 +63,16 @@ class DebugPlan:
         if not hmac.compare_digest(digest(token), digest(self.admin_key)):
             raise ApiError(403, "this key is not the admin's", code="wrong_admin_key")
 
-    def _answer(self) -> Response:
+    def _answer(self, fields: Sequence[str] | None) -> Response:
+        """Renders the fields, all for None. Errors: ApiError 400 for one that is not there."""
         records = self.records
         changing = {"schema": SCHEMA, "recording": records is not None, "ran": list(self._called_slots(records))}
-        return JSONResponse(changing | dict(self.facts), headers={"Cache-Control": "no-store"})
+        told = changing | dict(self.facts)
+        unknown = [name for name in fields or () if name not in told]
+        if unknown:
+            raise bad_request(f"fields: there is no {shorten(unknown[0])}; there are {', '.join(told)}", param="fields")
+        shown = told if fields is None else {name: told[name] for name in fields}
+        return JSONResponse(shown, headers={"Cache-Control": "no-store"})
 
     def _called_slots(self, records: Records | None) -> Iterator[dict[str, object]]:
         """Yields an entry for every slot that was called since the model is served."""

@@ -33,12 +33,12 @@ class HostGate:
 class KeyGate:
     """Lets through only who has an API key. Every path needs one, also one that does not exist, except the probes.
 
-    own_key_paths: paths that check a key of their own.
+    open_paths: paths that hold nothing of the model, or check a key of their own.
     """
 
-    def __init__(self, app: ASGIApp, keys: Collection[str], own_key_paths: frozenset[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: Collection[str], open_paths: frozenset[str]) -> None:
         self._app = app
-        self._open = PROBES | own_key_paths
+        self._open = PROBES | open_paths
         self._digests = [digest(key) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

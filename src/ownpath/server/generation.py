@@ -22,8 +22,12 @@ from ownpath.engine.request import (
 )
 from ownpath.server.empty_content import ContentWatch, EmptyContent
 from ownpath.server.errors import ApiError, bad_request, overloaded, unavailable
+from ownpath.server.mailbox import Mailbox
 from ownpath.server.metrics import Metrics
 from ownpath.server.prompts import Prompt
+
+Outputs = Mailbox[tuple[int, StepOutput]]
+"""Reports, each with the index of its choice."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class Delta:
     prompt: the scored prompt, once, if it was asked for.
     finish_reason: "stop", "length" or "tool_calls" with the last delta of the choice.
     empty_content: with it, why the whole choice had no content; None if it had, or if no token was asked for.
-    stop_reason: with it, the stop string that ended the choice; None for any other end.
+    stop_reason: with it, the stop string, or the token of ``stop_token_ids``, that ended the choice; None for any other
+        end.
     """
 
     index: int
@@ -46,7 +51,7 @@ class Delta:
     prompt: tuple[ScoredToken, ...]
     finish_reason: str | None
     empty_content: EmptyContent | None = None
-    stop_reason: str | None = None
+    stop_reason: str | int | None = None
 
     @property
     def text(self) -> str:
@@ -69,16 +74,16 @@ class _ChoiceStream:
         if output.finish_reason is FinishReason.ERROR:
             self.is_finished = True
             self._metrics.count_finished("error")
-            if output.is_non_finite:
+            if output.non_finite is not None:
                 self._metrics.count_corrupted()
-            code = "non_finite_logits" if output.is_non_finite else None
-            raise ApiError(500, output.error or "the generation failed", code=code)
+            raise ApiError(500, output.error or "the generation failed", code=output.non_finite)
         offset = self._answer.num_chars
         parts: list[AnswerPart] = []
         if output.token is not None:
             self._time_token()
-        # The token that ends the answer (EOS) is a marker, not text.
-        if output.token is not None and output.finish_reason is not FinishReason.STOP:
+        # The model's end token is a marker, not text.
+        is_marker = output.finish_reason is FinishReason.STOP and output.stop_token_id is None
+        if output.token is not None and not is_marker:
             was_reasoning = self._answer.is_reasoning
             parts += self._answer.feed(output.token.token_id)
             self.num_reasoning_tokens += was_reasoning and self._answer.is_reasoning
@@ -96,7 +101,7 @@ class _ChoiceStream:
             empty = self._empty_content(output)
             self._metrics.count_finished(reason, empty)
             self._metrics.request_latency.observe(time.monotonic() - self._begun)
-        stopped_by = self._answer.stop_string
+        stopped_by = self._answer.stop_string or output.stop_token_id
         return Delta(self._index, tuple(parts), output.token, offset, output.prompt, reason, empty, stopped_by)
 
     def _time_token(self) -> None:
@@ -110,7 +115,8 @@ class _ChoiceStream:
     def _empty_content(self, output: StepOutput) -> EmptyContent | None:
         if self.num_tokens == 0:
             return None  # the request only scores its prompt
-        num_shown_tokens = self.num_tokens - (output.finish_reason is FinishReason.STOP)
+        is_marker = output.finish_reason is FinishReason.STOP and output.stop_token_id is None
+        num_shown_tokens = self.num_tokens - is_marker
         return self._watch.reason(num_shown_tokens, output.finish_reason is FinishReason.LENGTH)
 
     def abandon(self) -> None:
@@ -122,11 +128,18 @@ class _ChoiceStream:
 class Generation:
     """Submitted requests and their answers. ``close`` must be called; more than once is fine.
 
-    answers: one per prompt, to parse its output. timeout_s: from now to the end of the last answer (504).
+    answers: one per prompt, to parse its output. mailbox: the server's. timeout_s: from now to the end of the last
+    answer (504).
     """
 
     def __init__(
-        self, engine: Engine, prompts: list[Prompt], answers: Sequence[Answer], metrics: Metrics, timeout_s: float
+        self,
+        engine: Engine,
+        prompts: list[Prompt],
+        answers: Sequence[Answer],
+        metrics: Metrics,
+        mailbox: Outputs,
+        timeout_s: float,
     ) -> None:
         self.prompts = prompts
         self._metrics, self._timeout_s = metrics, timeout_s
@@ -134,6 +147,7 @@ class Generation:
         self._engine = engine
         self._choices = [_ChoiceStream(index, answer, metrics) for index, answer in enumerate(answers)]
         self._requests: list[Request] = []
+        self._mailbox = mailbox
         self._outputs: asyncio.Queue[tuple[int, StepOutput]] = asyncio.Queue()
 
     def submit(self, params: Sequence[SamplingParams]) -> None:
@@ -145,7 +159,7 @@ class Generation:
 
         def request(index: int, prompt: Prompt) -> Request:
             def sink(output: StepOutput) -> None:
-                loop.call_soon_threadsafe(self._outputs.put_nowait, (index, output))
+                self._mailbox.put(loop, self._outputs, (index, output))
 
             return Request(prompt.ids, params[index], sink)
 

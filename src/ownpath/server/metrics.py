@@ -7,15 +7,14 @@ from starlette.types import Scope
 
 from ownpath.engine.engine import EngineLoad
 from ownpath.server.empty_content import EmptyContent
+from ownpath.server.route_table import ROUTES
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FINISH_REASONS = ("stop", "length", "tool_calls", "error", "abandoned")
 """``abandoned``: nobody waited for the rest, or another prompt of the same request failed."""
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 """Upper bounds of the histograms' buckets, from one decoded token to the longest answer."""
-_PATHS = frozenset(
-    {"/health", "/ready", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions", "/debug/plan"}
-)
+_PATHS = frozenset(route.path for route in ROUTES if "{" not in route.path)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -73,7 +72,7 @@ class Metrics:
             self._empty[empty.value] += 1
 
     def count_corrupted(self) -> None:
-        """Counts an answer that ended because of logits that are not finite; it is counted as finished too."""
+        """Counts an answer that ended because of numbers that are not finite; it is counted as finished too."""
         self._num_corrupted += 1
 
     def count_http(self, scope: Scope, status: int | None) -> None:
@@ -92,8 +91,11 @@ class Metrics:
             *_plain("num_requests_waiting", "Prompts that wait to run.", load.num_waiting, "gauge"),
             *_plain("kv_cache_usage_perc", "Share of the caches in use; 1 is all.", round(load.cache_use, 6), "gauge"),
             *_plain("kernels_compiled_total", "Kernels first needed after the start.", load.num_compiled),
+            *_plain("graphs_captured_total", "Graphs captured after the start.", load.num_captured),
             *_label_lines("requests_total", "Prompts whose answer ended, by why.", "finish_reason", finished),
-            *_plain("corrupted_requests_total", "Prompts whose logits were not finite.", self._num_corrupted),
+            *_plain(
+                "corrupted_requests_total", "Prompts whose logits or index scores were not finite.", self._num_corrupted
+            ),
             *_label_lines("empty_contents_total", "Answers without content, by why.", "reason", empty),
             *_plain("prompt_tokens_total", "Tokens of prompts taken.", self._num_prompt_tokens),
             *_plain("generation_tokens_total", "Tokens generated.", self._num_tokens),

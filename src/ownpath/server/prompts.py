@@ -53,9 +53,20 @@ async def chat_prompt(segments: Sequence[Segment], tokenizer: Tokenizer, max_mod
     _refuse_hopeless(num_chars, tokenizer, max_model_len, "messages")
     if len(segments) > max_model_len:  # each is a token or more
         raise _too_long(f"at least {len(segments)}", max_model_len, "messages")
-    ids = await _tokenise(lambda: tokenizer.encode_segments(segments), num_chars, "messages")
+    ids = await chat_ids(segments, tokenizer)
     _check_length(len(ids), max_model_len, "messages")
     return Prompt(ids)
+
+
+async def chat_ids(segments: Sequence[Segment], tokenizer: Tokenizer) -> list[int]:
+    """Returns the token ids of a conversation, however many. Errors: ApiError 400."""
+    num_chars = sum(len(segment) for segment in segments if isinstance(segment, str))
+    return await _tokenise(lambda: tokenizer.encode_segments(segments), num_chars, "messages")
+
+
+async def text_ids(text: str, tokenizer: Tokenizer, *, add_special: bool) -> list[int]:
+    """Returns the token ids of a raw text, however many. Errors: ApiError 400."""
+    return await _tokenise(lambda: tokenizer.encode_raw(text, add_special=add_special), len(text), "prompt")
 
 
 def effort_level(request: ChatRequest, release: Release) -> str | None:
@@ -72,7 +83,7 @@ def _setting(request: ChatRequest, release: Release) -> Setting:
     level = effort_level(request, release)
     text = "" if level is None else RELEASES[release.name][level]
     schema = None if request.response_format is None else request.response_format.schema_for_model()
-    return Setting(request.thinks, text, request.functions, schema)
+    return Setting(request.thinks, text, request.functions, schema, request.ending)
 
 
 async def completion_prompts(request: CompletionRequest, tokenizer: Tokenizer, max_model_len: int) -> list[Prompt]:
@@ -98,9 +109,14 @@ async def _text_prompt(text: str, tokenizer: Tokenizer, max_model_len: int) -> P
 
 def _ids_prompt(ids: list[int], tokenizer: Tokenizer, max_model_len: int) -> Prompt:
     _check_length(len(ids), max_model_len, "prompt")
-    if max(ids) >= tokenizer.num_tokens:
-        raise bad_request(f"prompt: token id {max(ids)} is not below {tokenizer.num_tokens}", "prompt")
+    check_ids(ids, tokenizer, "prompt")
     return Prompt(ids)
+
+
+def check_ids(ids: list[int], tokenizer: Tokenizer, param: str) -> None:
+    """Refuses ids that are no token's; ``ids`` must be some. Errors: ApiError 400."""
+    if max(ids) >= tokenizer.num_tokens:
+        raise bad_request(f"{param}: token id {max(ids)} is not below {tokenizer.num_tokens}", param)
 
 
 async def _tokenise(encode: Callable[[], list[int]], num_chars: int, param: str) -> list[int]:

@@ -2,10 +2,12 @@
 
 from typing import Annotated, TypeVar
 
-from pydantic import BeforeValidator, FailFast, Field, PlainValidator, ValidationError
+from pydantic import BeforeValidator, FailFast, Field, PlainValidator, ValidationError, WithJsonSchema
 
+from ownpath.chat.encode import Ending
 from ownpath.chat.levels import LEVEL_OF_WORD
-from ownpath.engine.limits import MAX_TEMPERATURE, MAX_TOP_LOGPROBS, SEED_LIMIT
+from ownpath.engine.limits import MAX_STOP_TOKENS, MAX_TEMPERATURE, MAX_TOP_LOGPROBS, SEED_LIMIT, TOP_K_LIMIT
+from ownpath.engine.request import SamplingParams
 from ownpath.server import fields
 from ownpath.server.conversation import (
     ROLES,
@@ -19,7 +21,7 @@ from ownpath.server.conversation import (
     ToolChoice,
     Tools,
 )
-from ownpath.server.counts import check_counts
+from ownpath.server.counts import MAX_PROMPTS, check_counts
 from ownpath.server.errors import ApiError, bad_request
 from ownpath.server.fields import FieldTable
 from ownpath.server.history import plain_messages
@@ -42,6 +44,11 @@ def _stops(value: object) -> list[str]:
     return stops
 
 
+_A_STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
+STOPS_SCHEMA = {"anyOf": [_A_STOP, {"type": "array", "items": _A_STOP, "maxItems": MAX_STOPS}]}
+"""The values that ``_stops`` takes."""
+
+
 def _prompts(value: object) -> list[str] | list[list[int]]:
     """Reads all four forms of a prompt as a list of prompts, texts or token ids."""
     if isinstance(value, str):
@@ -60,6 +67,18 @@ def _is_token_ids(value: list[object]) -> bool:
     return bool(value) and all(type(item) is int and 0 <= item <= _MAX_INT for item in value)
 
 
+IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": _MAX_INT}, "minItems": 1}
+PROMPTS_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
+        IDS_SCHEMA,
+        {"type": "array", "items": IDS_SCHEMA, "minItems": 1, "maxItems": MAX_PROMPTS},
+    ]
+}
+"""The values that ``_prompts`` takes."""
+
+
 class StreamOptions(Strict):
     """Options of a stream. continuous_usage_stats: each chunk tells the usage so far; needs include_usage."""
 
@@ -75,10 +94,20 @@ class _GenerationRequest(Strict):
     max_tokens: int | None = Field(None, ge=-1, description=f"{_EXCESS}; left out: {_DEFAULT_MAX_TOKENS}. 0 needs echo")
     temperature: float = Field(1.0, ge=0, le=MAX_TEMPERATURE, description="0 takes the likeliest token")
     top_p: float = Field(1.0, gt=0, le=1, description="samples from the fewest tokens that reach this probability")
+    top_k: int = Field(
+        0, ge=-1, lt=TOP_K_LIMIT, description="samples from so many of the likeliest tokens; 0 and -1: from all"
+    )
+    min_p: float = Field(0.0, ge=0, le=1, description="samples from tokens with this share of the likeliest one's")
+    ignore_eos: bool = Field(False, description="the model's end tokens do not end the answer, and are not shown")
+    stop_token_ids: list[Annotated[int, Field(ge=0, le=_MAX_INT)]] = Field(
+        default_factory=list,
+        max_length=MAX_STOP_TOKENS,
+        description="the answer ends with one of these; it is shown, unless it is a special token",
+    )
     seed: int | None = Field(
         None, ge=-SEED_LIMIT, lt=SEED_LIMIT, description="the same seed, prompt and parameters draw the same numbers"
     )
-    stop: Annotated[list[str], BeforeValidator(_stops)] = Field(
+    stop: Annotated[list[str], BeforeValidator(_stops), WithJsonSchema(STOPS_SCHEMA)] = Field(
         default_factory=list,
         description=f"the answer ends before it; a string or up to {MAX_STOPS}, of 1 to {MAX_STOP_CHARS} characters",
     )
@@ -92,12 +121,39 @@ class _GenerationRequest(Strict):
         False, description="adds prompt_token_ids and token_ids to the answer (ownpath's own)"
     )
 
+    def sampling(self, max_tokens: int, num_logprobs: int | None, prompt_logprobs: bool = False) -> SamplingParams:
+        """Builds the parameters of one prompt. max_tokens: the limit once it is fitted to the context."""
+        return SamplingParams(
+            max_tokens,
+            self.temperature,
+            self.top_p,
+            self.seed,
+            num_logprobs,
+            prompt_logprobs,
+            top_k=max(self.top_k, 0),
+            min_p=self.min_p,
+            ignore_eos=self.ignore_eos,
+            stop_token_ids=frozenset(self.stop_token_ids),
+        )
+
 
 class ChatRequest(_GenerationRequest):
     """``POST /v1/chat/completions``."""
 
     messages: Annotated[list[ChatMessage], FailFast()] = Field(
-        min_length=1, description=f"roles {', '.join(ROLES)}; ends with user, developer or tool"
+        min_length=1,
+        description=f"roles {', '.join(ROLES)}; ends with user, developer or tool, unless the two fields "
+        "below say otherwise",
+    )
+    add_generation_prompt: bool | None = Field(
+        None,
+        description="left out: true unless the last message is continued. false: the prompt ends with the last "
+        "message, of whatever role, and no answer is opened; not with thinking",
+    )
+    continue_final_message: bool = Field(
+        False,
+        description="the answer goes on where the last message ends, an assistant's without calls, and does not repeat "
+        "it; as prefix: true in that message. With thinking, its reasoning is closed, empty or not",
     )
     max_tokens: int | None = Field(None, ge=-1, description=f"{_EXCESS}; left out: -1")
     max_completion_tokens: int | None = Field(
@@ -133,6 +189,13 @@ class ChatRequest(_GenerationRequest):
         return () if self.tool_choice == "none" else tuple(tool.function for tool in self.tools)
 
     @property
+    def ending(self) -> Ending:
+        """The end of the prompt."""
+        if self.continue_final_message or self.messages[-1].prefix:
+            return Ending.REST
+        return Ending.NOTHING if self.add_generation_prompt is False else Ending.ANSWER
+
+    @property
     def effort(self) -> str | None:
         """The word for the reasoning effort, "none" included; None without one."""
         options = self.chat_template_kwargs
@@ -150,6 +213,11 @@ class ChatRequest(_GenerationRequest):
         """True if the answer should open with reasoning: only if a field asks for it."""
         return True in self.thinking_values()
 
+    @property
+    def opens_reasoning(self) -> bool:
+        """True if the answer's first token is reasoning; that of a continued message is closed already."""
+        return self.thinks and self.ending is Ending.ANSWER
+
     def thinking_values(self) -> set[bool | None]:
         """The values that the fields give to thinking, each for itself; None says nothing."""
         options = self.chat_template_kwargs
@@ -162,7 +230,7 @@ class ChatRequest(_GenerationRequest):
 class CompletionRequest(_GenerationRequest):
     """``POST /v1/completions``. ``prompt`` holds texts or lists of token ids."""
 
-    prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompts)] = Field(
+    prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompts), WithJsonSchema(PROMPTS_SCHEMA)] = Field(
         description="a text, a list of texts, token ids, or a list of such lists; each prompt is a choice"
     )
     logprobs: int | None = Field(
@@ -176,7 +244,9 @@ class CompletionRequest(_GenerationRequest):
         return (None, _DEFAULT_MAX_TOKENS) if self.max_tokens is None else ("max_tokens", self.max_tokens)
 
 
-_CHAT = FieldTable(ChatRequest.model_fields.keys(), fields.CHAT, fields.LABELS)
+RequestModel = TypeVar("RequestModel", bound=Strict)
+Conversing = TypeVar("Conversing", bound=ChatRequest)
+
 _COMPLETION = FieldTable(CompletionRequest.model_fields.keys(), fields.COMPLETION, fields.LABELS)
 _NESTED = {
     "stream_options": FieldTable(StreamOptions.model_fields.keys(), fields.STREAM_OPTIONS),
@@ -188,14 +258,26 @@ _TOOL = FieldTable(Tool.model_fields.keys(), {}, fields.TOOL_LABELS)
 
 def read_chat_request(body: dict[str, object], labels: Labels | None = None) -> ChatRequest:
     """Validates a chat request, and notes its labels. Errors: ApiError 400 naming the field."""
-    labels = labels or Labels()
+    request = read_conversation(ChatRequest, body, labels or Labels())
+    if request.thinks and request.ending is Ending.NOTHING:
+        text = "add_generation_prompt: false opens no answer, so none can begin with reasoning; turn thinking off"
+        raise bad_request(text, "add_generation_prompt")
+    return request
+
+
+def read_conversation(model: type[Conversing], body: dict[str, object], labels: Labels) -> Conversing:
+    """Validates a request that holds a conversation as chat requests do, and notes its labels.
+
+    Errors: ApiError 400 naming the field.
+    """
     check_counts(body)
-    body = _known_fields(body, _CHAT, labels)
+    table = FieldTable(model.model_fields.keys(), fields.CHAT, fields.LABELS)
+    body = known_fields(body, table, labels)
     body = body | {"messages": plain_messages(body.get("messages"), labels)} if "messages" in body else body
     tools = body.get("tools")
     if isinstance(tools, list):
         body = body | {"tools": [_known_tool(tool, index, labels) for index, tool in enumerate(tools)]}
-    request = _validate(ChatRequest, body)
+    request = validate(model, body)
     _check_chat(request)
     return request
 
@@ -203,7 +285,7 @@ def read_chat_request(body: dict[str, object], labels: Labels | None = None) -> 
 def read_completion_request(body: dict[str, object], labels: Labels | None = None) -> CompletionRequest:
     """Validates a completions request, and notes its labels. Errors: ApiError 400 naming the field."""
     check_counts(body)
-    request = _validate(CompletionRequest, _known_fields(body, _COMPLETION, labels or Labels()))
+    request = validate(CompletionRequest, known_fields(body, _COMPLETION, labels or Labels()))
     _check_stream_options(request)
     if request.max_tokens == 0 and not request.echo:
         raise bad_request("max_tokens: 0 generates nothing; it needs echo", "max_tokens")
@@ -214,9 +296,8 @@ def _check_chat(request: ChatRequest) -> None:
     _check_stream_options(request)
     for index, message in enumerate(request.messages):
         message.check(f"messages.{index}.")
-    if request.messages[-1].role not in ("user", "developer", "tool"):
-        raise bad_request("messages: the last message must be the user's, a developer's or a tool's", "messages")
     _check_thinking(request)
+    _check_ending(request)
     if request.response_format is not None:
         request.response_format.check()
     if request.top_logprobs and not request.logprobs:
@@ -227,6 +308,28 @@ def _check_chat(request: ChatRequest) -> None:
     given = (request.max_tokens, request.max_completion_tokens)
     if None not in given and given[0] != given[1]:
         raise bad_request("max_tokens and max_completion_tokens contradict each other", "max_tokens")
+
+
+def _check_ending(request: ChatRequest) -> None:
+    *earlier, last = request.messages
+    for index, message in enumerate(earlier):
+        if message.prefix:
+            param = f"messages.{index}.prefix"
+            raise bad_request(f"{param}: only the last message is continued", param)
+    place = f"messages.{len(earlier)}"
+    name = f"{place}.prefix" if last.prefix else "continue_final_message"
+    if request.ending is Ending.REST and request.add_generation_prompt:
+        raise bad_request(f"{name} and add_generation_prompt: true contradict each other", name)
+    if request.ending is Ending.REST and last.role != "assistant":
+        raise bad_request(f"{name}: {place} is of role {last.role!r}; only an assistant's is continued", name)
+    if request.ending is Ending.REST and last.tool_calls:
+        raise bad_request(f"{name}: {place} has tool_calls, and nothing follows calls in a message", name)
+    if request.ending is Ending.ANSWER and last.role not in ("user", "developer", "tool"):
+        raise bad_request(
+            "messages: the last message must be the user's, a developer's or a tool's; continue_final_message: true "
+            "goes on with an assistant's",
+            "messages",
+        )
 
 
 def _check_thinking(request: ChatRequest) -> None:
@@ -246,8 +349,11 @@ def _check_stream_options(request: _GenerationRequest) -> None:
         raise bad_request(f"{param}: needs include_usage to be true", param)
 
 
-def _known_fields(body: dict[str, object], table: FieldTable, labels: Labels) -> dict[str, object]:
-    """Keeps the fields that are implemented, of the request and of the objects in it."""
+def known_fields(body: dict[str, object], table: FieldTable, labels: Labels) -> dict[str, object]:
+    """Keeps the fields that are implemented, of the request and of the objects in it; notes the labels.
+
+    Errors: ApiError 400 naming the field.
+    """
     kept = labels.keep_fields(body, table)
     for name, nested in _NESTED.items():
         value = kept.get(name)
@@ -267,10 +373,8 @@ def _known_tool(tool: object, index: int, labels: Labels) -> object:
     return kept
 
 
-RequestModel = TypeVar("RequestModel", bound=Strict)
-
-
-def _validate(model: type[RequestModel], body: dict[str, object]) -> RequestModel:
+def validate(model: type[RequestModel], body: dict[str, object]) -> RequestModel:
+    """Builds a request from its fields. Errors: ApiError 400 naming the first that is wrong."""
     try:
         return model.model_validate(body, context=FirstFailure())
     except ValidationError as error:

@@ -1,7 +1,7 @@
 """The endpoints."""
 
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -17,7 +17,7 @@ from ownpath.server.body import BodyReader
 from ownpath.server.errors import ApiError, shorten, unavailable
 from ownpath.server.excess import Adjustments
 from ownpath.server.fingerprint import AnswerSource
-from ownpath.server.generation import Generation
+from ownpath.server.generation import Generation, Outputs
 from ownpath.server.json_shape import CONVERSATION, PROMPTS
 from ownpath.server.json_text import to_json
 from ownpath.server.labels import LabelLog, Labels
@@ -82,6 +82,7 @@ class Api:
     policy: RequestPolicy
     fingerprint: str
     label_log: LabelLog
+    mailbox: Outputs = field(default_factory=Outputs)
 
     @property
     def engine(self) -> Engine:
@@ -107,11 +108,11 @@ class Api:
 
     async def model(self, request: Request) -> Response:
         """``GET /v1/models/{id}``"""
-        return JSONResponse(self._model(self._called(request.path_params["model_id"])))
+        return JSONResponse(self._model(self.called(request.path_params["model_id"])))
 
     async def chat_completions(self, request: Request) -> Response:
         """``POST /v1/chat/completions``"""
-        self._refuse_while_ending()
+        self.refuse_while_ending()
         labels, adjustments = Labels(self.policy.refuses_labels), Adjustments(self.policy.refuses_excess)
 
         def read(body: dict[str, object]) -> tuple[ChatRequest, list[Segment]]:
@@ -127,17 +128,17 @@ class Api:
         if asked.effort not in (None, "none", level):
             adjustments.values["reasoning_effort"] = level
         (max_tokens,) = adjustments.fit(*asked.wanted_tokens, [prompt], max_model_len)
-        generation = Generation(self.engine, [prompt], [answer], self.metrics, self.request_timeout_s)
+        generation = Generation(self.engine, [prompt], [answer], self.metrics, self.mailbox, self.request_timeout_s)
         generation.submit([chat.sampling_params(asked, max_tokens)])
         chunks = chat.chat_chunks(asked, generation, self.tokenizer, source, level)
-        headers = self._headers(labels, adjustments)
+        headers = self.headers_for(labels, adjustments)
         return await self._answer(
             request, asked, generation, Telling(chunks, chat.ChatFold(), chat.chat_usage, headers)
         )
 
     async def completions(self, request: Request) -> Response:
         """``POST /v1/completions``"""
-        self._refuse_while_ending()
+        self.refuse_while_ending()
         labels, adjustments = Labels(self.policy.refuses_labels), Adjustments(self.policy.refuses_excess)
         asked = await self.bodies.read(request, PROMPTS, lambda body: read_completion_request(body, labels))
         source = self._source(asked)
@@ -145,10 +146,10 @@ class Api:
         prompts = await completion_prompts(asked, self.tokenizer, max_model_len)
         answers = [Answer(self.tokenizer, asked.stop) for _ in prompts]
         limits = adjustments.fit(*asked.wanted_tokens, prompts, max_model_len)
-        generation = Generation(self.engine, prompts, answers, self.metrics, self.request_timeout_s)
+        generation = Generation(self.engine, prompts, answers, self.metrics, self.mailbox, self.request_timeout_s)
         generation.submit([completions.sampling_params(asked, max_tokens) for max_tokens in limits])
         chunks = completions.completion_chunks(asked, generation, self.tokenizer, source)
-        told = Telling(chunks, completions.CompletionFold(), Generation.usage, self._headers(labels, adjustments))
+        told = Telling(chunks, completions.CompletionFold(), Generation.usage, self.headers_for(labels, adjustments))
         return await self._answer(request, asked, generation, told)
 
     async def _answer(
@@ -164,14 +165,14 @@ class Api:
         finally:
             generation.close()
 
-    def _headers(self, labels: Labels, adjustments: Adjustments) -> dict[str, str]:
+    def headers_for(self, labels: Labels, adjustments: Adjustments) -> dict[str, str]:
         """Returns the headers that say what was done differently, and logs the labels that are new."""
         self.label_log.tell(labels.names)
         return labels.headers() | adjustments.headers()
 
     def _chat_answer(self, asked: ChatRequest) -> Answer:
         """Makes the parser for the parts that the request allows. Errors: ApiError 400."""
-        parser = AnswerParser(asked.thinks, offers_tools=bool(asked.functions))
+        parser = AnswerParser(asked.opens_reasoning, offers_tools=bool(asked.functions))
         try:
             return Answer(self.tokenizer, asked.stop, parser, None if asked.parallel_tool_calls else 1)
         except MissingMarkerError as error:
@@ -186,16 +187,19 @@ class Api:
             "max_model_len": self.engine.config.max_model_len,
         }
 
-    def _refuse_while_ending(self) -> None:
+    def refuse_while_ending(self) -> None:
         """Refuses new work while the server ends. Errors: ApiError 503."""
         if self.vitals.is_draining:
             raise unavailable("the server is shutting down")
 
     def _source(self, asked: ChatRequest | CompletionRequest) -> AnswerSource:
         """Returns who answers, under the name that was asked for. Errors: ApiError 404."""
-        return AnswerSource(self._called(self.model_id if asked.model is None else asked.model), self.fingerprint)
+        return AnswerSource(self.called(asked.model), self.fingerprint)
 
-    def _called(self, name: str) -> str:
+    def called(self, name: str | None) -> str:
+        """Returns the name that the model was called by; None: its first. Errors: ApiError 404 for another's."""
+        if name is None:
+            return self.model_id
         if name not in (self.model_id, *self.policy.aliases) and not self.policy.is_path(name):
             message = f"there is no model {shorten(name)} here; this server has {self.model_id!r}"
             raise ApiError(404, message, param="model", code="model_not_found")

@@ -55,6 +55,14 @@ def write_prose(text: str) -> None:
     write_data(printable_prose(text) if is_terminal(sys.stdout) else text, end="")
 
 
+def write_aside(text: str) -> None:
+    """Writes a piece of what stands beside an answer, dimmed and escaped, where standard output is a terminal."""
+    from rich.text import Text
+
+    if is_terminal(sys.stdout):
+        console_of(sys.stdout).print(Text(printable_prose(text), "dim"), end="", soft_wrap=True)
+
+
 def plain_text(*page: "RenderableType", width: int = _UNBROKEN) -> str:
     """Returns a page as a pipe gets it: no colours, no line broken before ``width``, no spaces at a line's end."""
     return _rendered(page, width, has_colours=False)

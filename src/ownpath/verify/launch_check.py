@@ -1,8 +1,8 @@
 """Compares the kernels that the device really ran, as the profiler names them, with the plan.
 
 A planned kernel of ours must appear under the name of its own code, in its own slot. A product that is not ours may run
-only in a slot whose planned kernel is torch's, or passed a recorded call on to torch's libraries, and none outside all
-slots.
+only in a slot whose planned kernel is torch's, or passed a recorded call on to torch's libraries. Outside all slots run
+neither kernels of ours nor products.
 """
 
 import re
@@ -44,7 +44,7 @@ def launch_faults(written: PlanFile, part: PartRun) -> list[tuple[str, str]]:
     by_slot: dict[str | None, list[DeviceLaunch]] = defaultdict(list)
     for launch in part.launches or ():
         by_slot[launch.slot].append(launch)
-    faults = [("outside every slot", f"a product ran: {name}") for name in _products(by_slot[None])]
+    faults = [("outside every slot", words) for words in _unplanned(by_slot[None])]
     variants: dict[str, list[str]] = defaultdict(list)
     for record in part.records:
         variants[record.slot].append(record.variant)
@@ -81,6 +81,13 @@ def _launches_itself(spec: KernelSpec, variants: Sequence[str]) -> bool:
 def _asks_library(spec: KernelSpec, variants: Sequence[str]) -> bool:
     """Returns True if a recorded call was passed on to torch's libraries."""
     return spec.leaves_to_library and any(LIBRARY_VARIANT in variant.split("+") for variant in variants)
+
+
+def _unplanned(launches: Sequence[DeviceLaunch]) -> list[str]:
+    """Describes launches outside every slot that belong into one: products, and any other kernel of ours."""
+    found = [f"a product ran: {name}" for name in _products(launches)]
+    ours = (one.kernel[:80] for one in launches if not one.is_product and _OURS.search(one.kernel))
+    return found + [f"a kernel of ours ran: {name}" for name in dict.fromkeys(ours)]
 
 
 def _products(launches: Sequence[DeviceLaunch]) -> list[str]:

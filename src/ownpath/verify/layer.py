@@ -17,6 +17,7 @@ from ownpath.cache.tables import StepTables
 from ownpath.config import ModelConfig
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.block import Block, Residual
+from ownpath.plan.opspec import STEP_ANGLES
 from ownpath.plan.plan import Plan
 from ownpath.verify.subject import Subject
 from ownpath.weights.load import LoadedWeights, load_weights
@@ -112,8 +113,8 @@ def load_ends(subject: Subject) -> LoadedPart:
 
 
 def in_layer(name: str) -> Callable[[str], bool]:
-    """Returns a predicate on names: the slot or tensor belongs to the layer ``name``."""
-    return lambda other: other.startswith(f"{name}.")
+    """Returns a predicate on names: the slot or tensor belongs to the layer ``name``, or to every layer."""
+    return lambda other: other.startswith(f"{name}.") or other == STEP_ANGLES
 
 
 def in_no_layer(config: ModelConfig) -> Callable[[str], bool]:

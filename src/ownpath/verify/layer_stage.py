@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from ownpath.finding import Finding, Verdict
-from ownpath.formats import CacheFormat
 from ownpath.model.block import Residual
 from ownpath.official import Step
 from ownpath.verify.layer import load_layer
@@ -167,7 +166,7 @@ def _check_keys(compared: LayerComparison, layer: str, subject: Subject) -> Find
     """V10: checks that keys are in FP8 under official numerics only, each block of 64 with a scale of its own."""
     if compared.key_rounding is None:
         kept = f"kept in {dtype_name(subject.engine.dtype)}"
-        if subject.engine.cache_format is CacheFormat.FP8:
+        if subject.engine.cache_format.in_pages:
             kept = "rounded by the caches' FP8 pages alone, which K11 checks"
         message = f"keys are {kept} ({Step.KV} is plain)"
         return Finding("V10", layer, Verdict.SKIPPED, message)

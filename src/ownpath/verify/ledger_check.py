@@ -40,6 +40,7 @@ _SIGNS = {
     OpKind.ATTENTION: ("AA", "A"),
     OpKind.KEY_QUANTIZER: ("A", "A"),
     OpKind.INDEX_QUANTIZER: ("A", "A"),
+    OpKind.STEP_ANGLES: ("I", ""),
     OpKind.ENTRIES: ("A", ""),
     OpKind.INDEX_SCORES: ("A", "W"),
     OpKind.SELECT: ("W", "II"),

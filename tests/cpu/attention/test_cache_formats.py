@@ -17,7 +17,16 @@ from ownpath.formats import CacheFormat
 from ownpath.loading import load_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
-from ownpath.numerics import INDEX_PAGES, KEY_PAGES, fake_quantize_fp4, fake_quantize_fp8, hadamard
+from ownpath.numerics import (
+    FP4_INDEX_PAGES,
+    INDEX_FORMS,
+    KEY_PAGES,
+    PageForm,
+    fake_quantize_fp4,
+    fake_quantize_fp8,
+    hadamard,
+    index_form,
+)
 from ownpath.official import PLAIN, Step
 
 MAX_TOKENS = 300
@@ -70,11 +79,12 @@ def test_chunks_and_decode_steps_equal_one_shot(model: Model, cache_format: Cach
 
 
 @pytest.mark.parametrize("model", [ATTENTION], ids=["official"], indirect=True)
-def test_under_official_numerics_both_formats_have_the_same_bits(model: Model) -> None:
+def test_under_official_numerics_all_formats_have_the_same_bits(model: Model) -> None:
     """Pages hold the keys that ``kv`` and ``indexer`` round to; rotary channels are BF16 where activations are."""
     narrow = replace(model, cache_spec=replace(model.cache_spec, dtype=torch.bfloat16))
-    found, expected = (in_chunks(narrow, new_pool(narrow, cache_format), CHUNKS) for cache_format in CacheFormat)
-    assert torch.equal(found, expected)
+    expected, *found = (in_chunks(narrow, new_pool(narrow, cache_format), CHUNKS) for cache_format in CacheFormat)
+    assert len(found) == 2
+    assert all(torch.equal(one, expected) for one in found)
 
 
 def keys_of_steps() -> torch.Tensor:
@@ -95,13 +105,43 @@ def test_pages_keep_what_official_numerics_round_to() -> None:
     assert torch.equal(KEY_PAGES.rounded(official), official)
 
 
+@pytest.mark.parametrize("form", INDEX_FORMS.values(), ids=INDEX_FORMS.keys())
 @pytest.mark.parametrize("count", [0, 1, 64])
-def test_index_pages_keep_fp4_exactly(count: int) -> None:
+def test_index_pages_keep_fp4_exactly(count: int, form: PageForm) -> None:
     keys = fake_quantize_fp4(hadamard(keys_of_steps()[:count, :128]), 32)
-    pages, rows = torch.full((1, 64 * 132), NAN_BYTE, dtype=torch.uint8), torch.arange(count)
-    INDEX_PAGES.write(pages, rows, keys)
-    assert torch.equal(INDEX_PAGES.read(pages, rows, torch.bfloat16), keys)
-    assert bool(INDEX_PAGES.read(pages, torch.arange(count, 64), torch.float64).isnan().all())
+    pages, rows = torch.full((1, 64 * form.key_bytes), NAN_BYTE, dtype=torch.uint8), torch.arange(count)
+    form.write(pages, rows, keys)
+    assert torch.equal(form.read(pages, rows, torch.bfloat16), keys)
+    assert bool(form.read(pages, torch.arange(count, 64), torch.float64).isnan().all())
+    assert index_form(pages, 64) is form
+
+
+def test_fp4_pages_round_as_the_step_does() -> None:
+    """Keys of all sizes, in the step's values; a block that is not finite is NaN, and no other."""
+    keys = keys_of_steps()[:, :128].double()
+    keys[5, 40] = torch.inf
+    found = FP4_INDEX_PAGES.rounded(keys)
+    assert torch.equal(found.nan_to_num(7.5), fake_quantize_fp4(keys, 32).nan_to_num(7.5))
+    assert found.isnan().nonzero().tolist() == [[5, channel] for channel in range(32, 64)]
+
+
+def test_an_fp4_page_is_laid_out_as_described() -> None:
+    """Codes of key 1, two to a byte, the even channel low; then four scales of each key."""
+    key = torch.zeros(1, 128)
+    key[0, :8] = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, -3.0, 4.0, -6.0])
+    key[0, 32], key[0, 127] = 12.0, -0.375
+    pages = torch.full((1, 2 * 68), NAN_BYTE, dtype=torch.uint8)
+    FP4_INDEX_PAGES.write(pages, torch.tensor([1]), key)
+    codes, scales = pages[0, :128].view(2, 64), pages[0, 128:].view(2, 4)
+    assert codes[1, :4].tolist() == [0x10, 0x32, 0xD4, 0xF6]
+    assert (int(codes[1, 16]), int(codes[1, 63])) == (0x07, 0xF0)
+    assert scales[1].tolist() == [127, 128, 127, 123], "6 = 6 * 2^0, 12 = 6 * 2^1, zeros 2^0, 0.375 = 6 * 2^-4"
+    assert bool((codes[0] == NAN_BYTE).all() & (scales[0] == NAN_BYTE).all()), "nor another key"
+
+
+def test_pages_of_no_known_form_are_refused() -> None:
+    with pytest.raises(ValueError, match="a page of 64 index keys has 132 or 68 bytes a key, found 6400 in all"):
+        index_form(torch.zeros(1, 6400, dtype=torch.uint8), 64)
 
 
 def test_a_page_is_laid_out_as_published() -> None:

@@ -36,8 +36,9 @@ from ownpath.ops import OpKind
 SETTINGS = Settings.of("cpu", seed=1, budget_s=0.0)
 SHAPES = {
     "attend": "tiny embedded SWA",
-    "scores": "tiny bf16",
+    "scores": "tiny",
     "select": "tiny",
+    "angles": "tiny",
     "entries": "tiny csa narrow",
     "sample": "tiny",
 }

@@ -15,6 +15,7 @@ from ownpath.bench.peers.flashmla import FlashMla
 from ownpath.bench.scores import ScoresInputs, draw_keys, draw_rows
 from ownpath.conformance.attend import AttendInputs, make_attend_inputs
 from ownpath.conformance.entries import read_key_pages
+from ownpath.formats import KeyFormat
 from ownpath.kernels.attend.cases import AttendCase
 from ownpath.kernels.scores.types import IndexQuery
 
@@ -100,21 +101,22 @@ def deep_gemm() -> ModuleType:
     return module
 
 
-def scores_inputs(*, fp8: bool) -> ScoresInputs:
+def scores_inputs(keys: KeyFormat) -> ScoresInputs:
     g = torch.Generator().manual_seed(0)
     angles_TF = torch.randn(3, 32, generator=g)
     heads = torch.randn(3, 8, 128, generator=g).bfloat16(), torch.randn(3, 8, generator=g)
     query = IndexQuery(*heads, angles_TF.cos(), angles_TF.sin())
-    return ScoresInputs(query, draw_keys(9, fp8, g), draw_rows(3, 512, 9, g))
+    return ScoresInputs(query, draw_keys(9, keys, g), draw_rows(3, 512, 9, g))
 
 
 def test_deepgemm_is_called_as_its_signature_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deep_gemm", deep_gemm())
-    inputs = scores_inputs(fp8=True)
+    inputs = scores_inputs(KeyFormat.FP8)
     bound = DeepGemm().bind([inputs])
     bound.judge()
     inputs.query.weights_TI.mul_(1.2)
     with pytest.raises(AssertionError, match="relative L2"):
         bound.judge()
-    with pytest.raises(NotApplicable, match="FP8 keys only"):
-        DeepGemm().bind([scores_inputs(fp8=False)])
+    for keys in (KeyFormat.BF16, KeyFormat.FP4):
+        with pytest.raises(NotApplicable, match="FP8 keys only"):
+            DeepGemm().bind([scores_inputs(keys)])

@@ -1,6 +1,7 @@
 """A step's tables and the pool behind them: each row at the place that the layout's arithmetic says, and read back."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,9 +16,16 @@ from ownpath.config import ModelConfig
 WINDOW = SMALL["sliding_window"]
 
 
-def make_pool(device: torch.device, max_tokens: int = 700, max_sequences: int = 3, num_drafts: int = 0) -> CachePool:
+def make_pool(
+    device: torch.device,
+    max_tokens: int = 700,
+    max_sequences: int = 3,
+    num_drafts: int = 0,
+    rows_per_request: int = 1,
+) -> CachePool:
     config = ModelConfig.from_dict(SMALL)
-    return CachePool(CacheSpec(config, max_tokens, torch.float32, device, num_drafts, max_sequences))
+    spec = CacheSpec(config, max_tokens, torch.float32, device, num_drafts, max_sequences)
+    return CachePool(replace(spec, rows_per_request=rows_per_request))
 
 
 def scattered(pool: CachePool) -> tuple[SequenceCache, SequenceCache]:
@@ -28,8 +36,9 @@ def scattered(pool: CachePool) -> tuple[SequenceCache, SequenceCache]:
     return third, pool.new_sequence()
 
 
-def test_rows_go_where_the_layout_says(device: torch.device) -> None:
-    pool = make_pool(device)
+@pytest.mark.parametrize(("rows_per_request", "spare"), [(1, 0), (2, 8), (9, 8)])
+def test_rows_go_where_the_layout_says(rows_per_request: int, spare: int, device: torch.device) -> None:
+    pool = make_pool(device, rows_per_request=rows_per_request)
     caches = scattered(pool)
     for num_rows in ((300, 1), (1, 40), (129, 1), (3, 500), (1, 1)):
         starts = [cache.num_tokens for cache in caches]
@@ -44,8 +53,9 @@ def test_rows_go_where_the_layout_says(device: torch.device) -> None:
             for position in range(start, start + count)
         ]
         assert tables.positions_T.tolist() == [position for _, position, _ in expected]
-        rings = {WINDOW: tables.writes.window_T, 8: tables.writes.state_T[4], 128: tables.writes.state_T[128]}
-        for size, found in rings.items():
+        states = tables.writes.state_T
+        rings = (WINDOW, tables.writes.window_T), (8, states[4]), (128, states[128])
+        for size, found in ((size + spare, found) for size, found in rings):
             rows = [ring_row(c.slot, p, size) if p >= end - size else 0 for c, p, end in expected]
             assert found.tolist() == rows
         for ratio, found in tables.writes.entry_T.items():
@@ -55,6 +65,31 @@ def test_rows_go_where_the_layout_says(device: torch.device) -> None:
         tables.extend()
         assert [cache.num_tokens for cache in caches] == [a + b for a, b in zip(starts, num_rows, strict=True)]
         assert pool.slots.faults() == []
+
+
+@pytest.mark.parametrize("rows_per_request", [1, 3])
+def test_a_decode_steps_rows(rows_per_request: int, device: torch.device) -> None:
+    """Each row has its request's slot and blocks, up to the last that the step writes to."""
+    pool = make_pool(device, rows_per_request=rows_per_request)
+    first, second = scattered(pool)
+    StepTables.of([first, second], (254, 3)).extend()
+    counts = 3, 1
+    decode = StepTables.of([first, second], counts).decode
+    assert StepTables.of([first, second], (4, 1)).decode is None
+    if rows_per_request == 1:
+        assert decode is None
+        counts, decode = (1, 1), StepTables.of([first, second], (1, 1)).decode
+    assert decode is not None
+    rows = [
+        (cache, cache.num_tokens + row)
+        for cache, count in zip((first, second), counts, strict=True)
+        for row in range(count)
+    ]
+    assert decode.positions_T.tolist() == [position for _, position in rows]
+    assert decode.slots_T.tolist() == [cache.slot for cache, _ in rows]
+    width = 2 if rows_per_request == 3 else 1
+    assert decode.blocks_TB.tolist() == [list(cache.blocks[:width]) for cache, _ in rows]
+    assert {one.dtype for one in (decode.positions_T, decode.slots_T, decode.blocks_TB)} == {torch.int32}
 
 
 def test_a_row_is_written_to_one_place_of_its_own(device: torch.device) -> None:

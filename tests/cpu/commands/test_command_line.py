@@ -19,7 +19,7 @@ OWNPATH = [sys.executable, "-m", "ownpath"]
 def test_bare_ownpath_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     out = capsys.readouterr().out
-    for command in ("inspect", "plan", "verify", "generate", "serve", "diff", "quantize", "bench"):
+    for command in ("inspect", "plan", "verify", "generate", "chat", "serve", "diff", "quantize", "bench"):
         assert f"\n    {command} " in out
     assert main(["--help"]) == 0
     assert capsys.readouterr().out == out

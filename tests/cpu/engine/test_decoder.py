@@ -10,9 +10,10 @@ from support.checkpoints import random_checkpoint
 
 from ownpath.cache.tables import DecodeTables
 from ownpath.config import EngineConfig
-from ownpath.engine.decoder import PADDED, Decoder, DecodeRow, make_decoder, no_graph_of
+from ownpath.engine.decoder import Decoder, make_decoder, no_graph_of
 from ownpath.engine.engine import Engine
-from ownpath.engine.request import FinishReason, Request, SamplingParams, StepOutput
+from ownpath.engine.request import FinishReason, Request, SamplingParams, ScoredToken, StepOutput
+from ownpath.engine.rows import GREEDY, PADDED, DecodeRow, ResidentRows, StepRows
 from ownpath.engine.sampler import SampleRow
 from ownpath.kernels.checks import VECTOR_BYTES
 from ownpath.loading import load_model
@@ -54,13 +55,7 @@ def answers(model: Model, config: EngineConfig, decoder: Decoder | None) -> list
 
 
 def tokens_of(heard: "queue.SimpleQueue[StepOutput]") -> list[int]:
-    tokens: list[int] = []
-    while True:
-        output = heard.get(timeout=WAIT_S)
-        assert output.finish_reason is not FinishReason.ERROR, output.error
-        tokens += [output.token.token_id] if output.token else []
-        if output.finish_reason is not None:
-            return tokens
+    return [token.token_id for token in scored_tokens_of(heard)]
 
 
 def test_answers_are_those_of_forward(model: Model, config: EngineConfig) -> None:
@@ -96,23 +91,45 @@ def test_the_next_step_of_the_same_rows_uploads_nothing(model: Model, monkeypatc
     rows = started(model, (2, 9))
     uploads: list[int] = []
     upload = decoder._rows.upload
-    monkeypatch.setattr(decoder._rows, "upload", lambda rows: (uploads.append(len(rows)), upload(rows)))
+    monkeypatch.setattr(decoder._rows, "upload", lambda rows: (uploads.append(rows.num_rows), upload(rows)))
     for _ in range(3):
-        tokens = decoder.step(rows).token_ids
+        tokens = decoder.step(StepRows.of(rows)).token_ids
         rows = [DecodeRow(row.cache, token) for row, token in zip(rows, tokens, strict=True) if token is not None]
     assert uploads == [2]
-    decoder.step([DecodeRow(rows[0].cache, 7), rows[1]])  # another token than the device chose
-    decoder.step(rows[1:])  # the first row left
+    decoder.step(StepRows.of([DecodeRow(rows[0].cache, 7), rows[1]]))  # another token than the device chose
+    decoder.step(StepRows.of(rows[1:]))  # the first row left
     assert uploads == [2, 2, 1]
     for row in rows:
         row.cache.release()
+
+
+def test_what_a_row_draws_with_is_compared_where_it_draws(model: Model) -> None:
+    """A greedy row reads neither seed nor count; one that draws goes on from the device's count alone."""
+    (row,) = started(model, (5,))
+    drawing = SampleRow(SamplingParams(9, temperature=0.5), seed=3, num_drawn=2)
+    for sample, others in ((GREEDY, []), (drawing, [drawing._replace(seed=4), drawing._replace(num_drawn=2)])):
+        held = resident(row._replace(sample=sample))
+        after = held.advanced([8])
+        ahead = sample._replace(num_drawn=sample.num_drawn + 1)
+        assert resident(DecodeRow(row.cache, 8, ahead), 6).continues(after)
+        assert not resident(DecodeRow(row.cache, 7, ahead), 6).continues(after)
+        assert not resident(DecodeRow(row.cache, 8, ahead), 5).continues(after)
+        assert not held.continues(None)
+        for other in others:
+            assert not resident(DecodeRow(row.cache, 8, other), 6).continues(after)
+    assert resident(row._replace(sample=GREEDY._replace(seed=9, num_drawn=7))).continues(resident(row))
+    row.cache.release()
+
+
+def resident(row: DecodeRow, position: int = 5) -> ResidentRows:
+    return ResidentRows([row.cache.slot], [row.cache.blocks], [position], *StepRows.of([row])[1:])
 
 
 def test_a_new_sequence_in_an_old_slot_brings_its_own_blocks(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Same slot, position and token as the row on the device, other blocks: a stale table reads nobody's memory."""
     decoder = Decoder(model, MAX_ROWS, VOCAB)
     (row,) = started(model, (6,))
-    token = decoder.step([row]).token_ids[0]
+    token = decoder.step(StepRows.of([row])).token_ids[0]
     assert token is not None
     row.cache.release()
     free = model.caches.slots._free_blocks
@@ -125,7 +142,7 @@ def test_a_new_sequence_in_an_old_slot_brings_its_own_blocks(model: Model, monke
     monkeypatch.setattr(
         type(model), "decode", lambda _, ids, given: (tables.append(given.blocks_TB[0].tolist()), decode(ids, given))[1]
     )
-    decoder.step([DecodeRow(other.cache, token)])
+    decoder.step(StepRows.of([DecodeRow(other.cache, token)]))
     assert tables == [list(other.cache.blocks)]
     other.cache.release()
 
@@ -138,7 +155,7 @@ def test_an_upload_leaves_what_its_rows_say(model: Model) -> None:
     for step, picked in enumerate([(0, 1, 2), (2, 0), (), (4,), (0, 1, 2, 3, 4), (4, 3, 2, 1), (4, 3, 2, 1)]):
         params = SamplingParams(9, temperature=0.25 * step, top_p=0.25 * (step % 4) + 0.1)
         rows = [DecodeRow(caches[n], 10 * step + n, SampleRow(params, 2**62 + n, step + n)) for n in picked]
-        decoder._rows.upload(rows)
+        decoder._rows.upload(StepRows.of(rows))
         columns, some = decoder._rows.columns, slice(len(rows))
         assert columns.tokens[some].tolist() == [10 * step + n for n in picked]
         assert columns.positions[some].tolist() == [7 * caches[n].slot for n in picked]
@@ -161,11 +178,11 @@ def test_rows_up_to_the_bucket_are_padded(model: Model) -> None:
     decoder = Decoder(told, 16, VOCAB)  # type: ignore[arg-type]
     rows = started(model, (1, 2, 3, 4, 5))
     decoder.buckets = (2, 8)
-    decoder.step(rows)
+    decoder.step(StepRows.of(rows))
     tokens, positions = told.steps[0]
     assert tokens == [4] * 5 + [PADDED] * 3
     assert positions == [1, 2, 3, 4, 5, 0, 0, 0]
-    decoder.step([DecodeRow(row.cache, 4) for row in rows])
+    decoder.step(StepRows.of([DecodeRow(row.cache, 4) for row in rows]))
     assert told.steps[1][1] == [2, 3, 4, 5, 6, 0, 0, 0]
     for row in rows:
         row.cache.release()
@@ -196,10 +213,51 @@ def test_a_logit_that_is_not_finite_is_told_for_its_row_alone(model: Model) -> N
             return logits_TV
 
     rows = started(model, (4, 5, 6))
-    chosen = Decoder(Broken(model), MAX_ROWS, VOCAB).step(rows).token_ids  # type: ignore[arg-type]
+    chosen = Decoder(Broken(model), MAX_ROWS, VOCAB).step(StepRows.of(rows)).token_ids  # type: ignore[arg-type]
     assert [token is None for token in chosen] == [False, True, False]
     for row in rows:
         row.cache.release()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_log_probs_come_with_the_tokens(
+    model: Model, config: EngineConfig, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of an answer are the same with and without the likeliest tokens, and by steps of ``forward``; no second
+    pass over the logits computes them."""
+
+    def scored(num_logprobs: int | None, decoder: Decoder | None) -> list[ScoredToken]:
+        heard: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
+        engine = Engine(model, config, VOCAB, end_token_ids=(), decoder=decoder)
+        engine.start()
+        params = SamplingParams(12, temperature=temperature, seed=4, num_logprobs=num_logprobs)
+        engine.submit([Request([5, 6, 7], params, heard.put)])
+        found = scored_tokens_of(heard)
+        engine.stop()
+        return found
+
+    decoder = Decoder(model, MAX_ROWS, VOCAB)
+    with_tops, silent = scored(3, decoder), scored(None, decoder)
+    monkeypatch.setattr("ownpath.engine.sampler.score_tokens", None)
+    alone, by_forward = scored(0, decoder), scored(0, None)
+    assert [one.logprob for one in silent] == [None] * 12
+    for one, tops, plain, other in zip(alone, with_tops, silent, by_forward, strict=True):
+        assert one.token_id == tops.token_id == plain.token_id == other.token_id
+        assert one.top_logprobs == () != tops.top_logprobs
+        assert one.logprob is not None
+        assert one.logprob == tops.logprob
+        # The same logits up to float64's rounding, in float32: one step below 8.
+        assert other.logprob == pytest.approx(one.logprob, abs=2**-21)
+
+
+def scored_tokens_of(heard: "queue.SimpleQueue[StepOutput]") -> list[ScoredToken]:
+    found: list[ScoredToken] = []
+    while True:
+        output = heard.get(timeout=WAIT_S)
+        assert output.finish_reason is not FinishReason.ERROR, output.error
+        found += [output.token] if output.token else []
+        if output.finish_reason is not None:
+            return found
 
 
 def test_kernels_can_read_every_array(model: Model) -> None:
@@ -208,5 +266,5 @@ def test_kernels_can_read_every_array(model: Model) -> None:
         decoder = Decoder(model, max_rows, model.config.vocab_size)
         tables, sampled = decoder._rows.tables(model.caches, 1), decoder._rows.sample_rows(1)
         arrays = [tables.positions_T, tables.slots_T, tables.blocks_TB, *sampled[:3], *sampled.filters[:3]]
-        arrays += [decoder._rows.columns.tokens, *decoder._chosen]
+        arrays += [decoder._rows.columns.tokens, *decoder._results.on_device]
         assert not any(array.data_ptr() % VECTOR_BYTES for array in arrays), max_rows

@@ -1,13 +1,15 @@
 """Choosing and scoring tokens."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ownpath.engine.request import Request, RequestError, SamplingParams
+from ownpath.engine.request import Request, RequestError, SamplingParams, ScoredToken
 from ownpath.engine.sampler import (
     NonFiniteLogits,
     SampleRow,
@@ -15,9 +17,14 @@ from ownpath.engine.sampler import (
     finite_rows,
     score_tokens,
     warm_up_sampler,
+    with_top,
 )
 from ownpath.kernels.sample.ref import SampleReference
 from ownpath.kernels.sample.types import Sampled, SampleRows
+
+
+def token_ids(logits_SV: torch.Tensor, rows: Sequence[SampleRow]) -> list[int | None]:
+    return choose_tokens(logits_SV, rows).token_ids
 
 
 def row(temperature: float = 1.0, top_p: float = 1.0, seed: int | None = 0) -> SampleRow:
@@ -35,15 +42,15 @@ def test_greedy_takes_the_likeliest(device: torch.device) -> None:
     """The first of the likeliest, alone and beside a row that draws."""
     logits = torch.tensor([[0.0, 2.0, 2.0], [5.0, 2.0, 1.0], [0.0, 0.0, 90.0]], device=device)
     greedy = row(temperature=0)
-    assert choose_tokens(logits, [greedy] * 3) == [1, 0, 2]
-    assert choose_tokens(logits, [greedy, greedy, row()]) == [1, 0, 2]
+    assert token_ids(logits, [greedy] * 3) == [1, 0, 2]
+    assert token_ids(logits, [greedy, greedy, row()]) == [1, 0, 2]
 
 
 def test_frequencies_follow_the_softmax_of_the_scaled_logits(device: torch.device) -> None:
     """20,000 draws; each count is binomial, so 5 standard deviations fail once in about a million runs per token."""
     logits, temperature, num_draws = torch.tensor([0.0, 1.0, -1.0, 0.5], device=device), 0.7, 20_000
     counts = torch.zeros(4)
-    for token_id in choose_tokens(logits.repeat(num_draws, 1), successive(row(temperature), num_draws)):
+    for token_id in token_ids(logits.repeat(num_draws, 1), successive(row(temperature), num_draws)):
         assert token_id is not None
         counts[token_id] += 1
     weights = [math.exp(float(value) / temperature) for value in logits]
@@ -62,13 +69,13 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(
 ) -> None:
     """Edges are kept off by a thousandth: logits are float32, so that 0.5 is not exactly half."""
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05], device=device).log()
-    assert set(choose_tokens(logits.repeat(2000, 1), successive(row(top_p=top_p), 2000))) == allowed
+    assert set(token_ids(logits.repeat(2000, 1), successive(row(top_p=top_p), 2000))) == allowed
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-9, 1e-3])
 def test_a_tiny_temperature_is_greedy_not_nan(temperature: float, device: torch.device) -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0], [1e30, -1e30, 0.0]], device=device)
-    assert choose_tokens(logits, [row(temperature), row(temperature)]) == [1, 0]
+    assert token_ids(logits, [row(temperature), row(temperature)]) == [1, 0]
 
 
 @settings(deadline=None, max_examples=50)
@@ -78,15 +85,15 @@ def test_a_row_does_not_depend_on_its_neighbours(
 ) -> None:
     logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(seed)).to(device)
     rows = [row(temperature, top_p, seed + n) for n in range(4)] + [row(temperature=0)]
-    together = choose_tokens(logits, rows)
-    alone = [choose_tokens(logits[n : n + 1], [rows[n]])[0] for n in range(5)]
+    together = token_ids(logits, rows)
+    alone = [token_ids(logits[n : n + 1], [rows[n]])[0] for n in range(5)]
     assert together == alone
     assert all(token_id is not None and 0 <= token_id < 300 for token_id in together)
 
 
 def test_seeds() -> None:
     def draws(seed: int | None) -> list[int | None]:
-        return choose_tokens(torch.zeros(8, 1000), successive(row(seed=seed), 8))
+        return token_ids(torch.zeros(8, 1000), successive(row(seed=seed), 8))
 
     assert draws(7) == draws(7)
     assert draws(7) != draws(8)
@@ -128,13 +135,44 @@ def test_scores_are_the_models_own_log_probabilities(device: torch.device) -> No
     assert score_tokens(logits, [4, 0, 49], 0)[0].top_logprobs == ()
 
 
+def test_a_chosen_token_brings_its_log_probability(device: torch.device) -> None:
+    """By the raw logits, whatever the temperature and top_p; a CPU computes it where a row asks."""
+    logits = torch.randn(4, 700, generator=torch.Generator().manual_seed(1)).to(device)
+    plain, drawn = row(temperature=0), row(temperature=0.5, top_p=0.9)
+    asking = drawn._replace(params=replace(drawn.params, num_logprobs=0))
+    rows = [plain, drawn, asking, drawn]
+    found = choose_tokens(logits, rows)
+    assert found.token_ids == token_ids(logits, [plain, drawn, drawn, drawn])
+    for n, (token_id, logprob) in enumerate(zip(*found, strict=True)):
+        assert token_id is not None
+        exact = float(logits[n].double().log_softmax(-1)[token_id])
+        # Logits and sums are below 8, where float32 has steps of 2**-21: 16 of them for a sum of 700 terms.
+        assert logprob == pytest.approx(exact, abs=16 * 2**-21)
+    silent = choose_tokens(logits, [plain, drawn, drawn, plain]).logprobs
+    assert len(silent) == 4
+    assert device.type != "cpu" or all(math.isnan(logprob) for logprob in silent)
+
+
+def test_the_likeliest_tokens_agree_with_the_chosen_one(device: torch.device) -> None:
+    """A client may look the chosen token up among the likeliest: it finds the same number there."""
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(2)).to(device)
+    (scored,) = score_tokens(logits, [7], 50)
+    assert scored.logprob is not None
+    sampled = scored.logprob + 2**-22
+    found = with_top(7, sampled, logits, 50)
+    assert (found.token_id, found.logprob) == (7, sampled)
+    assert [one for one in found.top_logprobs if one[0] != 7] == [one for one in scored.top_logprobs if one[0] != 7]
+    assert dict(found.top_logprobs)[7] == sampled
+    assert with_top(7, sampled, logits * math.nan, 0) == ScoredToken(7, sampled), "no second look at the logits"
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_rows_that_are_not_finite_are_seen(bad: float) -> None:
     logits = torch.zeros(3, 4)
     logits[1, 2] = bad
     assert finite_rows(logits) == [True, False, True]
-    assert choose_tokens(logits, [row(temperature=0)] * 3) == [0, None, 0]
-    assert [token is None for token in choose_tokens(logits, [row()] * 3)] == [False, True, False]
+    assert token_ids(logits, [row(temperature=0)] * 3) == [0, None, 0]
+    assert [token is None for token in token_ids(logits, [row()] * 3)] == [False, True, False]
     with pytest.raises(NonFiniteLogits):
         score_tokens(logits, [0, 0, 0], 0)
     with pytest.raises(NonFiniteLogits):

@@ -4,6 +4,7 @@ import pytest
 
 from ownpath.kernels.nvfp4.choose import SMS, choose_linear, choose_moe
 from ownpath.kernels.nvfp4.config import MAX_SHARED_BYTES, GemmConfig
+from ownpath.kernels.nvfp4.sliced_config import MAX_SLICED_PAIRS, SlicedConfig, fits_slices
 
 SHAPES = ((1536, 4096), (32768, 1024), (4096, 8192), (4096, 4096), (4096, 2048), (64, 128), (192, 384), (640, 256))
 
@@ -50,6 +51,29 @@ def test_nothing_that_changes_bits_follows_the_batch_when_invariant() -> None:
         assert choice.down.wide
         assert not choice.down.reduces
         assert not choice.gate_up.reduces
+
+
+def test_slices_are_whole_stages() -> None:
+    assert fits_slices(4096, 2048)
+    assert fits_slices(7168, 3072)
+    assert not fits_slices(4096 + 256, 2048), "down has stages for both CTAs"
+    assert not fits_slices(4096, 2048 + 32)
+
+
+def test_slices_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="shared memory"):
+        SlicedConfig(1, 6, 4)
+    with pytest.raises(ValueError, match="1 to 8 tokens"):
+        SlicedConfig(9, 2, 1)
+
+
+def test_slices_are_for_few_pairs_and_not_for_invariant_plans() -> None:
+    """Their sums have another order than those of the products of more pairs."""
+    assert choose_moe(6, 256, 4096, 2048, invariant=False).sliced
+    assert not choose_moe(6, 256, 4096, 2048, invariant=True).sliced
+    assert not choose_moe(6, 256, 4096 + 128, 2048, invariant=False).sliced
+    for pairs in (MAX_SLICED_PAIRS + 1, 48, 384):
+        assert not choose_moe(pairs, 4096, 4096, 2048, invariant=False).sliced
 
 
 def test_a_kernel_that_does_not_fit_is_refused() -> None:

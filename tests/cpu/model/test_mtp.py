@@ -41,8 +41,11 @@ def tokens(count: int, seed: int = 3) -> list[int]:
     return torch.randint(0, VOCAB_SIZE, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def drafting_model(folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Model:
-    return load_model(folder, EngineConfig(device=str(device), dtype=dtype, max_model_len=256, loads_draft=True))
+def drafting_model(
+    folder: Path, device: torch.device, dtype: torch.dtype = torch.float32, rows_per_request: int = 1
+) -> Model:
+    engine = EngineConfig(str(device), dtype, 256, loads_draft=True, rows_per_request=rows_per_request)
+    return load_model(folder, engine)
 
 
 Chunk = tuple[list[int], list[int], SequenceCache]
@@ -139,6 +142,18 @@ def test_chunks_equal_one_shot(size: int, model: Model) -> None:
     for expected, found in zip(whole, run_in_chunks(model, token_ids, size), strict=True):
         assert found.shape == (num_positions - 2, VOCAB_SIZE)
         assert (found - expected).abs().max() <= FLOAT64_TOLERANCE
+
+
+def test_drafts_decode_several_rows_at_a_time(model: Model, tmp_path: Path, device: torch.device) -> None:
+    """The modules' windows are longer too: three rows a step, on the line, past the window's end."""
+    random_checkpoint(tmp_path, "full-nvfp4", seed=5, draft="deepseek-native", num_nextn_predict_layers=2)
+    several, token_ids = drafting_model(tmp_path, device, torch.float64, rows_per_request=3), tokens(146)
+    whole = run_in_chunks(model, token_ids, len(token_ids))
+    for expected, found in zip(whole, run_in_chunks(several, token_ids, 3), strict=True):
+        assert (found - expected).abs().max() <= FLOAT64_TOLERANCE
+    attend = {slot: calls for slot, calls in several.ledger.calls.items() if slot.endswith("decode.attend")}
+    assert set(attend.values()) == {48}, "one call a step in each layer of the backbone and of both modules"
+    assert len([slot for slot in attend if slot.startswith("mtp")]) == 2
 
 
 def test_sequences_side_by_side_equal_each_alone(model: Model) -> None:

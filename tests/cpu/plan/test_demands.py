@@ -17,7 +17,7 @@ from ownpath.kernels.registry import SPECS
 from ownpath.kernels.spec import KernelSpec
 from ownpath.ops import OpKind
 from ownpath.plan.errors import PlanError
-from ownpath.plan.opspec import CompanionSpec, companion_ops, decode_ops, model_ops, route_op
+from ownpath.plan.opspec import CompanionSpec, angles_op, companion_ops, decode_ops, model_ops, route_op
 from ownpath.plan.plan import make_plan, replan
 from ownpath.plan.select import Caps, Choice, Demands, Refusal, select
 from ownpath.plan.show import companion_rows
@@ -77,7 +77,7 @@ def all_companions(config: ModelConfig) -> list[CompanionSpec]:
     """Those of every step, then those of decode steps, layer by layer."""
     layers = config.backbone_layers()
     decode = ((*decode_ops(config, layer), route_op(config, layer)) for layer in layers)
-    return [*companion_ops(config), *chain.from_iterable(decode)]
+    return [*companion_ops(config), angles_op(config), *chain.from_iterable(decode)]
 
 
 def test_every_companion_is_planned_with_a_reason(tmp_path: Path) -> None:
@@ -88,6 +88,7 @@ def test_every_companion_is_planned_with_a_reason(tmp_path: Path) -> None:
     kernels = {op.spec.slot: op.choice.kernel.name for op in plan.companions}
     assert kernels["layers.0.hc_attn"] == kernels["hc_head"] == "triton.hyper_boundary"
     assert kernels["layers.4.ffn.router"] == "triton.router"
+    assert kernels["attn.decode.angles"] == "triton.step_angles"
     assert kernels["layers.0.attn.decode.entries"] == "ref.entries", "its head is not 512 wide"
     assert kernels["layers.4.ffn.decode.route"] == "triton.route"
     assert "layers.0.attn.decode.select" not in kernels, "a sliding layer selects nothing"

@@ -78,7 +78,9 @@ def test_what_runs_is_what_was_planned(draft: str, tmp_path: Path, device: torch
         tmp_path, EngineConfig(str(device), EngineConfig.for_device(str(device)).dtype, 64, loads_draft=True)
     )
     cache = model.new_cache()
-    for token_ids, slots in (([5, 6, 7, 8], OF_MTP), ([9], OF_MTP - NOT_OF_DECODE | OF_DECODE)):
+    others = {"head"}, {"head", "attn.decode.angles"}
+    of_step = OF_MTP, OF_MTP - NOT_OF_DECODE | OF_DECODE
+    for token_ids, slots, shared in zip(([5, 6, 7, 8], [9]), of_step, others, strict=True):
         before = dict(model.ledger.calls)
         batch = ForwardBatch.of([(token_ids, cache)], device)
         hidden = model.hidden(batch)
@@ -88,7 +90,7 @@ def test_what_runs_is_what_was_planned(draft: str, tmp_path: Path, device: torch
         model.logits(model.drafts[0].hidden(hidden, next_ids_T, batch), batch.logits_ids)
         added = {slot: calls - backbone.get(slot, 0) for slot, calls in model.ledger.calls.items()}
         ran = {slot: calls for slot, calls in added.items() if calls}
-        assert ran == {"head": 1, **{f"mtp.0.{name}": 1 for name in slots}}
+        assert ran == dict.fromkeys(shared | {f"mtp.0.{name}" for name in slots}, 1)
     assert {slot: model.ledger.kernels[slot] for slot in model.ledger.calls} == plan.slots
 
 

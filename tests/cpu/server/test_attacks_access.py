@@ -36,9 +36,9 @@ def keyed() -> Iterator[Harness]:
 
 
 PATHS = [
-    "/", "/v1/models", "/v1/models/tiny", COMPLETIONS, CHAT, "/metrics", "/debug/plan", "/nothing", "//v1/models",
+    "/v1", "/v1/models", "/v1/models/tiny", COMPLETIONS, CHAT, "/metrics", "/debug/plan", "/nothing", "//v1/models",
     "/V1/models", "/v1/models/", "/health/", "/healthz", "/ready/../v1/models", "/health%2f..%2fv1/models", "/.health",
-    "/v1/models?/health", "/v1/models;/health", "/openapi.json", "/docs",
+    "/v1/models?/health", "/v1/models;/health", "/openapi.json", "/docs/", "/docs/openapi.json", "//docs", "/docs;/",
 ]  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def test_the_command_refuses_before_it_loads(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OWNPATH_API_KEYS", raising=False)
-    monkeypatch.setattr("ownpath.commands.session.open_session", lambda args: pytest.fail("nothing is loaded"))
+    monkeypatch.setattr("ownpath.commands.session.open_session", lambda *args: pytest.fail("nothing is loaded"))
     for options, reason in (
         (["--host", "0.0.0.0"], "other machines reach 0.0.0.0, and no API key is asked for"),
         (["--api-key-file", str(tmp_path / "none")], "No such file"),

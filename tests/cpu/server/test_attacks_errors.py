@@ -107,7 +107,7 @@ def test_a_random_body_has_few_validation_errors(errors: list[int]) -> None:
         for model in (ChatRequest, CompletionRequest):
             body = {name: random_value(draw, 4) for name in draw.sample(sorted(model.model_fields), 8)}
             with pytest.raises(ApiError):
-                protocol._validate(model, body | {"top_p": Wrong()})
+                protocol.validate(model, body | {"top_p": Wrong()})
     assert len(errors) == 600
     assert max(errors) <= MOST_ERRORS
 
@@ -116,5 +116,5 @@ def test_a_random_body_has_few_validation_errors(errors: list[int]) -> None:
 def test_the_error_that_is_told_is_the_first_one(field: str) -> None:
     """A wrong field is named, whichever it is, if all before it in the request's type are right."""
     with pytest.raises(ApiError) as refused:
-        protocol._validate(ChatRequest, {"messages": [USER], field: Wrong()})
+        protocol.validate(ChatRequest, {"messages": [USER], field: Wrong()})
     assert refused.value.param == field

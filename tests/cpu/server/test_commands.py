@@ -209,6 +209,20 @@ def test_serve_says_where_and_ends_cleanly(
     assert process.stdout.read() == ""
 
 
+@pytest.mark.parametrize(("options", "wanted"), [([], 16), (["--max-num-seqs", "3"], 3)])
+def test_as_many_requests_run_together_as_are_asked_for(
+    options: list[str], wanted: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(args: object, max_num_seqs: int) -> None:
+        raise ValueError(f"room for {max_num_seqs}")
+
+    monkeypatch.setattr(session, "load_for", load)
+    assert main(["serve", str(folder), "--port", "0", *options]) == 2
+    assert f"room for {wanted} " in capsys.readouterr().err.replace("\n", " ")
+    assert main(["serve", str(folder), "--port", "0", "--max-num-seqs", "0"]) == 2
+    assert "--max-num-seqs" in capsys.readouterr().err
+
+
 def test_a_port_in_use_is_an_error(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         command = [sys.executable, "-m", "ownpath", "serve", str(folder), "--port", str(taken.getsockname()[1])]
@@ -256,7 +270,9 @@ def test_a_model_that_fails_its_self_test_is_not_served(
     assert captured.out == ""
     title, _, failed, *passed, remedy, last = captured.err.splitlines()
     assert re.fullmatch(r"self-test: 1 of 13 checks failed, \d+\.\d s", title)
-    assert re.fullmatch(r"FAIL +S03-finite +5 +at most 0 +prompts with logits that are not finite", failed)
+    assert re.fullmatch(
+        r"FAIL +S03-finite +5 +at most 0 +prompts with logits or index scores that are not finite", failed
+    )
     assert remedy == f"remedy for S03-finite: {REMEDIES['S03-finite']}"
     assert len(passed) == 12
     assert all(line.startswith(("pass ", "skipped ")) for line in passed)

@@ -21,6 +21,7 @@ from cpu.server.model_folder import write_model_folder
 from ownpath.cli import main
 from ownpath.config import EngineConfig
 from ownpath.engine.engine import Engine
+from ownpath.inspect.inspection import inspect_folder
 from ownpath.loading import load_model, plan_model
 from ownpath.plan.show import plan_dict
 from ownpath.runners import SwiGLU
@@ -126,6 +127,19 @@ def test_what_ran_is_told_beside_what_was_planned() -> None:
         ]
 
 
+def test_fields_can_be_asked_for_alone(admin: Harness) -> None:
+    """Names of an expert's modules fill megabytes: who asks again and again wants the counts alone."""
+    whole = answer(admin.ask("GET", PATH, headers=AS_ADMIN))
+    for fields in ("ran", "ran,recording", "model,ran,device"):
+        body = answer(admin.ask("GET", f"{PATH}?fields={fields}", headers=AS_ADMIN))
+        assert body == {name: whole[name] for name in fields.split(",")}
+    for fields in ("", "runs", "ran,", "ran%20"):
+        refused = error(admin.ask("GET", f"{PATH}?fields={fields}", headers=AS_ADMIN), 400)
+        assert refused["param"] == "fields"
+        assert "plan" in refused["message"]
+    error(admin.ask("GET", f"{PATH}?fields=ran"), 401)
+
+
 def test_recording_is_for_whoever_asks() -> None:
     ledger = swiglu_ledger()
     with opened(ledger) as served:
@@ -216,12 +230,19 @@ def test_serve_takes_the_key(spelled: str, tmp_path: Path) -> None:
         url = next(found[1] for line in lines if (found := re.search(r"(http://127\.0\.0\.1:\d+)/v1", line)))
         assert httpx.get(url + PATH).status_code == 401
         body = httpx.get(url + PATH, headers=AS_ADMIN, timeout=30).json()
-        assert list(body) == ["schema", "recording", "ran", "model", "versions", "device", "plan", "release"]
+        facts = ["model", "versions", "device", "plan", "release", "memory"]
+        assert list(body) == ["schema", "recording", "ran", *facts]
         assert body["model"] == "v4"
         assert body["versions"]["torch"] == torch.__version__
         assert body["device"] == {"type": "cpu", "name": "CPU", "sm": None}
         assert body["ran"] == [], "the self-test's calls are not among them"
         assert body["plan"] == json.loads(json.dumps(plan_dict(plan_model(folder, "cpu"))))
+        found = inspect_folder(folder).contents
+        assert found is not None
+        cpu = found.memory[0]
+        one = load_model(folder, EngineConfig(max_model_len=4096)).new_cache().num_bytes()
+        sizes = {"weights_bytes": cpu.weights_bytes, "cache_bytes": 16 * one}
+        assert body["memory"] == sizes | {"requests": 16, "tokens_each": 4096}
     finally:
         process.terminate()
         assert KEY not in process.communicate()[1]

@@ -58,7 +58,7 @@ def test_a_request_may_leave_the_model_out_or_name_it(served: Harness) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404), ("GET", "/health/", 404), ("POST", PATHS[0] + "/", 404),
+        ("GET", "/x", 404), ("GET", "/health/", 404), ("POST", PATHS[0] + "/", 404),
         ("GET", "/v1", 404), ("POST", "/v1/embeddings", 404), ("GET", "//v1/models", 404),
         ("GET", "/V1/models", 404), ("GET", PATHS[0], 405), ("PUT", PATHS[1], 405), ("DELETE", "/v1/models", 405),
         ("OPTIONS", PATHS[0], 405), ("POST", "/health", 405), ("GET", "/%1b%5b31m", 404),

@@ -184,7 +184,7 @@ def raw(url: str, data: bytes, ends: bool = True, timeout_s: float = 5.0) -> byt
     [
         b"",
         b"\x00\x01\x02\x03" * 100,
-        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET /nothing HTTP/9.9\r\n\r\n",
         b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
         b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 1_000_000 + b"\r\n\r\n",
         b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"X: a\r\n" * 200_000 + b"\r\n",

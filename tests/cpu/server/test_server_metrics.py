@@ -227,11 +227,16 @@ def test_durations_and_http_answers_have_the_fields_names(served: Harness) -> No
     assert grown(answered.format("other", "GET", 404)) == 1
 
 
-def test_kernels_compiled_after_the_start_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("counter", "series"),
+    [("count", "ownpath_kernels_compiled_total"), ("num_captured", "ownpath_graphs_captured_total")],
+)
+def test_what_is_made_after_the_start_is_counted(counter: str, series: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(COMPILATIONS, counter, 7)  # the start's own
     with harness(Gated()) as served:
-        assert page(served)["ownpath_kernels_compiled_total"] == 0
-        monkeypatch.setattr(COMPILATIONS, "count", COMPILATIONS.count + 2)
-        assert page(served)["ownpath_kernels_compiled_total"] == 2
+        assert page(served)[series] == 0
+        monkeypatch.setattr(COMPILATIONS, counter, 9)
+        assert page(served)[series] == 2
 
 
 def test_gauges_follow_what_runs() -> None:

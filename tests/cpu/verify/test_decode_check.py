@@ -39,8 +39,11 @@ def checked(
     layer_idx: int,
     official: frozenset[Step] = PLAIN,
     cache_format: CacheFormat = CacheFormat.BF16,
+    rows_per_request: int = 1,
 ) -> list[Finding]:
-    engine = EngineConfig(dtype=torch.bfloat16, official=official, cache_format=cache_format)
+    engine = EngineConfig(
+        dtype=torch.bfloat16, official=official, cache_format=cache_format, rows_per_request=rows_per_request
+    )
     return list(stage.kernel_stage(Subject.of(folder, engine, Selection(frozenset({layer_idx})))))
 
 
@@ -65,6 +68,43 @@ def test_formats_and_numerics_are_checked_to_the_code(
 ) -> None:
     [finding] = checked(default_model_dir(), layer_idx, official, cache_format)
     assert (finding.where, finding.verdict) == (f"layers.{layer_idx}", Verdict.PASS), finding.message
+
+
+@pytest.mark.parametrize("layer_idx", [decode.SLIDING, decode.CSA, decode.HCA])
+def test_several_rows_of_a_request_are_checked(layer_idx: int) -> None:
+    for cache_format in CacheFormat:
+        official = ATTENTION if cache_format is CacheFormat.FP8 else PLAIN
+        [finding] = checked(default_model_dir(), layer_idx, official, cache_format, rows_per_request=4)
+        assert (finding.where, finding.verdict) == (f"layers.{layer_idx}", Verdict.PASS), finding.message
+
+
+def from_the_ring_alone(run: Any, raw: Any, angles: Any, rows: Any, pools: Any) -> None:
+    """Row after row, last ones first: an entry misses the rows before its own in the step."""
+    for t in reversed(range(len(rows.slots_T))):
+        part = slice(t, t + 1)
+        of_row = (
+            type(of_all)(*(None if one is None else one[part] for one in of_all)) for of_all in (raw, angles, rows)
+        )
+        run(*of_row, pools)
+
+
+def later_keys_seen(run: Any, q: Any, cos: Any, sin: Any, keys: Any, rows: Any) -> Any:
+    """Each row attends as the one behind it."""
+    return run(q, cos, sin, keys, rows._replace(positions_T=rows.positions_T.roll(-1, 0)))
+
+
+@pytest.mark.parametrize(
+    ("part", "call", "slot"),
+    [("write", from_the_ring_alone, "entries"), ("attend", later_keys_seen, "attend")],
+    ids=["entries", "attend"],
+)
+def test_faults_between_rows_of_a_request_are_seen(part: str, call: Any, slot: str, folder: Path) -> None:
+    mutation = decode.called("rows of a step", part, call, decode.HCA)
+    with mutation.interference.applied():
+        found = failed(checked(folder, decode.HCA, rows_per_request=4))
+    assert {finding.where for finding in found} == {f"layers.{decode.HCA}.attn.decode.{slot}"}
+    with decode.called("one row", "write", from_the_ring_alone, decode.HCA).interference.applied():
+        assert not failed(checked(folder, decode.HCA)), "with one row of a request that is no fault"
 
 
 def rounded_down(run: Callable[..., None], raw: Any, angles: Any, rows: Any, pools: Any) -> None:

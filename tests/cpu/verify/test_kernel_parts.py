@@ -21,6 +21,7 @@ from ownpath.formats import BF16
 from ownpath.kernels.contract import StoredExperts
 from ownpath.kernels.fp8.choose import w8a8_config, w8a16_config
 from ownpath.kernels.nvfp4.choose import choose_linear, choose_moe
+from ownpath.kernels.nvfp4.sliced import sliced_configs
 from ownpath.oracle.formats import E2M1, E4M3, nearest
 from ownpath.oracle.formulas import frequencies
 from ownpath.qtensor import QuantTensor
@@ -80,6 +81,8 @@ def test_no_variant_of_the_dense_products_is_missed(matrix: tuple[int, int]) -> 
 def test_no_variant_of_the_experts_is_missed() -> None:
     def variant(count: int) -> str:
         choice = choose_moe(6 * count, 256, 4096, 2048, False)
+        if choice.sliced:
+            return " ".join(config.name for config in sliced_configs(choice.sliced, False, False, 0))
         return f"{choice.gate_up.name} {choice.down.name}"
 
     assert set(row_ranges(variant)) == {variant(count) for count in range(1, MOST + 1)}

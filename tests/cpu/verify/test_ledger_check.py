@@ -255,6 +255,7 @@ def test_launches_as_planned_pass() -> None:
     ("launches", "where", "message"),
     [
         ([*INTACT, (None, CUBLAS)], "outside every slot", f"a product ran: {CUBLAS}"),
+        ([*INTACT, (None, "step_angles_kernel")], "outside every slot", "a kernel of ours ran: step_angles_kernel"),
         (
             [*INTACT, (LINEAR, CUBLAS)],
             LINEAR,

@@ -11,7 +11,7 @@ from ownpath.kernels.attend.ref import gather_keys
 from ownpath.kernels.attend.types import WINDOW_ROWS, DecodeKeys, DecodeRows
 from ownpath.kernels.entries.types import EntryAngles, LayerPools, RawRows, RowPlaces
 from ownpath.kernels.norms.ref import rms_norm
-from ownpath.numerics import INDEX_PAGES, KEY_PAGES, PageForm, rotate_pairs
+from ownpath.numerics import FP4_INDEX_PAGES, INDEX_PAGES, KEY_PAGES, PageForm, rotate_pairs
 from ownpath.runners.decode import StepAngles
 from ownpath.verify.layer import LoadedLayer
 from support.layer_faults import in_operand, with_attn
@@ -66,10 +66,11 @@ def biased_weights(run: Any, x_TD: torch.Tensor, token_ids_T: torch.Tensor) -> t
 
 
 def given(what: str, part: str, layer_idx: int = CSA, **parts: Callable[[Any], Any]) -> Mutation:
-    """Some fields of the rows' places exchanged, which are the third argument of ``write``, the last of others."""
+    """Some fields of the rows' places exchanged: the third argument of ``write``, the second of ``select``, the last of
+    others."""
 
     def call(run: Any, *args: Any) -> Any:
-        at = 2 if part == "write" else len(args) - 1
+        at = {"write": 2, "select": 1}.get(part, len(args) - 1)
         changed = {name: change(getattr(args[at], name)) for name, change in parts.items()}
         return run(*args[:at], args[at]._replace(**changed), *args[at + 1 :])
 
@@ -165,6 +166,7 @@ def nan_unflagged(run: Any, *args: Any) -> Any:
 def fewer_entries(loaded: LoadedLayer) -> LoadedLayer:
     select = line_of(loaded).select.runner
     in_operand(select, topk=select.operand.topk - 1)
+    select.topk -= 1
     return loaded
 
 
@@ -219,9 +221,56 @@ def scales_written_late(run: Any, raw: Any, angles: Any, rows: Any, pools: Layer
     pools.window.copy_(scales_moved(pools.window, KEY_PAGES))
 
 
-def on_pages(what: str, part: str, call: Callable[..., Any]) -> Mutation:
-    """``called`` on the embedded model, whose keys fit FP8 pages."""
-    return replace(called(what, part, call), model="embedded", cache_format=CacheFormat.FP8)
+Spoiling = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""Of codes and scales."""
+
+
+def fp4_spoilt(pages: torch.Tensor, change: Spoiling) -> torch.Tensor:
+    """FP4 pages with the codes and scales that ``change`` makes of theirs, each [pages, keys, bytes]."""
+    num_keys = pages.shape[1] // FP4_INDEX_PAGES.key_bytes
+    codes, scales = pages.split((num_keys * 64, num_keys * 4), dim=1)
+    changed = change(codes.unflatten(1, (num_keys, 64)), scales.unflatten(1, (num_keys, 4)))
+    return torch.cat([part.flatten(1) for part in changed], 1)
+
+
+def next_scale(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each block of 32 channels with the scale of the next."""
+    return codes, scales.roll(-1, dims=2)
+
+
+def halves_swapped(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Even channels in the high halves of bytes."""
+    return codes >> 4 | codes << 4, scales
+
+
+def read_spoilt(change: Spoiling) -> Callable[..., torch.Tensor]:
+    def call(run: Any, query: Any, keys: torch.Tensor, rows: Any) -> torch.Tensor:
+        scores_TC: torch.Tensor = run(query, fp4_spoilt(keys, change), rows)
+        return scores_TC
+
+    return call
+
+
+def write_spoilt(change: Spoiling) -> Callable[..., None]:
+    """Spoils what the step's rows have written, and nothing else."""
+
+    def call(run: Any, raw: Any, angles: Any, rows: Any, pools: LayerPools) -> None:
+        assert pools.index_entries is not None
+        before = pools.index_entries.clone()
+        run(raw, angles, rows, pools)
+        spoilt = fp4_spoilt(pools.index_entries, change)
+        pools.index_entries.copy_(torch.where(pools.index_entries == before, before, spoilt))
+
+    return call
+
+
+def on_pages(what: str, part: str, call: Callable[..., Any], cache_format: CacheFormat = CacheFormat.FP8) -> Mutation:
+    """``called`` on the embedded model, whose keys fit pages."""
+    return replace(called(what, part, call), model="embedded", cache_format=cache_format)
+
+
+def on_fp4(what: str, part: str, call: Callable[..., Any]) -> Mutation:
+    return on_pages(what, part, call, CacheFormat.FP4_INDEX)
 
 
 MUTATIONS = {
@@ -249,6 +298,10 @@ MUTATIONS = {
     "decode: scales of FP8 pages read late": on_pages("the plane of scales", "attend", scales_read_late),
     "decode: scales of FP8 index keys read late": on_pages("the plane of scales", "score", index_scales_read_late),
     "decode: scales of FP8 pages written late": on_pages("the plane of scales", "write", scales_written_late),
+    "decode: FP4 index keys read with the next scale": on_fp4("the scales", "score", read_spoilt(next_scale)),
+    "decode: FP4 index keys read in swapped halves": on_fp4("two codes", "score", read_spoilt(halves_swapped)),
+    "decode: FP4 index keys written with the next scale": on_fp4("the scales", "write", write_spoilt(next_scale)),
+    "decode: FP4 index keys written in swapped halves": on_fp4("two codes", "write", write_spoilt(halves_swapped)),
     "decode: experts of another row": routed("the gate's input", lambda run, x, ids: run(x.roll(1, 0), ids)),
     "decode: gate.bias in the weights": routed("the weights", biased_weights),
     "decode: padded rows go to experts": routed("token ids", lambda run, x, ids: run(x, ids.clamp(min=0))),

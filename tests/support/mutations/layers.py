@@ -201,8 +201,8 @@ class Selector(EntrySelector):
 
     chosen: Callable[..., torch.Tensor]
 
-    def select(self, *args: torch.Tensor) -> torch.Tensor:
-        return self.chosen(EntrySelector(self.topk), *args)
+    def select(self, *args: Any) -> torch.Tensor:
+        return self.chosen(EntrySelector(self.topk), *args[:4])
 
 
 def selecting(chosen: Callable[..., torch.Tensor]) -> Change:

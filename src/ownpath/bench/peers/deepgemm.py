@@ -30,7 +30,7 @@ class DeepGemm:
         return missing_package("deep_gemm", "deep_gemm", device)
 
     def bind(self, sets: "Sequence[ScoresInputs]") -> Bound:
-        if sets[0].keys.dtype is not torch.uint8:
+        if sets[0].keys.shape[-1] != CSA_PAGES.per_block * FP8_KEY_BYTES:
             raise NotApplicable("takes FP8 keys only; the case of FP8 keys has its time")
         import deep_gemm
 

@@ -3,7 +3,8 @@
 A candidate names a tile: ``num_m64`` 64-row blocks for each of ``warpgroups_m`` warpgroups, token counts ``n0``,
 ``n1``, ... for which there is code, ``stages`` of shared memory, ``depth`` buffers of ``group`` k16 steps, ``gather``
 for rows that are looked up instead of copied first, ``box`` token rows of one copy,
-``cluster_m`` CTAs that share tokens, ``per_sm`` CTAs on an SM.
+``cluster_m`` CTAs that share tokens, ``per_sm`` CTAs on an SM. With slices, both products are one kernel, of tiles of
+``slice_tokens`` tokens, ``slice_stages`` and ``slice_per_sm``.
 """
 
 import itertools
@@ -51,8 +52,14 @@ def _tile(num_m64: int, warpgroups_m: int, sizes: Sequence[int], stages: int, **
     return knobs | {f"n{idx}": size for idx, size in enumerate(sizes)} | more
 
 
+FIRST = _tile(1, 1, (8,), 10, group=4, gather=1, per_sm=3)
+SLICES = tuple(
+    FIRST | {"slice_tokens": tokens, "slice_stages": stages, "slice_per_sm": per_sm}
+    for tokens, stages, per_sm in ((1, 5, 4), (1, 7, 3), (2, 5, 4), (2, 6, 3), (4, 4, 4))
+)
+"""For calls of at most 32 pairs."""
 FEW = (
-    _tile(1, 1, (8,), 10, group=4, gather=1, per_sm=3),
+    FIRST,
     _tile(1, 1, (8,), 8, group=4, gather=1, per_sm=4),
     _tile(2, 1, (8,), 5, group=2, gather=1, per_sm=3),
     _tile(2, 1, (8,), 5, group=4, gather=1, per_sm=3),
@@ -117,7 +124,7 @@ def cases(shape: MoeShape) -> dict[str, int]:
 
 def candidates(pairs_per_expert: float) -> tuple[dict[str, int], ...]:
     """Returns the candidates for this number of rows per expert."""
-    lists = ((FEW, 0, 2.2), (SOME, 2.2, 40), (MIDDLE, 20, 80), (MANY, 60, math.inf))
+    lists = ((SLICES, 0, 0.1), (FEW, 0, 2.2), (SOME, 2.2, 40), (MIDDLE, 20, 80), (MANY, 60, math.inf))
     return tuple(one for tried, least, most in lists if least <= pairs_per_expert < most for one in tried)
 
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from ownpath.kernels.attend.types import KEY_BYTES, WINDOW_ROWS, AttendWeights, DecodeKeys, DecodeRows
-from ownpath.kernels.checks import VECTOR_BYTES, check, check_alignment, check_rank
+from ownpath.kernels.attend.types import KEY_BYTES, AttendWeights, DecodeKeys, DecodeRows
+from ownpath.kernels.checks import VECTOR_BYTES, check, check_alignment, check_rank, check_spare
 
 HEAD_DIM, NUM_ROTARY, MOST_HEADS = 512, 64, 128
 PER_BLOCK = {4: 64, 128: 2}
@@ -33,7 +33,8 @@ def check_call(
     if rows.blocks_TB.ndim != 2 or not rows.blocks_TB.shape[1]:
         raise ValueError(f"blocks_TB must be [{num_rows}, B], found {list(rows.blocks_TB.shape)}")
     check("blocks_TB", rows.blocks_TB, INT32, (num_rows, rows.blocks_TB.shape[1]), device)
-    _check_keys(keys, device)
+    check_spare(weights.spare)
+    _check_keys(keys, weights.ring_rows, device)
     _check_selection(keys, rows, num_rows, device)
 
 
@@ -48,14 +49,14 @@ def _check_q(q_TNH: torch.Tensor, runs_on_cpu: bool) -> None:
     check_alignment("q_TNH", q_TNH)
 
 
-def _check_keys(keys: DecodeKeys, device: torch.device) -> None:
+def _check_keys(keys: DecodeKeys, ring_rows: int, device: torch.device) -> None:
     if keys.ratio not in (0, *PER_BLOCK):
         raise ValueError(f"ratio must be 0, 4 or 128, found {keys.ratio}")
     if keys.ratio and keys.per_block != PER_BLOCK[keys.ratio]:
         raise ValueError(f"per_block must be {PER_BLOCK[keys.ratio]} at ratio {keys.ratio}, found {keys.per_block}")
     if (keys.entries is None) != (keys.ratio == 0):
         raise ValueError(f"entries must {'not ' if keys.ratio == 0 else ''}be given at ratio {keys.ratio}")
-    _check_pool("window", keys.window, WINDOW_ROWS, keys.is_fp8, device)
+    _check_pool("window", keys.window, ring_rows, keys.is_fp8, device)
     if keys.entries is not None:
         _check_pool("entries", keys.entries, keys.per_block, keys.is_fp8, device)
 

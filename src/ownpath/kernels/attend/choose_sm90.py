@@ -28,12 +28,12 @@ class AttendPlan(NamedTuple):
     splits: int
     merges: bool
 
-    def config(self, keys: DecodeKeys) -> AttendConfig:
-        """Returns the kernel of a call with these keys."""
+    def config(self, keys: DecodeKeys, spare: int = 0) -> AttendConfig:
+        """Returns the kernel of a call with these keys. spare: rows of a ring beyond the window."""
         per_block, is_selected = (0 if keys.entries is None else keys.per_block), keys.ratio == 4
         is_shared = self.splits > 1
         return AttendConfig(
-            per_block, is_selected, is_shared and not self.merges, is_shared and self.merges, keys.is_fp8
+            per_block, is_selected, is_shared and not self.merges, is_shared and self.merges, keys.is_fp8, spare
         )
 
 
@@ -76,13 +76,14 @@ def invariant_plan(ratio: int) -> AttendPlan:
     return AttendPlan(splits, True) if splits > 1 else WHOLE
 
 
-def reachable_configs(is_invariant: bool) -> tuple[AttendConfig | AttendCombineConfig, ...]:
-    """Returns every kernel that a call may launch: keys and their format come with the call."""
+def reachable_configs(is_invariant: bool, spare: int = 0) -> tuple[AttendConfig | AttendCombineConfig, ...]:
+    """Returns every kernel that a call may launch: keys and their format come with the call. spare: as in
+    ``AttendPlan.config``."""
     found: list[AttendConfig | AttendCombineConfig] = []
     for ratio, per_block, is_selected in ((0, 0, False), (4, SELECTED_BLOCK, True), (128, 2, False)):
         for fp8 in (False, True):
             whole, merged, split = (
-                AttendConfig(per_block, is_selected, is_split, is_merged, fp8)
+                AttendConfig(per_block, is_selected, is_split, is_merged, fp8, spare)
                 for is_split, is_merged in ((False, False), (False, True), (True, False))
             )
             if is_invariant:

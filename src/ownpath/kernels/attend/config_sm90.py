@@ -34,7 +34,7 @@ class AttendConfig:
     per_block: entries of a block of 256 tokens; 0 without entries. selected: a row's entries come as a list of rows;
     otherwise they are the first ones of its block table. split: CTAs share a row's keys and write partial sums.
     merges: the CTAs of a cluster, whose size comes with the launch, share a row's keys and merge their sums. fp8: keys
-    lie in FP8 pages.
+    lie in FP8 pages. spare: rows of a slot's ring beyond the window of 128.
     Errors: ValueError naming the field.
     """
 
@@ -43,6 +43,7 @@ class AttendConfig:
     split: bool = False
     merges: bool = False
     fp8: bool = False
+    spare: int = 0
     compiler: ClassVar[str] = "attend.attend_sm90:compile_attend"
 
     def __post_init__(self) -> None:
@@ -50,6 +51,8 @@ class AttendConfig:
             raise ValueError(f"per_block={self.per_block}: 0 or a power of two up to {BLOCK_TOKENS}")
         if self.selected and not self.per_block:
             raise ValueError("selected=True: without entries there is nothing to select")
+        if self.spare < 0 or self.spare % 8:
+            raise ValueError(f"spare={self.spare}: a multiple of 8, so that pages are aligned")
         if self.split and self.merges:
             raise ValueError("split=True: the sums are merged in the cluster, or written")
 
@@ -57,7 +60,8 @@ class AttendConfig:
     def name(self) -> str:
         entries = f"_{'select' if self.selected else 'table'}{self.per_block}" if self.per_block else ""
         how = "_split" if self.split else "_cluster" if self.merges else ""
-        return f"attend_{'fp8' if self.fp8 else 'bf16'}{entries}{how}"
+        spare = f"_spare{self.spare}" if self.spare else ""
+        return f"attend_{'fp8' if self.fp8 else 'bf16'}{entries}{how}{spare}"
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -7,9 +7,9 @@ registers. With splits, float32 sums go to the workspace, and a second launch me
 back and rounds.
 
 Roofline. A row's keys at 1024 or 584 bytes; from 64 heads on, 4 * N * H flops a key on the tensor cores of one SM for
-each split: splits fill the SMs while rows are few. Limits. H = 512 with 64 rotary channels, up to 128 heads, one row of
-a request in a call. Splits depend on T and the longest context alone, or in the invariant kernel on the row's own
-length alone.
+each split: splits fill the SMs while rows are few. Limits. H = 512 with 64 rotary channels, up to 128 heads, 1 + spare
+rows of a request in a call. Splits depend on T and the longest context alone, or in the invariant kernel on the row's
+own length alone.
 """
 
 from collections.abc import Sequence
@@ -259,6 +259,7 @@ def _launch_attend(
             "N": form.heads,
             "RATIO": keys.ratio,
             "BLOCK_BITS": (keys.per_block or WINDOW_ROWS).bit_length() - 1,
+            "SPARE": weights.spare,
             "FP8": keys.is_fp8,
             "IS_SPLIT": form.splits > 1,
             "STAGES": form.stages,

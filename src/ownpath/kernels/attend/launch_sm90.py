@@ -4,8 +4,9 @@
 and the longest context that the arrays allow, never on positions, so a call can be captured; in the invariant kernel on
 the ratio alone. A row's bits depend on that number and the row.
 
-Roofline. Bytes: 1024 a key, 584 in FP8 pages. Limits. sm_90a; H = 512 with 64 rotary channels; up to 128 heads; one row
-of a request in a call. Positions, slots and block tables must not be written by launches that may start early.
+Roofline. Bytes: 1024 a key, 584 in FP8 pages. Limits. sm_90a; H = 512 with 64 rotary channels; up to 128 heads; 1 +
+spare rows of a request in a call. Positions, slots and block tables must not be written by launches that may start
+early.
 """
 
 from collections.abc import Sequence
@@ -45,7 +46,7 @@ class CuteAttendCall:
         self._sink = weights.sink_N.data_ptr()
         self._is_selected = keys.ratio == 4
         addresses = self._pointers.arguments
-        function = load(plan.config(keys), device)
+        function = load(plan.config(keys, weights.spare), device)
         if plan.merges:
             function = replace(function, cluster=plan.splits)
         width = (arguments.selected_TK if self._is_selected else arguments.blocks_TB).shape[1]
@@ -101,7 +102,7 @@ class CuteAttend:
 
     def configs(self, operand: CuteAttendOperand) -> Sequence[Config]:
         """Returns the kernels for every ratio and format: an operand does not know its layer's."""
-        return reachable_configs(self._is_invariant)
+        return reachable_configs(self._is_invariant, operand.weights.spare)
 
     def plan(self, q_TNH: Tensor, keys: DecodeKeys, rows: DecodeRows) -> AttendPlan:
         """Returns how a call's keys are shared, which depends on shapes alone."""
@@ -113,7 +114,7 @@ class CuteAttend:
     def variant(self, q_TNH: Tensor, keys: DecodeKeys, rows: DecodeRows, operand: CuteAttendOperand) -> str:
         """Returns the variant's name."""
         plan = self.plan(q_TNH, keys, rows)
-        return variant_name(plan.config(keys).name, splits=plan.splits)
+        return variant_name(plan.config(keys, operand.weights.spare).name, splits=plan.splits)
 
     def workspace(self, q_TNH: Tensor, keys: DecodeKeys, rows: DecodeRows, operand: CuteAttendOperand) -> Tensor | None:
         """Allocates float32 scratch for calls of this form; ``None`` if no partial sums are written."""

@@ -36,7 +36,7 @@ class AttendLoads(AttendParts):
         cfg = self.cfg
         row = Int32(-1)
         if key < share.num_window:
-            row = -1 - key
+            row = -1 - self.ring_place(share, key)
         if cutlass.const_expr(cfg.per_block):
             if key >= share.num_window and key < share.num_keys:
                 entry = key - share.num_window
@@ -49,10 +49,22 @@ class AttendLoads(AttendParts):
         return row
 
     @cute.jit
+    def ring_place(self, share: AttendShare, key: Int32) -> Int32:
+        """Returns the row of the ring that holds a key of the window: of the position, among the last 128, that is its
+        number modulo 128. So the keys' order does not depend on the length of the ring."""
+        place = key
+        if cutlass.const_expr(self.cfg.spare):
+            ring = WINDOW + self.cfg.spare
+            place = share.position % ring - ((share.position - key) & (WINDOW - 1))
+            if place < 0:
+                place += ring
+        return place
+
+    @cute.jit
     def key_address(self, inputs: AttendReads, share: AttendShare, key: Int32) -> Int64:
         """Returns the address of a BF16 key."""
         row = self.key_row(inputs, share, key)
-        address = inputs.window.toint() + (Int64(share.slot) * WINDOW - 1 - row) * (HEAD_DIM * 2)
+        address = inputs.window.toint() + (Int64(share.slot) * (WINDOW + self.cfg.spare) - 1 - row) * (HEAD_DIM * 2)
         if cutlass.const_expr(self.cfg.per_block):
             if row >= 0:
                 address = inputs.entries.toint() + Int64(row) * (HEAD_DIM * 2)
@@ -63,8 +75,9 @@ class AttendLoads(AttendParts):
         """Returns the addresses of a key in FP8 pages, and of its scales."""
         row = self.key_row(inputs, share, key)
         place = -1 - row
-        page = inputs.window.toint() + Int64(share.slot) * (WINDOW * KEY_BYTES)
-        scales = page + WINDOW * KEY_DATA
+        ring = WINDOW + self.cfg.spare
+        page = inputs.window.toint() + Int64(share.slot) * (ring * KEY_BYTES)
+        scales = page + ring * KEY_DATA
         if cutlass.const_expr(self.cfg.per_block):
             if row >= 0:
                 per_block = self.cfg.per_block

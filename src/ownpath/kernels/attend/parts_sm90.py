@@ -78,13 +78,14 @@ class AttendMemory:
 @dataclass(frozen=True)
 class AttendShare:
     """A CTA's place: a row, 64 heads from ``head0`` on, and ``num_tiles`` tiles from ``first_tile`` on of the row's
-    ``num_keys`` keys, of which ``num_window`` are the window's."""
+    ``num_keys`` keys, of which ``num_window`` are the window's. position: the row's."""
 
     row: Int32
     head0: Int32
     split: Int32
     num_splits: Int32
     slot: Int32
+    position: Int32
     num_window: Int32
     num_keys: Int32
     first_tile: Int32
@@ -127,4 +128,5 @@ class AttendParts:
             each = (tiles + num_splits - 1) // num_splits
             first = cutlass.min(split * each, tiles)
             num_tiles = cutlass.min(each, tiles - first)
-        return AttendShare(row, group * TILE_HEADS, split, num_splits, slot, num_window, num_keys, first, num_tiles)
+        head0, position = group * TILE_HEADS, end - 1
+        return AttendShare(row, head0, split, num_splits, slot, position, num_window, num_keys, first, num_tiles)

@@ -19,14 +19,20 @@ def decode_pages(pages: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return KEY_PAGES.read(pages, torch.arange(num_rows, device=pages.device), dtype)
 
 
-def gather_keys(keys: DecodeKeys, rows: DecodeRows, t: int, dtype: torch.dtype) -> torch.Tensor:
-    """Returns the keys of row t [K, H]: its ring's, in the ring's order, then its entries."""
-    position, slot = int(rows.positions_T[t]), int(rows.slots_T[t])
-    ring = slot * WINDOW_ROWS + torch.arange(min(position + 1, WINDOW_ROWS), device=keys.window.device)
-    found = [_take(keys.window, ring, dtype)]
+def gather_keys(keys: DecodeKeys, rows: DecodeRows, t: int, dtype: torch.dtype, spare: int = 0) -> torch.Tensor:
+    """Returns the keys of row t [K, H]: its window's, by position modulo 128, then its entries. spare: of the ring."""
+    numbers = torch.arange(min(int(rows.positions_T[t]) + 1, WINDOW_ROWS), device=keys.window.device)
+    found = [_take(keys.window, _window_places(rows.positions_T[t].long(), rows.slots_T[t], numbers, spare), dtype)]
     if keys.entries is not None:
         found.append(_take(keys.entries, entry_rows(keys, rows, t), dtype))
     return torch.cat(found)
+
+
+def _window_places(positions: torch.Tensor, slots: torch.Tensor, numbers: torch.Tensor, spare: int) -> torch.Tensor:
+    """Returns the rows of the pool that hold keys of a window: number j is of the position, among the last 128, that is
+    j modulo 128. So the keys' order does not depend on the length of the ring."""
+    ring = WINDOW_ROWS + spare
+    return slots.long() * ring + (positions - (positions - numbers) % WINDOW_ROWS) % ring
 
 
 def entry_rows(keys: DecodeKeys, rows: DecodeRows, t: int) -> torch.Tensor:
@@ -57,7 +63,7 @@ def attend(
     norm = rms_norm_stepwise if weights.is_stepwise else rms_norm
     q_TNH = rotate_pairs(norm(q_TNH, None, weights.eps), cos_TF, sin_TF)
     wide = wide_dtype(q_TNH.dtype)
-    groups = _groups_of_keys(keys, rows, wide)
+    groups = _groups_of_keys(keys, rows, wide, weights.spare)
     scaled_TNH = q_TNH.to(wide) * weights.softmax_scale
     scores_TNK = torch.cat([_scores(scaled_TNH, *group) for group in groups], dim=2)
     largest_TN1 = scores_TNK.amax(dim=2, keepdim=True)
@@ -73,16 +79,19 @@ def _scores(scaled_TNH: torch.Tensor, keys_TKH: torch.Tensor, visible_TK: torch.
     return scores_TNK if visible_TK.all() else scores_TNK.masked_fill(~visible_TK[:, None], -torch.inf)
 
 
-def _groups_of_keys(keys: DecodeKeys, rows: DecodeRows, wide: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _groups_of_keys(
+    keys: DecodeKeys, rows: DecodeRows, wide: torch.dtype, spare: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Returns the window's keys of all rows [T, K, H] and which are visible [T, K], then the entries'.
 
     What is not visible repeats the row's newest key, or its first entry, or is zero: memory that a row does not own is
     not used.
     """
     longest = min(int(rows.positions_T.max()) + 1, WINDOW_ROWS)
-    ring, positions_T1 = torch.arange(longest, device=keys.window.device), rows.positions_T.long()[:, None]
-    visible_TK = ring <= positions_T1
-    place_TK = rows.slots_T.long()[:, None] * WINDOW_ROWS + torch.where(visible_TK, ring, positions_T1 % WINDOW_ROWS)
+    numbers, positions_T1 = torch.arange(longest, device=keys.window.device), rows.positions_T.long()[:, None]
+    visible_TK = numbers <= positions_T1
+    shown_TK = torch.where(visible_TK, numbers, positions_T1 % WINDOW_ROWS)
+    place_TK = _window_places(positions_T1, rows.slots_T[:, None], shown_TK, spare)
     found = [(_take(keys.window, place_TK, wide), visible_TK)]
     if keys.entries is not None:
         place_TK, visible_TK = _entries_of_all(keys, rows)

@@ -35,6 +35,14 @@ def _row_tiles(position, num_selected_ptr, most_entries, t, RATIO: tl.constexpr)
 
 
 @triton.jit
+def _ring_place(position, j, SPARE: tl.constexpr):
+    """Returns the row of the ring that holds key j of the window: of the position, among the last 128, that is j modulo
+    128. So the keys' order does not depend on the length of the ring."""
+    place = position % (RING + SPARE) - ((position - j) & (RING - 1))
+    return tl.where(place < 0, place + (RING + SPARE), place)
+
+
+@triton.jit
 def _share(num_tiles, splits, chunk):
     """Returns the tiles of a split: ``chunk``, or an equal share of the row's where that is 0."""
     return tl.where(chunk > 0, chunk, tl.cdiv(num_tiles, splits))
@@ -141,6 +149,7 @@ def attend_kernel(
     N: tl.constexpr,
     RATIO: tl.constexpr,
     BLOCK_BITS: tl.constexpr,
+    SPARE: tl.constexpr,
     FP8: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
@@ -149,7 +158,8 @@ def attend_kernel(
 ):
     """Attends with N heads of row t to the keys of split s; writes the result, or sums and (largest, sum) of the split.
 
-    score_scale: softmax scale times log2(e). BLOCK_BITS: log2 of a page's entries.
+    score_scale: softmax scale times log2(e). BLOCK_BITS: log2 of a page's entries. SPARE: rows of a slot's ring beyond
+    the window.
     most_entries: that lists or tables have room for.
     """
     n = tl.program_id(0) * N + tl.arange(0, N)
@@ -163,7 +173,8 @@ def attend_kernel(
     first, last = s * share, tl.minimum(s * share + share, num_tiles)
     if first >= num_tiles:
         return
-    ring = tl.load(slots_ptr + t) * RING
+    slot = tl.load(slots_ptr + t)
+    ring = slot * (RING + SPARE)
     q_row = q_ptr + t.to(tl.int64) * row_stride
     cos_row, sin_row = cos_ptr + t * (ROTARY // 2), sin_ptr + t * (ROTARY // 2)
     x0 = _load_q(q_row, n, num_heads, head_stride, 0)
@@ -179,7 +190,10 @@ def attend_kernel(
         in_window = i < window_tiles
         j = tl.where(in_window, i, i - window_tiles) * TILE + tl.arange(0, TILE)
         valid = j < tl.where(in_window, num_window, num_entries)
-        row = ring + j
+        at_ring = j
+        if SPARE > 0:
+            at_ring = _ring_place(position, j, SPARE)
+        row = ring + at_ring
         if RATIO == LISTED:
             listed = tl.load(selected_ptr + t * num_listed + j, mask=valid & (i >= window_tiles), other=0)
             row = tl.where(in_window, row, listed)
@@ -190,10 +204,14 @@ def attend_kernel(
         if RATIO > 0:
             pool = tl.where(in_window, window_ptr, entries_ptr)
         if FP8:
-            page = row >> tl.where(in_window, RING_BITS, BLOCK_BITS)
-            place = row & tl.where(in_window, RING - 1, (1 << BLOCK_BITS) - 1)
-            start = page.to(tl.int64) * tl.where(in_window, RING * KEY_ALL, KEY_ALL << BLOCK_BITS)
-            scales = start + tl.where(in_window, RING * KEY_DATA, KEY_DATA << BLOCK_BITS)
+            if SPARE > 0:
+                page = tl.where(in_window, slot, row >> BLOCK_BITS)
+                place = tl.where(in_window, at_ring, row & ((1 << BLOCK_BITS) - 1))
+            else:
+                page = row >> tl.where(in_window, RING_BITS, BLOCK_BITS)
+                place = row & tl.where(in_window, RING - 1, (1 << BLOCK_BITS) - 1)
+            start = page.to(tl.int64) * tl.where(in_window, (RING + SPARE) * KEY_ALL, KEY_ALL << BLOCK_BITS)
+            scales = start + tl.where(in_window, (RING + SPARE) * KEY_DATA, KEY_DATA << BLOCK_BITS)
             at = pool + (start + place * KEY_DATA)
             scale_at = pool + (scales + place * (KEY_ALL - KEY_DATA))
             k0 = _load_page_keys(at, scale_at, valid, 0)

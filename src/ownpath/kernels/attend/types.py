@@ -1,7 +1,7 @@
 """Arguments of decode attention over the caches, and the protocol of its kernels.
 
-One row of a call is one token of one request: a ring of 128 keys holds exactly what one row sees. Several rows of one
-request in a call need a wider ring and are not supported.
+One row of a call is one token of one request: a ring of 128 keys holds exactly what one row sees. Where a request has
+several rows in a call, at consecutive positions, rings are longer by ``spare`` rows.
 
 Legend: T rows, N heads, H head dim, F rotary channel pairs, B blocks of a row's table, K most entries of a selection.
 """
@@ -15,7 +15,7 @@ from ownpath.formats import FP8_KEY_BYTES
 from ownpath.kernels.contract import Kernel, Operand
 
 WINDOW_ROWS = 128
-"""Rows of a slot's ring: the keys of positions max(0, p - 127) to p, position p in row p % 128."""
+"""Keys of the window that a row at position p sees: of positions max(0, p - 127) to p."""
 KEY_BYTES = FP8_KEY_BYTES
 """Bytes of a key in an FP8 page."""
 
@@ -26,7 +26,8 @@ class AttendWeights:
 
     softmax_scale: of the scores. eps: added to the mean square of a head's query. num_rotary: rotary channels, the
     last ones of a head, in pairs (2i, 2i + 1). is_stepwise: the norm of queries rounds after every operation, as
-    DeepSeek's published code does.
+    DeepSeek's published code does. spare: rows of a slot's ring beyond the window; in a call a request has up to 1 +
+    spare rows.
     """
 
     sink_N: Tensor
@@ -34,12 +35,18 @@ class AttendWeights:
     eps: float
     num_rotary: int = 64
     is_stepwise: bool = False
+    spare: int = 0
+
+    @property
+    def ring_rows(self) -> int:
+        """Rows of a slot's ring; position p is in row p % ring_rows."""
+        return WINDOW_ROWS + self.spare
 
 
 class DecodeKeys(NamedTuple):
     """The keys of one layer, which are the values too, of all requests.
 
-    window: bfloat16 [slots * 128, H], or FP8 pages uint8 [slots, 128 * 584].
+    window: bfloat16 [slots * ring_rows, H], or FP8 pages uint8 [slots, ring_rows * 584].
     entries: bfloat16 [blocks * per_block, H], or FP8 pages uint8 [blocks, per_block * 584]; ``None`` without
         compression. It has the window's form.
     per_block: entries of a block of 256 tokens, 256 // ratio. ratio: tokens per entry: 0, 4 (CSA) or 128 (HCA).

@@ -1,15 +1,15 @@
 """Counts the kernels that are compiled in this process, or taken compiled from Triton's cache, at the first call that
-needs them. A server's steps should need none that its start did not."""
+needs them, and the graphs that are captured. A server's steps should need none that its start did not."""
 
 from importlib.util import find_spec
 from typing import Any
 
 
 class Compilations:
-    """count: kernels so far."""
+    """count: kernels so far. num_captured: graphs."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count = self.num_captured = 0
 
     def watch_triton(self) -> None:
         """Counts Triton's from now on, where it is installed. A hook that somebody has set stays."""
@@ -25,4 +25,4 @@ class Compilations:
 
 
 COMPILATIONS = Compilations()
-"""Compilers belong to the process, and so does their count."""
+"""Compilers belong to the process, and so do the counts."""

@@ -30,6 +30,12 @@ def asm(text: str, constraints: str, result: Value, operands: list[Value], pure:
 
 
 @dsl_user_op
+def keep(x: Value, *, loc: Site = None, ip: Site = None) -> Int32:
+    """Returns a word that the compiler keeps in a register, because it does not know how to compute it again."""
+    return Int32(asm("mov.b32 $0, $1;", "=r,r", T.i32(), [Int32(x).ir_value(loc=loc, ip=ip)], False, loc, ip))
+
+
+@dsl_user_op
 def rotate_right(x: Value, distance: int, *, loc: Site = None, ip: Site = None) -> Uint32:
     """Rotates the bits of ``x`` right by ``distance``."""
     text = f"shf.r.wrap.b32 $0, $1, $1, {distance};"
@@ -297,3 +303,41 @@ def as_float(word: Value, *, loc: Site = None, ip: Site = None) -> Float32:
     """Reinterprets the bits as float32."""
     operands = [Uint32(word).ir_value(loc=loc, ip=ip)]
     return Float32(asm("mov.b32 $0, $1;", "=f,r", T.f32(), operands, True, loc, ip))
+
+
+@dsl_user_op
+def load_matrix4(address: Value, *, loc: Site = None, ip: Site = None) -> list[Uint32]:
+    """Loads four 8 x 8 matrices of 16-bit values; lane 8 i + t addresses row t of matrix i."""
+    struct = llvm.StructType.get_literal([T.i32()] * 4)
+    text = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];"
+    operands = [Int32(address).ir_value(loc=loc, ip=ip)]
+    loaded = asm(text, "=r,=r,=r,=r,r", struct, operands, False, loc, ip)
+    return [Uint32(llvm.extractvalue(T.i32(), loaded, [idx], loc=loc, ip=ip)) for idx in range(4)]
+
+
+@dsl_user_op
+def mma_bf16(a: Value, b: Value, c: Value, *, loc: Site = None, ip: Site = None) -> list[Float32]:
+    """Computes c + a b for a warp: 16 x 16 of BF16 times 16 x 8, float32 sums."""
+    struct = llvm.StructType.get_literal([T.f32()] * 4)
+    text = (
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    )
+    operands = [Uint32(v).ir_value(loc=loc, ip=ip) for v in (*a, *b)]
+    operands += [Float32(v).ir_value(loc=loc, ip=ip) for v in c]
+    summed = asm(text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", struct, operands, True, loc, ip)
+    return [Float32(llvm.extractvalue(T.f32(), summed, [idx], loc=loc, ip=ip)) for idx in range(4)]
+
+
+@dsl_user_op
+def store_async(address: Value, barrier: Value, rank: Value, word: Value, *, loc: Site = None, ip: Site = None) -> None:
+    """Stores 4 bytes in the shared memory of the cluster's CTA ``rank``, whose ``barrier`` counts them.
+
+    Both are byte addresses. Whoever has waited for that barrier sees the word; no fence is needed.
+    """
+    text = (
+        "{ .reg .b32 place, bar; mapa.shared::cluster.u32 place, $0, $2; mapa.shared::cluster.u32 bar, $1, $2; "
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [place], $3, [bar]; }"
+    )
+    operands = [Int32(value).ir_value(loc=loc, ip=ip) for value in (address, barrier, rank)]
+    asm(text, "r,r,r,r", None, [*operands, Uint32(word).ir_value(loc=loc, ip=ip)], False, loc, ip)

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-from ownpath.kernels.checks import VECTOR_BYTES, check, check_alignment, check_rank
+from ownpath.formats import FP4_INDEX_BYTES, KeyFormat
+from ownpath.kernels.checks import VECTOR_BYTES, check, check_alignment, check_rank, check_spare
 from ownpath.kernels.contract import NormWeights
 from ownpath.kernels.entries.types import (
     CompressorWeights,
@@ -23,6 +24,8 @@ FLOATS = (torch.float32, torch.bfloat16)
 FP8_BLOCK, FP4_BLOCK = 64, 32
 KEY_EXTRA, INDEX_EXTRA = 72, 4
 """Bytes of a key in FP8 pages beyond one for each channel: 64 for the BF16 channels and 8 of scales; one scale."""
+FP4_INDEX_DIM = 128
+"""Channels of index keys in FP4 pages."""
 CompressorCall = tuple[str, CompressorWeights, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 """A compressor's name, its weights, the step's raw rows, its state and its entries."""
 
@@ -42,7 +45,8 @@ def check_call(
     check("slots_T", rows.slots_T, (torch.int32,), (num_rows,), device)
     check("blocks_TB", rows.blocks_TB, (torch.int32,), (num_rows, *rows.blocks_TB.shape[1:2]), device)
     _check_angles(angles, num_rows, device, has_first=weights.main is not None)
-    _check_pool("window", pools.window, torch.bfloat16, (weights.window, head_dim), device)
+    check_spare(weights.spare)
+    _check_pool("window", pools.window, torch.bfloat16, (weights.window_rows, head_dim), device)
     if pools.has_key_pages and (head_dim, angles.cos_TF.shape[-1]) != (512, 32):
         raise ValueError(f"FP8 pages hold keys of 512 channels, 64 of them rotary, found {head_dim}")
     entries = pools.main_entries
@@ -53,9 +57,13 @@ def check_call(
     if weights.main is not None and weights.index is not None and weights.index.ratio != weights.main.ratio:
         raise ValueError(f"the compressors' ratios differ: {weights.main.ratio} and {weights.index.ratio}")
     for call in _compressors(raw, pools, weights):
-        _check_compressor(call, num_rows, device)
+        _check_compressor(call, num_rows, weights.spare, device)
     if weights.main is not None and weights.main.head_dim != head_dim:
         raise ValueError(f"the main compressor has entries of {weights.main.head_dim} channels, keys have {head_dim}")
+    if pools.has_index_pages and weights.index is not None:
+        is_fp4 = pools.index_format(weights.index.head_dim) is KeyFormat.FP4
+        if is_fp4 and weights.index.head_dim != FP4_INDEX_DIM:
+            raise ValueError(f"FP4 pages hold index keys of {FP4_INDEX_DIM} channels, not {weights.index.head_dim}")
     if weights.index is not None:
         _check_width("index entries", weights.index.head_dim, angles, weights.index_keys)
 
@@ -67,7 +75,7 @@ def _compressors(raw: RawRows, pools: LayerPools, weights: EntriesWeights) -> It
         yield "index", weights.index, raw.index_TP2, pools.index_state, pools.index_entries
 
 
-def _check_compressor(call: CompressorCall, num_rows: int, device: torch.device) -> None:
+def _check_compressor(call: CompressorCall, num_rows: int, spare: int, device: torch.device) -> None:
     name, weights, raw, state, entries = call
     width = weights.num_windows * weights.head_dim
     if raw is None or state is None or entries is None:
@@ -77,7 +85,7 @@ def _check_compressor(call: CompressorCall, num_rows: int, device: torch.device)
     _check_rows(f"{name}_TP2", raw, torch.float32, (num_rows, 2 * width), device)
     check(f"{name} ape_LP", weights.ape_LP, (torch.float32,), (weights.ratio, width), device)
     _check_norm(f"{name} norm", weights.norm, weights.head_dim, device)
-    _check_pool(f"{name}_state", state, torch.float32, (weights.num_rows, 2 * width), device)
+    _check_pool(f"{name}_state", state, torch.float32, (weights.num_rows + spare, 2 * width), device)
     _check_pool(f"{name}_entries", entries, torch.bfloat16, (weights.per_block, weights.head_dim), device)
 
 
@@ -107,11 +115,13 @@ def _check_rows(
 def _check_pool(name: str, pool: torch.Tensor, dtype: torch.dtype, page: tuple[int, int], device: torch.device) -> None:
     """Checks that a pool consists of whole pages. page: its rows and channels.
 
-    A pool of bfloat16 may have FP8 pages instead, of rows as the main or the index entries have them.
+    A pool of bfloat16 may have pages instead, of rows as the main or the index entries have them.
     """
     num_rows, width = page
     if dtype is torch.bfloat16 and pool.dtype is torch.uint8:
         num_bytes = width + INDEX_EXTRA if name == "index_entries" else width + KEY_EXTRA
+        if name == "index_entries" and pool.shape[-1] == num_rows * FP4_INDEX_BYTES:
+            num_bytes = FP4_INDEX_BYTES
         check(name, pool, (torch.uint8,), (len(pool), num_rows * num_bytes), device)
         return
     if pool.ndim != 2 or not len(pool) or len(pool) % num_rows:

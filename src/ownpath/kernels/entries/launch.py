@@ -4,11 +4,13 @@ How it works. A row has several programs, each with a role: the key and the raw 
 The last two end at once unless the row ends a window, which is decided on the device, so that a captured graph serves
 every position. An entry of 128 rows (512 KiB) is shared by several programs, each with slices of the channels, all
 loads in flight at once; the one that arrives last norms it. A program never reads a row of a ring that this launch
-writes: the row of the position itself comes from the step, and what it replaces is too old to be read.
+writes: rows of the step come from the step, and what they replace is too old to be read. Where a request may have
+several rows, an entry's row is of the step if the row at its distance has its slot and position.
 
-Roofline. Launch latency: under 30 KB a row, and 768 KB where a window of 128 ends. Limits. One row for each request,
-bfloat16 keys and float32 raw rows, head dims a power of two up to 512, ratios a power of two up to 128, 256 rows. A
-row's bits never depend on the other rows of a step. Fusion of products and sums is off: rotations have torch's bits.
+Roofline. Launch latency: under 30 KB a row, and 768 KB where a window of 128 ends. Limits. 1 + ``spare`` rows of a
+request, bfloat16 keys and float32 raw rows, head dims a power of two up to 512, ratios a power of two up to 128, 256
+rows. A row's bits never depend on other requests, nor on which rows of its own are in its step. Fusion of products and
+sums is off: rotations have torch's bits.
 """
 
 from collections.abc import Sequence
@@ -19,12 +21,13 @@ from typing import Any
 import torch
 import triton
 
+from ownpath.formats import KeyFormat
 from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
 from ownpath.kernels.entries.checks import MAX_ROWS, check_call
 from ownpath.kernels.entries.types import EntriesWeights, EntryAngles, LayerPools, RawRows, RowPlaces
-from ownpath.kernels.entries.write import INDEX_PAGES, KEY_PAGES, VALUES, entries_kernel
+from ownpath.kernels.entries.write import FP4_INDEX_PAGES, INDEX_PAGES, KEY_PAGES, VALUES, entries_kernel
 from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.variants import variant_name
 
@@ -33,6 +36,7 @@ NUM_WARPS = 4
 TILE = 4096
 """Raw values that a program averages at a time: 32 a thread, for kv and scores each."""
 
+INDEX_FORMS = {KeyFormat.BF16: VALUES, KeyFormat.FP8: INDEX_PAGES, KeyFormat.FP4: FP4_INDEX_PAGES}
 EntriesCallKey = tuple[object, ...]
 """Shape, strides, dtype and device of every tensor of a call."""
 
@@ -50,7 +54,7 @@ class EntriesOperand:
 
 
 class TritonEntries:
-    """Writes a step's keys, raw rows and finished entries to the pools, in place. One row for each request."""
+    """Writes a step's keys, raw rows and finished entries to the pools, in place."""
 
     def prepare(self, weights: EntriesWeights) -> EntriesOperand:
         """Makes the operand. The first call raises for a weight that does not fit."""
@@ -167,7 +171,8 @@ def _constants(angles: EntryAngles, weights: EntriesWeights, pools: LayerPools, 
         "HI": index_dim,
         "LOG_HI": index_dim.bit_length() - 1,
         "F": angles.cos_TF.shape[1],
-        "WINDOW": weights.window,
+        "WINDOW": weights.window_rows,
+        "SPARE": weights.spare,
         "RATIO": 0 if main is None else main.ratio,
         "WINDOWS": 1 if main is None else main.num_windows,
         "PER_BLOCK": 1 if main is None else main.per_block,
@@ -176,7 +181,7 @@ def _constants(angles: EntryAngles, weights: EntriesWeights, pools: LayerPools, 
         "PARTS": parts,
         "FORM": KEY_PAGES.value if pools.has_key_pages else VALUES.value,
         "KEYS": str(weights.keys),
-        "INDEX_FORM": INDEX_PAGES.value if pools.has_index_pages else VALUES.value,
+        "INDEX_FORM": INDEX_FORMS[pools.index_format(index_dim)].value,
         "INDEX_KEYS": str(weights.index_keys),
         "PDL": pdl,
         "num_warps": NUM_WARPS,

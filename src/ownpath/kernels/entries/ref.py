@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ownpath.kernels.cache_formats.ref import fp4_index, fp8_keys
 from ownpath.kernels.entries.types import (
+    BLOCK_TOKENS,
+    OVERLAPPING_RATIO,
     CompressorWeights,
     EntriesWeights,
     EntryAngles,
@@ -20,13 +22,13 @@ from ownpath.kernels.entries.types import (
 )
 from ownpath.kernels.norms.ref import rms_norm
 from ownpath.kernels.reference import Reference
-from ownpath.numerics import INDEX_PAGES, KEY_PAGES, rotate_pairs
+from ownpath.numerics import KEY_PAGES, index_form, rotate_pairs
 
 
 def write_entries(
     raw: RawRows, angles: EntryAngles, rows: RowPlaces, pools: LayerPools, weights: EntriesWeights
 ) -> None:
-    """Writes a step's keys, raw rows and finished entries to the pools, in place. One row for each request.
+    """Writes a step's keys, raw rows and finished entries to the pools, in place.
 
     A key is normed, rotated and rounded, each to the pool's dtype. An entry is the average of its window's raw rows
     (of two windows where they overlap), gated by a softmax over them in every channel; then as a key.
@@ -34,13 +36,13 @@ def write_entries(
     dtype = raw.kv_TH.dtype
     if weights.main is not None:
         form = _Form(weights.keys, angles, dtype)
-        _compress(raw.main_TP2, rows, (pools.main_state, pools.main_entries), weights.main, form)
+        _compress(raw.main_TP2, rows, (pools.main_state, pools.main_entries), weights.main, form, weights.spare)
     if weights.index is not None:
         form = _Form(weights.index_keys, angles, dtype, is_index=True)
-        _compress(raw.index_TP2, rows, (pools.index_state, pools.index_entries), weights.index, form)
+        _compress(raw.index_TP2, rows, (pools.index_state, pools.index_entries), weights.index, form, weights.spare)
     key_TH = rms_norm(raw.kv_TH, weights.kv_norm.weight_D, weights.kv_norm.eps)
     key_TH = rotate_pairs(key_TH, angles.cos_TF, angles.sin_TF)
-    _store(pools.window, _ring_rows(rows, weights.window), key_TH, _Form(weights.keys, angles, dtype))
+    _store(pools.window, _ring_rows(rows, weights.window_rows), key_TH, _Form(weights.keys, angles, dtype))
 
 
 def _ring_rows(rows: RowPlaces, num_rows: int) -> Tensor:
@@ -53,6 +55,7 @@ def _compress(
     state_and_entries: tuple[Tensor | None, Tensor | None],
     weights: CompressorWeights,
     form: "_Form",
+    spare: int,
 ) -> None:
     """Pools what ends, from older rows of the ring and the step's own; then writes the step's raw rows."""
     state, entries = state_and_entries
@@ -65,20 +68,37 @@ def _compress(
     ends_E = ((rows.positions_T + 1) % weights.ratio == 0).nonzero()[:, 0]
     if len(ends_E):
         ending = RowPlaces(*(tensor[ends_E].long() for tensor in rows))
-        pooled_EH = _pool(raw_TP2[ends_E], ending, state, weights).to(form.dtype)
+        found_ELP2 = _found_rows(raw_TP2, rows, ends_E, state, (weights.num_rows, spare))
+        pooled_EH = _pool(found_ELP2, ending, weights).to(form.dtype)
         normed_EH = rms_norm(pooled_EH, weights.norm.weight_D, weights.norm.eps)
         turned_EH = rotate_pairs(normed_EH, cos_TF[ends_E], sin_TF[ends_E])
         _store(entries, _entry_rows(ending, weights), turned_EH, form)
-    state[_ring_rows(rows, weights.num_rows)] = raw_TP2.to(state.dtype)
+    state[_ring_rows(rows, weights.num_rows + spare)] = raw_TP2.to(state.dtype)
 
 
-def _pool(raw_EP2: Tensor, ending: RowPlaces, state: Tensor, weights: CompressorWeights) -> Tensor:
-    """Averages the rows of each entry [E, H]; the newest is the step's own, those before position 0 do not exist."""
-    num_rows, ratio = weights.num_rows, weights.ratio
+def _found_rows(raw_TP2: Tensor, rows: RowPlaces, ends_E: Tensor, state: Tensor, sizes: tuple[int, int]) -> Tensor:
+    """Returns the raw rows of each entry [E, L, 2P], oldest first: the step's own, and older ones from the ring.
+
+    A row of the step is of an entry's request if it has its slot, and the position that belongs to its distance.
+    sizes: rows of an entry, and spare rows of the ring.
+    """
+    num_rows, spare = sizes
     age_L = torch.arange(num_rows - 1, -1, -1, device=state.device)
-    position_EL = ending.positions_T[:, None] - age_L
-    found_ELP2 = state[ending.slots_T[:, None] * num_rows + position_EL % num_rows]
-    found_ELP2[:, -1] = raw_EP2
+    positions_T, slots_T = rows.positions_T.long(), rows.slots_T.long()
+    position_EL, slot_E1 = positions_T[ends_E][:, None] - age_L, slots_T[ends_E][:, None]
+    ring = num_rows + spare
+    found_ELP2 = state[slot_E1 * ring + position_EL % ring]
+    row_EL = ends_E[:, None] - age_L
+    of_step_EL = (row_EL >= 0) & (age_L <= spare)
+    row_EL = row_EL.clamp(min=0)
+    of_step_EL &= (slots_T[row_EL] == slot_E1) & (positions_T[row_EL] == position_EL)
+    return torch.where(of_step_EL[..., None], raw_TP2[row_EL].to(state.dtype), found_ELP2)
+
+
+def _pool(found_ELP2: Tensor, ending: RowPlaces, weights: CompressorWeights) -> Tensor:
+    """Averages the rows of each entry [E, H]; those before position 0 do not exist."""
+    num_rows, ratio = weights.num_rows, weights.ratio
+    position_EL = ending.positions_T[:, None] - torch.arange(num_rows - 1, -1, -1, device=found_ELP2.device)
     kv_ELP, score_ELP = found_ELP2.chunk(2, dim=-1)
     score_ELP = score_ELP + weights.ape_LP.repeat(weights.num_windows, 1)
     missing_EL1 = (position_EL < 0)[..., None]
@@ -122,7 +142,7 @@ def _store(pool: Tensor, rows_E: Tensor, keys_EH: Tensor, form: _Form) -> None:
         pool[rows_E] = form.rounded(keys_EH)
         return
     if form.is_index:
-        INDEX_PAGES.write(pool, rows_E, form.rounded(keys_EH))
+        index_form(pool, BLOCK_TOKENS // OVERLAPPING_RATIO).write(pool, rows_E, form.rounded(keys_EH))
     else:
         KEY_PAGES.write(pool, rows_E, keys_EH)
 

@@ -1,7 +1,7 @@
 """Arguments of the cache writes of a decode step.
 
-A step has one row for each request; several rows of one request in a step are not supported. A padded row has position
-0, slot 0 and blocks of zeros, so that it writes where nobody reads.
+A request has one row in a step, or several: then they follow each other, at consecutive positions, and rings are longer
+by ``spare`` rows. A padded row has position 0, slot 0 and blocks of zeros, so that it writes where nobody reads.
 
 Legend: T rows, H head dim, P compressor width (2H where windows overlap, else H), L ratio, F rotary pairs, B blocks.
 """
@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from ownpath.formats import KeyFormat
 from ownpath.kernels.contract import Kernel, NormWeights, Operand
 
 BLOCK_TOKENS = 256
@@ -47,7 +48,7 @@ class CompressorWeights:
 
     @property
     def num_rows(self) -> int:
-        """Raw rows that an entry averages, and the rows of one slot of the state's ring."""
+        """Raw rows that an entry averages."""
         return self.num_windows * self.ratio
 
     @property
@@ -64,8 +65,8 @@ class CompressorWeights:
 class EntriesWeights:
     """One layer's weights. main, index: its compressors, ``None`` where it has none.
 
-    window: rows of one slot of the ring of keys. keys: the rounding of keys and main entries; index_keys: of index
-    entries.
+    window: tokens that a row sees. spare: rows of every ring beyond those that one row of a request needs; in a step a
+    request has up to 1 + spare rows. keys: the rounding of keys and main entries; index_keys: of index entries.
     """
 
     kv_norm: NormWeights
@@ -74,6 +75,16 @@ class EntriesWeights:
     window: int = 128
     keys: KeyRounding = KeyRounding.NONE
     index_keys: KeyRounding = KeyRounding.NONE
+    spare: int = 0
+
+    @property
+    def window_rows(self) -> int:
+        """Rows of one slot of the ring of keys."""
+        return self.window + self.spare
+
+    def state_rows(self, compressor: CompressorWeights) -> int:
+        """Returns the rows of one slot of a compressor's ring of raw rows."""
+        return compressor.num_rows + self.spare
 
 
 class RawRows(NamedTuple):
@@ -115,13 +126,15 @@ class StepAngles(NamedTuple):
 
 
 class LayerPools(NamedTuple):
-    """One layer's pools: keys [slots * window, H]; for each compressor its state [slots * rows, 2P], at least float32,
-    and its entries [blocks * per_block, H].
+    """One layer's pools: keys [slots * window_rows, H]; for each compressor its state [slots * state_rows, 2P], float32
+    or wider, and its entries [blocks * per_block, H].
 
     Instead, window and main entries, both or neither, may be FP8 pages uint8 [slots or blocks, R * 584] of R keys: R *
     576 bytes, of each key 448 E4M3 and 64 BF16 channels; then R * 8 bytes, of each key 7 E8M0 scales of 64 channels
     and a pad byte. Index entries may be FP8 pages uint8 [blocks, R * (H + 4)]: R * H bytes of E4M3, then a float32
-    scale of each key, a power of two. Keys in pages are rounded as the pages need; a rounding to FP4 comes before.
+    scale of each key, a power of two. Or they are FP4 pages uint8 [blocks, R * (H / 2 + H / 32)]: R * H / 2 bytes of
+    E2M1, two to a byte, the even channel in the low half, then of each key H / 32 E8M0 scales of 32 channels. Keys in
+    pages are rounded as the pages need; a rounding to FP4 comes before.
     """
 
     window: Tensor
@@ -137,8 +150,15 @@ class LayerPools(NamedTuple):
 
     @property
     def has_index_pages(self) -> bool:
-        """True if index entries are FP8 pages."""
+        """True if index entries are pages."""
         return self.index_entries is not None and self.index_entries.itemsize == 1
+
+    def index_format(self, width: int) -> KeyFormat:
+        """Returns the format of index entries of ``width`` channels; of pages that are not FP4, FP8."""
+        if self.index_entries is None or not self.has_index_pages:
+            return KeyFormat.BF16
+        page_bytes = BLOCK_TOKENS // OVERLAPPING_RATIO * (width // 2 + width // 32)
+        return KeyFormat.FP4 if self.index_entries.shape[-1] == page_bytes else KeyFormat.FP8
 
 
 class EntriesKernel(Kernel[Operand], Protocol[Operand]):

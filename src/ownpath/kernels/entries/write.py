@@ -1,11 +1,13 @@
 """Device code of a decode step's cache writes; ``launch`` explains and launches it.
 
-t row, p its position, h channel, c channels of a slice, i raw row of an entry (the newest is last); H head dim,
-F rotary pairs, RATIO tokens of an entry, WINDOWS windows that it averages.
+t row, p its position, h channel, c channels of a slice; H head dim, F rotary pairs, RATIO tokens of an entry, WINDOWS
+windows that it averages, SPARE rows of a ring beyond what one row of a request needs.
 """
 
 import triton
 import triton.language as tl
+
+from ownpath.kernels.entries.pool import average, load_rows
 
 VALUES = tl.constexpr(0)
 """A pool of bfloat16 rows."""
@@ -13,6 +15,8 @@ KEY_PAGES = tl.constexpr(1)
 """Pages of R keys: R * 576 bytes, of each key 448 E4M3 and 64 BF16; then R * 8 bytes, 7 E8M0 of each and a pad."""
 INDEX_PAGES = tl.constexpr(2)
 """Pages of R keys: R * H bytes of E4M3; then a float32 scale of each."""
+FP4_INDEX_PAGES = tl.constexpr(3)
+"""Pages of R keys: R * H / 2 bytes of E2M1, two to a byte; then of each H / 32 E8M0 scales."""
 
 
 @triton.jit
@@ -65,17 +69,24 @@ def _hadamard(x, H: tl.constexpr, LOG_H: tl.constexpr):
 
 
 @triton.jit
+def _count_fp4_steps(size):
+    """Counts the middles between neighbouring E2M1 magnitudes that a size has passed, by the step behind them: of 0.5,
+    of 1 and of 2. A tie goes to the even code, which is the sum of all."""
+    halves = (size > 0.25).to(tl.float32) + (size >= 0.75).to(tl.float32)
+    halves += (size > 1.25).to(tl.float32) + (size >= 1.75).to(tl.float32)
+    ones = (size > 2.5).to(tl.float32) + (size >= 3.5).to(tl.float32)
+    return halves, ones, (size > 5.0).to(tl.float32)
+
+
+@triton.jit
 def _round_fp4(x, H: tl.constexpr, LOG_H: tl.constexpr):
     """Turns by the Hadamard matrix, rounds to E2M1 in blocks of 32 and reads back: float32 [H]."""
     turned = _hadamard(x, H, LOG_H) * (H**-0.5)
     blocks = tl.reshape(turned.to(tl.bfloat16).to(tl.float32), (H // 32, 32))
     _, scale, reciprocal = _power_of_two(_largest(blocks), 0x40C00000)
     size = tl.abs(blocks) * reciprocal[:, None]
-    # One step per midpoint; a tie goes to the even code.
-    halves = (size > 0.25).to(tl.float32) + (size >= 0.75).to(tl.float32)
-    halves += (size > 1.25).to(tl.float32) + (size >= 1.75).to(tl.float32)
-    ones = (size > 2.5).to(tl.float32) + (size >= 3.5).to(tl.float32)
-    rounded = (0.5 * halves + ones + 2.0 * (size > 5.0).to(tl.float32)) * scale[:, None]
+    halves, ones, twos = _count_fp4_steps(size)
+    rounded = (0.5 * halves + ones + 2.0 * twos) * scale[:, None]
     # The sign bit, so that -0 stays.
     sign = blocks.to(tl.int32, bitcast=True) & -2147483648
     return tl.reshape((rounded.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True), (H,))
@@ -132,6 +143,21 @@ def _store_index_page(x, page_ptr, row, H: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
+def _store_fp4_index_page(x, page_ptr, row, H: tl.constexpr, R: tl.constexpr):
+    """Writes an index key to its row of a page of R keys: E2M1 in blocks of 32 channels with a power-of-two scale, an
+    even channel in the low half of a byte. Exact for a key that was rounded so."""
+    blocks = tl.reshape(x, (H // 32, 32))
+    byte, _, reciprocal = _power_of_two(_largest(blocks), 0x40C00000)
+    halves, ones, twos = _count_fp4_steps(tl.abs(blocks) * reciprocal[:, None])
+    sign = (blocks.to(tl.int32, bitcast=True) >> 28) & 8
+    codes = (halves + ones + twos).to(tl.int32) | sign
+    even, odd = tl.split(tl.reshape(codes, (H // 2, 2)))
+    tl.store(page_ptr + row * (H // 2) + tl.arange(0, H // 2), (even | (odd << 4)).to(tl.uint8))
+    scale_ptr = page_ptr + R * (H // 2) + row * (H // 32)
+    tl.store(scale_ptr + tl.arange(0, H // 32), byte.to(tl.uint8))
+
+
+@triton.jit
 def _write_key(
     x,
     weight,
@@ -159,6 +185,8 @@ def _write_key(
         _store_key_page(x, pool_ptr + page * (R * (H + 2 * F + 8)), row, H, F, R)
     elif FORM == INDEX_PAGES:
         _store_index_page(x, pool_ptr + page * (R * (H + 4)), row, H, R)
+    elif FORM == FP4_INDEX_PAGES:
+        _store_fp4_index_page(x, pool_ptr + page * (R * (H // 2 + H // 32)), row, H, R)
     else:
         if ROUNDING == "fp8":
             x = _round_fp8(x, H, F)
@@ -166,55 +194,20 @@ def _write_key(
 
 
 @triton.jit
-def _load_rows(
-    raw_ptr,
-    ring_ptr,
-    ape_ptr,
-    p,
-    c,
-    H: tl.constexpr,
-    RATIO: tl.constexpr,
-    WINDOWS: tl.constexpr,
-):
-    """Loads the raw rows of the entry that ends at p, in the channels c of a slice: kv and biased scores [rows, c].
-
-    The row of p itself comes from the step, the older ones from the slot's ring; this launch replaces the ring's row
-    of p - RATIO * WINDOWS, which is not among them. Rows before position 0 do not exist.
-    """
-    ROWS: tl.constexpr = RATIO * WINDOWS
-    P: tl.constexpr = H * WINDOWS
-    i = tl.arange(0, ROWS)
-    age = ROWS - 1 - i
-    exists = (age <= p)[:, None]
-    row = (p - age + ROWS) % ROWS
-    # Where windows overlap, the window before gives its first half of the channels, the own one its second.
-    column = (i // RATIO)[:, None] * H + c[None, :]
-    # One load for both places: a second one would wait for the first.
-    at = tl.where((age == 0)[:, None], raw_ptr + column, ring_ptr + row[:, None] * (2 * P) + column)
-    kv = tl.load(at, mask=exists, other=0.0)
-    score = tl.load(at + P, mask=exists, other=float("-inf"))
-    score += tl.load(ape_ptr + (i % RATIO)[:, None] * P + column)
-    return kv, score
-
-
-@triton.jit
-def _average(kv, score):
-    """Averages the rows of each channel, gated by the softmax of their scores."""
-    gate = tl.exp(score - tl.max(score, axis=0)[None, :])
-    return tl.sum(kv * gate, axis=0) / tl.sum(gate, axis=0)
-
-
-@triton.jit
 def _write_entry(
     raw_ptr,
+    raw_stride,
     ring_ptr,
     ape_ptr,
     weight_ptr,
     cos_ptr,
     sin_ptr,
+    positions_ptr,
+    slots_ptr,
     pool_ptr,
     pooled_ptr,
     arrivals_ptr,
+    t,
     p,
     page,
     row,
@@ -225,6 +218,7 @@ def _write_entry(
     F: tl.constexpr,
     RATIO: tl.constexpr,
     WINDOWS: tl.constexpr,
+    SPARE: tl.constexpr,
     SLICE: tl.constexpr,
     PARTS: tl.constexpr,
     R: tl.constexpr,
@@ -236,18 +230,26 @@ def _write_entry(
     h = tl.arange(0, H)
     if SLICE == H:
         # All loads are in flight before the first sum waits for one.
-        kv, score = _load_rows(raw_ptr, ring_ptr, ape_ptr, p, h, H, RATIO, WINDOWS)
+        # fmt: off
+        kv, score = load_rows(
+            raw_ptr, raw_stride, ring_ptr, ape_ptr, positions_ptr, slots_ptr, t, p, h, H, RATIO, WINDOWS, SPARE,
+        )
+        # fmt: on
         weight = tl.load(weight_ptr + h)
         cos, sin = _load_turn(cos_ptr, sin_ptr, H, F)
-        pooled = _average(kv, score).to(tl.bfloat16)
+        pooled = average(kv, score).to(tl.bfloat16)
         _write_key(pooled, weight, cos, sin, pool_ptr, page, row, eps, H, LOG_H, F, R, FORM, ROUNDING)
     else:
         weight = tl.load(weight_ptr + h)
         cos, sin = _load_turn(cos_ptr, sin_ptr, H, F)
         for turn in range(H // SLICE // PARTS):
             c = (turn * PARTS + role) * SLICE + tl.arange(0, SLICE)
-            kv, score = _load_rows(raw_ptr, ring_ptr, ape_ptr, p, c, H, RATIO, WINDOWS)
-            tl.store(pooled_ptr + c, _average(kv, score).to(tl.bfloat16))
+            # fmt: off
+            kv, score = load_rows(
+                raw_ptr, raw_stride, ring_ptr, ape_ptr, positions_ptr, slots_ptr, t, p, c, H, RATIO, WINDOWS, SPARE,
+            )
+            # fmt: on
+            tl.store(pooled_ptr + c, average(kv, score).to(tl.bfloat16))
         # All threads' slices are written before one thread announces them.
         tl.debug_barrier()
         arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu")
@@ -295,6 +297,7 @@ def entries_kernel(
     LOG_HI: tl.constexpr,
     F: tl.constexpr,
     WINDOW: tl.constexpr,
+    SPARE: tl.constexpr,
     RATIO: tl.constexpr,
     WINDOWS: tl.constexpr,
     PER_BLOCK: tl.constexpr,
@@ -309,7 +312,7 @@ def entries_kernel(
 ):
     """Plays one of a row's roles: PARTS parts of its main entry, its index entry, and last its key and raw rows.
 
-    RATIO is 0 in a layer without compressors.
+    WINDOW: rows of a slot's ring of keys, SPARE of them beyond the window. RATIO is 0 in a layer without compressors.
     """
     role, t = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if PDL:
@@ -317,7 +320,7 @@ def entries_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     p = tl.load(positions_ptr + t)
     slot = tl.load(slots_ptr + t).to(tl.int64)
-    ROWS: tl.constexpr = RATIO * WINDOWS
+    ROWS: tl.constexpr = RATIO * WINDOWS + SPARE
     if role == tl.num_programs(0) - 1:
         h = tl.arange(0, H)
         key = tl.load(kv_ptr + t * kv_stride + h)
@@ -348,9 +351,9 @@ def entries_kernel(
                 ring = main_state_ptr + slot * (ROWS * 2 * WINDOWS * H)
                 # fmt: off
                 _write_entry(
-                    raw, ring, main_ape_ptr, main_weight_ptr, cos_first, sin_first,
-                    main_entries_ptr, pooled_ptr + t * H, arrivals_ptr + t, p, block, row, role, main_eps,
-                    H, LOG_H, F, RATIO, WINDOWS, SLICE, PARTS, PER_BLOCK, FORM, KEYS,
+                    raw, main_stride, ring, main_ape_ptr, main_weight_ptr, cos_first, sin_first, positions_ptr,
+                    slots_ptr, main_entries_ptr, pooled_ptr + t * H, arrivals_ptr + t, t, p, block, row, role, main_eps,
+                    H, LOG_H, F, RATIO, WINDOWS, SPARE, SLICE, PARTS, PER_BLOCK, FORM, KEYS,
                 )
                 # fmt: on
             elif HAS_INDEX:
@@ -358,8 +361,8 @@ def entries_kernel(
                 ring = index_state_ptr + slot * (ROWS * 2 * WINDOWS * HI)
                 # fmt: off
                 _write_entry(
-                    raw, ring, index_ape_ptr, index_weight_ptr, cos_first, sin_first,
-                    index_entries_ptr, pooled_ptr, arrivals_ptr, p, block, row, role, index_eps,
-                    HI, LOG_HI, F, RATIO, WINDOWS, HI, 1, PER_BLOCK, INDEX_FORM, INDEX_KEYS,
+                    raw, index_stride, ring, index_ape_ptr, index_weight_ptr, cos_first, sin_first, positions_ptr,
+                    slots_ptr, index_entries_ptr, pooled_ptr, arrivals_ptr, t, p, block, row, role, index_eps,
+                    HI, LOG_HI, F, RATIO, WINDOWS, SPARE, HI, 1, PER_BLOCK, INDEX_FORM, INDEX_KEYS,
                 )
                 # fmt: on

@@ -69,27 +69,3 @@ def nan_unless_finite(value: Value, bits: Value, *, loc: Site = None, ip: Site =
     text = "{ .reg .pred p; setp.lt.u32 p, $2, 0x7F800000; selp.f32 $0, $1, 0f7FC00000, p; }"
     operands = [Float32(value).ir_value(loc=loc, ip=ip), Uint32(bits).ir_value(loc=loc, ip=ip)]
     return Float32(asm(text, "=f,f,r", T.f32(), operands, True, loc, ip))
-
-
-@dsl_user_op
-def load_matrix4(address: Value, *, loc: Site = None, ip: Site = None) -> list[Uint32]:
-    """Loads four 8 x 8 matrices of 16-bit values; lane 8 i + t addresses row t of matrix i."""
-    struct = llvm.StructType.get_literal([T.i32()] * 4)
-    text = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];"
-    operands = [Int32(address).ir_value(loc=loc, ip=ip)]
-    loaded = asm(text, "=r,=r,=r,=r,r", struct, operands, False, loc, ip)
-    return [Uint32(llvm.extractvalue(T.i32(), loaded, [idx], loc=loc, ip=ip)) for idx in range(4)]
-
-
-@dsl_user_op
-def mma_bf16(a: Value, b: Value, c: Value, *, loc: Site = None, ip: Site = None) -> list[Float32]:
-    """Computes c + a b for a warp: 16 x 16 of BF16 times 16 x 8, float32 sums."""
-    struct = llvm.StructType.get_literal([T.f32()] * 4)
-    text = (
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
-    )
-    operands = [Uint32(v).ir_value(loc=loc, ip=ip) for v in (*a, *b)]
-    operands += [Float32(v).ir_value(loc=loc, ip=ip) for v in c]
-    summed = asm(text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", struct, operands, True, loc, ip)
-    return [Float32(llvm.extractvalue(T.f32(), summed, [idx], loc=loc, ip=ip)) for idx in range(4)]

@@ -34,7 +34,6 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from ownpath.kernels.dsl import ptx
 from ownpath.kernels.dsl.pipeline import Pipeline, Stages
 from ownpath.kernels.dsl.warpgroup import Operands, Thread, decoded_mma, shared_operand, wgmma
-from ownpath.kernels.fp8 import ptx as fp8_ptx
 from ownpath.kernels.fp8.config import BLOCK_K, CHUNK_K, ENTRY_BYTES, MAX_K_BLOCKS, W8A16_REGISTERS, WG, W8A16Config
 from ownpath.kernels.fp8.layout import BLOCK_BYTES
 from ownpath.kernels.fp8.output_sm90 import Output, RowBlock
@@ -290,7 +289,7 @@ class W8A16:
                 chunk = token_base + (ring.slot * 2 + half) * (cfg.num_n * 128)
                 for pair in cutlass.range_constexpr(2):
                     tokens = [
-                        fp8_ptx.load_matrix4(chunk + j * 1024 + ((unit ^ row) ^ (4 * pair)) * 16) for j in range(pieces)
+                        ptx.load_matrix4(chunk + j * 1024 + ((unit ^ row) ^ (4 * pair)) * 16) for j in range(pieces)
                     ]
                     for step in cutlass.range_constexpr(2):
                         for r in cutlass.range_constexpr(self.per_wg):
@@ -299,7 +298,7 @@ class W8A16:
                             for j in cutlass.range_constexpr(pieces):
                                 b = tokens[j][2 * step : 2 * step + 2]
                                 old = [sums[r][4 * j + idx] for idx in range(4)]
-                                new = fp8_ptx.mma_bf16(a, b, old)
+                                new = ptx.mma_bf16(a, b, old)
                                 for idx in cutlass.range_constexpr(4):
                                     sums[r][4 * j + idx] = new[idx]
             ring.release(ring.slot, thread.idx)

@@ -7,12 +7,13 @@ and matrix; ``ownpath bench --tune`` writes them. Nothing is measured while serv
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ownpath.kernels.nvfp4.config import BLOCK_K, GemmConfig
+from ownpath.kernels.nvfp4.sliced_config import MAX_SLICED_PAIRS, SlicedConfig, fits_slices
 
 TUNED = Path(__file__).parent / "tuned"
 BLOCK_ROWS = 64
@@ -24,10 +25,11 @@ over 5% of the time, so they are rounded to BF16."""
 
 @dataclass(frozen=True)
 class MoeChoice:
-    """The kernels of one call's two products."""
+    """The kernels of one call's two products. sliced: one kernel for both, which is used if it is there."""
 
     gate_up: GemmConfig
     down: GemmConfig
+    sliced: SlicedConfig | None = None
 
     @property
     def tile_rows(self) -> int:
@@ -68,7 +70,9 @@ def choose_moe(pairs: int, num_experts: int, hidden: int, inter: int, invariant:
     """Chooses the kernels for ``pairs`` (token, slot) pairs. invariant: bits must not depend on ``pairs``."""
     density, table = pairs / num_experts, moe_table(hidden, inter)
     knobs = next((knobs for limit, knobs in table if density <= limit), table[-1][1])
-    return moe_choice(knobs, hidden, inter, wide=invariant or pairs <= WIDE_PAIRS)
+    choice = moe_choice(knobs, hidden, inter, wide=invariant or pairs <= WIDE_PAIRS)
+    # Slices sum in another order than the whole width.
+    return replace(choice, sliced=None) if invariant or pairs > MAX_SLICED_PAIRS else choice
 
 
 @lru_cache(maxsize=256)
@@ -77,11 +81,21 @@ def _moe_choice(knobs: tuple[tuple[str, int], ...], hidden: int, inter: int, wid
     sizes = tuple(size for size in (read.get(f"n{idx}") for idx in range(8)) if size)
     gate_up = _fit_config(read, sizes, 2 * inter // BLOCK_ROWS, swiglu=True, gather=bool(read["gather"]))
     down = _fit_config(read, sizes, hidden // BLOCK_ROWS, wide=wide)
-    return MoeChoice(gate_up, down)
+    return MoeChoice(gate_up, down, _sliced(read, hidden, inter) if "slice_tokens" in read else None)
+
+
+def _sliced(read: Mapping[str, int], hidden: int, inter: int) -> SlicedConfig | None:
+    """Returns the kernel of slices that a table's entry names, where the experts are made of whole slices."""
+    if not fits_slices(hidden, inter):
+        return None
+    return SlicedConfig(read["slice_tokens"], read["slice_stages"], read["slice_per_sm"])
 
 
 def moe_choice(knobs: Mapping[str, object], hidden: int, inter: int, wide: bool) -> MoeChoice:
-    """Makes kernels from a table's knobs: num_m64, warpgroups_m, n0, n1, ... (sizes), stages, depth, gather, per_sm."""
+    """Makes kernels from a table's knobs: num_m64, warpgroups_m, n0, n1, ... (sizes), stages, depth, gather, per_sm.
+
+    With slices also slice_tokens, slice_stages and slice_per_sm.
+    """
     return _moe_choice(tuple((name, int(str(value))) for name, value in sorted(knobs.items())), hidden, inter, wide)
 
 

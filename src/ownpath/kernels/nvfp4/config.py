@@ -78,7 +78,7 @@ class GemmConfig:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        modules = ("gemm_sm90", "tile_sm90", "epilogue_sm90", "schedule", "handover", "config")
+        modules = ("gemm_sm90", "decode_sm90", "tile_sm90", "epilogue_sm90", "schedule", "handover", "config")
         return (*(f"nvfp4/{name}.py" for name in modules), *DSL_SOURCES)
 
     @property
@@ -176,13 +176,14 @@ class GemmConfig:
 @dataclass(frozen=True)
 class AlignConfig:
     """wide_ids: ids are int64. mapped: ids go through an expert map. num_shared: experts every token goes to, behind
-    the routed ones. num_ctas: of the cluster that shares the work. few: at most 32 pairs, for one warp."""
+    the routed ones. num_ctas: of the cluster that shares the work. few: halves of 64 pairs
+    that one warp sorts; 0 for more."""
 
     wide_ids: bool
     mapped: bool
     num_shared: int
     num_ctas: int = 1
-    few: bool = False
+    few: int = 0
     compiler: ClassVar[str] = "nvfp4.moe_sm90:compile_align"
 
     @property
@@ -195,12 +196,12 @@ class AlignConfig:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        return ("nvfp4/moe_sm90.py", "nvfp4/schedule.py", "nvfp4/config.py", *DSL_SOURCES)
+        return ("nvfp4/moe_sm90.py", "nvfp4/pairs_sm90.py", "nvfp4/schedule.py", "nvfp4/config.py", *DSL_SOURCES)
 
     @property
     def name(self) -> str:
         ids = ("i64" if self.wide_ids else "i32") + ("_mapped" if self.mapped else "")
-        return f"moe_align{'_few' if self.few else ''}_{ids}_s{self.num_shared}c{self.num_ctas}"
+        return f"moe_align{f'_few{self.few}' if self.few else ''}_{ids}_s{self.num_shared}c{self.num_ctas}"
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ class PermuteConfig:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        return ("nvfp4/moe_sm90.py", "nvfp4/schedule.py", "nvfp4/config.py", *DSL_SOURCES)
+        return ("nvfp4/moe_sm90.py", "nvfp4/pairs_sm90.py", "nvfp4/schedule.py", "nvfp4/config.py", *DSL_SOURCES)
 
     @property
     def name(self) -> str:
@@ -236,7 +237,7 @@ class CombineConfig:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        return ("nvfp4/moe_sm90.py", "nvfp4/schedule.py", "nvfp4/config.py", *DSL_SOURCES)
+        return ("nvfp4/moe_sm90.py", "nvfp4/pairs_sm90.py", "nvfp4/schedule.py", "nvfp4/config.py", *DSL_SOURCES)
 
     @property
     def name(self) -> str:

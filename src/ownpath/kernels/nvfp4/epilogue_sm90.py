@@ -81,8 +81,8 @@ class Epilogue:
         even = [values[0] * factors[0], values[2] * factors[1]]
         odd = [values[1] * factors[0], values[3] * factors[1]]
         if cutlass.const_expr(self.cfg.swiglu):
-            hidden_even = self.activate(even[0], even[1])
-            hidden_odd = self.activate(odd[0], odd[1])
+            hidden_even = swiglu(even[0], even[1], self.swiglu_limit)
+            hidden_odd = swiglu(odd[0], odd[1], self.swiglu_limit)
             # Neighbours in g exchange values, so that each writes two features of one token.
             odd_g = rows.thread.idx // 4 % 2
             given = hidden_even if odd_g == 1 else hidden_odd
@@ -99,8 +99,9 @@ class Epilogue:
                     else:
                         ptx.store_global(place + column * rows.pitch, ptx.pack_bf16x2(*pair))
 
-    def activate(self, gate: Float32, up: Float32) -> Float32:
-        """Computes silu(min(gate, limit)) * clamp(up, -limit, limit)."""
-        gate = ptx.minimum(gate, self.swiglu_limit)
-        up = ptx.maximum(ptx.minimum(up, self.swiglu_limit), -self.swiglu_limit)
-        return gate * up * ptx.reciprocal(1.0 + ptx.exp2(gate * Float32(-1.4426950408889634)))
+
+def swiglu(gate: Float32, up: Float32, limit: Float32) -> Float32:
+    """Computes silu(min(gate, limit)) * clamp(up, -limit, limit)."""
+    gate = ptx.minimum(gate, limit)
+    up = ptx.maximum(ptx.minimum(up, limit), -limit)
+    return gate * up * ptx.reciprocal(1.0 + ptx.exp2(gate * Float32(-1.4426950408889634)))

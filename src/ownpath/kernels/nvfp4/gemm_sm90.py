@@ -8,10 +8,8 @@ other, so that a thread gets 32 codes with one 16-byte load and needs no exchang
 contiguous), tokens by TMA boxes with the 128-byte swizzle that ``wgmma`` reads. Consumer warpgroups decode one to four
 k16 steps into a register buffer while the tensor cores work on another.
 
-Decode. E2M1's sign, exponent and mantissa bits are moved to the sign, low exponent and top mantissa bits of BF16,
-which is the value times 2**-126 (subnormals included); the block scale, stored as a byte with a 5-bit exponent, is
-expanded to BF16 times 2**107. One BF16 multiply gives code * scale * 2**-19: 2 + 4 significant bits, exact. The
-epilogue multiplies the float32 sum by global_scale * 2**19.
+Decode. ``decode_sm90``: code * scale * 2**-19 in BF16, exact. The epilogue multiplies the float32 sum by global_scale *
+2**19.
 
 Why it is fast. Up to about 30 tokens per expert the issue slots are what competes with memory: 13.5 instructions per 8
 weights and thread (5 logic, 2 rotations, 1 multiply-add, 4 BF16 multiplies, 1.5 for the scale) is why the bit layout is
@@ -34,6 +32,7 @@ from ownpath.kernels.dsl import ptx
 from ownpath.kernels.dsl.pipeline import Consumer, Pipeline, Stages
 from ownpath.kernels.dsl.warpgroup import Operands, Thread, decoded_mma, shared_operand, wgmma
 from ownpath.kernels.nvfp4.config import BLOCK_K, CHUNK_K, WG, GemmConfig
+from ownpath.kernels.nvfp4.decode_sm90 import decode
 from ownpath.kernels.nvfp4.epilogue_sm90 import Epilogue
 from ownpath.kernels.nvfp4.handover import announce, await_rows
 from ownpath.kernels.nvfp4.schedule import Schedule, element
@@ -341,7 +340,8 @@ class Gemm:
                         scales = scale_words[r][k16 // 2]
                         if cutlass.const_expr(k16 % 2):
                             scales = ptx.rotate_right(scales, 8)
-                        self.decode(words[r][k16], scales & scale_bits, fragment, 4 * kk)
+                        for idx, register in enumerate(decode(words[r][k16], scales & scale_bits)):
+                            fragment[4 * kk + idx] = register
                 warpgroup.fence()
                 for kk in cutlass.range_constexpr(group):
                     k16 = part * group + kk
@@ -375,19 +375,6 @@ class Gemm:
             words.append([word for half in halves for word in ptx.load_shared_vec4(base + half * (WG * 16))])
             scale_words.append([word for half in halves for word in ptx.load_shared_vec2(scale_base + half * 256)])
         return words, scale_words
-
-    def decode(self, word: Uint32, scales: Uint32, fragment: cute.Tensor, start: int) -> None:
-        """Decodes 8 codes of a k16 step to BF16: registers (row g, low k), (g + 8, low), (g, high), (g + 8, high)."""
-        scale_low, scale_high = ptx.broadcast_halves(scales | Uint32(0x70007000))
-        wanted = Uint32(0x81C081C0)
-        first = word & wanted
-        second = ptx.rotate_right(word, 3) & wanted
-        third = ptx.rotate_right(word, 6) & wanted
-        fourth = ptx.mad(word & Uint32(0x001B001B), 0x1084, 0) & wanted
-        fragment[start] = ptx.mul_bf16x2(first, scale_low)
-        fragment[start + 1] = ptx.mul_bf16x2(second, scale_high)
-        fragment[start + 2] = ptx.mul_bf16x2(third, scale_low)
-        fragment[start + 3] = ptx.mul_bf16x2(fourth, scale_high)
 
     @cute.jit
     def store(self, sums: list[cute.Tensor], tile: Tile, thread: Thread, epilogue: Epilogue) -> None:

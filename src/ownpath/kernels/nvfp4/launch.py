@@ -85,6 +85,10 @@ def box(config: GemmConfig) -> tuple[int, int]:
     return config.box_rows, CHUNK_K
 
 
+MoeCallKey = tuple[int, int, int, int, bool, int]
+"""Tokens, top k, shared experts, length of the expert map or -1, whether ids are int64, pitch of x."""
+
+
 @dataclass(frozen=True)
 class MoeSizes:
     """Sizes of a call of routed experts. slots: experts per token, shared included; num_ids: number of expert ids."""
@@ -99,6 +103,19 @@ class MoeSizes:
     @property
     def pairs(self) -> int:
         return self.num_tokens * self.slots
+
+
+ALIGN_CTAS = 8
+PAIRS_PER_ALIGN_WARP = 64
+PAIRS_PER_ALIGN_CTA = 4096
+"""With more pairs, a cluster sorts them: one CTA takes 12 us for 6144."""
+
+
+def align_config(wide_ids: bool, mapped: bool, num_shared: int, pairs: int) -> AlignConfig:
+    """Returns the kernel for one warp, one CTA or a cluster, by the number of (token, slot) pairs."""
+    ctas = ALIGN_CTAS if pairs > PAIRS_PER_ALIGN_CTA else 1
+    halves = -(-pairs // 32) if pairs <= PAIRS_PER_ALIGN_WARP else 0
+    return AlignConfig(wide_ids, mapped, num_shared, ctas, few=halves)
 
 
 def align(

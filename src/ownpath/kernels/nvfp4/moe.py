@@ -23,23 +23,31 @@ from ownpath.kernels.dsl.driver import Boxes, Pointers, current_stream, num_sms
 from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.nvfp4.choose import WIDE_PAIRS, MoeChoice, choose_moe, moe_choice, moe_table
-from ownpath.kernels.nvfp4.config import ALIGN_THREADS, AlignConfig, CombineConfig, GemmConfig, PermuteConfig
-from ownpath.kernels.nvfp4.launch import GemmLaunch, MoeSizes, PackedWeight, Tiling, align, box, combine, permute
+from ownpath.kernels.nvfp4.config import ALIGN_THREADS, CombineConfig, GemmConfig, PermuteConfig
+from ownpath.kernels.nvfp4.launch import (
+    PAIRS_PER_ALIGN_CTA,
+    PAIRS_PER_ALIGN_WARP,
+    GemmLaunch,
+    MoeCallKey,
+    MoeSizes,
+    PackedWeight,
+    Tiling,
+    align,
+    align_config,
+    box,
+    combine,
+    permute,
+)
 from ownpath.kernels.nvfp4.layout import check_scales, gate_up_rows, pack_weight_, plain_rows, unpack_weight
 from ownpath.kernels.nvfp4.linear import require_packable, require_rows
+from ownpath.kernels.nvfp4.sliced import PackedExperts, SlicedLaunches, sliced_bytes, sliced_configs
+from ownpath.kernels.nvfp4.sliced_config import MAX_SLICED_PAIRS
 from ownpath.qtensor import QuantTensor
 
 DIM_MULTIPLE = 128
 MAX_EXPERTS = ALIGN_THREADS - 1
-ALIGN_CTAS = 8
-PAIRS_PER_ALIGN_WARP = 32
-PAIRS_PER_ALIGN_CTA = 4096
-"""With more pairs, a cluster sorts them: one CTA takes 12 us for 6144."""
 PART_BYTES = 256
 """Alignment of the parts of the scratch."""
-
-MoeCallKey = tuple[int, int, int, int, bool, int]
-"""Tokens, top k, shared experts, length of the expert map or -1, whether ids are int64, pitch of x."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ class MoeOperand:
     w2: PackedWeight
     num_experts: int
     swiglu_limit: float
-    launches: "LaunchCache[MoeCallKey, _MoeLaunches]" = field(default_factory=LaunchCache, compare=False)
+    launches: "LaunchCache[MoeCallKey, _AnyLaunches]" = field(default_factory=LaunchCache, compare=False)
     lock: Lock = field(default_factory=Lock, compare=False)
 
     @property
@@ -60,12 +68,6 @@ class MoeOperand:
     @property
     def inter(self) -> int:
         return self.w2.num_cols
-
-
-def align_config(wide_ids: bool, mapped: bool, num_shared: int, pairs: int) -> AlignConfig:
-    """Returns the kernel for one warp, one CTA or a cluster, by the number of (token, slot) pairs."""
-    ctas = ALIGN_CTAS if pairs > PAIRS_PER_ALIGN_CTA else 1
-    return AlignConfig(wide_ids, mapped, num_shared, ctas, few=pairs <= PAIRS_PER_ALIGN_WARP)
 
 
 class _MoeLaunches:
@@ -136,6 +138,9 @@ class _MoeLaunches:
         self._combine.start(stream)
 
 
+_AnyLaunches = _MoeLaunches | SlicedLaunches
+
+
 def _tiling(config: GemmConfig, operand: MoeOperand, tiles: int) -> Tiling:
     """Returns the tiling of gate_up (the product with SwiGLU) or down, for at most ``tiles`` tiles of tokens."""
     weight, pitch = (operand.w13, operand.inter) if config.swiglu else (operand.w2, operand.hidden)
@@ -196,7 +201,12 @@ class Nvfp4MoeKernel:
 
     def variant(self, x: torch.Tensor, routing: Routing, operand: MoeOperand) -> str:
         """Returns the names of the products that a call with these arguments launches."""
-        choice = self.choose(routing.ids.numel() + len(x) * routing.num_shared, operand)
+        pairs = routing.ids.numel() + len(x) * routing.num_shared
+        choice = self.choose(pairs, operand)
+        if choice.sliced:
+            wide_ids, mapped = routing.ids.dtype is torch.int64, routing.expert_map is not None
+            products, total = sliced_configs(choice.sliced, wide_ids, mapped, routing.num_shared)
+            return f"{products.name} {total.name}"
         return f"{choice.gate_up.name} {choice.down.name}"
 
     def configs(self, operand: MoeOperand) -> list[Config]:
@@ -208,7 +218,7 @@ class Nvfp4MoeKernel:
         return self._configs(stored.hidden_size, stored.down.shape[2])
 
     def _configs(self, hidden: int, inter: int) -> list[Config]:
-        counts = (1, PAIRS_PER_ALIGN_CTA, PAIRS_PER_ALIGN_CTA + 1)
+        counts = (1, PAIRS_PER_ALIGN_WARP, PAIRS_PER_ALIGN_CTA, PAIRS_PER_ALIGN_CTA + 1)
         found: list[Config] = [align_config(wide, False, 0, pairs) for wide in (False, True) for pairs in counts]
         found += [PermuteConfig(), CombineConfig(0, True)]
         if not self.is_batch_invariant:
@@ -217,6 +227,9 @@ class Nvfp4MoeKernel:
             for wide in (True,) if self.is_batch_invariant else (False, True):
                 choice = moe_choice(knobs, hidden, inter, wide)
                 found += [choice.gate_up, choice.down]
+                if choice.sliced and not self.is_batch_invariant:
+                    for wide_ids in (False, True):
+                        found += sliced_configs(choice.sliced, wide_ids, False, 0)
         return list(dict.fromkeys(found))
 
     def workspace(self, operand: MoeOperand, num_tokens: int, num_slots: int) -> torch.Tensor:
@@ -231,7 +244,9 @@ class Nvfp4MoeKernel:
             2 * pairs * operand.inter,
             row_bytes * operand.hidden,
         )
-        return torch.empty(sum(map(_align, parts)), dtype=torch.uint8, device=operand.w13.codes.device)
+        sliced = sliced_bytes(min(pairs, MAX_SLICED_PAIRS), operand.hidden, operand.inter)
+        num_bytes = max(sum(map(_align, parts)), sliced)
+        return torch.empty(num_bytes, dtype=torch.uint8, device=operand.w13.codes.device)
 
     def run(
         self,
@@ -268,11 +283,15 @@ class Nvfp4MoeKernel:
             call.start(x.data_ptr(), routing, workspace.data_ptr(), out.data_ptr(), stream)
         return out
 
-    def _new_call(self, key: MoeCallKey, operand: MoeOperand) -> _MoeLaunches:
+    def _new_call(self, key: MoeCallKey, operand: MoeOperand) -> "_AnyLaunches":
         num_tokens, num_choices, num_shared = key[:3]
         if not 0 <= num_shared < operand.num_experts:
             raise ValueError(f"num_shared is {num_shared}, there are {operand.num_experts} experts")
-        return _MoeLaunches(self.choose(num_tokens * (num_choices + num_shared), operand), key, operand)
+        choice = self.choose(num_tokens * (num_choices + num_shared), operand)
+        if choice.sliced:
+            weights = PackedExperts(operand.w13, operand.w2, operand.num_experts, operand.swiglu_limit)
+            return SlicedLaunches(choice.sliced, key, weights)
+        return _MoeLaunches(choice, key, operand)
 
 
 def _stack(name: str, side: QuantTensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,6 +1,6 @@
 """The kernels around the grouped products: sorting rows by expert, and the weighted sum of expert outputs.
 
-``Align`` (one CTA, a cluster for long prompts, one warp for up to 32 pairs) counts the tokens of every expert, lays
+``Align`` (one CTA, a cluster for long prompts, one warp for up to 64 pairs) counts the tokens of every expert, lays
 the experts' rows one after another and cuts them into tiles; ``Permute`` copies token rows into that order, for
 prompts so long that looking rows up one by one would cost more; ``Combine`` sums each token's expert outputs in the
 order of its top-k slots, so that the result is the same bits every time. The order of rows inside an expert is free: a
@@ -17,46 +17,8 @@ from cutlass import BFloat16, Float32, Int32, Int64, cute
 
 from ownpath.kernels.dsl import ptx
 from ownpath.kernels.nvfp4.config import ALIGN_THREADS, COPY_THREADS, AlignConfig, CombineConfig, PermuteConfig
+from ownpath.kernels.nvfp4.pairs_sm90 import Pairs, lowest_bit, rank_pairs, warp_sum
 from ownpath.kernels.nvfp4.schedule import Schedule, element
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """The (token, slot) pairs of one call: ``slots`` to a token, the last of which are the shared experts'.
-
-    num_ids: number of expert ids; num_experts: local experts, shared ones included and last. tile_rows: most rows of a
-    tile. index_offset: offset of the schedule's index.
-    """
-
-    cfg: AlignConfig
-    ids: cute.Pointer
-    expert_map: cute.Pointer
-    top_k: Int32
-    num_ids: Int32
-    num_experts: Int32
-    slots: Int32
-    total: Int32
-    tile_rows: Int32
-    index_offset: Int32
-
-    def num_tiles(self, count: Int32) -> Int32:
-        """Returns the number of tiles of an expert with ``count`` rows."""
-        return (count + self.tile_rows - 1) // self.tile_rows
-
-    @cute.jit
-    def expert(self, idx: Int32) -> Int32:
-        """Returns the local expert of a pair, or -1."""
-        expert = Int32(-1)
-        slot = idx % self.slots
-        if slot < self.top_k:
-            named = Int32(element(self.ids, idx // self.slots * self.top_k + slot)[0])
-            if named >= 0 and named < self.num_ids:
-                expert = named
-                if cutlass.const_expr(self.cfg.mapped):
-                    expert = element(self.expert_map, named)[0]
-        else:
-            expert = self.num_experts - self.cfg.num_shared + slot - self.top_k
-        return expert
 
 
 @dataclass(frozen=True)
@@ -88,17 +50,6 @@ class Counters:
     counts: cute.Pointer
     cursors: cute.Pointer
     partial: cute.Pointer
-
-
-@cute.jit
-def warp_sum(value: Int32, lane: Int32) -> Int32:
-    """Sums ``value`` over the lanes up to this one."""
-    running = value
-    for power in cutlass.range_constexpr(5):
-        other = cute.arch.shuffle_sync_up(running, offset=1 << power, mask_and_clamp=0)
-        if lane >= 1 << power:
-            running += other
-    return running
 
 
 class Align:
@@ -212,31 +163,39 @@ class Align:
 
     @cute.jit
     def align_few(self, pairs: Pairs, schedule: Schedule, lane: Int32) -> None:
-        """Sorts at most 32 pairs: one warp, a pair per lane, without barriers or counters.
+        """Sorts at most 32 pairs, or 64: one warp, a pair or two to a lane, without barriers or counters.
 
         Experts come in the order in which pairs first name them.
         """
-        expert = Int32(-1)
-        if lane < pairs.total:
-            expert = pairs.expert(lane)
-        same = Int32(cute.arch.match_sync(0xFFFFFFFF, expert))
-        earlier = Int32(cute.arch.popc(same & ((Int32(1) << lane) - 1)))
-        count, tiles = Int32(0), Int32(0)
-        if expert >= 0 and earlier == 0:
-            count = Int32(cute.arch.popc(same))
-            tiles = pairs.num_tiles(count)
-        share = Share(expert, count, tiles, warp_sum(count, lane) - count, warp_sum(tiles, lane) - tiles)
-        share.write_tiles(schedule, Int32(0), 1)
-        leader = Int32(cute.arch.popc((same & -same) - 1))
-        first_row = cute.arch.shuffle_sync(share.row_start, leader)
-        if lane < pairs.total:
-            row = Int32(-1)
-            if expert >= 0:
-                row = first_row + earlier
-                schedule.write(pairs.index_offset + row, lane // pairs.slots)
-            schedule.write(pairs.index_offset + pairs.total + lane, row)
+        ranks = rank_pairs(pairs, self.cfg.few, lane)
+        row_starts = []
+        rows, tiles = Int32(0), Int32(0)
+        for half in cutlass.range_constexpr(self.cfg.few):
+            low, high = ranks.masks[half]
+            own_rows, own_tiles = Int32(0), Int32(0)
+            if ranks.experts[half] >= 0 and ranks.earlier[half] == 0:
+                own_rows = Int32(cute.arch.popc(low)) + Int32(cute.arch.popc(high))
+                own_tiles = pairs.num_tiles(own_rows)
+            row_end, tile_end = rows + warp_sum(own_rows, lane), tiles + warp_sum(own_tiles, lane)
+            share = Share(ranks.experts[half], own_rows, own_tiles, row_end - own_rows, tile_end - own_tiles)
+            share.write_tiles(schedule, Int32(0), 1)
+            row_starts.append(share.row_start)
+            rows, tiles = cute.arch.shuffle_sync(row_end, 31), cute.arch.shuffle_sync(tile_end, 31)
+        for half in cutlass.range_constexpr(self.cfg.few):
+            low, high = ranks.masks[half]
+            first_row = cute.arch.shuffle_sync(row_starts[0], lowest_bit(low))
+            if cutlass.const_expr(self.cfg.few == 2):
+                other = cute.arch.shuffle_sync(row_starts[1], lowest_bit(high))
+                first_row = first_row if low != 0 else other
+            idx = lane + 32 * half
+            if idx < pairs.total:
+                row = Int32(-1)
+                if ranks.experts[half] >= 0:
+                    row = first_row + ranks.earlier[half]
+                    schedule.write(pairs.index_offset + row, idx // pairs.slots)
+                schedule.write(pairs.index_offset + pairs.total + idx, row)
         if lane == 31:
-            schedule.write_head(share.tile_start + share.tiles, pairs.index_offset)
+            schedule.write_head(tiles, pairs.index_offset)
 
     @cute.jit
     def prefix(self, value: Int32, thread: Int32, partial: cute.Pointer) -> Int32:

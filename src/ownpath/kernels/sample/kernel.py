@@ -198,9 +198,10 @@ def sample_kernel(
             top_ids = tl.where(above, ids, top_ids)
             tops = tl.where(above, x, tops)
             if LOGPROB:
-                new_tops = tl.maximum(raw_tops, raw)
-                raw_sums = raw_sums * tl.exp(raw_tops - new_tops) + tl.exp(raw - new_tops)
-                raw_tops = new_tops
+                # Of the two weights under the new maximum one is 1, so that one exponential gives both.
+                lesser = tl.exp(-tl.abs(raw - raw_tops))
+                raw_sums = tl.where(raw > raw_tops, raw_sums * lesser + 1.0, raw_sums + lesser)
+                raw_tops = tl.maximum(raw_tops, raw)
             if word == 0:
                 x0 = x
             elif word == 1:

@@ -5,10 +5,11 @@ row uses few programs and a long one all of them. A program rotates its row's qu
 memory; each block's keys, 16 KiB in one piece, are the other operand of a tensor-core product whose 64 x heads results
 are clamped, weighted and summed in registers.
 
-Roofline. 256 bytes a key (bfloat16) or 132 (FP8), read once. Limits. Keys of 128 channels, 64 to a block; up to 128
-heads, padded to 16. FP8 codes become bfloat16 in registers, exactly; a key's scale multiplies its sum over heads, and a
-NaN is seen in its scale alone. Under official numerics queries are rotated by Hadamard and rounded to FP4, as the keys
-are stored. Sums have one order for any grid: a score's bits depend on its row and key alone.
+Roofline. 256 bytes a key (bfloat16), 132 (FP8) or 68 (FP4), read once. Limits. Keys of 128 channels, 64 to a block; up
+to 128 heads, padded to 16. Codes become bfloat16 in registers, exactly; a NaN is seen in a scale alone. An FP8 key's
+scale multiplies its sum over heads. An FP4 key has one for 32 channels, which multiplies its codes: exact from 2^-63 to
+2^64, and NaN above, where no key behind a norm is. Under official numerics queries are rotated by Hadamard and rounded
+to FP4, as the keys are stored. Sums have one order for any grid: a score's bits depend on its row and key alone.
 """
 
 from collections.abc import Sequence
@@ -25,8 +26,22 @@ from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
 from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.launch_cache import LaunchCache
+from ownpath.kernels.scores.codes import (
+    FP4_QUERY,
+    FP4_WEIGHT,
+    FP8_QUERY,
+    FP8_WEIGHT,
+    enlarged,
+    in_fours,
+    spread_scales,
+    weighted_sums,
+    widen_fp4,
+    widen_fp8,
+)
+from ownpath.kernels.scores.queries import official_queries, rotated_queries
 from ownpath.kernels.scores.types import (
     CSA_PAGES,
+    FP4_KEY_BYTES,
     FP8_KEY_BYTES,
     INDEX_DIM,
     ROTARY_DIM,
@@ -38,57 +53,19 @@ from ownpath.kernels.variants import variant_name
 
 INTERPRETED = triton.knobs.runtime.interpret
 MAX_HEADS = 128
-NUM_PROGRAMS = 396
-"""Programs of a step: three for each of an H200's SMs, as many as its shared memory holds at a time."""
-NUM_STAGES = 3
+NUM_SMS = 132
+"""Of an H200."""
+PROGRAMS_PER_SM = (3, 4, 4)
+"""By the form of the keys: as many as run at a time."""
+NUM_STAGES = (3, 5, 6)
+"""By the form of the keys: blocks of keys in flight, and one."""
 PER_BLOCK = 64
-INVERSE_ROOT = tl.constexpr(INDEX_DIM**-0.5)
-QUERY_FACTOR, FP8_FACTOR = tl.constexpr(2.0**96), 2.0**24
-"""Powers of two that make up for 2^-120: of queries, so that their products with keys are normal, and of weights."""
-
-
-@triton.jit
-def _rotated_queries(q_ptr, cos_ptr, sin_ptr, num_heads, I_PAD: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr):
-    """Loads one row's queries [I_PAD, DIM] and rotates their last 2 * HALF channels in pairs, rounding once."""
-    i, c, f = tl.arange(0, I_PAD)[:, None], tl.arange(0, 2 * HALF)[None, :], tl.arange(0, HALF)
-    plain = tl.load(q_ptr + i * DIM + c, mask=i < num_heads, other=0.0)
-    rotary = tl.load(q_ptr + i * DIM + 2 * HALF + c, mask=i < num_heads, other=0.0).to(tl.float32)
-    even, odd = tl.split(tl.reshape(rotary, (I_PAD, HALF, 2)))
-    cos, sin = tl.load(cos_ptr + f)[None, :], tl.load(sin_ptr + f)[None, :]
-    turned = tl.join(even * cos - odd * sin, even * sin + odd * cos).to(tl.bfloat16)
-    halves = tl.join(plain, tl.reshape(turned, (I_PAD, 2 * HALF)))
-    return tl.reshape(tl.permute(halves, (0, 2, 1)), (I_PAD, DIM))
-
-
-@triton.jit
-def _hadamard(q, I_PAD: tl.constexpr, DIM: tl.constexpr):
-    """Multiplies by the Hadamard matrix over sqrt(DIM), rounded once; the sums of ``numerics.hadamard``, in its order.
-
-    Each stage adds and subtracts neighbours and puts sums before differences, so that the next one's are neighbours.
-    """
-    y = q.to(tl.float32)
-    for _ in tl.static_range(7):
-        even, odd = tl.split(tl.reshape(y, (I_PAD, DIM // 2, 2)))
-        y = tl.reshape(tl.permute(tl.join(even + odd, even - odd), (0, 2, 1)), (I_PAD, DIM))
-    return (y * INVERSE_ROOT).to(tl.bfloat16)
-
-
-@triton.jit
-def _round_to_fp4(q, I_PAD: tl.constexpr, DIM: tl.constexpr):
-    """Rounds to E2M1 with a power-of-two scale per 32 channels, and reads back: ``numerics.fake_quantize_fp4``."""
-    x = tl.reshape(q.to(tl.float32), (I_PAD, DIM // 32, 32))
-    largest = tl.max(tl.abs(x), axis=2)
-    bits = largest.to(tl.int32, bitcast=True)
-    # 2^ceil(log2(largest / 6)); 6 is 1.5 * 2^2.
-    byte = tl.maximum((bits >> 23) - 2 + ((bits & 0x7FFFFF) > 0x400000).to(tl.int32), 1)
-    byte = tl.where(largest == 0.0, 127, byte)
-    scale = (byte << 23).to(tl.float32, bitcast=True)[:, :, None]
-    a = tl.abs(x) * ((254 - byte) << 23).to(tl.float32, bitcast=True)[:, :, None]
-    upper = tl.where(a > 5.0, 6.0, tl.where(a >= 3.5, 4.0, tl.where(a > 2.5, 3.0, 2.0)))
-    lower = tl.where(a > 1.25, 1.5, tl.where(a >= 0.75, 1.0, tl.where(a > 0.25, 0.5, 0.0)))
-    size = tl.where(a >= 1.75, upper, lower) * scale
-    rounded = tl.where(a <= 6.0, tl.where(x < 0, -size, size), float("nan"))  # what is not finite stays visible
-    return tl.reshape(rounded, (I_PAD, DIM)).to(tl.bfloat16)
+WORDS, PAGE_KEY_BYTES = (torch.bfloat16, torch.int32, torch.int16), (2 * INDEX_DIM, FP8_KEY_BYTES, FP4_KEY_BYTES)
+"""By the form of the keys: the dtype that they are read as, four codes to a word, and the bytes of a key."""
+WEIGHT_FACTORS = (1.0, FP8_WEIGHT, FP4_WEIGHT)
+"""By the form of the keys: what weights make up for of the powers of two that keys are multiplied by."""
+VALUES, FP8_PAGES, FP4_PAGES = (tl.constexpr(form) for form in range(3))
+"""The forms of keys: bfloat16 rows, or pages."""
 
 
 @triton.jit
@@ -101,42 +78,12 @@ def _fetch_ahead(keys_ptr, LINES: tl.constexpr, LINE: tl.constexpr):
 
 
 @triton.jit
-def _widen_byte(words, BYTE: tl.constexpr, PICK: tl.constexpr, ASSEMBLES: tl.constexpr):
-    """Converts one E4M3 code of each word to a bfloat16 number of 2^-120 times its value, exactly.
-
-    Exponent and mantissa move by bits; the code of NaN becomes 480 * 2^-120. PICK: the permutation that puts this byte
-    of two words into the upper bytes of two halves.
-    """
-    if ASSEMBLES:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 pair, bits; prmt.b32 pair, $1, $2, " + PICK + "; shr.u32 bits, pair, 4;"
-            " and.b32 bits, bits, 0x07F007F0; lop3.b32 $0, pair, 0x80008000, bits, 0xEA; }",
-            "=r,r,r",
-            [words],
-            dtype=tl.bfloat16,
-            is_pure=True,
-            pack=2,
-        )
-    code = words >> (8 * BYTE)
-    return (((code & 0x80) << 8) | ((code & 0x7F) << 4)).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-
-
-@triton.jit
-def _split_channels(q, I_PAD: tl.constexpr, QUARTER: tl.constexpr):
-    """Returns a query's channels 4j, 4j + 1, 4j + 2 and 4j + 3 [QUARTER, I_PAD] each, times ``QUERY_FACTOR``."""
-    even, odd = tl.split(tl.reshape((q.to(tl.float32) * QUERY_FACTOR).to(tl.bfloat16), (I_PAD, QUARTER, 2, 2)))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return tl.trans(first), tl.trans(second), tl.trans(third), tl.trans(fourth)
-
-
-@triton.jit
-def _multiply_codes(words, first, second, third, fourth, ASSEMBLES: tl.constexpr):
-    """Multiplies FP8 keys, four channels to a word, by what ``_split_channels`` returns."""
-    products = tl.dot(_widen_byte(words, 0, "0x4000", ASSEMBLES), first)
-    products = tl.dot(_widen_byte(words, 1, "0x5010", ASSEMBLES), second, products)
-    products = tl.dot(_widen_byte(words, 2, "0x6020", ASSEMBLES), third, products)
-    return tl.dot(_widen_byte(words, 3, "0x7030", ASSEMBLES), fourth, products)
+def _read_ahead(table, first, step, last, COUNT: tl.constexpr):
+    """Brings a program's first entries of a block table into the L1 cache, all at a time; its loop asks one by one."""
+    entries = table + tl.minimum(first + tl.arange(0, COUNT) * step, last)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l", [entries.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
@@ -162,12 +109,12 @@ def index_scores_kernel(
     WIDTH: tl.constexpr,
     PAGE: tl.constexpr,
     LINE: tl.constexpr,
-    IS_FP8: tl.constexpr,
+    FORM: tl.constexpr,
     ROUNDS: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Scores the visible keys of a row's blocks g, g + G, ... FP8 pages are read as words of four codes."""
+    """Scores the visible keys of a row's blocks g, g + G, ... Pages are read as words of four codes."""
     tl.static_assert(DIM == 128 and HALF == 32, "128 channels, the second half rotated")
     first, step, t = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
     table = blocks_ptr + t * table_blocks
@@ -178,14 +125,17 @@ def index_scores_kernel(
     block = tl.load(table + first)
     if first * ROWS < visible:
         if PDL:  # while queries come and are rotated
+            _read_ahead(table, first, step, table_blocks - 1, 32)
             _fetch_ahead(keys_ptr + block.to(tl.int64) * PAGE, ROWS * WIDTH // LINE, LINE)
-        q = _rotated_queries(q_ptr + t * q_pitch, cos_ptr + t * HALF, sin_ptr + t * HALF, num_heads, I_PAD, DIM, HALF)
+        row_ptr, cos_ptr, sin_ptr = q_ptr + t * q_pitch, cos_ptr + t * HALF, sin_ptr + t * HALF
         if ROUNDS:
-            q = _round_to_fp4(_hadamard(q, I_PAD, DIM), I_PAD, DIM)
-        if IS_FP8:
-            first_q, second_q, third_q, fourth_q = _split_channels(q, I_PAD, DIM // 4)
+            q = official_queries(row_ptr, cos_ptr, sin_ptr, num_heads, I_PAD, DIM, HALF, 16)
         else:
+            q = rotated_queries(row_ptr, cos_ptr, sin_ptr, num_heads, I_PAD, DIM, HALF)
+        if FORM == VALUES:
             q_across = tl.trans(q)
+        else:
+            q_across = in_fours(enlarged(q, FP8_QUERY if FORM == FP8_PAGES else FP4_QUERY), I_PAD, DIM)
         i, r = tl.arange(0, I_PAD), tl.arange(0, ROWS)
         weights = tl.load(weights_ptr + t * weights_pitch + i, mask=i < num_heads, other=0.0).to(tl.float32) * scale
         offsets = r[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -193,16 +143,20 @@ def index_scores_kernel(
         for number in tl.range(first, tl.cdiv(visible, ROWS), step, num_stages=STAGES):
             page = keys_ptr + block.to(tl.int64) * PAGE
             keys = tl.load(page + offsets)
-            if IS_FP8:
+            if FORM == FP8_PAGES:
                 key_scales = tl.load((page + ROWS * WIDTH).to(tl.pointer_type(tl.float32)) + r)
-                products = _multiply_codes(keys, first_q, second_q, third_q, fourth_q, PDL)
+                products = tl.dot(widen_fp8(keys, PDL), q_across)
+            elif FORM == FP4_PAGES:
+                packed = tl.load((page + ROWS * WIDTH).to(tl.pointer_type(tl.int32)) + r)
+                scales = spread_scales(packed, ROWS, WIDTH)
+                products = tl.dot(widen_fp4(keys, scales, PDL), q_across)
             else:
                 products = tl.dot(keys, q_across)
             block = tl.load(table + tl.minimum(number + step, table_blocks - 1))
             # A NaN passes: the plain maximum would make it 0.
             products = tl.maximum(products, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            scores = tl.sum(products * weights[None, :], axis=1)
-            if IS_FP8:
+            scores = weighted_sums(products, weights, ROWS, I_PAD)
+            if FORM == FP8_PAGES:
                 scores *= key_scales  # of no sign, so that relu may come first
             c = number * ROWS + r
             tl.store(scores_ptr + c, scores, mask=c < visible)
@@ -299,9 +253,14 @@ def padded_heads(num_heads: int) -> int:
     return padded
 
 
-def num_programs(num_rows: int, num_blocks: int) -> int:
-    """Returns the programs of each row: all at work at once, with equal numbers of blocks in the longest row."""
-    most = max(1, NUM_PROGRAMS // max(num_rows, 1))
+def num_programs(num_rows: int, num_blocks: int, per_sm: int) -> int:
+    """Returns the programs of each row: all at work at once, with equal numbers of blocks in the longest row.
+
+    Where each would have one block, three an SM are enough: the rotation of its queries takes a program longer.
+    """
+    most = max(1, NUM_SMS * per_sm // max(num_rows, 1))
+    if num_blocks <= most:
+        most = max(1, NUM_SMS * min(per_sm, 3) // max(num_rows, 1))
     programs: int = triton.cdiv(num_blocks, triton.cdiv(num_blocks, most))
     return programs
 
@@ -315,11 +274,19 @@ def check_rows(rows: PagedRows, num_rows: int, device: torch.device) -> None:
 
 
 def check_keys(keys: torch.Tensor, device: torch.device) -> None:
-    """Checks a pool of keys: bfloat16 rows or FP8 pages. Errors: ValueError naming it."""
-    if keys.dtype is torch.uint8:
-        check("keys", keys, (torch.uint8,), (len(keys), PER_BLOCK * FP8_KEY_BYTES), device)
-    else:
+    """Checks a pool of keys: bfloat16 rows or pages. Errors: ValueError naming it."""
+    form = form_of(keys)
+    if form == VALUES.value:
         check("keys", keys, (torch.bfloat16,), (len(keys), INDEX_DIM), device)
+    else:
+        check("keys", keys, (torch.uint8,), (len(keys), PER_BLOCK * PAGE_KEY_BYTES[form]), device)
+
+
+def form_of(keys: torch.Tensor) -> int:
+    """Returns the form of a pool of keys; pages that are not FP4 are taken for FP8."""
+    if keys.dtype is not torch.uint8:
+        return int(VALUES.value)
+    return int((FP4_PAGES if keys.shape[-1] == PER_BLOCK * FP4_KEY_BYTES else FP8_PAGES).value)
 
 
 def check_query(query: IndexQuery, rows: PagedRows) -> None:
@@ -349,25 +316,26 @@ def _first_launch(
     num_rows, num_heads, dim = query.q_TIH.shape
     if not num_rows:
         return None
-    table_blocks, pdl, is_fp8 = rows.blocks_TB.shape[1], not INTERPRETED, keys.dtype is torch.uint8
+    table_blocks, pdl, form = rows.blocks_TB.shape[1], not INTERPRETED, form_of(keys)
+    words, word_bytes = WORDS[form], WORDS[form].itemsize
     pitches = query.q_TIH.stride(0), query.weights_TI.stride(0)
-    scale = dim**-0.5 * num_heads**-0.5 * (FP8_FACTOR if is_fp8 else 1.0)
+    scale = dim**-0.5 * num_heads**-0.5 * WEIGHT_FACTORS[form]
     return launch(
         index_scores_kernel,
-        (num_programs(num_rows, table_blocks), num_rows),
-        (*query, keys.view(torch.int32) if is_fp8 else keys, *rows, out, *pitches, num_heads, table_blocks, scale),
+        (num_programs(num_rows, table_blocks, PROGRAMS_PER_SM[form]), num_rows),
+        (*query, keys.view(words), *rows, out, *pitches, num_heads, table_blocks, scale),
         {
             "RATIO": ratio,
             "I_PAD": padded_heads(num_heads),
             "DIM": INDEX_DIM,
             "HALF": ROTARY_DIM // 2,
             "ROWS": PER_BLOCK,
-            "WIDTH": INDEX_DIM // 4 if is_fp8 else INDEX_DIM,
-            "PAGE": PER_BLOCK * (FP8_KEY_BYTES // 4 if is_fp8 else INDEX_DIM),
-            "LINE": 32 if is_fp8 else 64,  # elements of 128 bytes
-            "IS_FP8": is_fp8,
+            "WIDTH": INDEX_DIM if form == VALUES.value else INDEX_DIM // 4,
+            "PAGE": PER_BLOCK * PAGE_KEY_BYTES[form] // word_bytes,
+            "LINE": 128 // word_bytes,
+            "FORM": form,
             "ROUNDS": rounds_queries,
-            "STAGES": NUM_STAGES + (2 if is_fp8 else 0),
+            "STAGES": NUM_STAGES[form],
             "PDL": pdl,
             "num_warps": 4,
             "launch_pdl": pdl,

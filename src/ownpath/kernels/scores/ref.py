@@ -10,7 +10,7 @@ import torch
 from ownpath.kernels.cache_formats.ref import fp4_index
 from ownpath.kernels.reference import Reference, filled
 from ownpath.kernels.scores.types import CSA_PAGES, EntryPages, IndexQuery, PagedRows
-from ownpath.numerics import INDEX_PAGES, rotate_pairs, wide_dtype
+from ownpath.numerics import index_form, rotate_pairs, wide_dtype
 
 
 def entry_rows(blocks_TB: torch.Tensor, per_block: int) -> torch.Tensor:
@@ -29,7 +29,9 @@ def visible_entries(rows: PagedRows, pages: EntryPages) -> torch.Tensor:
 def keys_of_rows(keys: torch.Tensor, blocks_TB: torch.Tensor, per_block: int, dtype: torch.dtype) -> torch.Tensor:
     """Returns the keys of every table [T, C, H] in a dtype, from a pool as ``IndexScoresKernel.run`` describes it."""
     rows_TC = entry_rows(blocks_TB, per_block)
-    return INDEX_PAGES.read(keys, rows_TC, dtype) if keys.dtype is torch.uint8 else keys[rows_TC].to(dtype)
+    if keys.dtype is not torch.uint8:
+        return keys[rows_TC].to(dtype)
+    return index_form(keys, per_block).read(keys, rows_TC, dtype)
 
 
 def index_scores(

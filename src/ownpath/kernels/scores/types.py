@@ -13,6 +13,8 @@ INDEX_DIM, ROTARY_DIM = 128, 64
 """Channels of an index key, and how many of them, at the end, are rotated."""
 FP8_KEY_BYTES = INDEX_DIM + 4
 """Bytes of a key in an FP8 page: E4M3 codes and a float32 scale."""
+FP4_KEY_BYTES = INDEX_DIM // 2 + INDEX_DIM // 32
+"""Bytes of a key in an FP4 page: E2M1 codes, two to a byte, and E8M0 scales of 32 channels."""
 
 
 class PagedRows(NamedTuple):
@@ -73,8 +75,9 @@ class IndexScoresKernel(Kernel[Operand], Protocol[Operand]):
     ) -> torch.Tensor:
         """Computes float32 [T, B * per_block] from the pool's keys.
 
-        keys: bfloat16 [blocks * per_block, H], or FP8 pages uint8 [blocks, per_block * (H + 4)]. A page is the E4M3
-        codes of its keys, then their float32 scales, which are not negative.
+        keys: bfloat16 [blocks * per_block, H], or pages uint8. An FP8 page, per_block * (H + 4) bytes, is the E4M3
+        codes of its keys, then their float32 scales, which are not negative. An FP4 page, per_block * 68 bytes, is the
+        E2M1 codes of its keys, two to a byte, the even channel in the low half, then their E8M0 scales, four of each.
 
         What follows a row's visible entries is undefined. Errors: ValueError naming the operand.
         """

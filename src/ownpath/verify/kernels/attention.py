@@ -147,5 +147,6 @@ def _check_ring(probe: Probe, slot: str, core: AttentionCore) -> Deviations:
         probe.layer.reference_step(tables).write_rows(core.layer, Projected(new_tH, new_tH))
         tables.extend()
         last = torch.arange(max(0, cache.num_tokens - window), cache.num_tokens, device=probe.device)
-        wrong += int((cache.window(core.layer.layer_idx)[last % window] != kept_tH[last]).any(-1).sum())
+        ring = cache.window(core.layer.layer_idx)
+        wrong += int((ring[last % len(ring)] != kept_tH[last]).any(-1).sum())
     yield Deviation(float("inf") if wrong else 0.0), f"{wrong} rows are not what was written"

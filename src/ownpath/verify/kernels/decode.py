@@ -25,10 +25,9 @@ from ownpath.conformance.decode import (
     exact_index_scores,
     exact_written,
 )
-from ownpath.conformance.entries import exact_pool
+from ownpath.conformance.exact_entries import exact_pool
 from ownpath.conformance.memory import FILLS, FilledMemory
 from ownpath.finding import Finding
-from ownpath.formats import CacheFormat
 from ownpath.kernels.contract import NormWeights
 from ownpath.kernels.entries.types import RowPlaces
 from ownpath.official import Step
@@ -46,14 +45,17 @@ REMEDY = "a kernel of decode steps is wrong, or reads or writes another place of
 
 
 def check_decode(probe: Probe) -> Iterator[Finding]:
-    """K11: checks every kernel of a layer's decode steps, rows of many requests together and one row alone."""
+    """K11: checks every kernel of a layer's decode steps: rows of many requests together, one row alone, and, where the
+    caches are made for it, several rows of each request."""
     if probe.layer is None:
         return
     what = "decode steps: entries, index scores, selection, attention"
     tally = Tally("K11", probe.name, what, REMEDY, "no kernels of decode steps are planned")
     beyond = 4 * probe.config.index_topk + 4 * 65 + 3  # ends a window, has more entries than are selected
-    for positions in ((*TELLING_POSITIONS, beyond, 0), (FAR_POSITION,)):
-        step = PoisonedStep.of(probe, positions, is_padded=len(positions) > 1)
+    most, telling = probe.subject.engine.rows_per_request, (*TELLING_POSITIONS, beyond)
+    several = [(telling, most)] if most > 1 else []
+    for positions, each in [((*telling, 0), 1), ((FAR_POSITION,), 1), *several]:
+        step = PoisonedStep.of(probe, positions, is_padded=len(positions) > 1 and each == 1, each=each)
         if step is not None:
             trial = _Trial(probe, tally, step)
             step.run(write=trial.write, score=trial.score, select=trial.select, attend=trial.attend)
@@ -107,14 +109,14 @@ class _Trial:
     def _writes(self) -> Iterator[_Write]:
         step, attn = self.step, f"{self.probe.name}.attn"
         ids, places = [t for t, _ in step.rows], [place for _, place in step.rows]
-        window, products = self.probe.config.sliding_window, step.products
+        window, products = step.pool.spec.window_rows, step.products
         norm = NormWeights(self.probe.stored.param(f"{attn}.kv_norm.weight"), self.probe.config.rms_norm_eps)
         exact = exact_written(_given(products.kv_TH[ids]), norm, step.angles(ids), self.probe.dtype)
         exact = self._cached(Step.KV).of(exact)
         yield _Write("window", step.window, window, places, _newest(places, window), exact)
         for one, raw_TP2 in zip(step.compressors, (products.compressor_rows, products.indexer_rows), strict=False):
             assert raw_TP2 is not None
-            num_rows = one.weights.num_rows
+            num_rows = step.pool.spec.state_rows(one.weights.ratio)
             rows, exact = _newest(places, num_rows), _given(raw_TP2[ids])
             yield self._entries(one, raw_TP2)
             yield _Write(f"{one.name} state", one.state, num_rows, places, rows, exact)
@@ -126,7 +128,11 @@ class _Trial:
         if ids:
             listed = zip(*((place.position, place.slot, place.blocks) for place in places), strict=True)
             ending = RowPlaces(*(torch.tensor(part) for part in listed))
-            pooled = exact_pool(raw_TP2[ids], ending, one.cache.state, weights, dtype)
+            ring = step.pool.spec.state_rows(weights.ratio)
+            state = one.cache.state.clone()
+            rows = [t for t, _ in step.rows]
+            state[_newest([place for _, place in step.rows], ring)] = raw_TP2[rows].to(state.dtype)
+            pooled = exact_pool(raw_TP2[ids], ending, state, weights, dtype, ring - weights.num_rows)
             exact = exact_written(pooled, weights.norm, step.angles(ids, 1 - weights.ratio), dtype)
             exact = self._cached(Step.KV if one is step.compressors[0] else Step.INDEXER).of(exact)
         rows = [step.visible(place)[-1] for place in places]
@@ -136,8 +142,8 @@ class _Trial:
         """Returns the form of keys, or index keys, in the caches."""
         engine, is_index = self.probe.subject.engine, step is Step.INDEXER
         num_rotary = 0 if is_index else self.probe.config.qk_rope_head_dim
-        in_pages = engine.cache_format is CacheFormat.FP8
-        return CachedKeys(self.probe.dtype, num_rotary, step in engine.official, in_pages)
+        stored = engine.cache_format.index_keys if is_index else engine.cache_format.keys
+        return CachedKeys(self.probe.dtype, num_rotary, step in engine.official, stored)
 
     def _ids(self, rows: list[int]) -> Tensor:
         return torch.tensor(rows, dtype=torch.int64, device=self.probe.device)
@@ -237,7 +243,7 @@ class _Trial:
     def _exact_attention(self, t: int, place: RowPlace) -> Exact:
         step, config = self.step, self.probe.config
         window = config.sliding_window
-        ring = place.ring_rows(window, first=place.position + 1 - window, last=place.position)
+        ring = place.ring_rows(step.pool.spec.window_rows, first=place.position + 1 - window, last=place.position)
         keys = [step.window.read(self._ids(ring))]
         if step.compressors:
             rows = self.selected[t] if self.selected else step.visible(place)

@@ -51,22 +51,26 @@ class PoisonedStep:
     compressors: tuple[StoredCompressor, ...]
 
     @classmethod
-    def of(cls, probe: Probe, positions: Sequence[int], *, is_padded: bool) -> "PoisonedStep | None":
-        """Fills a pool for rows at these positions; ``None`` where no decode step is planned.
+    def of(cls, probe: Probe, positions: Sequence[int], *, is_padded: bool, each: int = 1) -> "PoisonedStep | None":
+        """Fills a pool for requests whose rows begin at these positions; ``None`` where no decode step is planned.
 
-        is_padded: the last row is padding.
+        is_padded: the last row is padding. each: rows of a request.
         """
         layer = probe.layer
         assert layer is not None
-        pool = layer.new_pool(max(positions) + 1, len(positions))
+        pool = layer.new_pool(max(positions) + each, len(positions))
         for tensor in pool.tensors.values():
             tensor.view(torch.uint8).fill_(NAN_BYTE)
-        tables = _scattered(pool, positions, is_padded)
+        tables = _scattered(pool, positions, is_padded, each)
         step = layer.decode_step(tables)
         if step is None:
             return None
-        listed = zip(tables.positions_T.tolist(), tables.slots_R.tolist(), tables.blocks_RB.tolist(), strict=True)
-        places = tuple(RowPlace(position, slot, tuple(blocks)) for position, slot, blocks in listed)
+        requests = zip(tables.rows, tables.slots_R.tolist(), tables.blocks_RB.tolist(), strict=True)
+        places = tuple(
+            RowPlace(position, slot, tuple(blocks))
+            for rows, slot, blocks in requests
+            for position in tables.positions_T[rows].tolist()
+        )
         compressors = tuple(_compressors(probe, pool))
         made = cls(probe, pool, places, step, _draw_products(probe, len(places), compressors), compressors)
         made._fill()
@@ -109,14 +113,16 @@ class PoisonedStep:
         replace(line, **inside)(self.products, self.step)
 
     def _fill(self) -> None:
-        """Draws what earlier steps have left: keys of the window, raw rows, entries."""
-        window = self.probe.config.sliding_window
-        for t, place in self.rows:
+        """Draws what earlier steps have left for each request: keys of the window, raw rows, entries."""
+        window, spec = self.probe.config.sliding_window, self.pool.spec
+        slots = [place.slot for place in self.places]
+        for t, place in ((t, place) for t, place in self.rows if t == slots.index(place.slot)):
             last = place.position - 1
-            self._draw(self.window, place.ring_rows(window, first=last + 2 - window, last=last), f"window {t}")
+            seen = place.ring_rows(spec.window_rows, first=last + 2 - window, last=last)
+            self._draw(self.window, seen, f"window {t}")
             for one in self.compressors:
                 ratio, num_rows = one.weights.ratio, one.weights.num_rows
-                rows = place.ring_rows(num_rows, first=last + 2 - num_rows, last=last)
+                rows = place.ring_rows(spec.state_rows(ratio), first=last + 2 - num_rows, last=last)
                 self._draw(one.state, rows, f"{one.name} state {t}")
                 self._draw(one.cache.keys, place.entry_rows(ratio, place.position // ratio), f"{one.name} {t}")
 
@@ -125,12 +131,12 @@ class PoisonedStep:
         pool.write(torch.tensor(rows, dtype=torch.int64, device=drawn.device), drawn)
 
 
-def _scattered(pool: CachePool, positions: Sequence[int], is_padded: bool) -> StepTables:
-    """Returns a step of one row for each position, whose blocks lie anywhere in the pool."""
+def _scattered(pool: CachePool, positions: Sequence[int], is_padded: bool, each: int) -> StepTables:
+    """Returns a step with ``each`` rows from each position on, whose blocks lie anywhere in the pool."""
     caches = [pool.new_sequence() for _ in positions]
     for cache, position in zip(caches, positions, strict=True):
         cache.num_tokens = position
-    tables = StepTables.of(caches, [1] * len(positions))
+    tables = StepTables.of(caches, [each] * len(positions))
     blocks_RB, slots_R = tables.blocks_RB, tables.slots_R.clone()
     generator = torch.Generator().manual_seed(len(positions))
     order = torch.randperm(blocks_RB.numel(), generator=generator).to(blocks_RB.device)

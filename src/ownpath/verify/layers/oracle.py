@@ -5,7 +5,6 @@ from functools import cached_property
 
 import torch
 
-from ownpath.formats import CacheFormat
 from ownpath.kernels.spec import InputRounding
 from ownpath.official import ALWAYS_OFFICIAL, Step
 from ownpath.oracle.arithmetic import Arithmetic
@@ -69,9 +68,9 @@ class Oracle:
     @property
     def _mode(self) -> tuple[torch.dtype, bool, bool, bool]:
         """dtype, and whether inputs of NVFP4 weights and of FP8 weights are rounded, and whether numerics are
-        official, or keys in FP8, which is a part of it."""
+        official, or keys in pages, which is a part of it."""
         engine, how = self.subject.engine, self.arithmetic
-        has_codes = bool(engine.official - ALWAYS_OFFICIAL) or how.cache_format is CacheFormat.FP8
+        has_codes = bool(engine.official - ALWAYS_OFFICIAL) or how.cache_format.in_pages
         return engine.dtype, how.w4a4, how.w8a8, has_codes
 
     def of_few_rows(self) -> "Oracle | None":

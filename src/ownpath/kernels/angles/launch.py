@@ -6,6 +6,7 @@ computes them. Rows beside each other never meet.
 Legend: T rows, F rotary pairs.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 
@@ -14,17 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ownpath.kernels.angles.types import KINDS, Frequencies
 from ownpath.kernels.checks import check, check_rank
+from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
-from ownpath.kernels.entries.angles import Frequencies, views_of
-from ownpath.kernels.entries.types import LONG_RATIO, OVERLAPPING_RATIO, StepAngles
+from ownpath.kernels.entries.types import LONG_RATIO, OVERLAPPING_RATIO
 from ownpath.kernels.launch_cache import LaunchCache
 
 INTERPRETED = triton.knobs.runtime.interpret
-KINDS = 8
-"""Tables of a step: cos and sin of the two frequency tables at a row's position, then of the compressing one at the
-first position of the windows of 4 and of 128 tokens that end there."""
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -58,7 +57,7 @@ def step_angles_kernel(
 
 
 @dataclass(frozen=True)
-class HeadOperand:
+class AnglesOperand:
     """launches: by number of rows and device, for calls that have passed every check."""
 
     frequencies: Frequencies
@@ -69,12 +68,19 @@ class HeadOperand:
 class TritonStepAngles:
     """cos and sin of a step's rows: at their positions, and where the windows that end there begin."""
 
-    def prepare(self, frequencies: Frequencies) -> HeadOperand:
+    def prepare(self, frequencies: Frequencies) -> AnglesOperand:
         """Makes the operand. The first call raises for frequencies that do not fit."""
-        return HeadOperand(frequencies)
+        return AnglesOperand(frequencies)
 
-    def run(self, positions_T: Tensor, operand: HeadOperand, *, out: Tensor | None = None) -> StepAngles:
-        """Computes all tables. Shapes: positions int32 [T]; out float32 [8, T, F], of which the result is a view.
+    def configs(self, operand: AnglesOperand) -> Sequence[Config]:
+        """Returns nothing: Triton compiles at the first call."""
+        return ()
+
+    def variant(self, positions_T: Tensor, operand: AnglesOperand) -> None:
+        """Returns ``None``: the kernel has no variants."""
+
+    def run(self, positions_T: Tensor, operand: AnglesOperand, *, out: Tensor | None = None) -> Tensor:
+        """Computes all tables. Shapes: positions int32 [T]; out, the result, float32 [KINDS, T, F].
 
         Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment.
         """
@@ -87,10 +93,10 @@ class TritonStepAngles:
         check("out", out, (torch.float32,), shape, device)
         if num_rows:
             _start(positions_T, operand, out)
-        return views_of(out)
+        return out
 
 
-def _start(positions_T: Tensor, operand: HeadOperand, out: Tensor) -> None:
+def _start(positions_T: Tensor, operand: AnglesOperand, out: Tensor) -> None:
     key = len(positions_T), positions_T.get_device()
     call = operand.launches.get(key)
     if call is not None:

@@ -1,0 +1,1 @@
+"""The angles of a decode step's positions, once for all layers."""

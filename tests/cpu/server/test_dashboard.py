@@ -1,0 +1,50 @@
+"""The dashboard file: every series that it asks for is on the server's page, and nothing on the page is left out."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ownpath.engine.engine import EngineLoad
+from ownpath.server.metrics import Metrics
+
+DASHBOARD = Path(__file__).parents[3] / "deploy" / "grafana.json"
+
+
+def queries(value: Any) -> Iterator[str]:
+    """The queries of panels and variables, wherever they are."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            if key in ("expr", "query") and isinstance(part, str):
+                yield part
+            else:
+                yield from queries(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from queries(part)
+
+
+def names(texts: Iterator[str]) -> set[str]:
+    return {name for text in texts for name in re.findall(r"ownpath_\w+", text)}
+
+
+def test_every_query_finds_its_series() -> None:
+    metrics = Metrics()
+    metrics.count_http({"path": "/health", "method": "GET"}, 200)
+    lines = [line for line in metrics.render(EngineLoad(0, 0, 0.0, 0, 0)).splitlines() if not line.startswith("#")]
+    page = {line.split("{")[0].split(" ")[0] for line in lines}
+    asked = names(queries(json.loads(DASHBOARD.read_text(encoding="utf-8"))))
+    assert asked - page == set()
+    shown = {re.sub(r"_(bucket|sum|count)$", "", name) for name in asked}
+    assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in page} - shown == set()
+
+
+def test_the_labels_of_queries_are_those_of_the_page() -> None:
+    metrics = Metrics()
+    metrics.count_http({"path": "/health", "method": "GET"}, 200)
+    text = metrics.render(EngineLoad(0, 0, 0.0, 0, 0))
+    for query in queries(json.loads(DASHBOARD.read_text(encoding="utf-8"))):
+        found = re.search(r"sum by \(([\w, ]+)\) .*?(ownpath_\w+)", query)
+        for label in found[1].split(", ") if found else ():
+            assert re.search(rf'^{found[2]}\{{.*\b{label}="', text, re.M), query

@@ -1,0 +1,318 @@
+"""``/openapi.json`` and ``/docs``: what is declared is served, what is served is declared, and nothing else answers."""
+
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from cpu.server.harness import HELLO, MODEL_ID, Harness, answer, error, harness, listening
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from starlette.routing import Route
+from support.browser import find_browser, running_browser
+
+from ownpath.server.access import AccessPolicy
+from ownpath.server.app import Rules, create_app
+from ownpath.server.body import Limits
+from ownpath.server.debug import DebugPlan
+from ownpath.server.errors import ApiError
+from ownpath.server.labels import Labels
+from ownpath.server.protocol import read_chat_request, read_completion_request
+from ownpath.server.route_table import STATUSES
+from ownpath.server.token_api import read_detokenize_request, read_tokenize_request
+from ownpath.trace import Ledger
+
+KEY = "a-key-that-nobody-guesses"
+FACTS: dict[str, object] = {"plan": {}}
+READERS: dict[str, Any] = {
+    "ChatRequest": (read_chat_request, {"messages": HELLO}),
+    "CompletionRequest": (read_completion_request, {"prompt": "a"}),
+    "TokenizeTextRequest": (read_tokenize_request, {"prompt": "a"}),
+    "TokenizeChatRequest": (read_tokenize_request, {"messages": HELLO}),
+    "DetokenizeRequest": (read_detokenize_request, {"tokens": [1]}),
+}
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": HELLO, "max_tokens": 1},
+    "/v1/completions": {"prompt": "a", "max_tokens": 1},
+    "/tokenize": {"prompt": "a"},
+    "/detokenize": {"tokens": [1]},
+    "/debug/plan": {"recording": False},
+}
+
+
+@pytest.fixture(scope="module")
+def whole() -> Iterator[Harness]:
+    """A server of every path, the admin's too."""
+    with harness() as served:
+        debug = DebugPlan(KEY, FACTS, Ledger({}), Limits())
+        app = create_app(served.vitals, served.tokenizer, MODEL_ID, debug=debug)
+        yield Harness(app, served.engine, served.model, served.tokenizer, served.vitals)
+
+
+def described(served: Harness) -> dict[str, Any]:
+    return answer(served.ask("GET", "/openapi.json"))
+
+
+def operations(api: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    return [(m.upper(), path, told) for path, methods in api["paths"].items() for m, told in methods.items()]
+
+
+@pytest.mark.parametrize("has_debug", [False, True])
+def test_what_is_served_is_declared_and_the_reverse(served: Harness, whole: Harness, has_debug: bool) -> None:
+    one = whole if has_debug else served
+    routes = [route for route in one.app.routes if isinstance(route, Route)]
+    assert len(routes) == len(one.app.routes), "no mount, no web socket"
+    found = {(m, route.path_format) for route in routes for m in (route.methods or set()) - {"HEAD"}}
+    declared = {(method, path) for method, path, _ in operations(described(one))}
+    assert found == declared
+    assert (("GET", "/debug/plan") in declared) == has_debug
+
+
+def test_every_path_answers_as_declared(whole: Harness) -> None:
+    """A good request gets the declared fields; a bad one, a body of another kind and a stranger a declared status."""
+    api = described(whole)
+    for method, path, told in operations(api):
+        at = path.replace("{model_id}", MODEL_ID)
+        admin = {"authorization": f"Bearer {KEY}"} if path == "/debug/plan" else {}
+        body = {"json": BODIES[path]} if method == "POST" else {}
+        assert ("requestBody" in told) == (method == "POST")
+        response = whole.ask(method, at, headers=admin, **body)
+        assert response.status_code == 200, (path, response.text)
+        content = told["responses"]["200"]["content"]
+        kind = response.headers["content-type"].split(";")[0]
+        assert kind in content
+        if kind == "application/json":
+            assert set(content[kind]["schema"]["required"]) <= set(response.json())
+        for options in ({"json": {"typo": 1}}, {"content": b"{"}, {"content": b"x" * 5 * 2**20}):
+            for asked_by in (admin, {"content-type": "application/json"} | admin, {}):
+                refused = whole.ask(method, at, headers=asked_by, **options)
+                assert str(refused.status_code) in told["responses"], (path, refused.status_code)
+
+
+def test_every_status_has_a_meaning_and_errors_have_one_shape(whole: Harness) -> None:
+    api = described(whole)
+    assert api["components"]["schemas"]["Error"]["properties"]["error"]["required"] == [
+        *("message", "type", "param", "code")
+    ]
+    told = {(s, it["description"]) for _, _, op in operations(api) for s, it in op["responses"].items()}
+    assert told == {(str(status), meaning) for status, meaning in STATUSES.items()}
+
+
+def test_gates_answer_as_declared() -> None:
+    """Without a key, and under another name."""
+    with harness(rules=Rules(access=AccessPolicy(keys=(KEY,), hosts=("test",)))) as served:
+        api = answer(served.ask("GET", "/openapi.json", headers={"authorization": f"Bearer {KEY}"}))
+        for method, path, told in operations(api):
+            bare = served.ask(method, path).status_code
+            assert str(bare) in told["responses"]
+            assert (bare == 401) == ("401" in told["responses"]) == bool(told["security"])
+            renamed = served.ask(method, path, headers={"host": "evil", "authorization": f"Bearer {KEY}"})
+            assert (renamed.status_code == 403) == ("403" in told["responses"])
+
+
+def test_a_server_that_ends_answers_as_declared() -> None:
+    with harness() as served:
+        api = described(served)
+        served.vitals.is_draining = True
+        for method, path, told in operations(api):
+            body = {"json": BODIES[path]} if method == "POST" else {}
+            assert str(served.ask(method, path, **body).status_code) in told["responses"]
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_declared_fields_are_read_and_no_others(whole: Harness, name: str) -> None:
+    """Null is a field that is not sent; a value that is no other than what happens anyway is taken."""
+    read, good = READERS[name]
+    schema = described(whole)["components"]["schemas"][name]
+    assert set(schema["required"]) == set(good)
+    for field, told in schema["properties"].items():
+        if field not in schema["required"]:
+            read(good | {field: None}, Labels())
+        for value in told.get("enum", ()):
+            read(good | {field: value}, Labels())
+    assert schema["additionalProperties"] is False
+    with pytest.raises(ApiError, match="unknown field"):
+        read(good | {"undeclared": 1}, Labels())
+
+
+NESTED: dict[str, Any] = {
+    "ChatMessage": ({"role": "assistant"}, lambda it: {"messages": [it, *HELLO]}),
+    "CallInMessage": ({"function": {"name": "f"}}, lambda it: {"messages": [calling(it), *HELLO]}),
+    "CalledFunction": ({"name": "f"}, lambda it: {"messages": [calling({"function": it}), *HELLO]}),
+    "StreamOptions": ({}, lambda it: {"messages": HELLO, "stream": True, "stream_options": it}),
+    "Thinking": ({"type": "enabled"}, lambda it: {"messages": HELLO, "thinking": it}),
+    "TemplateOptions": ({}, lambda it: {"messages": HELLO, "chat_template_kwargs": it}),
+    "Tool": ({"type": "function", "function": {"name": "f"}}, lambda it: {"messages": HELLO, "tools": [it]}),
+    "ResponseFormat": ({"type": "text"}, lambda it: {"messages": HELLO, "response_format": it}),
+    "JsonSchema": ({"schema": {}}, lambda it: {"messages": HELLO, "response_format": with_schema(it)}),
+}
+"""Type -> the least of it, and a chat request around it."""
+
+
+def calling(call: dict[str, Any]) -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": [call]}
+
+
+def with_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": schema}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_declared_fields_of_objects_in_a_request_are_read(whole: Harness, name: str) -> None:
+    least, around = NESTED[name]
+    schema = described(whole)["components"]["schemas"][name]
+    assert set(schema.get("required", [])) == set(least)
+    for field, told in schema["properties"].items():
+        taken = [] if field in schema.get("required", []) else [None]
+        for value in taken + ([] if field in ("role", "type") else told.get("enum", [])):
+            read_chat_request(around(least | {field: value}))
+    undeclared = around(least | {"undeclared": 1})
+    if schema["additionalProperties"]:
+        read_chat_request(undeclared)
+    else:
+        with pytest.raises(ApiError, match="undeclared"):
+            read_chat_request(undeclared)
+
+
+def test_every_declared_type_is_held_to_the_server(whole: Harness) -> None:
+    assert set(described(whole)["components"]["schemas"]) == {*READERS, *NESTED, "RecordingRequest", "Error"}
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+def values_of(schema: dict[str, Any], schemas: dict[str, Any]) -> st.SearchStrategy[Any]:
+    """Values of a schema, in the words that the description uses."""
+    if "$ref" in schema:
+        return st.deferred(lambda: values_of(schemas[schema["$ref"].rsplit("/", 1)[1]], schemas))
+    if "anyOf" in schema:
+        return st.one_of([values_of(option, schemas) for option in schema["anyOf"]])
+    if "enum" in schema:
+        return st.sampled_from(schema["enum"])
+    if "const" in schema:
+        return st.just(schema["const"])
+    kind = schema.get("type")
+    if isinstance(kind, list):
+        return st.one_of([values_of(schema | {"type": one}, schemas) for one in kind])
+    if kind == "object":
+        return objects_of(schema, schemas)
+    if kind == "array":
+        most = min(schema.get("maxItems", 3), 3)
+        return st.lists(values_of(schema.get("items", {}), schemas), min_size=schema.get("minItems", 0), max_size=most)
+    return plain_values(kind, schema)
+
+
+def plain_values(kind: str | None, schema: dict[str, Any]) -> st.SearchStrategy[Any]:
+    low, high = schema.get("minimum", -9), schema.get("maximum", 99)
+    if kind == "string":
+        return st.text(min_size=max(schema.get("minLength", 0), "pattern" in schema), max_size=6).map(unquoted)
+    if kind == "integer":
+        return st.integers(low, high) | st.integers(low, min(high, low + 30))
+    if kind == "number":
+        return st.floats(max(low, schema.get("exclusiveMinimum", low)), high, exclude_min="exclusiveMinimum" in schema)
+    return {"boolean": st.booleans(), "null": st.none(), None: JSON}[kind]
+
+
+def unquoted(text: str) -> str:
+    return text.replace('"', "'")
+
+
+@st.composite
+def objects_of(draw: st.DrawFn, schema: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
+    fields = schema.get("properties", {})
+    required = schema.get("required", [])
+    optional = sorted(set(fields) - set(required))
+    chosen = draw(st.lists(st.sampled_from(optional), max_size=4, unique=True)) if optional else []
+    more = draw(st.dictionaries(st.text(min_size=1, max_size=4), JSON, max_size=1)) if optional == [] else {}
+    return more | {name: draw(values_of(fields[name], schemas)) for name in [*required, *chosen]}
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"])
+def test_random_bodies_of_the_schema_get_declared_statuses(whole: Harness, path: str) -> None:
+    """And no failure of the server: most are answered, the others contradict themselves."""
+    api = described(whole)
+    told = api["paths"][path]["post"]
+    schema = told["requestBody"]["content"]["application/json"]["schema"]
+    statuses: list[int] = []
+
+    @settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(values_of(schema, api["components"]["schemas"]), st.booleans())
+    def run(body: dict[str, Any], is_plain: bool) -> None:
+        if "completions" in path:
+            body = {"max_tokens": 2} | body
+            body |= {"max_tokens": 2} if body["max_tokens"] == -1 else {}  # long answers are others' tests
+        if "messages" in body and is_plain:  # random messages seldom make a conversation
+            body["messages"] = HELLO
+        response = whole.post(path, **body)
+        statuses.append(response.status_code)
+        assert str(response.status_code) in told["responses"], response.text
+        assert response.status_code < 500, response.text
+        if response.status_code != 200:
+            error(response, response.status_code)
+
+    run()
+    assert 200 in statuses
+
+
+def test_the_page_asks_nobody_else_and_runs_nothing_else(whole: Harness) -> None:
+    response = whole.ask("GET", "/docs")
+    assert response.headers["content-type"].startswith("text/html")
+    policy = response.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "unsafe" not in policy
+    for outside in ("http:", "https:", "//", "src=", "@import", "url(", "innerHTML", "document.write"):
+        assert outside not in response.text, outside
+
+
+def test_the_page_needs_no_key_and_the_description_does() -> None:
+    with harness(rules=Rules(access=AccessPolicy(keys=(KEY,)))) as served:
+        assert served.ask("GET", "/docs").status_code == 200
+        error(served.ask("GET", "/openapi.json"), 401)
+
+
+def test_a_browser_shows_every_route_and_field(tmp_path: Path) -> None:
+    """Behind a key: it is asked for, and then all is there."""
+    program = find_browser()
+    if program is None:
+        pytest.skip("there is no Chromium here (.ci/run installs it)")
+    with harness(rules=Rules(access=AccessPolicy(keys=(KEY,)))) as served, listening(served) as url:
+        api = httpx.get(f"{url}/openapi.json", headers={"authorization": f"Bearer {KEY}"}).json()
+        with running_browser(program, tmp_path) as browser:
+            browser.open(Address(f"{url}/docs"), 1000)
+            await_true(browser, "document.getElementById('problem')?.textContent.includes('key')")
+            browser.evaluate("document.getElementById('key').value = " + json.dumps(KEY))
+            browser.evaluate("document.querySelector('#unlock button').click()")
+            await_true(browser, "document.querySelectorAll('h2').length > 0")
+            shown = browser.evaluate("[...document.querySelectorAll('h2')].map((it) => it.textContent)")
+            assert shown == [f"{method} {path}" for method, path, _ in operations(api)]
+            words = set(browser.evaluate("[...document.querySelectorAll('td code')].map((it) => it.textContent)"))
+            bodies = [name for name in api["components"]["schemas"] if name.endswith("Request")]
+            fields = (api["components"]["schemas"][name]["properties"] for name in bodies if name != "RecordingRequest")
+            assert set(itertools.chain.from_iterable(fields)) <= words
+            assert browser.evaluate("document.getElementById('problem').textContent") == ""
+
+
+@dataclass
+class Address:
+    """A page as ``Browser.open`` takes it."""
+
+    url: str
+
+    def as_uri(self) -> str:
+        return self.url
+
+
+def await_true(browser: Any, expression: str) -> None:
+    end = time.monotonic() + 10
+    while not browser.evaluate(f"Boolean({expression})"):
+        assert time.monotonic() < end, expression
+        time.sleep(0.05)
