@@ -15,7 +15,7 @@ from support.ptx_machine import Machine, Program
 
 from ownpath.kernels.dsl.cache import compile_missing, stem
 from ownpath.kernels.scores.types import CSA_PAGES, PagedRows
-from ownpath.kernels.select.choose_sm90 import MOST_CTAS, choose_config, reachable_configs
+from ownpath.kernels.select.choose_sm90 import choose_config, reachable_configs
 from ownpath.kernels.select.config_sm90 import SelectConfig
 from ownpath.kernels.select.ref import select
 
@@ -57,15 +57,16 @@ def test_an_sm_holds_as_many_as_are_counted_on(config: SelectConfig, usage: dict
 
 
 def test_long_rows_take_a_cluster_and_the_longest_too() -> None:
-    for num_rows in (1, 8, 33, 66, 128, 256):
-        assert choose_config(num_rows, 16, CSA_PAGES) is None
-        for num_blocks in (512, 4096):
+    chosen = set()
+    for num_rows in (1, 4, 5, 8, 16, 17, 33, 66, 67, 128, 256):
+        assert choose_config(num_rows, 64, CSA_PAGES) is None
+        for num_blocks in (65, 128, 129, 512, 513, 4096):
             config = choose_config(num_rows, num_blocks, CSA_PAGES)
-            assert config in CONFIGS
+            assert config is not None
             assert num_blocks * 64 <= config.most_scores
-            if num_blocks == 512:
-                assert num_rows * config.cluster <= MOST_CTAS or config.cluster == min(one.cluster for one in CONFIGS)
+            chosen.add(config)
         assert choose_config(num_rows, 4097, CSA_PAGES) is None
+    assert chosen == set(CONFIGS)
 
 
 @pytest.fixture(scope="module", params=SMALL, ids=lambda config: config.name)

@@ -129,7 +129,9 @@ OUTLIERS = {"high": 1e30, "low": -1e30, "infinite": torch.inf}
 
 
 @pytest.mark.parametrize("num_rows", [1, 8, 40, 100, 140])
-@pytest.mark.parametrize(("topk", "width"), [(512, 160), (512, 512), (1024, 512), (128, 300), (1, 512)])
+@pytest.mark.parametrize(
+    ("topk", "width"), [(512, 65), (1024, 128), (512, 160), (512, 512), (1024, 512), (128, 300), (1, 512)]
+)
 def test_select_of_long_rows(topk: int, width: int, num_rows: int, cuda: torch.device) -> None:
     """Every kernel that serves long rows: rows of one CTA, of all, shorter than K; hard scores; rows repeat bits."""
     longest = width * 256 - 1
