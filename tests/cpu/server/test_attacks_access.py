@@ -37,7 +37,9 @@ def keyed() -> Iterator[Harness]:
 
 PATHS = [
     "/v1", "/v1/models", "/v1/models/tiny", COMPLETIONS, CHAT, "/metrics", "/debug/plan", "/nothing",
-    "http://test//v1/models", "http://test//docs", "http://test///", "/V1/models", "/v1/models/", "/health/", "/healthz", "/ready/../v1/models", "/health%2f..%2fv1/models", "/.health",
+    "http://test//v1/models", "http://test//docs", "http://test///", "/V1/models",
+    "/v1/models/", "/health/", "/healthz", "/ready/../v1/models",
+    "/health%2f..%2fv1/models", "/.health",
     "/v1/models?/health", "/v1/models;/health", "/openapi.json", "/docs/", "/docs/openapi.json", "/docs;/",
 ]  # fmt: skip
 
