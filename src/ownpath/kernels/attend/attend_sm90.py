@@ -32,13 +32,12 @@ import cutlass
 from cutlass import BFloat16, Float32, Int32, Uint8, cute
 
 from ownpath.kernels.attend.config_sm90 import (
-    REGISTERS,
     TILE_HEADS,
     WG,
     AttendConfig,
 )
-from ownpath.kernels.attend.load_sm90 import AttendLoads
 from ownpath.kernels.attend.multiply_sm90 import AttendProducts
+from ownpath.kernels.attend.pages_sm90 import AttendPages
 from ownpath.kernels.attend.parts_sm90 import (
     CONSUMERS,
     MINUS_INFINITY,
@@ -49,7 +48,7 @@ from ownpath.kernels.dsl import ptx
 from ownpath.kernels.dsl.warpgroup import Thread
 
 
-class Attend(AttendLoads, AttendProducts):
+class Attend(AttendPages, AttendProducts):
     """Builds the kernel of one ``AttendConfig``."""
 
     @cute.jit
@@ -122,26 +121,27 @@ class Attend(AttendLoads, AttendProducts):
         warp_group = cute.arch.make_warp_uniform(thread // WG)
         memory = self.allocate()
         if thread == 0:
-            memory.pipeline.init(WG, 4)
+            memory.pipeline.init(self.cfg.num_arrivals, 4)
         cute.arch.sync_threads()
         cute.arch.griddepcontrol_launch_dependents()
         if cutlass.const_expr(self.cfg.selected):
             cute.arch.griddepcontrol_wait()
         share = self.share(inputs)
+        registers = self.cfg.registers
         if warp_group == 2:
-            cute.arch.setmaxregister_decrease(REGISTERS[0])
+            cute.arch.setmaxregister_decrease(registers[0])
             if cutlass.const_expr(self.cfg.fp8):
                 self.load_pages(inputs, share, memory, thread % WG)
             else:
                 self.load_keys(inputs, share, memory, thread % WG)
         else:
-            cute.arch.setmaxregister_increase(REGISTERS[1])
+            cute.arch.setmaxregister_increase(registers[1])
             cute.arch.griddepcontrol_wait()
             self.load_queries(inputs, share, memory, thread)
             place = Thread(thread % WG, warp_group)
             if share.num_tiles > 0:
                 if warp_group == 0:
-                    cute.arch.setmaxregister_increase(REGISTERS[2])
+                    cute.arch.setmaxregister_increase(registers[2])
                     self.multiply_left(inputs, results, share, memory, place)
                 else:
                     self.multiply_right(inputs, results, share, memory, place)

@@ -1,14 +1,11 @@
 """Loads of the attention kernel: keys by the third warpgroup, queries by the multiplying ones."""
 
 import cutlass
-from cutlass import Float32, Int32, Int64, Uint32, cute
+from cutlass import Float32, Int32, Int64, cute
 
 from ownpath.kernels.attend import ptx as attend_ptx
 from ownpath.kernels.attend.config_sm90 import (
     HEAD_DIM,
-    KEY_BYTES,
-    KEY_DATA,
-    NUM_CODES,
     NUM_ROTARY,
     TILE_KEYS,
 )
@@ -59,21 +56,6 @@ class AttendLoads(AttendParts):
         return address
 
     @cute.jit
-    def page_address(self, inputs: AttendReads, share: AttendShare, key: Int32) -> tuple[Int64, Int64]:
-        """Returns the addresses of a key in FP8 pages, and of its scales."""
-        row = self.key_row(inputs, share, key)
-        place = -1 - row
-        page = inputs.window.toint() + Int64(share.slot) * (WINDOW * KEY_BYTES)
-        scales = page + WINDOW * KEY_DATA
-        if cutlass.const_expr(self.cfg.per_block):
-            if row >= 0:
-                per_block = self.cfg.per_block
-                place = row % per_block
-                page = inputs.entries.toint() + Int64(row // per_block) * (per_block * KEY_BYTES)
-                scales = page + per_block * KEY_DATA
-        return page + place * KEY_DATA, scales + place * (KEY_BYTES - KEY_DATA)
-
-    @cute.jit
     def load_keys(self, inputs: AttendReads, share: AttendShare, memory: AttendMemory, idx: Int32) -> None:
         """Gathers the keys of every tile, the left half of the channels first. A warp has 16 keys, one to a copy."""
         warp, lane = idx // 32, idx % 32
@@ -97,99 +79,6 @@ class AttendLoads(AttendParts):
                     attend_ptx.copy16(target, source, num_bytes)
                 attend_ptx.arrive_after_copies(memory.pipeline.full + stage)
             mine = self.key_address(inputs, share, key0 + TILE_KEYS + lane % 16)
-
-    @cute.jit
-    def load_pages(self, inputs: AttendReads, share: AttendShare, memory: AttendMemory, idx: Int32) -> None:
-        """Gathers the keys of every tile from FP8 pages. A warp has 16 keys, two to a copy.
-
-        A thread copies 16 codes to where the first half of their BF16 values belongs, and decodes them once they are
-        there; nobody else touches that place. The next tile's copies are on their way meanwhile.
-        """
-        warp, lane = idx // 32, idx % 32
-        first = share.first_tile * TILE_KEYS + warp * 16
-        address, place = self.page_address(inputs, share, first + lane % 16)
-        cute.arch.griddepcontrol_wait()
-        self.start_pages(share, memory, warp, lane, Int32(0), address)
-        low, high = self.load_scales(share, first + lane % 16, place)
-        address, place = self.page_address(inputs, share, first + TILE_KEYS + lane % 16)
-        self.start_pages(share, memory, warp, lane, Int32(1), address)
-        next_low, next_high = self.load_scales(share, first + TILE_KEYS + lane % 16, place)
-        for i in cutlass.range(share.num_tiles, unroll=1):
-            for half in cutlass.range_constexpr(2):
-                if i == 0:
-                    cute.arch.cp_async_wait_group(3 - half)
-                else:
-                    cute.arch.cp_async_wait_group(1 - half)
-                word = low
-                if cutlass.const_expr(half == 1):
-                    word = high
-                self.decode_half(memory, warp, lane, (i & 1) * 2 + half, word, half)
-            low, high = next_low, next_high
-            if i > 0:
-                self.start_pages(share, memory, warp, lane, i + 1, address)
-            key = first + (i + 2) * TILE_KEYS + lane % 16
-            address, place = self.page_address(inputs, share, key)
-            next_low, next_high = self.load_scales(share, key, place)
-            for line in cutlass.range_constexpr(3):
-                attend_ptx.prefetch(address + (lane // 16 * 384 + line * 96))
-
-    @cute.jit
-    def load_scales(self, share: AttendShare, key: Int32, place: Int64) -> tuple[Uint32, Uint32]:
-        """Loads the 7 scales of a key; zeros for one that is not there."""
-        inside = Int32(0)
-        if key < share.num_keys:
-            inside = Int32(1)
-        low, high = attend_ptx.load_words2_or_zero(place, inside)
-        return low, high
-
-    @cute.jit
-    def start_pages(
-        self, share: AttendShare, memory: AttendMemory, warp: Int32, lane: Int32, i: Int32, mine: Int64
-    ) -> None:
-        """Starts the copies of tile i, if there is one: a group for each half of the channels."""
-        unit = lane % 16
-        base = memory.keys.toint() + unit // 4 * CHUNK_BYTES + warp * (16 * 128)
-        key0 = (share.first_tile + i) * TILE_KEYS + warp * 16
-        for half in cutlass.range_constexpr(2):
-            if i < share.num_tiles:
-                stage = (i & 1) * 2 + half
-                cute.arch.mbarrier_wait(memory.pipeline.empty + stage, ((i >> 1) & 1) ^ 1)
-                offset = half * HALF + unit * 16
-                if cutlass.const_expr(half == 1):
-                    if unit >= 12:
-                        offset = NUM_CODES + (unit - 12) * 32
-                for j in cutlass.range_constexpr(8):
-                    key = 2 * j + lane // 16
-                    source = Int64(cute.arch.shuffle_sync(mine, key)) + offset
-                    num_bytes = Int32(0)
-                    if key0 + key < share.num_keys:
-                        num_bytes = Int32(16)
-                    target = base + stage * STAGE_BYTES + key * 128 + ((unit % 4 * 2) ^ (key % 8)) * 16
-                    attend_ptx.copy16(target, source, num_bytes)
-                    if cutlass.const_expr(half == 1):
-                        if unit >= 12:
-                            attend_ptx.copy16(target ^ 16, source + 16, num_bytes)
-            cute.arch.cp_async_commit_group()
-
-    @cute.jit
-    def decode_half(
-        self, memory: AttendMemory, warp: Int32, lane: Int32, stage: Int32, word: Uint32, half: cutlass.Constexpr
-    ) -> None:
-        """Decodes what this thread copied to a stage, and hands the stage over. word: four scales of a key."""
-        unit = lane % 16
-        base = memory.keys.toint() + unit // 4 * CHUNK_BYTES + warp * (16 * 128) + stage * STAGE_BYTES
-        for j in cutlass.range_constexpr(8):
-            key = 2 * j + lane // 16
-            scales = Uint32(cute.arch.shuffle_sync(word, key))
-            factor = attend_ptx.scale_pair(scales, unit // 4)
-            target = base + key * 128 + ((unit % 4 * 2) ^ (key % 8)) * 16
-            if half == 0 or unit < 12:
-                codes = ptx.load_shared_vec4(target)
-                pairs = [attend_ptx.decode_pair(code, is_high, factor) for code in codes for is_high in (False, True)]
-                attend_ptx.store_shared_words(target, tuple(pairs[:4]))
-                attend_ptx.store_shared_words(target ^ 16, tuple(pairs[4:]))
-        attend_ptx.fence_async()
-        cute.arch.mbarrier_arrive(memory.pipeline.full + stage)
 
     @cute.jit
     def load_queries(self, inputs: AttendReads, share: AttendShare, memory: AttendMemory, thread: Int32) -> None:
