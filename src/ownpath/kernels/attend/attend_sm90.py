@@ -37,7 +37,7 @@ from ownpath.kernels.attend.config_sm90 import (
     AttendConfig,
 )
 from ownpath.kernels.attend.multiply_sm90 import AttendProducts
-from ownpath.kernels.attend.pages_sm90 import AttendPages
+from ownpath.kernels.attend.pages_sm90 import AttendPages, PageGuess
 from ownpath.kernels.attend.parts_sm90 import (
     CONSUMERS,
     MINUS_INFINITY,
@@ -124,19 +124,29 @@ class Attend(AttendPages, AttendProducts):
             memory.pipeline.init(self.cfg.num_arrivals, 4)
         cute.arch.sync_threads()
         cute.arch.griddepcontrol_launch_dependents()
+        registers = self.cfg.registers
+        end, slot = self.row_state(inputs)
+        guess = PageGuess(Int32(0), Int32(0))
         if cutlass.const_expr(self.cfg.selected):
             cute.arch.griddepcontrol_wait()
-        share = self.share(inputs)
-        registers = self.cfg.registers
+            if cutlass.const_expr(self.cfg.fp8):
+                guess = self.guess_pages(inputs, end, slot, thread)
+            if warp_group < 2:
+                self.copy_queries(inputs, memory, thread)
+            # Nothing is left to wait for, but the compiler moves no load to before this one.
+            cute.arch.griddepcontrol_wait()
+        share = self.share(inputs, end, slot)
         if warp_group == 2:
             cute.arch.setmaxregister_decrease(registers[0])
             if cutlass.const_expr(self.cfg.fp8):
-                self.load_pages(inputs, share, memory, thread % WG)
+                self.load_pages(inputs, share, memory, guess, thread % WG)
             else:
                 self.load_keys(inputs, share, memory, thread % WG)
         else:
             cute.arch.setmaxregister_increase(registers[1])
-            cute.arch.griddepcontrol_wait()
+            if cutlass.const_expr(not self.cfg.selected):
+                cute.arch.griddepcontrol_wait()
+                self.copy_queries(inputs, memory, thread)
             self.load_queries(inputs, share, memory, thread)
             place = Thread(thread % WG, warp_group)
             if share.num_tiles > 0:

@@ -10,7 +10,7 @@ TILE_HEADS, TILE_KEYS = 64, 64
 COMBINE_THREADS = HEAD_DIM // 4
 MAX_SPLITS = 64
 """The combine kernel has two splits' statistics in a lane."""
-REGISTERS, PAGES_REGISTERS = (64, 208, 232), (120, 168, 216)
+REGISTERS, PAGES_REGISTERS = (64, 208, 232), (112, 160, 232)
 """Registers of the threads that load, that multiply, and that compute the softmax too; the second with FP8 pages, of
 which a tile waits in registers.
 

@@ -7,6 +7,7 @@ from ownpath.kernels.attend import ptx as attend_ptx
 from ownpath.kernels.attend.config_sm90 import (
     HEAD_DIM,
     NUM_ROTARY,
+    TILE_HEADS,
     TILE_KEYS,
 )
 from ownpath.kernels.attend.parts_sm90 import (
@@ -22,6 +23,9 @@ from ownpath.kernels.attend.parts_sm90 import (
     AttendShare,
 )
 from ownpath.kernels.dsl import ptx
+
+HEADS_AT_ONCE = 4
+"""Heads that a warp norms together."""
 
 
 class AttendLoads(AttendParts):
@@ -81,51 +85,69 @@ class AttendLoads(AttendParts):
             mine = self.key_address(inputs, share, key0 + TILE_KEYS + lane % 16)
 
     @cute.jit
-    def load_queries(self, inputs: AttendReads, share: AttendShare, memory: AttendMemory, thread: Int32) -> None:
-        """Norms and rotates the queries into shared memory: a head to a warp, 8 heads one after the other."""
+    def copy_queries(self, inputs: AttendReads, memory: AttendMemory, thread: Int32) -> None:
+        """Starts copying this CTA's queries, 8 heads to a warp: two units of a head to a thread; zeros for none."""
+        _, group, row = cute.arch.block_idx()
         warp, lane = thread // 32, thread % 32
-        head0 = share.head0 + warp * 8
-        line = inputs.q.toint() + (Int64(share.row) * inputs.q_row + head0 * inputs.q_head) * 2 + lane * 16
-        words = []
+        head0 = group * TILE_HEADS + warp * 8
+        line = inputs.q.toint() + (Int64(row) * inputs.q_row + head0 * inputs.q_head) * 2 + lane * 16
+        base = memory.q.toint() + lane // 8 * CHUNK_BYTES + warp * 8 * 128
         for h in cutlass.range_constexpr(8):
-            inside = Int32(0)
+            num_bytes = Int32(0)
             if head0 + h < inputs.num_heads:
-                inside = Int32(1)
-            address = line + h * inputs.q_head * 2
-            words.append(
-                (
-                    *attend_ptx.load_words_or_zero(address, inside),
-                    *attend_ptx.load_words_or_zero(address + HALF * 2, inside),
-                )
-            )
+                num_bytes = Int32(16)
+            for half in cutlass.range_constexpr(2):
+                target = base + h * 128 + ((lane % 8) ^ h) * 16 + half * (4 * CHUNK_BYTES)
+                attend_ptx.copy16(target, line + h * inputs.q_head * 2 + half * (HALF * 2), num_bytes)
+            if cutlass.const_expr(h % HEADS_AT_ONCE == HEADS_AT_ONCE - 1):
+                cute.arch.cp_async_commit_group()
+
+    @cute.jit
+    def load_queries(self, inputs: AttendReads, share: AttendShare, memory: AttendMemory, thread: Int32) -> None:
+        """Norms and rotates the queries in shared memory once their copies are there, some heads at a time.
+
+        A thread has what it copied, and nobody else touches that before it is done.
+        """
+        warp, lane = thread // 32, thread % 32
+        base = memory.q.toint() + lane // 8 * CHUNK_BYTES + warp * 8 * 128
         # The last 8 lanes' second units have the rotary channels: four pairs each. Others read what they do not use.
         angles = (Int64(share.row) * (NUM_ROTARY // 2) + lane % 8 * 4) * 4
         cos = [ptx.as_float(word) for word in ptx.load_global_vec4(inputs.cos.toint() + angles)]
         sin = [ptx.as_float(word) for word in ptx.load_global_vec4(inputs.sin.toint() + angles)]
-        rotates = Int32(0)
-        if lane >= 24:
-            rotates = Int32(1)
-        base = memory.q.toint() + lane // 8 * CHUNK_BYTES + warp * 8 * 128
-        for h in cutlass.range_constexpr(8):
+        for h in cutlass.range_constexpr(0, 8, HEADS_AT_ONCE):
+            cute.arch.cp_async_wait_group((7 - h) // HEADS_AT_ONCE)
+            places = [base + head * 128 + ((lane % 8) ^ head) * 16 for head in range(h, h + HEADS_AT_ONCE)]
+            self.norm_heads(places, cos, sin, lane, inputs.eps)
+        attend_ptx.fence_async()
+        attend_ptx.barrier_sync(Q_READY, CONSUMERS)
+
+    def norm_heads(
+        self, places: list[Int32], cos: list[Float32], sin: list[Float32], lane: Int32, eps: Float32
+    ) -> None:
+        """Norms and rotates a warp's heads in place, one step of all after the other. places: of a lane's first unit;
+        its second one is half the channels on."""
+        heads = [(*ptx.load_shared_vec4(place), *ptx.load_shared_vec4(place + 4 * CHUNK_BYTES)) for place in places]
+        totals = []
+        for words in heads:
             total = Float32(0.0)
-            for word in words[h]:
+            for word in words:
                 low, high = ptx.widen_bf16(word, False), ptx.widen_bf16(word, True)
                 total = attend_ptx.fma(high, high, attend_ptx.fma(low, low, total))
-            for power in cutlass.range_constexpr(5):
-                total = total + cute.arch.shuffle_sync_bfly(total, 1 << power)
-            factor = attend_ptx.rsqrt(attend_ptx.fma(total, 1.0 / HEAD_DIM, inputs.eps))
+            totals.append(total)
+        for power in range(5):
+            totals = [total + cute.arch.shuffle_sync_bfly(total, 1 << power) for total in totals]
+        rotates = Int32(lane >= 24)
+        for place, words, total in zip(places, heads, totals, strict=True):
+            factor = attend_ptx.rsqrt(attend_ptx.fma(total, 1.0 / HEAD_DIM, eps))
             normed = [
                 ptx.pack_bf16x2(ptx.widen_bf16(word, False) * factor, ptx.widen_bf16(word, True) * factor)
-                for word in words[h]
+                for word in words
             ]
-            for idx in cutlass.range_constexpr(4):
+            for idx in range(4):
                 x0, x1 = ptx.widen_bf16(normed[4 + idx], False), ptx.widen_bf16(normed[4 + idx], True)
                 turned = ptx.pack_bf16x2(
                     attend_ptx.fma(x0, cos[idx], -(x1 * sin[idx])), attend_ptx.fma(x0, sin[idx], x1 * cos[idx])
                 )
                 normed[4 + idx] = attend_ptx.pick(rotates, turned, normed[4 + idx])
-            address = base + h * 128 + ((lane % 8) ^ h) * 16
-            attend_ptx.store_shared_words(address, tuple(normed[:4]))
-            attend_ptx.store_shared_words(address + 4 * CHUNK_BYTES, tuple(normed[4:]))
-        attend_ptx.fence_async()
-        attend_ptx.barrier_sync(Q_READY, CONSUMERS)
+            attend_ptx.store_shared_words(place, tuple(normed[:4]))
+            attend_ptx.store_shared_words(place + 4 * CHUNK_BYTES, tuple(normed[4:]))
