@@ -42,7 +42,7 @@ class PagePlace:
 
 @dataclass(frozen=True)
 class PageGuess:
-    """What a full list would have for a thread's first key, if the share began at ``first_tile``."""
+    """The word of a full list for a thread's first key, if the share begins at ``first_tile``."""
 
     first_tile: Int32
     word: Int32

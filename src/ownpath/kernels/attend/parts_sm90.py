@@ -121,7 +121,8 @@ class AttendParts:
             count = attend_ptx.load_word(inputs.counts.toint() + Int64(row) * 4)
         elif cutlass.const_expr(self.cfg.per_block):
             count = end // (BLOCK_TOKENS // self.cfg.per_block)
-        return self.share_of(inputs, end, slot, count)
+        share: AttendShare = self.share_of(inputs, end, slot, count)
+        return share
 
     @cute.jit
     def share_of(self, inputs: AttendReads, end: Int32, slot: Int32, count: Int32) -> AttendShare:

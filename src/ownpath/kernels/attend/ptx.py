@@ -159,7 +159,7 @@ def scale_pair(word: Value, idx: int, *, loc: Site = None, ip: Site = None) -> U
 
 @dsl_user_op
 def rest_of_scale(word: Value, idx: Value, *, loc: Site = None, ip: Site = None) -> Uint32:
-    """Returns what ``scale_pair`` leaves, twice in BF16: 2^(k - 7), 1 for a k up to 7; NaN for scale 255."""
+    """Returns the rest that ``scale_pair`` leaves, twice in BF16: 2^(k - 7), 1 for a k up to 7; NaN for scale 255."""
     text = (
         "{ .reg .pred nan; .reg .b32 shift, scale; shl.b32 shift, $2, 3; shr.u32 scale, $1, shift; "
         "and.b32 scale, scale, 255; setp.eq.u32 nan, scale, 255; max.u32 scale, scale, 134; "
