@@ -110,7 +110,7 @@ class AttendPages(AttendLoads):
         warp, lane = idx // 32, idx % 32
         key = first_key(share, idx)
         raw = cute.make_rmem_tensor(sum(HALF_LOADS) * 4, Uint32)
-        scales = cute.make_rmem_tensor(3, Uint32)
+        scales = cute.make_rmem_tensor(2, Uint32)
         sixteen = attend_ptx.unknown_sixteen()
         word = guess.word
         if not self.cfg.selected or share.first_tile != guess.first_tile:
@@ -120,7 +120,6 @@ class AttendPages(AttendLoads):
         if share.num_tiles > 0:
             for half in cutlass.range_constexpr(2):
                 self.start_half(raw, scales, address, place, lane, half)
-        scales[1] = scales[2]
         word = self.table_word(inputs, share, key + TILE_KEYS)
         line = memory.keys.toint() + (warp * WARP_KEYS + lane % 8) * 128
         for i in cutlass.range(share.num_tiles, unroll=1):
@@ -136,17 +135,13 @@ class AttendPages(AttendLoads):
                 if i + 1 < share.num_tiles:
                     address, place = self.page_address(inputs, share, key, word)
                     self.start_half(raw, scales, address, place, lane, half)
-            scales[1] = scales[2]
             word = self.table_word(inputs, share, key + TILE_KEYS)
 
     def start_half(
         self, raw: cute.Tensor, scales: cute.Tensor, address: Int64, place: Int64, lane: Int32, half: int
     ) -> None:
-        """Starts loading half of a lane's keys; all scales come with the first half."""
-        if half == 0:
-            # The last byte is no scale.
-            low, high = attend_ptx.load_words2(place)
-            scales[0], scales[2] = low, high & Uint32(0x00FFFFFF)
+        """Starts loading half of a lane's keys, and that half's four scales or three of them and a byte."""
+        scales[half] = Uint32(attend_ptx.load_word(place + half * 4))
         starts = [Int64(cute.arch.shuffle_sync(address, lane % 8 + 8 * sub)) + lane // 8 * 16 for sub in range(2)]
         start = half * HALF_LOADS[0] * 4
         for turn in range(HALF_LOADS[half] // 2):
@@ -181,7 +176,8 @@ class AttendPages(AttendLoads):
                 for turn in cutlass.range_constexpr(2):
                     address = place.of(sub, place.unit + 4 * turn) + (HALF_CHUNKS - 1) * CHUNK_BYTES
                     attend_ptx.store_shared_words(address, words[2 * (HALF_CHUNKS - 1 + turn) + sub])
-        if attend_ptx.any_scale_above(scales) != 0:
+        # The last of eight bytes is no scale.
+        if attend_ptx.any_scale_above(scales & (0xFFFFFFFF, 0x00FFFFFF)[half]) != 0:
             self.scale_more(scales, place, half)
 
     @cute.jit

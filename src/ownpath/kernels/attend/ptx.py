@@ -215,15 +215,6 @@ def load_once(address: Value, *, loc: Site = None, ip: Site = None) -> FourWords
 
 
 @dsl_user_op
-def load_words2(address: Value, *, loc: Site = None, ip: Site = None) -> FourWords:
-    """Loads 8 bytes of global memory at an aligned byte address."""
-    struct = llvm.StructType.get_literal([T.i32()] * 2)
-    operands = [Int64(address).ir_value(loc=loc, ip=ip)]
-    loaded = asm("ld.global.v2.b32 {$0, $1}, [$2];", "=r,=r,l", struct, operands, False, loc, ip)
-    return tuple(Uint32(llvm.extractvalue(T.i32(), loaded, [idx], loc=loc, ip=ip)) for idx in range(2))
-
-
-@dsl_user_op
 def store_shared_pair(address: Value, first: Value, second: Value, *, loc: Site = None, ip: Site = None) -> None:
     """Stores two float32 to shared memory at a byte address."""
     operands = [Int32(address).ir_value(loc=loc, ip=ip)]
