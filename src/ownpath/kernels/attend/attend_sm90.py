@@ -32,6 +32,7 @@ import cutlass
 from cutlass import BFloat16, Float32, Int32, Uint8, cute
 
 from ownpath.kernels.attend.config_sm90 import (
+    LAUNCH_REGISTERS,
     TILE_HEADS,
     WG,
     AttendConfig,
@@ -143,7 +144,8 @@ class Attend(AttendPages, AttendProducts):
             else:
                 self.load_keys(inputs, share, memory, thread % WG)
         else:
-            cute.arch.setmaxregister_increase(registers[1])
+            if cutlass.const_expr(registers[1] > LAUNCH_REGISTERS):
+                cute.arch.setmaxregister_increase(registers[1])
             if cutlass.const_expr(not self.cfg.selected):
                 cute.arch.griddepcontrol_wait()
                 self.copy_queries(inputs, memory, thread)
@@ -154,6 +156,8 @@ class Attend(AttendPages, AttendProducts):
                     cute.arch.setmaxregister_increase(registers[2])
                     self.multiply_left(inputs, results, share, memory, place)
                 else:
+                    if cutlass.const_expr(registers[1] < LAUNCH_REGISTERS):
+                        cute.arch.setmaxregister_decrease(registers[1])
                     self.multiply_right(inputs, results, share, memory, place)
             else:
                 if cutlass.const_expr(self.cfg.split):

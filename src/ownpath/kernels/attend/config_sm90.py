@@ -10,12 +10,13 @@ TILE_HEADS, TILE_KEYS = 64, 64
 COMBINE_THREADS = HEAD_DIM // 4
 MAX_SPLITS = 64
 """The combine kernel has two splits' statistics in a lane."""
+LAUNCH_REGISTERS = 168
+"""Registers that a launch gives to each of 384 threads."""
 REGISTERS, PAGES_REGISTERS = (64, 208, 232), (112, 160, 232)
 """Registers of the threads that load, that multiply, and that compute the softmax too; the second with FP8 pages, of
 which a tile waits in registers.
 
-Together they may have 504, three times the 168 that a launch gives to each of 384 threads: a warpgroup that asks for
-more than the others leave waits for ever.
+Together they may have three times the launch's: a warpgroup that asks for more than the others leave waits for ever.
 """
 MAX_SMEM = 232448
 KEY_BYTES, KEY_DATA, NUM_CODES = 584, 576, 448
