@@ -9,7 +9,7 @@ import pytest
 import triton.backends.nvidia.compiler as nvidia  # for the disassembler it carries
 
 from ownpath.kernels.attend.choose_sm90 import reachable_configs
-from ownpath.kernels.attend.config_sm90 import MAX_SMEM, AttendCombineConfig, AttendConfig
+from ownpath.kernels.attend.config_sm90 import LAUNCH_REGISTERS, MAX_SMEM, AttendCombineConfig, AttendConfig
 from ownpath.kernels.dsl.cache import compile_missing, stem
 
 PAGES = AttendConfig(64, selected=True, split=True, fp8=True)
@@ -59,9 +59,17 @@ def test_it_fits_an_sm(
 
 
 @pytest.mark.parametrize("config", ATTEND, ids=lambda config: config.name)
-def test_warpgroups_ask_for_no_more_registers_than_a_cta_has(config: AttendConfig) -> None:
-    """A launch gives each thread of three warpgroups 168; one that asks for more than others leave waits for ever."""
-    assert sum(config.registers) <= 3 * 168
+def test_warpgroups_ask_for_no_more_registers_than_a_cta_has(
+    config: AttendConfig, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that asks for more than others leave waits for ever; one that asks for fewer than it has, or releases more,
+    does what nobody defines."""
+    assert sum(config.registers) <= 3 * LAUNCH_REGISTERS
+    sass = cuobjdump("-sass", cache, config, monkeypatch)
+    found = {kind: [int(count, 16) for count in re.findall(rf"USETMAXREG\.{kind}\.CTAPOOL [^;]*?(0x\w+)", sass)]
+             for kind in ("TRY_ALLOC", "DEALLOC")}  # fmt: skip
+    assert min(found["TRY_ALLOC"]) > LAUNCH_REGISTERS > max(found["DEALLOC"])
+    assert sorted(found["TRY_ALLOC"] + found["DEALLOC"]) == sorted(config.registers)
 
 
 @pytest.mark.parametrize("config", ATTEND, ids=lambda config: config.name)
