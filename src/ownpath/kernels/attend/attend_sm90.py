@@ -8,16 +8,17 @@ which the sums so far shrink. Shared memory: queries 64 KiB; keys 4 stages of 32
 that a half is loaded anew as soon as its warpgroup has read it; weights twice 8 KiB.
 
 The queries come as the projection leaves them: while the first keys are on their way, both multiplying warpgroups norm
-and rotate them into shared memory, a head to a warp.
+and rotate them in shared memory, 8 heads to a warp.
 
 A row's keys are numbered: first its window's (a ring whose rows 0 to min(position, 127) it sees), then its entries.
-Only the last tile can have keys that are not there; they are zeros with score minus infinity, and their memory is not
-read. CTAs can share a row's tiles. With ``merges`` they are a cluster: each keeps its sums where its keys were, and
-merges every n-th head from all of them, through distributed shared memory. With ``split`` each writes its sums and, per
-head, their largest score and sum of weights; ``combine_sm90`` merges them. A CTA alone starts its sums with the sink,
-and its epilogue divides, rotates back and rounds.
+Only the last tile can have keys that are not there, with score minus infinity, whose memory is not read: zeros stand
+for them, or in FP8 pages the window's first key. CTAs can share a row's tiles. With ``merges`` they are a cluster: each
+keeps its sums where its keys were, and merges every n-th head from all of them, through distributed shared memory. With
+``split`` each writes its sums and, per head, their largest score and sum of weights; ``combine_sm90`` merges them. A
+CTA alone starts its sums with the sink, and its epilogue divides, rotates back and rounds.
 
-FP8 pages are copied as they are, and decoded by the warpgroup that loads: E4M3 times a power of two is BF16, exactly.
+FP8 pages come to the registers of the warpgroup that loads, a tile ahead, and are decoded from there to shared memory:
+E4M3 times a power of two is BF16, exactly.
 
 Positions, slots and block tables are read before the launches in front of this one have ended: those that may start
 early, one behind the other, must not write them. Everything else is read after.

@@ -1,7 +1,7 @@
 """Loads of the attention kernel: keys by the third warpgroup, queries by the multiplying ones."""
 
 import cutlass
-from cutlass import Float32, Int32, Int64, cute
+from cutlass import Float32, Int32, Int64, Uint32, cute
 
 from ownpath.kernels.attend import ptx as attend_ptx
 from ownpath.kernels.attend.config_sm90 import (
@@ -110,22 +110,27 @@ class AttendLoads(AttendParts):
         """
         warp, lane = thread // 32, thread % 32
         base = memory.q.toint() + lane // 8 * CHUNK_BYTES + warp * 8 * 128
-        # The last 8 lanes' second units have the rotary channels: four pairs each. Others read what they do not use.
+        # Of the rotary channels, a lane has a unit of two heads: four pairs.
         angles = (Int64(share.row) * (NUM_ROTARY // 2) + lane % 8 * 4) * 4
         cos = [ptx.as_float(word) for word in ptx.load_global_vec4(inputs.cos.toint() + angles)]
         sin = [ptx.as_float(word) for word in ptx.load_global_vec4(inputs.sin.toint() + angles)]
         for h in cutlass.range_constexpr(0, 8, HEADS_AT_ONCE):
             cute.arch.cp_async_wait_group((7 - h) // HEADS_AT_ONCE)
-            places = [base + head * 128 + ((lane % 8) ^ head) * 16 for head in range(h, h + HEADS_AT_ONCE)]
-            self.norm_heads(places, cos, sin, lane, inputs.eps)
+            self.norm_heads(
+                [base + head * 128 + ((lane % 8) ^ head) * 16 for head in range(h, h + HEADS_AT_ONCE)], inputs.eps
+            )
+        cute.arch.sync_warp()
+        for turn in cutlass.range_constexpr(2):
+            head = lane // 8 + 4 * turn
+            place = memory.q.toint() + 7 * CHUNK_BYTES + (warp * 8 + head) * 128 + ((lane % 8) ^ head) * 16
+            words = ptx.load_shared_vec4(place)
+            attend_ptx.store_shared_words(place, self.rotated(words, cos, sin))
         attend_ptx.fence_async()
         attend_ptx.barrier_sync(Q_READY, CONSUMERS)
 
-    def norm_heads(
-        self, places: list[Int32], cos: list[Float32], sin: list[Float32], lane: Int32, eps: Float32
-    ) -> None:
-        """Norms and rotates a warp's heads in place, one step of all after the other. places: of a lane's first unit;
-        its second one is half the channels on."""
+    def norm_heads(self, places: list[Int32], eps: Float32) -> None:
+        """Norms a warp's heads in place, one step of all after the other. places: of a lane's first unit; its second
+        one is half the channels on."""
         heads = [(*ptx.load_shared_vec4(place), *ptx.load_shared_vec4(place + 4 * CHUNK_BYTES)) for place in places]
         totals = []
         for words in heads:
@@ -136,18 +141,19 @@ class AttendLoads(AttendParts):
             totals.append(total)
         for power in range(5):
             totals = [total + cute.arch.shuffle_sync_bfly(total, 1 << power) for total in totals]
-        rotates = Int32(lane >= 24)
         for place, words, total in zip(places, heads, totals, strict=True):
             factor = attend_ptx.rsqrt(attend_ptx.fma(total, 1.0 / HEAD_DIM, eps))
             normed = [
                 ptx.pack_bf16x2(ptx.widen_bf16(word, False) * factor, ptx.widen_bf16(word, True) * factor)
                 for word in words
             ]
-            for idx in range(4):
-                x0, x1 = ptx.widen_bf16(normed[4 + idx], False), ptx.widen_bf16(normed[4 + idx], True)
-                turned = ptx.pack_bf16x2(
-                    attend_ptx.fma(x0, cos[idx], -(x1 * sin[idx])), attend_ptx.fma(x0, sin[idx], x1 * cos[idx])
-                )
-                normed[4 + idx] = attend_ptx.pick(rotates, turned, normed[4 + idx])
             attend_ptx.store_shared_words(place, tuple(normed[:4]))
             attend_ptx.store_shared_words(place + 4 * CHUNK_BYTES, tuple(normed[4:]))
+
+    def rotated(self, words: tuple[Uint32, ...], cos: list[Float32], sin: list[Float32]) -> tuple[Uint32, ...]:
+        """Rotates pairs of channels."""
+        turned = []
+        for word, c, s in zip(words, cos, sin, strict=True):
+            x0, x1 = ptx.widen_bf16(word, False), ptx.widen_bf16(word, True)
+            turned.append(ptx.pack_bf16x2(attend_ptx.fma(x0, c, -(x1 * s)), attend_ptx.fma(x0, s, x1 * c)))
+        return tuple(turned)
