@@ -9,11 +9,12 @@ import pytest
 import triton.backends.nvidia.compiler as nvidia  # for the disassembler it carries
 
 from ownpath.kernels.attend.choose_sm90 import reachable_configs
-from ownpath.kernels.attend.config_sm90 import MAX_SMEM, REGISTERS, AttendCombineConfig, AttendConfig
+from ownpath.kernels.attend.config_sm90 import LAUNCH_REGISTERS, MAX_SMEM, AttendCombineConfig, AttendConfig
 from ownpath.kernels.dsl.cache import compile_missing, stem
 
+PAGES = AttendConfig(64, selected=True, split=True, fp8=True)
 CONFIGS = (
-    AttendConfig(64, selected=True, split=True, fp8=True),
+    PAGES,
     AttendConfig(2, merges=True),
     AttendConfig(64, selected=True, split=True, fp8=True, spare=8),
     AttendCombineConfig(),
@@ -62,9 +63,18 @@ def test_it_fits_an_sm(
     assert registers * config.num_threads <= 65536
 
 
-def test_warpgroups_ask_for_no_more_registers_than_a_cta_has() -> None:
-    """A launch gives each thread of three warpgroups 168; one that asks for more than others leave waits for ever."""
-    assert sum(REGISTERS) <= 3 * 168
+@pytest.mark.parametrize("config", ATTEND, ids=lambda config: config.name)
+def test_warpgroups_ask_for_no_more_registers_than_a_cta_has(
+    config: AttendConfig, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that asks for more than others leave waits for ever; one that asks for fewer than it has, or releases more,
+    does what nobody defines."""
+    assert sum(config.registers) <= 3 * LAUNCH_REGISTERS
+    sass = cuobjdump("-sass", cache, config, monkeypatch)
+    found = {kind: [int(count, 16) for count in re.findall(rf"USETMAXREG\.{kind}\.CTAPOOL [^;]*?(0x\w+)", sass)]
+             for kind in ("TRY_ALLOC", "DEALLOC")}  # fmt: skip
+    assert min(found["TRY_ALLOC"]) > LAUNCH_REGISTERS > max(found["DEALLOC"])
+    assert sorted(found["TRY_ALLOC"] + found["DEALLOC"]) == sorted(config.registers)
 
 
 @pytest.mark.parametrize("config", ATTEND, ids=lambda config: config.name)
@@ -80,8 +90,25 @@ def test_products_stay_asynchronous(config: AttendConfig, cache: Path, monkeypat
 
 
 @pytest.mark.parametrize("config", ATTEND, ids=lambda config: config.name)
-def test_keys_come_by_asynchronous_copies(config: AttendConfig, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queries_and_keys_are_on_their_way_together(
+    config: AttendConfig, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread's 16 units of queries are copied to shared memory, and so are BF16 keys: 16 a half. Of a tile in FP8
+    pages it has 18 units in registers, and the next 18 follow half by half."""
     sass = cuobjdump("-sass", cache, config, monkeypatch)
-    assert re.search(r"LDGSTS\.E\.\S*BYPASS\S*128", sass)
-    assert ("HMUL2.BF16" in sass) == config.fp8
+    assert len(re.findall(r"LDGSTS\.E\.\S*BYPASS\S*128", sass)) == 16 + 32 * (not config.fp8)
+    assert len(re.findall(r"LDG\.E\.NA\.\S*128", sass)) == 36 * config.fp8
     assert ("UCGABAR" in sass) == config.merges
+
+
+def test_a_pair_of_codes_takes_four_instructions(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spread bytes, move bits, mask, scale: 8 pairs of 14 units. What moves them is no shift, whose pipe is busy."""
+    sass = cuobjdump("-sass", cache, PAGES, monkeypatch)
+    loading = sass[sass.index("USETMAXREG") : sass.rindex("HMUL2.BF16")]
+    pairs = 8 * 14
+    assert len(re.findall(r"PRMT \S+ \S+ 0x(?:4140|4342), RZ", loading)) == pairs
+    assert len(re.findall(r"LOP3\.LUT \S+ \S+ 0x87f087f0, RZ, 0xc0", loading)) == pairs
+    # 4 units of two halves are multiplied again where a scale is above 2^7.
+    assert sass.count("HMUL2.BF16") == pairs + 2 * 4 * 4
+    assert not re.search(r"LEA \S+ \S+ 0x78007800", loading)
+    assert "MEMBAR" not in loading

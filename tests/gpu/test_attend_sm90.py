@@ -13,8 +13,9 @@ from ownpath.conformance.memory import memory_problem
 from ownpath.kernels.attend.cases import CASES, AttendCase
 from ownpath.kernels.attend.choose_sm90 import WHOLE, AttendPlan, reachable_configs
 from ownpath.kernels.attend.launch_sm90 import CUTE_ATTEND, CUTE_ATTEND_INVARIANT, CuteAttend
-from ownpath.kernels.attend.types import DecodeKeys, DecodeRows
+from ownpath.kernels.attend.types import AttendWeights, DecodeKeys, DecodeRows
 from ownpath.kernels.dsl.cache import Config
+from ownpath.numerics import encode_e4m3
 from ownpath.ops import OpKind
 
 
@@ -91,6 +92,53 @@ def test_every_length(ratio: int, fp8: bool, cuda: torch.device) -> None:
         exact = exact_attention(inputs)
         for name in (name for name in ALL if fits(name, case)):
             assert_attention(run(ALL[name], inputs), exact, name)
+
+
+def test_every_code_and_scale(cuda: torch.device) -> None:
+    """A row that sees one key returns it: all codes but NaN, each with the scales 2^-117 to 2^113, bit for bit."""
+    codes = torch.tensor([code for code in range(256) if code % 128 != 127] + [0, 0], dtype=torch.uint8)
+    scales = torch.arange(10, 241, dtype=torch.uint8)
+    blocks = codes.view(1, 4, 64).expand(len(scales), -1, -1).reshape(-1, 7, 64)
+    scales = scales[:, None].expand(-1, 4).reshape(-1, 7)
+    num_rows = len(blocks)
+    pages = torch.zeros(num_rows, 128 * 584, dtype=torch.uint8)
+    pages[:, :448] = blocks.flatten(1)
+    pages[:, 128 * 576 : 128 * 576 + 7] = scales
+    pages[:, 128 * 576 + 7] = 255  # no scale
+    slots = torch.arange(num_rows, dtype=torch.int32, device=cuda)
+    zeros = torch.zeros_like(slots)
+    q = torch.zeros(num_rows, 1, 512, dtype=torch.bfloat16, device=cuda)
+    cos, sin = (torch.full((num_rows, 32), value, device=cuda) for value in (1.0, 0.0))
+    weights = AttendWeights(torch.full((1,), -1e4, device=cuda), 1.0, 1e-6)
+    arguments = (q, cos, sin, DecodeKeys(pages.to(cuda)), DecodeRows(zeros, slots, zeros[:, None]))
+    wanted = blocks.view(torch.float8_e4m3fn).double() * torch.exp2(scales.double() - 127)[..., None]
+    for name in ("default", "invariant", "cluster2"):
+        result = ALL[name].run(*arguments, ALL[name].prepare(weights))
+        assert torch.equal(result[:, 0, :448].double().cpu(), wanted.flatten(1)), name
+
+
+def spread_scales(pages: torch.Tensor, num_keys: int) -> None:
+    """Moves each block's scale up by as much as 2^17 and its codes down, which rounds them."""
+    g = torch.Generator(pages.device).manual_seed(num_keys)
+    data, tail = pages.split((num_keys * 576, num_keys * 8), dim=1)
+    codes = data.unflatten(1, (num_keys, 576))[..., :448].unflatten(2, (7, 64))
+    scales = tail.unflatten(1, (num_keys, 8))[..., :7]
+    up = torch.randint(0, 18, scales.shape, generator=g, device=pages.device) * (scales != 255)
+    lower = codes.contiguous().view(torch.float8_e4m3fn).float() * torch.exp2(-up.float())[..., None]
+    codes.copy_(torch.where((scales == 255)[..., None], codes, encode_e4m3(lower).view(torch.uint8)))
+    scales.copy_((scales.int() + up).to(torch.uint8))
+
+
+@pytest.mark.parametrize("case", [case for case in MIXED if case.fp8], ids=label)
+def test_scales_of_every_size(case: AttendCase, cuda: torch.device) -> None:
+    """Scales of a key's blocks that are far apart, some above 2^7, which the kernel multiplies by in two steps."""
+    inputs = make_attend_inputs(case, 7, cuda)
+    assert inputs.keys.entries is not None
+    spread_scales(inputs.keys.window, 128)
+    spread_scales(inputs.keys.entries, inputs.keys.per_block)
+    exact = exact_attention(inputs)
+    for name in ALL:
+        assert_attention(run(ALL[name], inputs), exact, name)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -8,16 +8,17 @@ which the sums so far shrink. Shared memory: queries 64 KiB; keys 4 stages of 32
 that a half is loaded anew as soon as its warpgroup has read it; weights twice 8 KiB.
 
 The queries come as the projection leaves them: while the first keys are on their way, both multiplying warpgroups norm
-and rotate them into shared memory, a head to a warp.
+and rotate them in shared memory, 8 heads to a warp.
 
 A row's keys are numbered: first its window's (a ring whose rows 0 to min(position, 127) it sees), then its entries.
-Only the last tile can have keys that are not there; they are zeros with score minus infinity, and their memory is not
-read. CTAs can share a row's tiles. With ``merges`` they are a cluster: each keeps its sums where its keys were, and
-merges every n-th head from all of them, through distributed shared memory. With ``split`` each writes its sums and, per
-head, their largest score and sum of weights; ``combine_sm90`` merges them. A CTA alone starts its sums with the sink,
-and its epilogue divides, rotates back and rounds.
+Only the last tile can have keys that are not there, with score minus infinity, whose memory is not read: zeros stand
+for them, or in FP8 pages the window's first key. CTAs can share a row's tiles. With ``merges`` they are a cluster: each
+keeps its sums where its keys were, and merges every n-th head from all of them, through distributed shared memory. With
+``split`` each writes its sums and, per head, their largest score and sum of weights; ``combine_sm90`` merges them. A
+CTA alone starts its sums with the sink, and its epilogue divides, rotates back and rounds.
 
-FP8 pages are copied as they are, and decoded by the warpgroup that loads: E4M3 times a power of two is BF16, exactly.
+FP8 pages come to the registers of the warpgroup that loads, a tile ahead, and are decoded from there to shared memory:
+E4M3 times a power of two is BF16, exactly.
 
 Positions, slots and block tables are read before the launches in front of this one have ended: those that may start
 early, one behind the other, must not write them. Everything else is read after.
@@ -32,13 +33,13 @@ import cutlass
 from cutlass import BFloat16, Float32, Int32, Uint8, cute
 
 from ownpath.kernels.attend.config_sm90 import (
-    REGISTERS,
+    LAUNCH_REGISTERS,
     TILE_HEADS,
     WG,
     AttendConfig,
 )
-from ownpath.kernels.attend.load_sm90 import AttendLoads
 from ownpath.kernels.attend.multiply_sm90 import AttendProducts
+from ownpath.kernels.attend.pages_sm90 import AttendPages, PageGuess
 from ownpath.kernels.attend.parts_sm90 import (
     CONSUMERS,
     MINUS_INFINITY,
@@ -49,7 +50,7 @@ from ownpath.kernels.dsl import ptx
 from ownpath.kernels.dsl.warpgroup import Thread
 
 
-class Attend(AttendLoads, AttendProducts):
+class Attend(AttendPages, AttendProducts):
     """Builds the kernel of one ``AttendConfig``."""
 
     @cute.jit
@@ -122,28 +123,42 @@ class Attend(AttendLoads, AttendProducts):
         warp_group = cute.arch.make_warp_uniform(thread // WG)
         memory = self.allocate()
         if thread == 0:
-            memory.pipeline.init(WG, 4)
+            memory.pipeline.init(self.cfg.num_arrivals, 4)
         cute.arch.sync_threads()
         cute.arch.griddepcontrol_launch_dependents()
+        registers = self.cfg.registers
+        end, slot = self.row_state(inputs)
+        guess = PageGuess(Int32(0), Int32(0))
         if cutlass.const_expr(self.cfg.selected):
             cute.arch.griddepcontrol_wait()
-        share = self.share(inputs)
-        if warp_group == 2:
-            cute.arch.setmaxregister_decrease(REGISTERS[0])
             if cutlass.const_expr(self.cfg.fp8):
-                self.load_pages(inputs, share, memory, thread % WG)
+                guess = self.guess_pages(inputs, end, slot, thread)
+            if warp_group < 2:
+                self.copy_queries(inputs, memory, thread)
+            # Nothing is left to wait for, but the compiler moves no load to before this one.
+            cute.arch.griddepcontrol_wait()
+        share = self.share(inputs, end, slot)
+        if warp_group == 2:
+            cute.arch.setmaxregister_decrease(registers[0])
+            if cutlass.const_expr(self.cfg.fp8):
+                self.load_pages(inputs, share, memory, guess, thread % WG)
             else:
                 self.load_keys(inputs, share, memory, thread % WG)
         else:
-            cute.arch.setmaxregister_increase(REGISTERS[1])
-            cute.arch.griddepcontrol_wait()
+            if cutlass.const_expr(registers[1] > LAUNCH_REGISTERS):
+                cute.arch.setmaxregister_increase(registers[1])
+            if cutlass.const_expr(not self.cfg.selected):
+                cute.arch.griddepcontrol_wait()
+                self.copy_queries(inputs, memory, thread)
             self.load_queries(inputs, share, memory, thread)
             place = Thread(thread % WG, warp_group)
             if share.num_tiles > 0:
                 if warp_group == 0:
-                    cute.arch.setmaxregister_increase(REGISTERS[2])
+                    cute.arch.setmaxregister_increase(registers[2])
                     self.multiply_left(inputs, results, share, memory, place)
                 else:
+                    if cutlass.const_expr(registers[1] < LAUNCH_REGISTERS):
+                        cute.arch.setmaxregister_decrease(registers[1])
                     self.multiply_right(inputs, results, share, memory, place)
             else:
                 if cutlass.const_expr(self.cfg.split):

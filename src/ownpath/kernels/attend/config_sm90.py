@@ -4,17 +4,19 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 WG = 128
+NUM_THREADS = 3 * WG
 HEAD_DIM, NUM_ROTARY = 512, 64
 TILE_HEADS, TILE_KEYS = 64, 64
-NUM_THREADS = 3 * WG
 COMBINE_THREADS = HEAD_DIM // 4
 MAX_SPLITS = 64
 """The combine kernel has two splits' statistics in a lane."""
-REGISTERS = (64, 208, 232)
-"""Registers of the threads that load, that multiply, and that compute the softmax too.
+LAUNCH_REGISTERS = 168
+"""Registers that a launch gives to each of 384 threads."""
+REGISTERS, PAGES_REGISTERS = (64, 208, 232), (112, 160, 232)
+"""Registers of the threads that load, that multiply, and that compute the softmax too; the second with FP8 pages, of
+which a tile waits in registers.
 
-Together they may have 504, three times the 168 that a launch gives to each of 384 threads: a warpgroup that asks for
-more than the others leave waits for ever.
+Together they may have three times the launch's: a warpgroup that asks for more than the others leave waits for ever.
 """
 MAX_SMEM = 232448
 KEY_BYTES, KEY_DATA, NUM_CODES = 584, 576, 448
@@ -66,13 +68,22 @@ class AttendConfig:
     @property
     def sources(self) -> tuple[str, ...]:
         return (
-            *(f"attend/{name}_sm90.py" for name in ("attend", "parts", "load", "multiply", "result")),
+            *(f"attend/{name}_sm90.py" for name in ("attend", "parts", "load", "pages", "multiply", "result")),
             *_SHARED_SOURCES,
         )
 
     @property
     def num_threads(self) -> int:
         return NUM_THREADS
+
+    @property
+    def registers(self) -> tuple[int, int, int]:
+        return PAGES_REGISTERS if self.fp8 else REGISTERS
+
+    @property
+    def num_arrivals(self) -> int:
+        """Of loading threads, or of their warps, at a stage's barrier."""
+        return WG // 32 if self.fp8 else WG
 
     @property
     def cluster(self) -> int:

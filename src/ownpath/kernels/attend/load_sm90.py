@@ -6,10 +6,8 @@ from cutlass import Float32, Int32, Int64, Uint32, cute
 from ownpath.kernels.attend import ptx as attend_ptx
 from ownpath.kernels.attend.config_sm90 import (
     HEAD_DIM,
-    KEY_BYTES,
-    KEY_DATA,
-    NUM_CODES,
     NUM_ROTARY,
+    TILE_HEADS,
     TILE_KEYS,
 )
 from ownpath.kernels.attend.parts_sm90 import (
@@ -25,6 +23,9 @@ from ownpath.kernels.attend.parts_sm90 import (
     AttendShare,
 )
 from ownpath.kernels.dsl import ptx
+
+HEADS_AT_ONCE = 4
+"""Heads that a warp norms together."""
 
 
 class AttendLoads(AttendParts):
@@ -71,22 +72,6 @@ class AttendLoads(AttendParts):
         return address
 
     @cute.jit
-    def page_address(self, inputs: AttendReads, share: AttendShare, key: Int32) -> tuple[Int64, Int64]:
-        """Returns the addresses of a key in FP8 pages, and of its scales."""
-        row = self.key_row(inputs, share, key)
-        place = -1 - row
-        ring = WINDOW + self.cfg.spare
-        page = inputs.window.toint() + Int64(share.slot) * (ring * KEY_BYTES)
-        scales = page + ring * KEY_DATA
-        if cutlass.const_expr(self.cfg.per_block):
-            if row >= 0:
-                per_block = self.cfg.per_block
-                place = row % per_block
-                page = inputs.entries.toint() + Int64(row // per_block) * (per_block * KEY_BYTES)
-                scales = page + per_block * KEY_DATA
-        return page + place * KEY_DATA, scales + place * (KEY_BYTES - KEY_DATA)
-
-    @cute.jit
     def load_keys(self, inputs: AttendReads, share: AttendShare, memory: AttendMemory, idx: Int32) -> None:
         """Gathers the keys of every tile, the left half of the channels first. A warp has 16 keys, one to a copy."""
         warp, lane = idx // 32, idx % 32
@@ -112,144 +97,75 @@ class AttendLoads(AttendParts):
             mine = self.key_address(inputs, share, key0 + TILE_KEYS + lane % 16)
 
     @cute.jit
-    def load_pages(self, inputs: AttendReads, share: AttendShare, memory: AttendMemory, idx: Int32) -> None:
-        """Gathers the keys of every tile from FP8 pages. A warp has 16 keys, two to a copy.
-
-        A thread copies 16 codes to where the first half of their BF16 values belongs, and decodes them once they are
-        there; nobody else touches that place. The next tile's copies are on their way meanwhile.
-        """
-        warp, lane = idx // 32, idx % 32
-        first = share.first_tile * TILE_KEYS + warp * 16
-        address, place = self.page_address(inputs, share, first + lane % 16)
-        cute.arch.griddepcontrol_wait()
-        self.start_pages(share, memory, warp, lane, Int32(0), address)
-        low, high = self.load_scales(share, first + lane % 16, place)
-        address, place = self.page_address(inputs, share, first + TILE_KEYS + lane % 16)
-        self.start_pages(share, memory, warp, lane, Int32(1), address)
-        next_low, next_high = self.load_scales(share, first + TILE_KEYS + lane % 16, place)
-        for i in cutlass.range(share.num_tiles, unroll=1):
+    def copy_queries(self, inputs: AttendReads, memory: AttendMemory, thread: Int32) -> None:
+        """Starts copying this CTA's queries, 8 heads to a warp: two units of a head to a thread; zeros for none."""
+        _, group, row = cute.arch.block_idx()
+        warp, lane = thread // 32, thread % 32
+        head0 = group * TILE_HEADS + warp * 8
+        line = inputs.q.toint() + (Int64(row) * inputs.q_row + head0 * inputs.q_head) * 2 + lane * 16
+        base = memory.q.toint() + lane // 8 * CHUNK_BYTES + warp * 8 * 128
+        for h in cutlass.range_constexpr(8):
+            num_bytes = Int32(0)
+            if head0 + h < inputs.num_heads:
+                num_bytes = Int32(16)
             for half in cutlass.range_constexpr(2):
-                if i == 0:
-                    cute.arch.cp_async_wait_group(3 - half)
-                else:
-                    cute.arch.cp_async_wait_group(1 - half)
-                word = low
-                if cutlass.const_expr(half == 1):
-                    word = high
-                self.decode_half(memory, warp, lane, (i & 1) * 2 + half, word, half)
-            low, high = next_low, next_high
-            if i > 0:
-                self.start_pages(share, memory, warp, lane, i + 1, address)
-            key = first + (i + 2) * TILE_KEYS + lane % 16
-            address, place = self.page_address(inputs, share, key)
-            next_low, next_high = self.load_scales(share, key, place)
-            for line in cutlass.range_constexpr(3):
-                attend_ptx.prefetch(address + (lane // 16 * 384 + line * 96))
-
-    @cute.jit
-    def load_scales(self, share: AttendShare, key: Int32, place: Int64) -> tuple[Uint32, Uint32]:
-        """Loads the 7 scales of a key; zeros for one that is not there."""
-        inside = Int32(0)
-        if key < share.num_keys:
-            inside = Int32(1)
-        low, high = attend_ptx.load_words2_or_zero(place, inside)
-        return low, high
-
-    @cute.jit
-    def start_pages(
-        self, share: AttendShare, memory: AttendMemory, warp: Int32, lane: Int32, i: Int32, mine: Int64
-    ) -> None:
-        """Starts the copies of tile i, if there is one: a group for each half of the channels."""
-        unit = lane % 16
-        base = memory.keys.toint() + unit // 4 * CHUNK_BYTES + warp * (16 * 128)
-        key0 = (share.first_tile + i) * TILE_KEYS + warp * 16
-        for half in cutlass.range_constexpr(2):
-            if i < share.num_tiles:
-                stage = (i & 1) * 2 + half
-                cute.arch.mbarrier_wait(memory.pipeline.empty + stage, ((i >> 1) & 1) ^ 1)
-                offset = half * HALF + unit * 16
-                if cutlass.const_expr(half == 1):
-                    if unit >= 12:
-                        offset = NUM_CODES + (unit - 12) * 32
-                for j in cutlass.range_constexpr(8):
-                    key = 2 * j + lane // 16
-                    source = Int64(cute.arch.shuffle_sync(mine, key)) + offset
-                    num_bytes = Int32(0)
-                    if key0 + key < share.num_keys:
-                        num_bytes = Int32(16)
-                    target = base + stage * STAGE_BYTES + key * 128 + ((unit % 4 * 2) ^ (key % 8)) * 16
-                    attend_ptx.copy16(target, source, num_bytes)
-                    if cutlass.const_expr(half == 1):
-                        if unit >= 12:
-                            attend_ptx.copy16(target ^ 16, source + 16, num_bytes)
-            cute.arch.cp_async_commit_group()
-
-    @cute.jit
-    def decode_half(
-        self, memory: AttendMemory, warp: Int32, lane: Int32, stage: Int32, word: Uint32, half: cutlass.Constexpr
-    ) -> None:
-        """Decodes what this thread copied to a stage, and hands the stage over. word: four scales of a key."""
-        unit = lane % 16
-        base = memory.keys.toint() + unit // 4 * CHUNK_BYTES + warp * (16 * 128) + stage * STAGE_BYTES
-        for j in cutlass.range_constexpr(8):
-            key = 2 * j + lane // 16
-            scales = Uint32(cute.arch.shuffle_sync(word, key))
-            factor = attend_ptx.scale_pair(scales, unit // 4)
-            target = base + key * 128 + ((unit % 4 * 2) ^ (key % 8)) * 16
-            if half == 0 or unit < 12:
-                codes = ptx.load_shared_vec4(target)
-                pairs = [attend_ptx.decode_pair(code, is_high, factor) for code in codes for is_high in (False, True)]
-                attend_ptx.store_shared_words(target, tuple(pairs[:4]))
-                attend_ptx.store_shared_words(target ^ 16, tuple(pairs[4:]))
-        attend_ptx.fence_async()
-        cute.arch.mbarrier_arrive(memory.pipeline.full + stage)
+                target = base + h * 128 + ((lane % 8) ^ h) * 16 + half * (4 * CHUNK_BYTES)
+                attend_ptx.copy16(target, line + h * inputs.q_head * 2 + half * (HALF * 2), num_bytes)
+            if cutlass.const_expr(h % HEADS_AT_ONCE == HEADS_AT_ONCE - 1):
+                cute.arch.cp_async_commit_group()
 
     @cute.jit
     def load_queries(self, inputs: AttendReads, share: AttendShare, memory: AttendMemory, thread: Int32) -> None:
-        """Norms and rotates the queries into shared memory: a head to a warp, 8 heads one after the other."""
+        """Norms and rotates the queries in shared memory once their copies are there, some heads at a time.
+
+        A thread has what it copied, and nobody else touches that before it is done.
+        """
         warp, lane = thread // 32, thread % 32
-        head0 = share.head0 + warp * 8
-        line = inputs.q.toint() + (Int64(share.row) * inputs.q_row + head0 * inputs.q_head) * 2 + lane * 16
-        words = []
-        for h in cutlass.range_constexpr(8):
-            inside = Int32(0)
-            if head0 + h < inputs.num_heads:
-                inside = Int32(1)
-            address = line + h * inputs.q_head * 2
-            words.append(
-                (
-                    *attend_ptx.load_words_or_zero(address, inside),
-                    *attend_ptx.load_words_or_zero(address + HALF * 2, inside),
-                )
-            )
-        # The last 8 lanes' second units have the rotary channels: four pairs each. Others read what they do not use.
+        base = memory.q.toint() + lane // 8 * CHUNK_BYTES + warp * 8 * 128
+        # Of the rotary channels, a lane has a unit of two heads: four pairs.
         angles = (Int64(share.row) * (NUM_ROTARY // 2) + lane % 8 * 4) * 4
         cos = [ptx.as_float(word) for word in ptx.load_global_vec4(inputs.cos.toint() + angles)]
         sin = [ptx.as_float(word) for word in ptx.load_global_vec4(inputs.sin.toint() + angles)]
-        rotates = Int32(0)
-        if lane >= 24:
-            rotates = Int32(1)
-        base = memory.q.toint() + lane // 8 * CHUNK_BYTES + warp * 8 * 128
-        for h in cutlass.range_constexpr(8):
-            total = Float32(0.0)
-            for word in words[h]:
-                low, high = ptx.widen_bf16(word, False), ptx.widen_bf16(word, True)
-                total = attend_ptx.fma(high, high, attend_ptx.fma(low, low, total))
-            for power in cutlass.range_constexpr(5):
-                total = total + cute.arch.shuffle_sync_bfly(total, 1 << power)
-            factor = attend_ptx.rsqrt(attend_ptx.fma(total, 1.0 / HEAD_DIM, inputs.eps))
-            normed = [
-                ptx.pack_bf16x2(ptx.widen_bf16(word, False) * factor, ptx.widen_bf16(word, True) * factor)
-                for word in words[h]
-            ]
-            for idx in cutlass.range_constexpr(4):
-                x0, x1 = ptx.widen_bf16(normed[4 + idx], False), ptx.widen_bf16(normed[4 + idx], True)
-                turned = ptx.pack_bf16x2(
-                    attend_ptx.fma(x0, cos[idx], -(x1 * sin[idx])), attend_ptx.fma(x0, sin[idx], x1 * cos[idx])
-                )
-                normed[4 + idx] = attend_ptx.pick(rotates, turned, normed[4 + idx])
-            address = base + h * 128 + ((lane % 8) ^ h) * 16
-            attend_ptx.store_shared_words(address, tuple(normed[:4]))
-            attend_ptx.store_shared_words(address + 4 * CHUNK_BYTES, tuple(normed[4:]))
+        for h in cutlass.range_constexpr(0, 8, HEADS_AT_ONCE):
+            cute.arch.cp_async_wait_group((7 - h) // HEADS_AT_ONCE)
+            self.norm_heads(
+                [base + head * 128 + ((lane % 8) ^ head) * 16 for head in range(h, h + HEADS_AT_ONCE)], inputs.eps
+            )
+        cute.arch.sync_warp()
+        for turn in cutlass.range_constexpr(2):
+            head = lane // 8 + 4 * turn
+            place = memory.q.toint() + 7 * CHUNK_BYTES + (warp * 8 + head) * 128 + ((lane % 8) ^ head) * 16
+            words = ptx.load_shared_vec4(place)
+            attend_ptx.store_shared_words(place, self.rotated(words, cos, sin))
         attend_ptx.fence_async()
         attend_ptx.barrier_sync(Q_READY, CONSUMERS)
+
+    def norm_heads(self, places: list[Int32], eps: Float32) -> None:
+        """Norms a warp's heads in place, one step of all after the other. places: of a lane's first unit; its second
+        one is half the channels on."""
+        heads = [(*ptx.load_shared_vec4(place), *ptx.load_shared_vec4(place + 4 * CHUNK_BYTES)) for place in places]
+        totals = []
+        for words in heads:
+            total = Float32(0.0)
+            for word in words:
+                low, high = ptx.widen_bf16(word, False), ptx.widen_bf16(word, True)
+                total = attend_ptx.fma(high, high, attend_ptx.fma(low, low, total))
+            totals.append(total)
+        for power in range(5):
+            totals = [total + cute.arch.shuffle_sync_bfly(total, 1 << power) for total in totals]
+        for place, words, total in zip(places, heads, totals, strict=True):
+            factor = attend_ptx.rsqrt(attend_ptx.fma(total, 1.0 / HEAD_DIM, eps))
+            normed = [
+                ptx.pack_bf16x2(ptx.widen_bf16(word, False) * factor, ptx.widen_bf16(word, True) * factor)
+                for word in words
+            ]
+            attend_ptx.store_shared_words(place, tuple(normed[:4]))
+            attend_ptx.store_shared_words(place + 4 * CHUNK_BYTES, tuple(normed[4:]))
+
+    def rotated(self, words: tuple[Uint32, ...], cos: list[Float32], sin: list[Float32]) -> tuple[Uint32, ...]:
+        """Rotates pairs of channels."""
+        turned = []
+        for word, c, s in zip(words, cos, sin, strict=True):
+            x0, x1 = ptx.widen_bf16(word, False), ptx.widen_bf16(word, True)
+            turned.append(ptx.pack_bf16x2(attend_ptx.fma(x0, c, -(x1 * s)), attend_ptx.fma(x0, s, x1 * c)))
+        return tuple(turned)

@@ -107,21 +107,37 @@ class AttendParts:
         return AttendMemory(q, keys, p, lines, Pipeline.allocate(4))
 
     @cute.jit
-    def share(self, inputs: AttendReads) -> AttendShare:
-        """Returns this CTA's share."""
+    def row_state(self, inputs: AttendReads) -> tuple[Int32, Int32]:
+        """Loads the number of tokens up to this CTA's row, and its slot."""
+        _, _, row = cute.arch.block_idx()
+        end = attend_ptx.load_word(inputs.positions.toint() + Int64(row) * 4) + 1
+        return end, attend_ptx.load_word(inputs.slots.toint() + Int64(row) * 4)
+
+    @cute.jit
+    def share(self, inputs: AttendReads, end: Int32, slot: Int32) -> AttendShare:
+        """Returns this CTA's share. end, slot: ``row_state``."""
+        count = Int32(0)
+        if cutlass.const_expr(self.cfg.selected):
+            _, _, row = cute.arch.block_idx()
+            count = attend_ptx.load_word(inputs.counts.toint() + Int64(row) * 4)
+        elif cutlass.const_expr(self.cfg.per_block):
+            count = end // (BLOCK_TOKENS // self.cfg.per_block)
+        share: AttendShare = self.share_of(inputs, end, slot, count)
+        return share
+
+    @cute.jit
+    def share_of(self, inputs: AttendReads, end: Int32, slot: Int32, count: Int32) -> AttendShare:
+        """Returns this CTA's share of a row that has ``count`` entries, or as many as the table has."""
         cfg = self.cfg
         split, group, row = cute.arch.block_idx()
         num_splits, _, _ = cute.arch.grid_dim()
-        end = attend_ptx.load_word(inputs.positions.toint() + Int64(row) * 4) + 1
-        slot = attend_ptx.load_word(inputs.slots.toint() + Int64(row) * 4)
         num_window = cutlass.min(end, WINDOW)
         num_keys = num_window
-        if cutlass.const_expr(cfg.selected):
-            count = attend_ptx.load_word(inputs.counts.toint() + Int64(row) * 4)
-            num_keys = num_window + cutlass.min(count, inputs.width)
-        elif cutlass.const_expr(cfg.per_block):
-            count = end // (BLOCK_TOKENS // cfg.per_block)
-            num_keys = num_window + cutlass.min(count, inputs.width * cfg.per_block)
+        if cutlass.const_expr(cfg.per_block):
+            most = inputs.width
+            if cutlass.const_expr(not cfg.selected):
+                most = inputs.width * cfg.per_block
+            num_keys = num_window + cutlass.min(count, most)
         tiles = (num_keys + TILE_KEYS - 1) // TILE_KEYS
         first, num_tiles = Int32(0), tiles
         if cutlass.const_expr(cfg.split or cfg.merges):

@@ -142,46 +142,76 @@ def pick(condition: Value, word: Value, otherwise: Value, *, loc: Site = None, i
 
 
 @dsl_user_op
-def load_words2_or_zero(address: Value, inside: Value, *, loc: Site = None, ip: Site = None) -> FourWords:
-    """Loads 8 bytes of global memory, or returns zeros where ``inside`` is 0: nothing is read then."""
-    struct = llvm.StructType.get_literal([T.i32()] * 2)
-    text = "{ .reg .pred p; setp.ne.s32 p, $3, 0; mov.b32 $0, 0; mov.b32 $1, 0; @p ld.global.v2.b32 {$0, $1}, [$2]; }"
-    operands = [Int64(address).ir_value(loc=loc, ip=ip), Int32(inside).ir_value(loc=loc, ip=ip)]
-    loaded = asm(text, "=&r,=&r,l,r", struct, operands, False, loc, ip)
-    return tuple(Uint32(llvm.extractvalue(T.i32(), loaded, [idx], loc=loc, ip=ip)) for idx in range(2))
-
-
-@dsl_user_op
 def prefetch(address: Value, *, loc: Site = None, ip: Site = None) -> None:
     """Fetches a line of global memory into L2."""
     asm("prefetch.global.L2 [$0];", "l", None, [Int64(address).ir_value(loc=loc, ip=ip)], False, loc, ip)
 
 
 @dsl_user_op
-def scale_pair(word: Value, idx: Value, *, loc: Site = None, ip: Site = None) -> Uint32:
-    """Returns E8M0 scale ``idx`` of four as BF16, twice; 2^-127 is a subnormal number."""
+def scale_pair(word: Value, idx: int, *, loc: Site = None, ip: Site = None) -> Uint32:
+    """Returns BF16 2^(120 + k) twice for E8M0 scale ``idx`` of four, 2^k with k up to 7; 2^127 for larger ones."""
     text = (
-        "{ .reg .b32 shift, scale; shl.b32 shift, $2, 3; shr.u32 scale, $1, shift; and.b32 scale, scale, 255; "
-        "shl.b32 scale, scale, 7; max.u32 scale, scale, 64; prmt.b32 $0, scale, scale, 0x1010; }"
+        f"{{ .reg .b32 scale; bfe.u32 scale, $1, {8 * idx}, 8; add.u32 scale, scale, 120; min.u32 scale, scale, 254; "
+        "mul.lo.u32 $0, scale, 0x00800080; }"
+    )
+    return Uint32(asm(text, "=r,r", T.i32(), [Uint32(word).ir_value(loc=loc, ip=ip)], True, loc, ip))
+
+
+@dsl_user_op
+def rest_of_scale(word: Value, idx: Value, *, loc: Site = None, ip: Site = None) -> Uint32:
+    """Returns the rest that ``scale_pair`` leaves, twice in BF16: 2^(k - 7), 1 for a k up to 7; NaN for scale 255."""
+    text = (
+        "{ .reg .pred nan; .reg .b32 shift, scale; shl.b32 shift, $2, 3; shr.u32 scale, $1, shift; "
+        "and.b32 scale, scale, 255; setp.eq.u32 nan, scale, 255; max.u32 scale, scale, 134; "
+        "sub.u32 scale, scale, 7; mul.lo.u32 scale, scale, 0x00800080; selp.b32 $0, 0x7FC07FC0, scale, nan; }"
     )
     operands = [Uint32(word).ir_value(loc=loc, ip=ip), Int32(idx).ir_value(loc=loc, ip=ip)]
     return Uint32(asm(text, "=r,r,r", T.i32(), operands, True, loc, ip))
 
 
 @dsl_user_op
-def decode_pair(codes: Value, is_high: bool, factor: Value, *, loc: Site = None, ip: Site = None) -> Uint32:
-    """Decodes two of four E4M3 codes and multiplies them by BF16 factors, exactly where the result is BF16.
+def any_scale_above(word: Value, *, loc: Site = None, ip: Site = None) -> Int32:
+    """Returns 1 in all lanes of a warp if one has an E8M0 scale above 2^7 among its four, else 0."""
+    text = (
+        "{ .reg .pred p; .reg .b32 low; and.b32 low, $1, 0x7F7F7F7F; add.u32 low, low, 0x79797979; "
+        "and.b32 low, low, $1; and.b32 low, low, 0x80808080; setp.ne.u32 p, low, 0; "
+        "vote.sync.any.pred p, p, 0xFFFFFFFF; selp.s32 $0, 1, 0, p; }"
+    )
+    return Int32(asm(text, "=r,r", T.i32(), [Uint32(word).ir_value(loc=loc, ip=ip)], False, loc, ip))
 
-    A code's bits, moved by 4, are a BF16 value of 2^-120 of the code's.
+
+@dsl_user_op
+def unknown_sixteen(*, loc: Site = None, ip: Site = None) -> Uint32:
+    """Returns 16 in a warp without the compiler's knowledge: it multiplies by it where it would shift, which the busier
+    pipe does."""
+    return Uint32(asm("{ activemask.b32 $0; and.b32 $0, $0, 16; }", "=r", T.i32(), [], False, loc, ip))
+
+
+@dsl_user_op
+def decode_pair(
+    codes: Value, is_high: bool, factor: Value, sixteen: Value, *, loc: Site = None, ip: Site = None
+) -> Uint32:
+    """Decodes two of four E4M3 codes and multiplies them by ``scale_pair``, exactly where the result is BF16.
+
+    A code's bits, moved by 4, are a BF16 value of 2^-120 of the code's. The multiplication that moves them also adds
+    0x7800, which carries a sign from bit 11 to bit 15.
     """
     text = (
-        f"{{ .reg .b32 sign, bits, up; prmt.b32 sign, $1, 0, {0x3424 if is_high else 0x1404:#x}; "
-        "shr.u32 bits, sign, 4; and.b32 bits, bits, 0x07F007F0; and.b32 sign, sign, 0x80008000; "
-        "or.b32 bits, bits, sign; mov.b32 up, 0x7B807B80; mul.rn.bf16x2 bits, bits, up; "
-        "mul.rn.bf16x2 $0, bits, $2; }"
+        f"{{ .reg .b32 bits; prmt.b32 bits, $1, 0, {0x4342 if is_high else 0x4140:#x}; "
+        "mad.lo.u32 bits, bits, $3, 0x78007800; and.b32 bits, bits, 0x87F087F0; mul.rn.bf16x2 $0, bits, $2; }"
     )
-    operands = [Uint32(codes).ir_value(loc=loc, ip=ip), Uint32(factor).ir_value(loc=loc, ip=ip)]
-    return Uint32(asm(text, "=r,r,r", T.i32(), operands, True, loc, ip))
+    operands = [Uint32(v).ir_value(loc=loc, ip=ip) for v in (codes, factor, sixteen)]
+    return Uint32(asm(text, "=r,r,r,r", T.i32(), operands, True, loc, ip))
+
+
+@dsl_user_op
+def load_once(address: Value, *, loc: Site = None, ip: Site = None) -> FourWords:
+    """Loads 16 bytes of global memory and leaves no copy in L1."""
+    struct = llvm.StructType.get_literal([T.i32()] * 4)
+    operands = [Int64(address).ir_value(loc=loc, ip=ip)]
+    text = "ld.global.L1::no_allocate.L2::256B.v4.b32 {$0, $1, $2, $3}, [$4];"
+    loaded = asm(text, "=r,=r,=r,=r,l", struct, operands, False, loc, ip)
+    return tuple(Uint32(llvm.extractvalue(T.i32(), loaded, [idx], loc=loc, ip=ip)) for idx in range(4))
 
 
 @dsl_user_op
