@@ -33,9 +33,9 @@ class AttendLoads(AttendParts):
 
     @cute.jit
     def key_row(self, inputs: AttendReads, share: AttendShare, key: Int32) -> Int32:
-        """Returns a key's row of the entries; -1 - row for one of the window, whose first stands for missing keys."""
+        """Returns a key's row of the entries; -1 - row for one of the window; `own_place` stands for one that is missing."""
         cfg = self.cfg
-        row = Int32(-1)
+        row = -1 - self.own_place(share)
         if key < share.num_window:
             row = -1 - self.ring_place(share, key)
         if cutlass.const_expr(cfg.per_block):
@@ -48,6 +48,11 @@ class AttendLoads(AttendParts):
                     block = attend_ptx.load_word(line + entry // cfg.per_block * 4)
                     row = block * cfg.per_block + entry % cfg.per_block
         return row
+
+    def own_place(self, share: AttendShare) -> Int32:
+        """Returns a row of the ring that the share's row sees in any case: the ring's first, or in a longer ring, whose
+        first may lie behind the window, its own."""
+        return share.position % (WINDOW + self.cfg.spare) if self.cfg.spare else Int32(0)
 
     @cute.jit
     def ring_place(self, share: AttendShare, key: Int32) -> Int32:

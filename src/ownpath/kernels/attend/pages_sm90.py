@@ -77,9 +77,9 @@ class AttendPages(AttendLoads):
 
     @cute.jit
     def page_address(self, inputs: AttendReads, share: AttendShare, key: Int32, word: Int32) -> tuple[Int64, Int64]:
-        """Returns the addresses of a key and of its scales. The window's first stands for one that is not there."""
+        """Returns the addresses of a key and of its scales. ``own_place`` stands for one that is not there."""
         per_block = self.cfg.per_block
-        place = Int32(0)
+        place = self.own_place(share)
         if key < share.num_window:
             place = self.ring_place(share, key)
         ring = WINDOW + self.cfg.spare
