@@ -33,7 +33,7 @@ class AttendLoads(AttendParts):
 
     @cute.jit
     def key_row(self, inputs: AttendReads, share: AttendShare, key: Int32) -> Int32:
-        """Returns a key's row of the entries; -1 - row for one of the window; `own_place` stands for one that is missing."""
+        """Returns a key's row of the entries; -1 - row for one of the window. A missing key has `own_place`."""
         cfg = self.cfg
         row = -1 - self.own_place(share)
         if key < share.num_window:
