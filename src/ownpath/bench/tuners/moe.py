@@ -36,7 +36,7 @@ from ownpath.qtensor import QuantTensor
 
 SHAPES = ("v4-flash", "v4-pro")
 
-TOKENS = (1, 4, 8, 16, 32, 64, 256, 512, 1024, 2048, 4096, 8192)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 512, 1024, 2048, 4096, 8192)
 """Numbers of tokens that an entry is measured with."""
 
 

@@ -2,8 +2,8 @@
 
 How it works. A CTA takes 32 columns of a token: each of 32 groups of eight lanes takes every 32nd slice and adds the
 token's pairs, the sums of a warp's groups meet by shuffles and those of the warps in shared memory, in the same order
-every time. Loads of six pairs have no branch between them, so that they are in flight together: one after the other
-they took 2 us. Roofline: the bytes of the sums, which are in L2. Limits: hidden a multiple of 32.
+every time. Loads of six pairs have no branch between them, so that they are in flight together, and the routing is read
+before the wait. Roofline: the bytes of the sums, which are in L2. Limits: hidden a multiple of 32.
 """
 
 from dataclasses import dataclass
