@@ -160,14 +160,18 @@ def test_an_answer_that_ctrl_c_stops_stays_in_the_conversation(screen: Callable[
             return super().forward(batch)
 
     model = Interrupted("hello ...", "two", max_model_len=4096)
-    code, shown = screen(model, "a\nb\n")
+    shells = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        code, shown = screen(model, "a\nb\n")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, shells)
     assert code == 0
     assert "two" in shown.getvalue()
     before, after = f"{BOS}{USER}a{ASSISTANT}{THINK_END}", f"{EOS}{USER}b{ASSISTANT}{THINK_END}"
     said = model.read(1).removeprefix(before).removesuffix(after)
     assert said.startswith("hello hello ")
     assert f"> {said}\n" in shown.getvalue(), "what is kept is what was shown"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_wrong_values_are_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
