@@ -13,11 +13,12 @@ from support.kernel_configs import model_configs
 from ownpath.cache.layout import BLOCK_TOKENS
 from ownpath.cache.pools import CachePool
 from ownpath.config import CSA_RATIO, EngineConfig
+from ownpath.engine.adjust import Adjuster
 from ownpath.engine.decoder import Decoder, make_decoder
 from ownpath.engine.engine import Engine
 from ownpath.engine.request import FinishReason, Request, SamplingParams, StepOutput
 from ownpath.engine.rows import DecodeRow, StepRows
-from ownpath.engine.sampler import SampleRow, choose_tokens, warm_up_sampler
+from ownpath.engine.sampler import SampleRow, choose_tokens, sample_row, warm_up_sampler
 from ownpath.kernels.dsl import cache
 from ownpath.kernels.dsl.cache import Config
 from ownpath.kernels.dsl.compilations import COMPILATIONS
@@ -177,6 +178,39 @@ def test_log_probs_are_those_of_the_logits(model: Model) -> None:
             row.cache.release()
 
 
+def test_adjusted_rows_are_drawn_as_the_twin_draws_them(model: Model) -> None:
+    """Behind a graph and behind an eager step, over several steps: the twin's tokens from the step's own logits."""
+    kinds = (
+        {"repetition_penalty": 1.7},
+        {},
+        {"presence_penalty": 1.0, "frequency_penalty": 0.5},
+        {"logit_bias": ((7, 3.0), (9, -100.0))},
+        {"min_tokens": 4},
+    )
+    num_vocab, device = model.config.vocab_size, model.cache_spec.device
+    for decoder in (captured(model), eager(model)):
+        rows = started(model, PROMPTS)
+        params = [SamplingParams(9, 0.9, seed=n, top_p=0.9, **kind) for n, kind in enumerate(kinds)]  # type: ignore[arg-type]
+        requests = [Request([9, n], one, lambda output: None) for n, one in enumerate(params)]
+        adjusters = [Adjuster(num_vocab, place, frozenset({5})) for place in (device, torch.device("cpu"))]
+        for request in requests:
+            for adjuster in adjusters:
+                adjuster.add(request)
+        for _ in range(NUM_STEPS):
+            samples = [sample_row(request) for request in requests]
+            rows = [row._replace(sample=sample) for row, sample in zip(rows, samples, strict=True)]
+            on_device, on_host = (adjuster.rows_of(requests) for adjuster in adjusters)
+            with torch.inference_mode():
+                found = decoder.step(StepRows.of(rows), on_device)
+            assert found.token_ids == choose_tokens(found.logits_TV.float().cpu(), samples, on_host).token_ids
+            for request, token_id in zip(requests, found.token_ids, strict=True):
+                assert token_id is not None
+                request.output_ids.append(token_id)
+            rows = [DecodeRow(row.cache, one.output_ids[-1]) for row, one in zip(rows, requests, strict=True)]
+        for row in rows:
+            row.cache.release()
+
+
 def test_replays_are_counted_like_eager_steps(model: Model) -> None:
     graphs = captured(model)
     rows = started(model, (20, 30))
@@ -245,7 +279,8 @@ def test_no_prompt_compiles_after_the_start(model: Model) -> None:
 
 
 def test_a_served_engine_compiles_and_captures_nothing(model: Model) -> None:
-    """After a start as ``serve`` makes it, whatever requests come: alone and together, greedy, drawn and scored."""
+    """After a start as ``serve`` makes it, whatever requests come: alone and together, greedy, drawn, scored
+    and with adjusted logits."""
     engine = EngineConfig(model.cache_spec.device.type, torch.bfloat16, 1024, MAX_ROWS, max_prefill_tokens=512)
     warm_up(model, engine)
     warm_up_sampler(model.cache_spec.device, model.config.vocab_size)
@@ -261,8 +296,9 @@ def test_a_served_engine_compiles_and_captures_nothing(model: Model) -> None:
             SamplingParams(5 + count, temperature=0.0),
             SamplingParams(5 + count, temperature=0.9, top_p=0.8, num_logprobs=0),
             SamplingParams(5 + count, num_logprobs=3, prompt_logprobs=True),
+            SamplingParams(5 + count, repetition_penalty=1.2, logit_bias=((7, 2.0),), min_tokens=3),
         )
-        runs.submit([Request([5 + n] * (1 + 60 * n), kinds[n % 3], heard.put) for n in range(count)])
+        runs.submit([Request([5 + n] * (1 + 60 * n), kinds[n % 4], heard.put) for n in range(count)])
         num_ended = 0
         while num_ended < count:
             output = heard.get(timeout=60)

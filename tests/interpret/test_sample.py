@@ -1,11 +1,14 @@
 """The sampler's kernel, interpreted, against its twin: the same tokens, faults and log-probabilities."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from support.sampling import filters, mixed_rows, plain_rows
 
+from ownpath.engine.adjust import Adjuster
+from ownpath.engine.request import Request, SamplingParams
 from ownpath.kernels.sample.launch import SAMPLE, SampleShape, TritonSample, choose_shape
 from ownpath.kernels.sample.ref import sample
 from ownpath.kernels.sample.types import Sampled, SampleRows
@@ -37,6 +40,34 @@ def test_every_parameter(num_vocab: int, spread: float) -> None:
     num_rows = 4
     logits = (torch.randn(num_rows, num_vocab, generator=g) * spread * 8).round() / 8
     compare(logits, mixed_rows(num_rows, num_vocab, g))
+
+
+def test_rows_as_the_engine_adjusts_them() -> None:
+    """512 places, of which most are empty or nearly all are used; tables and none; barred tokens that are likeliest."""
+    num_vocab = 1100
+    logits = torch.randn(5, num_vocab, generator=torch.Generator().manual_seed(6)) * 2
+    logits[:, [1, 1030]] = 30.0
+    ends = frozenset(range(1024, 1024 + 70))
+    fields: list[dict[str, Any]] = [
+        {"min_tokens": 9, "logit_bias": tuple((n, (n % 7) - 3.0) for n in range(0, 900, 3)), "top_p": 0.9},
+        {"min_tokens": 2, "logit_bias": ((1, 5.0),)},
+        {"repetition_penalty": 1e-45},
+        {"presence_penalty": 2.0, "frequency_penalty": -0.5, "top_k": 7},
+        {"min_tokens": 9, "stop_token_ids": frozenset((1, 5000)), "repetition_penalty": 2.0},
+    ]
+    adjuster, requests = Adjuster(num_vocab, torch.device("cpu"), ends), []
+    for n, own in enumerate(fields):
+        request = Request([1, n, 7], SamplingParams(9, 0.8 * (n != 2), seed=n, **own), lambda output: None)
+        request.output_ids += [1, 1, 1030, 40 + n]
+        adjuster.add(request)
+        requests.append(request)
+    adjusted = adjuster.rows_of(requests)
+    assert adjusted is not None
+    assert adjusted.where_S.tolist() == [0, 1, 2, 3, 4]
+    found = compare(logits, adjusted.rows).token_T.tolist()
+    assert not {found[0], found[4]} & ends
+    assert found[1] == 1
+    assert found[4] != 1
 
 
 def test_programs_share_a_row() -> None:

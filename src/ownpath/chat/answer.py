@@ -14,6 +14,7 @@ class Answer:
     Stop strings are searched in the content only, not in reasoning or tool calls.
 
     max_calls: the answer is over with this many whole calls; None: with as many as the model writes.
+    min_tokens: no stop string is searched in what the first so many tokens show.
     num_chars: characters generated so far, shown or held back.
     Errors: MissingMarkerError when the vocabulary lacks a marker that the parser needs.
     """
@@ -24,13 +25,15 @@ class Answer:
         stops: Sequence[str],
         parser: AnswerParser | None = None,
         max_calls: int | None = None,
+        min_tokens: int = 0,
     ) -> None:
         self._detokenizer = Detokenizer(tokenizer)
         self._matcher = StopMatcher(stops)
         self._parser = parser or AnswerParser()
         self._markers = {tokenizer.special_id(marker): marker for marker in self._parser.markers}
         self._thinks = self._parser.is_reasoning
-        self._max_calls = max_calls
+        self._max_calls, self._num_unsearched = max_calls, min_tokens
+        self._is_searching = min_tokens == 0
         self.num_chars = 0
 
     @property
@@ -70,6 +73,8 @@ class Answer:
 
     def feed(self, token_id: int) -> list[AnswerPart]:
         """Takes one token and returns what can be shown after it."""
+        self._is_searching = self._num_unsearched == 0
+        self._num_unsearched = max(self._num_unsearched - 1, 0)
         if token_id in self._markers:
             parts = self._text(self._detokenizer.flush())
             return self._shown(parts + self._parser.feed_marker(self._markers[token_id]))
@@ -89,7 +94,7 @@ class Answer:
             if self.is_stopped:
                 break
             if isinstance(part, Content):
-                text = self._matcher.feed(part.text)
+                text = self._matcher.feed(part.text) if self._is_searching else part.text
                 shown += [Content(text)] if text else []
             elif isinstance(part, Reasoning | MalformedMarkup | CallInReasoning):
                 shown.append(part)

@@ -19,8 +19,9 @@ import torch
 from ownpath.cache.pools import CachePool
 from ownpath.cache.tables import DecodeTables
 from ownpath.config import EngineConfig
+from ownpath.engine.adjust import AdjustedRows
 from ownpath.engine.rows import NO_ROWS, ResidentRows, RowArrays, StepResults, StepRows, StepTokens
-from ownpath.engine.sampler import sampler_of
+from ownpath.engine.sampler import draw_adjusted, sampler_of
 from ownpath.kernels.dsl.compilations import COMPILATIONS
 from ownpath.kernels.registry import spec_of
 from ownpath.terminal.console import tell
@@ -100,8 +101,11 @@ class Decoder:
         COMPILATIONS.num_captured += 1
         return _Captured(graph, logits_TV, self._model.ledger.captured(calls))
 
-    def step(self, rows: StepRows) -> StepTokens:
-        """Runs a step of at least one row and extends the rows' caches by one token."""
+    def step(self, rows: StepRows, adjusted: AdjustedRows | None = None) -> StepTokens:
+        """Runs a step of at least one row and extends the rows' caches by one token.
+
+        adjusted: rows that are drawn again, behind the graph and before anything reads their tokens.
+        """
         num_rows, lengths = rows.num_rows, self.pool.slots.lengths
         count = next(size for size in self.buckets if size >= num_rows)
         slots = [cache.slot for cache in rows.caches]
@@ -111,6 +115,9 @@ class Decoder:
             self._rows.upload(rows)
         self._resident = None  # until the step has ended: one that fails leaves rows that nobody knows
         logits_TV = self.launch(count)
+        if adjusted is not None:
+            tokens_S = draw_adjusted(logits_TV, adjusted, self._results.on_device)
+            self._rows.columns.tokens.index_copy_(0, adjusted.where_S, tokens_S)
         self._results.copy()
         assert max(positions) < self.pool.spec.max_tokens
         for slot, position in zip(slots, positions, strict=True):

@@ -11,6 +11,7 @@ import torch
 
 from ownpath.cache.pools import SequenceCache
 from ownpath.config import EngineConfig, ModelConfig
+from ownpath.engine.adjust import Adjuster
 from ownpath.engine.batch import LogitsShare, build_batch, decode_share
 from ownpath.engine.decoder import Decoder
 from ownpath.engine.device import device_problem
@@ -104,6 +105,7 @@ class Engine:
         self.end_token_ids = frozenset(model.config.eos_token_id if end_token_ids is None else end_token_ids)
         self._model, self._decoder = model, decoder
         self._scheduler = Scheduler(config.max_num_seqs, config.max_prefill_tokens)
+        self._adjuster = Adjuster(num_vocab, torch.device(config.device), self.end_token_ids)
         self._max_num_open = config.max_num_seqs + max_num_queued
         self._flags = IndexFlags()
         self._open: set[Request] = set()
@@ -174,6 +176,7 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Checks that the request could run here. Errors: RequestError with the numbers."""
+        self._adjuster.check(request.params)
         num_prompt, limit = len(request.prompt_ids), self.config.max_model_len
         if num_prompt == 0:
             raise RequestError("the prompt has no tokens")
@@ -229,6 +232,8 @@ class Engine:
 
     def _add(self, requests: Sequence[Request]) -> None:
         self._scheduler.add(*requests)
+        for request in requests:
+            self._adjuster.add(request)
 
     def _take_messages(self) -> bool:
         """Handles messages from other threads; sleeps while there is nothing to do. Returns False to stop."""
@@ -297,7 +302,7 @@ class Engine:
         Most rows only extend an answer by a token, and are reported without a look at their logits.
         """
         requests = [chunk.request for chunk in chunks]
-        done = decoder.step(step_rows(requests))
+        done = decoder.step(step_rows(requests), self._adjuster.rows_of(requests))
         self._flags.read()
         tell_flagged(done.flagged, requests)
         for row, (request, token_id) in enumerate(zip(requests, done.token_ids, strict=True)):
@@ -325,8 +330,9 @@ class Engine:
         due = {n: share.sample_row for n, share in enumerate(shares) if share.sample_row is not None}
         drawn = [Drawn()] * len(shares)
         if due:
-            rows = [sample_row(shares[n].chunk.request) for n in due]
-            found = choose_tokens(logits_RV[list(due.values())], rows)
+            requests = [shares[n].chunk.request for n in due]
+            rows, adjusted = [sample_row(one) for one in requests], self._adjuster.rows_of(requests)
+            found = choose_tokens(logits_RV[list(due.values())], rows, adjusted)
             for n, token_id, logprob in zip(due, *found, strict=True):
                 drawn[n] = Drawn(token_id, logprob)
         return drawn
@@ -385,6 +391,7 @@ class Engine:
 
     def _close(self, request: Request) -> None:
         self._scheduler.remove(request)
+        self._adjuster.drop(request)
         if request.cache is not None:
             request.cache.release()
         request.cache = None

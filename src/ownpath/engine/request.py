@@ -8,11 +8,26 @@ from enum import Enum, StrEnum
 from functools import lru_cache
 
 from ownpath.cache.pools import SequenceCache
-from ownpath.engine.limits import MAX_STOP_TOKENS, MAX_TEMPERATURE, MAX_TOP_LOGPROBS, SEED_LIMIT, TOP_K_LIMIT
+from ownpath.engine.limits import (
+    LARGEST_BIAS,
+    LARGEST_PENALTY,
+    LARGEST_REPETITION,
+    MAX_LOGIT_BIAS,
+    MAX_STOP_TOKENS,
+    MAX_TEMPERATURE,
+    MAX_TOP_LOGPROBS,
+    SEED_LIMIT,
+    TOP_K_LIMIT,
+)
 
 
 class RequestError(ValueError):
-    """A request that cannot be run as asked; the message names the field."""
+    """A request that cannot be run as asked; the message names the field. param: the field, where it is not the
+    prompt's length."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 @dataclass(frozen=True)
@@ -28,6 +43,10 @@ class SamplingParams:
     top_k: sample among so many of the likeliest tokens; 0 among all.
     min_p: sample among tokens with at least this share of the likeliest one's probability.
     ignore_eos: the model's end tokens end nothing. stop_token_ids: tokens that end the answer beside them.
+    presence_penalty, frequency_penalty: taken from the logit of a token that the answer has, once, and for each time.
+    repetition_penalty: divides a positive logit of a token that prompt or answer have, and multiplies any other.
+    logit_bias: tokens, each once, and what is added to their logits, after the penalties.
+    min_tokens: until the answer has so many tokens, none is drawn that would end it.
     """
 
     max_tokens: int
@@ -40,6 +59,11 @@ class SamplingParams:
     min_p: float = 0.0
     ignore_eos: bool = False
     stop_token_ids: frozenset[int] = frozenset()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
         checks = (
@@ -53,6 +77,7 @@ class SamplingParams:
             ("top_k", 0 <= self.top_k < TOP_K_LIMIT, "must be 0 or the number of tokens"),
             ("min_p", 0 <= self.min_p <= 1, "must be between 0 and 1"),
             ("stop_token_ids", len(self.stop_token_ids) <= MAX_STOP_TOKENS, f"has at most {MAX_STOP_TOKENS} tokens"),
+            *(self._checks_of_adjustments() if self.adjusts else ()),
             (
                 "seed",
                 self.seed is None or -SEED_LIMIT <= self.seed < SEED_LIMIT,
@@ -68,6 +93,37 @@ class SamplingParams:
             if not holds:
                 raise RequestError(f"{name} {problem}, found {getattr(self, name)!r}")
         assert math.isfinite(self.temperature)
+
+    def _checks_of_adjustments(self) -> tuple[tuple[str, bool, str], ...]:
+        between = f"must be between {-LARGEST_PENALTY:g} and {LARGEST_PENALTY:g}"
+        ids, values = [token_id for token_id, _ in self.logit_bias], [value for _, value in self.logit_bias]
+        bias = f"has at most {MAX_LOGIT_BIAS} tokens, each once, with values of at most {LARGEST_BIAS:g} either way"
+        is_bias = len(ids) <= MAX_LOGIT_BIAS and len(set(ids)) == len(ids) and min(ids, default=0) >= 0
+        return (
+            ("presence_penalty", abs(self.presence_penalty) <= LARGEST_PENALTY, between),
+            ("frequency_penalty", abs(self.frequency_penalty) <= LARGEST_PENALTY, between),
+            (
+                "repetition_penalty",
+                0 < self.repetition_penalty <= LARGEST_REPETITION,
+                f"must be above 0 and at most {LARGEST_REPETITION:g}",
+            ),
+            ("logit_bias", is_bias and all(abs(value) <= LARGEST_BIAS for value in values), bias),
+            ("min_tokens", self.min_tokens >= 0, "must not be negative"),
+        )
+
+    @property
+    def has_penalties(self) -> bool:
+        """True if tokens seen count."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
+    @property
+    def adjusts(self) -> bool:
+        """True if logits change before a token is chosen, in some step at least."""
+        return self.has_penalties or bool(self.logit_bias) or self.min_tokens != 0
+
+    def ending_ids(self, end_token_ids: frozenset[int]) -> frozenset[int]:
+        """Returns the tokens that end an answer. end_token_ids: the model's."""
+        return self.stop_token_ids if self.ignore_eos else self.stop_token_ids | end_token_ids
 
     @property
     def has_filters(self) -> bool:
@@ -185,6 +241,16 @@ class Request:
         """True if more than the sampler's results decides what this step reports."""
         is_prefilling = self.num_computed < len(self.prompt_ids)
         return is_prefilling or self.flagged_layer is not None or self.params.needs_logits
+
+    @property
+    def must_go_on(self) -> bool:
+        """True while no token may end the answer."""
+        return len(self.output_ids) < self.params.min_tokens
+
+    @property
+    def adjusts_now(self) -> bool:
+        """True if the logits of the next token change before it is chosen."""
+        return self.params.has_penalties or bool(self.params.logit_bias) or self.must_go_on
 
     def with_end(self, output: StepOutput, end_token_ids: frozenset[int]) -> StepOutput:
         """Returns a step's output and why the answer ends with it, if it does. end_token_ids: the model's."""

@@ -14,13 +14,11 @@ from ownpath.cache.layout import NOBODY, aligned_rows
 from ownpath.cache.pools import CachePool, SequenceCache
 from ownpath.cache.tables import DecodeTables, first_flagged, new_flags
 from ownpath.engine.request import Request, SamplingParams
-from ownpath.engine.sampler import SampleRow, sampled_views
+from ownpath.engine.sampler import NUM_SAMPLED, SampleRow, sampled_views
 from ownpath.kernels.sample.types import FilterRows, Sampled, SampleRows
 
 PADDED = -1
 """The token id of a padded row."""
-NUM_SAMPLED = len(Sampled._fields)
-"""Rows of a step's results that the sampler writes."""
 _PADDED_INTEGERS = np.array([[PADDED], [NOBODY], [0], [0], [0], [-1], [0]])
 _PADDED_FLOATS = np.array([[0.0], [1.0], [0.0]])
 """A padded row's token, slot, position, drawn tokens, step, pad and top_k; its temperature, top_p and min_p."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ownpath.cache.layout import aligned_rows
+from ownpath.engine.adjust import AdjustedRows, Adjuster
 from ownpath.engine.request import Request, SamplingParams, ScoredToken
 from ownpath.kernels.registry import KERNELS
 from ownpath.kernels.sample.types import FilterRows, Sampled, SampleKernel, SampleRows
@@ -21,6 +22,8 @@ from ownpath.plan.select import Choice, select
 
 NAN_BITS = 0x7FC00000
 """A float32 NaN as an integer."""
+NUM_SAMPLED = len(Sampled._fields)
+"""Rows of a step's results that the sampler writes."""
 NON_FINITE = "the model produced a logit that is not finite"
 
 
@@ -72,27 +75,44 @@ def finite_rows(logits_RV: torch.Tensor) -> list[bool]:
     return finite
 
 
-def choose_tokens(logits_SV: torch.Tensor, rows: Sequence[SampleRow]) -> Chosen:
+def choose_tokens(logits_SV: torch.Tensor, rows: Sequence[SampleRow], adjusted: AdjustedRows | None = None) -> Chosen:
     """Chooses one token id per row, with its log-prob in the same pass.
 
     A GPU always computes log-probs, so that one kernel serves all; a CPU where a row asks.
     Shapes: logits_SV float32 [S, V], cut to the tokenizer's vocabulary, so that every id is a token.
+    adjusted: rows that are drawn again, from other logits.
     """
     device, count = logits_SV.device, len(rows)
     asks = device.type != "cpu" or any(row.params.num_logprobs is not None for row in rows)
-    if not asks and all(row.params.greedy for row in rows):
+    if adjusted is None and not asks and all(row.params.greedy for row in rows):
         likeliest: list[int] = logits_SV.argmax(dim=-1).tolist()
         kept = [token if finite else None for token, finite in zip(likeliest, finite_rows(logits_SV), strict=True)]
         return Chosen(kept, [math.nan] * count)
-    found = torch.full((len(Sampled._fields), aligned_rows(count)), NAN_BITS, dtype=torch.int32, device=device)
+    found = torch.full((NUM_SAMPLED, aligned_rows(count)), NAN_BITS, dtype=torch.int32, device=device)
     kernel, operand = sampler_of(device)
     out = sampled_views(found, count)
     out = out if asks else out._replace(logprob_T=None)
     kernel.run(logits_SV.float(), _sample_rows(rows, device), operand, out=out)
+    if adjusted is not None:
+        draw_adjusted(logits_SV, adjusted, found)
     read = found.numpy(force=True)[:, :count]
     tokens, faults = read[:2].tolist()
     kept = [None if fault else token for token, fault in zip(tokens, faults, strict=True)]
     return Chosen(kept, read[2].view(np.float32).tolist())
+
+
+def draw_adjusted(logits_TV: torch.Tensor, adjusted: AdjustedRows, found: torch.Tensor) -> torch.Tensor:
+    """Draws the rows whose logits change, and writes them over what ``found``, int32 [3 or more, R], has of them.
+
+    Returns their tokens, int32 [S]. Does not wait. Every call has filters, penalties and bias: one variant.
+    """
+    kernel, operand = sampler_of(logits_TV.device)
+    count = len(adjusted.where_S)
+    drawn = torch.empty(NUM_SAMPLED, aligned_rows(count), dtype=torch.int32, device=logits_TV.device)
+    out = sampled_views(drawn, count)
+    kernel.run(logits_TV[adjusted.where_S].float(), adjusted.rows, operand, out=out)
+    found[:NUM_SAMPLED].index_copy_(1, adjusted.where_S, drawn[:, :count])
+    return out.token_T
 
 
 def sampled_views(chosen: torch.Tensor, count: int) -> Sampled:
@@ -102,10 +122,15 @@ def sampled_views(chosen: torch.Tensor, count: int) -> Sampled:
 
 
 def warm_up_sampler(device: torch.device | str, num_vocab: int) -> None:
-    """Draws from made-up logits with and without filters, so that no later step compiles anything."""
+    """Draws from made-up logits with and without filters, and with adjusted logits, so that no later step
+    compiles anything."""
     logits_SV = torch.zeros(2, num_vocab, device=device)
     for top_p in (1.0, 0.5):
         choose_tokens(logits_SV, [SampleRow(SamplingParams(1, top_p=top_p), seed, 0) for seed in range(2)])
+    params = SamplingParams(1, repetition_penalty=1.5, logit_bias=((0, 1.0),), min_tokens=1)
+    adjuster, request = Adjuster(num_vocab, logits_SV.device, frozenset()), Request([0], params, lambda _: None)
+    adjuster.add(request)
+    choose_tokens(logits_SV[:1], [sample_row(request)], adjuster.rows_of([request]))
 
 
 @lru_cache(maxsize=16)

@@ -33,13 +33,8 @@ LABELS = tuple(name for names in LABEL_KINDS.values() for name in names)
 _COMMON: Neutral = {
     "n": (1,),
     "best_of": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "logit_bias": ({}, []),
     "typical_p": (1,),
-    "min_tokens": (0,),
     "bad_words": ([],),
     "allowed_token_ids": (),
     "include_stop_str_in_output": (False,),

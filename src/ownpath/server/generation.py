@@ -167,7 +167,8 @@ class Generation:
         try:
             self._engine.submit(requests)
         except RequestError as error:
-            raise bad_request(str(error), code="context_length_exceeded") from None
+            code = "context_length_exceeded" if error.param is None else "invalid_value"
+            raise bad_request(str(error), error.param, code) from None
         except EngineOverloaded as error:
             raise overloaded(str(error)) from None
         except EngineStopped as error:

@@ -9,6 +9,7 @@ from ownpath.chat.levels import LEVEL_OF_WORD
 from ownpath.engine.limits import MAX_STOP_TOKENS, MAX_TEMPERATURE, MAX_TOP_LOGPROBS, SEED_LIMIT, TOP_K_LIMIT
 from ownpath.engine.request import SamplingParams
 from ownpath.server import fields
+from ownpath.server.adjust_fields import AdjustingRequest
 from ownpath.server.conversation import (
     ROLES,
     ChatMessage,
@@ -89,7 +90,7 @@ class StreamOptions(Strict):
 _EXCESS = "clamped to what max_model_len leaves (--strict-limits refuses it); -1: as much as fits"
 
 
-class _GenerationRequest(Strict):
+class _GenerationRequest(AdjustingRequest):
     model: str | None = Field(None, description="a served name, or the path given to serve; another name is 404")
     max_tokens: int | None = Field(None, ge=-1, description=f"{_EXCESS}; left out: {_DEFAULT_MAX_TOKENS}. 0 needs echo")
     temperature: float = Field(1.0, ge=0, le=MAX_TEMPERATURE, description="0 takes the likeliest token")
@@ -134,6 +135,7 @@ class _GenerationRequest(Strict):
             min_p=self.min_p,
             ignore_eos=self.ignore_eos,
             stop_token_ids=frozenset(self.stop_token_ids),
+            **self.adjustments(),
         )
 
 
@@ -287,6 +289,7 @@ def read_completion_request(body: dict[str, object], labels: Labels | None = Non
     check_counts(body)
     request = validate(CompletionRequest, known_fields(body, _COMPLETION, labels or Labels()))
     _check_stream_options(request)
+    request.check_minimum(*request.wanted_tokens)
     if request.max_tokens == 0 and not request.echo:
         raise bad_request("max_tokens: 0 generates nothing; it needs echo", "max_tokens")
     return request
@@ -294,6 +297,7 @@ def read_completion_request(body: dict[str, object], labels: Labels | None = Non
 
 def _check_chat(request: ChatRequest) -> None:
     _check_stream_options(request)
+    request.check_minimum(*request.wanted_tokens)
     for index, message in enumerate(request.messages):
         message.check(f"messages.{index}.")
     _check_thinking(request)

@@ -144,7 +144,7 @@ class Api:
         source = self._source(asked)
         max_model_len = self.engine.config.max_model_len
         prompts = await completion_prompts(asked, self.tokenizer, max_model_len)
-        answers = [Answer(self.tokenizer, asked.stop) for _ in prompts]
+        answers = [Answer(self.tokenizer, asked.stop, min_tokens=asked.min_tokens) for _ in prompts]
         limits = adjustments.fit(*asked.wanted_tokens, prompts, max_model_len)
         generation = Generation(self.engine, prompts, answers, self.metrics, self.mailbox, self.request_timeout_s)
         generation.submit([completions.sampling_params(asked, max_tokens) for max_tokens in limits])
@@ -174,7 +174,8 @@ class Api:
         """Makes the parser for the parts that the request allows. Errors: ApiError 400."""
         parser = AnswerParser(asked.opens_reasoning, offers_tools=bool(asked.functions))
         try:
-            return Answer(self.tokenizer, asked.stop, parser, None if asked.parallel_tool_calls else 1)
+            max_calls = None if asked.parallel_tool_calls else 1
+            return Answer(self.tokenizer, asked.stop, parser, max_calls, asked.min_tokens)
         except MissingMarkerError as error:
             raise missing_marker(error) from None
 

@@ -3,6 +3,7 @@
 import queue
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from support.checkpoints import random_checkpoint
 
 from ownpath.cache.tables import DecodeTables
 from ownpath.config import EngineConfig
+from ownpath.engine.adjust import Adjuster
 from ownpath.engine.decoder import Decoder, make_decoder, no_graph_of
 from ownpath.engine.engine import Engine
 from ownpath.engine.request import FinishReason, Request, SamplingParams, ScoredToken, StepOutput
@@ -60,6 +62,57 @@ def tokens_of(heard: "queue.SimpleQueue[StepOutput]") -> list[int]:
 
 def test_answers_are_those_of_forward(model: Model, config: EngineConfig) -> None:
     assert answers(model, config, Decoder(model, MAX_ROWS, VOCAB)) == answers(model, config, None)
+
+
+def test_adjusted_answers_are_those_of_forward(model: Model, config: EngineConfig) -> None:
+    """Rows with penalties, bias and a minimum come and go beside plain ones, whose steps carry on from the device."""
+    kinds: tuple[dict[str, Any], ...] = (
+        {"repetition_penalty": 1.6, "presence_penalty": 0.5},
+        {},
+        {"frequency_penalty": 2.0},
+        {"logit_bias": ((7, 4.0), (VOCAB - 1, 3.0))},
+        {"min_tokens": 4, "stop_token_ids": frozenset(range(40))},
+    )
+
+    def said(decoder: Decoder | None, together: bool) -> list[list[int]]:
+        engine = Engine(model, config, VOCAB, end_token_ids=(), decoder=decoder)
+        engine.start()
+        found, waiting = [], []
+        for n in range(8):
+            heard: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
+            params = SamplingParams(4 + n, temperature=0.9 * (n % 2), seed=n, **kinds[n % len(kinds)])
+            engine.submit([Request([1 + n, *range(2, 3 + 5 * n)], params, heard.put)])
+            waiting.append(heard)
+            if not together:
+                found.append(tokens_of(heard))
+        found = found or [tokens_of(heard) for heard in waiting]
+        engine.stop()
+        return found
+
+    by_forward = said(None, together=True)
+    assert said(Decoder(model, MAX_ROWS, VOCAB), together=True) == by_forward
+    assert said(Decoder(model, MAX_ROWS, VOCAB), together=False) == by_forward
+
+
+def test_an_adjusted_step_goes_on_from_its_own_token(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next step uploads no rows and runs the adjusted token, not the one of the step's first draw."""
+    told = Told(model)
+    decoder = Decoder(told, MAX_ROWS, VOCAB)  # type: ignore[arg-type]
+    rows, adjuster = started(model, (2, 9)), Adjuster(VOCAB, model.cache_spec.device, frozenset())
+    request = Request([4], SamplingParams(9, temperature=0, logit_bias=((70, 100.0),)), lambda output: None)
+    adjuster.add(request)
+    plain = Request([4], SamplingParams(9, temperature=0), lambda output: None)
+    uploads: list[int] = []
+    upload = decoder._rows.upload
+    monkeypatch.setattr(decoder._rows, "upload", lambda rows: (uploads.append(rows.num_rows), upload(rows)))
+    for _ in range(3):
+        found = decoder.step(StepRows.of(rows), adjuster.rows_of([plain, request])).token_ids
+        assert found[1] == 70 != found[0]
+        rows = [DecodeRow(row.cache, token) for row, token in zip(rows, found, strict=True) if token is not None]
+    assert uploads == [2]
+    assert [tokens[1] for tokens, _ in told.steps] == [4, 70, 70]
+    for row in rows:
+        row.cache.release()
 
 
 @dataclass

@@ -105,19 +105,20 @@ def test_seeds() -> None:
 def test_a_warm_up_runs_every_variant_that_a_step_may_run(monkeypatch: pytest.MonkeyPatch) -> None:
     class Recorder(SampleReference):
         def __init__(self) -> None:
-            self.had_filters: list[bool] = []
+            self.had: list[tuple[bool, bool]] = []
 
         def run(
             self, logits_TV: torch.Tensor, rows: SampleRows, operand: None, *, out: Sampled | None = None
         ) -> Sampled:
-            self.had_filters.append(rows.filters is not None)
-            assert rows.penalties is rows.bias is rows.mask_TW is None
+            self.had.append((rows.filters is not None, rows.penalties is not None))
+            assert (rows.penalties is None) == (rows.bias is None)
+            assert rows.mask_TW is None
             return super().run(logits_TV, rows, operand, out=out)
 
     recorder = Recorder()
     monkeypatch.setattr("ownpath.engine.sampler.sampler_of", lambda device: (recorder, None))
     warm_up_sampler("cpu", 50)
-    assert recorder.had_filters == [False, True]
+    assert [*dict.fromkeys(recorder.had)] == [(False, False), (True, False), (True, True)]
 
 
 def test_scores_are_the_models_own_log_probabilities(device: torch.device) -> None:
@@ -190,6 +191,17 @@ def test_rows_that_are_not_finite_are_seen(bad: float) -> None:
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"top_p": math.nan},
+        {"presence_penalty": 2.1},
+        {"presence_penalty": math.nan},
+        {"frequency_penalty": -2.1},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": 2.1},
+        {"logit_bias": ((1, 100.5),)},
+        {"logit_bias": ((1, math.nan),)},
+        {"logit_bias": ((-1, 1.0),)},
+        {"logit_bias": ((1, 1.0), (1, 2.0))},
+        {"logit_bias": tuple((n, 1.0) for n in range(301))},
+        {"min_tokens": -1},
         {"seed": 2**63},
         {"seed": -(2**63) - 1},
         {"num_logprobs": -1},

@@ -59,12 +59,12 @@ def test_an_object_of_nulls_asks_for_nothing() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("n", 2), ("n", True), ("n", 0), ("best_of", 2), ("presence_penalty", 0.5), ("frequency_penalty", -1),
-        ("logit_bias", {"5": 1}), ("function_call", {"name": "f"}), ("verbosity", "low"),
+        ("n", 2), ("n", True), ("n", 0), ("best_of", 2),
+        ("function_call", {"name": "f"}), ("verbosity", "low"),
         ("functions", [{}]), ("reasoning", {"effort": "high"}),
         ("chat_template", "{{x}}"), ("echo", True), ("web_search_options", {}), ("verbosity", "high"),
         ("modalities", ["text", "audio"]), ("guided_json", {}), ("thinking_token_budget", 5), ("lora_path", "x"),
-        ("prompt_logprobs", 1), ("min_tokens", 3), ("skip_special_tokens", False),
+        ("prompt_logprobs", 1), ("skip_special_tokens", False),
     ],
 )  # fmt: skip
 def test_what_is_not_supported_is_refused_by_name(name: str, value: Any) -> None:

@@ -1,4 +1,5 @@
-"""Fields that shape the draw and the end of an answer: top_k, min_p, ignore_eos, stop_token_ids."""
+"""Fields that shape the draw and the end of an answer: top_k, min_p, ignore_eos, stop_token_ids, penalties, bias,
+min_tokens."""
 
 from contextlib import AbstractContextManager
 from typing import Any
@@ -81,6 +82,44 @@ def test_an_answer_ends_with_a_stop_token(path: str, stream: bool) -> None:
         assert (text, ids, choice["stop_reason"]) == (SAID, [*IDS, EOS_ID], EOS_ID), "asked for, and special: not shown"
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_a_bias_decides_and_is_read_as_clients_send_it(path: str) -> None:
+    with speaking(path) as served:
+        for bias in ({"7": 100}, {"7": 99.5, "9": None}, {"7": 100, str(TOKENIZER.num_tokens - 1): -100}):
+            _, ids, _ = said(served, path, {"temperature": 0, "stream": False, "logit_bias": bias})
+            assert ids == [7] * 12
+        for bias in ({}, [], {"7": None}, None):
+            _, ids, _ = said(served, path, {"temperature": 0, "stream": False, "logit_bias": bias})
+            assert ids == [*IDS, EOS_ID]
+
+
+def test_penalties_change_the_answer() -> None:
+    """Three tokens far above all others, each by 1: what is taken from one that was said makes room for the next."""
+    push = {"logit_bias": {"7": 100, "8": 99, "9": 98}, "temperature": 0}
+    with speaking("/v1/completions") as served:
+        assert drawn(served, **push) == [7] * 12
+        assert drawn(served, presence_penalty=1.5, **push) == [7, 8] + [7] * 10
+        assert drawn(served, frequency_penalty=1.5, **push)[:4] == [7, 8, 7, 9], "98.5, 97.5, then 97 and 98"
+        assert drawn(served, frequency_penalty=-2, presence_penalty=0, repetition_penalty=1, **push) == [7] * 12
+        # The script's token has 30, and the prompt's and the answer's own tokens nothing, which nothing multiplies.
+        assert drawn(served, repetition_penalty=2, temperature=0) == [*IDS, EOS_ID]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_nothing_ends_an_answer_before_the_minimum(path: str, stream: bool) -> None:
+    with speaking(path) as served:
+        fields = {"temperature": 0, "stream": stream}
+        text, ids, choice = said(served, path, fields | {"min_tokens": len(IDS) + 3})
+        assert ids[: len(IDS)] == IDS
+        assert EOS_ID not in ids[:-1]
+        assert (len(ids), ids[-1], choice["finish_reason"]) == (len(IDS) + 4, EOS_ID, "stop")
+        text, ids, choice = said(served, path, fields | {"min_tokens": len(IDS), "stop": SAID[1:3]})
+        assert (text, ids, choice["stop_reason"]) == (SAID, [*IDS, EOS_ID], None), "the stop string came too early"
+        text, _, choice = said(served, path, fields | {"min_tokens": 0, "stop": SAID[1:3]})
+        assert (text, choice["stop_reason"]) == (SAID[:1], SAID[1:3])
+
+
 def said(served: Harness, path: str, fields: dict[str, Any]) -> tuple[str, list[int], dict[str, Any]]:
     """Returns the text, the token ids and the choice that has the end, of an answer whole or streamed."""
     chat, body = "chat" in path, body_for(path, **fields)
@@ -109,6 +148,25 @@ def said(served: Harness, path: str, fields: dict[str, Any]) -> tuple[str, list[
         ("stop_token_ids", [-1]),
         ("stop_token_ids", ["a"]),
         ("stop_token_ids", list(range(65))),
+        ("presence_penalty", 2.1),
+        ("presence_penalty", "1"),
+        ("frequency_penalty", -2.1),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", 2.1),
+        ("logit_bias", [5]),
+        ("logit_bias", {"05": 1}),
+        ("logit_bias", {"-5": 1}),
+        ("logit_bias", {" 5": 1}),
+        ("logit_bias", {"99999999999999": 1}),
+        ("logit_bias", {"the": 1}),
+        ("logit_bias", {"5": "1"}),
+        ("logit_bias", {"5": True}),
+        ("logit_bias", {"5": 100.5}),
+        ("logit_bias", {str(n): 1 for n in range(301)}),
+        ("logit_bias", {"5": 1, str(TOKENIZER.num_tokens): 1}),
+        ("min_tokens", -1),
+        ("min_tokens", 1.5),
+        ("min_tokens", 13),
     ],
 )
 def test_values_out_of_range_are_named(served: Harness, path: str, field: str, value: Any) -> None:
