@@ -31,8 +31,6 @@ LABEL_KINDS: dict[str, tuple[str, ...]] = {
 LABELS = tuple(name for names in LABEL_KINDS.values() for name in names)
 
 _COMMON: Neutral = {
-    "n": (1,),
-    "best_of": (1,),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "repetition_penalty": (1,),

@@ -1,6 +1,7 @@
 """Carries the engine's outputs from its thread to the event loop, and turns tokens into text.
 
-One ``Generation`` is everything that one HTTP request generates: one or several prompts, each a choice with an index.
+One ``Generation`` is everything that one HTTP request generates: one or several answers of one or several prompts, each
+a choice with an index. The answers of a prompt follow one another.
 Its ``deltas`` are the only source of both the streamed and the folded answer.
 """
 
@@ -128,8 +129,8 @@ class _ChoiceStream:
 class Generation:
     """Submitted requests and their answers. ``close`` must be called; more than once is fine.
 
-    answers: one per prompt, to parse its output. mailbox: the server's. timeout_s: from now to the end of the last
-    answer (504).
+    answers: as many for each prompt, to parse their outputs. mailbox: the server's. timeout_s: from now to the end of
+    the last answer (504).
     """
 
     def __init__(
@@ -150,20 +151,29 @@ class Generation:
         self._mailbox = mailbox
         self._outputs: asyncio.Queue[tuple[int, StepOutput]] = asyncio.Queue()
 
+    @property
+    def num_choices(self) -> int:
+        """Answers of all prompts."""
+        return len(self._choices)
+
+    def prompt_of(self, index: int) -> Prompt:
+        """Returns the prompt that a choice answers."""
+        return self.prompts[index * len(self.prompts) // len(self._choices)]
+
     def submit(self, params: Sequence[SamplingParams]) -> None:
-        """Submits all prompts to the engine, each with its parameters.
+        """Submits all answers to the engine, each with its parameters.
 
         Errors: ApiError 400 (does not fit), 429 (no room) or 503 (stopped).
         """
         loop = asyncio.get_running_loop()
 
-        def request(index: int, prompt: Prompt) -> Request:
+        def request(index: int) -> Request:
             def sink(output: StepOutput) -> None:
                 self._mailbox.put(loop, self._outputs, (index, output))
 
-            return Request(prompt.ids, params[index], sink)
+            return Request(self.prompt_of(index).ids, params[index], sink)
 
-        requests = [request(index, prompt) for index, prompt in enumerate(self.prompts)]
+        requests = [request(index) for index in range(self.num_choices)]
         try:
             self._engine.submit(requests)
         except RequestError as error:
@@ -212,7 +222,8 @@ class Generation:
         return sum(choice.num_reasoning_tokens for choice in self._choices)
 
     def usage(self) -> dict[str, int]:
-        """Counts tokens so far. EOS and the tokens of a stop string count: they were generated."""
+        """Counts tokens so far: of each prompt once, of every answer. EOS and the tokens of a stop string count: they
+        were generated."""
         num_prompt = sum(len(prompt.ids) for prompt in self.prompts)
         num_generated = sum(choice.num_tokens for choice in self._choices)
         return {

@@ -21,62 +21,22 @@ from ownpath.server.conversation import (
     ToolChoice,
     Tools,
 )
-from ownpath.server.counts import MAX_PROMPTS, check_counts
+from ownpath.server.counts import MAX_ANSWERS, check_answers, check_counts
 from ownpath.server.errors import ApiError, bad_request
 from ownpath.server.fields import FieldTable
 from ownpath.server.history import plain_messages
 from ownpath.server.labels import Labels
+from ownpath.server.value_forms import (
+    MAX_ID,
+    MAX_STOP_CHARS,
+    MAX_STOPS,
+    PROMPTS_SCHEMA,
+    STOPS_SCHEMA,
+    read_prompts,
+    read_stops,
+)
 
-MAX_STOPS = 16
-MAX_STOP_CHARS = 256
 _DEFAULT_MAX_TOKENS = 16
-_MAX_INT = 2**31 - 1
-
-
-def _stops(value: object) -> list[str]:
-    stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise ValueError("must be a string or a list of strings")
-    if len(stops) > MAX_STOPS:
-        raise ValueError(f"lists {len(stops)} strings; at most {MAX_STOPS} are allowed")
-    if not all(1 <= len(stop) <= MAX_STOP_CHARS for stop in stops):
-        raise ValueError(f"each string must have 1 to {MAX_STOP_CHARS} characters")
-    return stops
-
-
-_A_STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
-STOPS_SCHEMA = {"anyOf": [_A_STOP, {"type": "array", "items": _A_STOP, "maxItems": MAX_STOPS}]}
-"""The values that ``_stops`` takes."""
-
-
-def _prompts(value: object) -> list[str] | list[list[int]]:
-    """Reads all four forms of a prompt as a list of prompts, texts or token ids."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, list) and value:
-        if all(isinstance(item, str) for item in value):
-            return value
-        if _is_token_ids(value):
-            return [value]
-        if all(isinstance(item, list) and _is_token_ids(item) for item in value):
-            return value
-    raise ValueError("must be a string, a list of strings, a list of token ids, or a list of such lists; not empty")
-
-
-def _is_token_ids(value: list[object]) -> bool:
-    return bool(value) and all(type(item) is int and 0 <= item <= _MAX_INT for item in value)
-
-
-IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": _MAX_INT}, "minItems": 1}
-PROMPTS_SCHEMA = {
-    "anyOf": [
-        {"type": "string"},
-        {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
-        IDS_SCHEMA,
-        {"type": "array", "items": IDS_SCHEMA, "minItems": 1, "maxItems": MAX_PROMPTS},
-    ]
-}
-"""The values that ``_prompts`` takes."""
 
 
 class StreamOptions(Strict):
@@ -92,6 +52,14 @@ _EXCESS = "clamped to what max_model_len leaves (--strict-limits refuses it); -1
 class _GenerationRequest(Strict):
     model: str | None = Field(None, description="a served name, or the path given to serve; another name is 404")
     max_tokens: int | None = Field(None, ge=-1, description=f"{_EXCESS}; left out: {_DEFAULT_MAX_TOKENS}. 0 needs echo")
+    n: int = Field(
+        1,
+        ge=1,
+        le=MAX_ANSWERS,
+        description=f"answers of each prompt, choices one behind the other; at most {MAX_ANSWERS} of a body's prompts "
+        "together. Answer i, from 0, draws as if seed were i more",
+    )
+    best_of: int | None = Field(None, ge=1, le=MAX_ANSWERS, description="as many as n; another number is 400")
     temperature: float = Field(1.0, ge=0, le=MAX_TEMPERATURE, description="0 takes the likeliest token")
     top_p: float = Field(1.0, gt=0, le=1, description="samples from the fewest tokens that reach this probability")
     top_k: int = Field(
@@ -99,7 +67,7 @@ class _GenerationRequest(Strict):
     )
     min_p: float = Field(0.0, ge=0, le=1, description="samples from tokens with this share of the likeliest one's")
     ignore_eos: bool = Field(False, description="the model's end tokens do not end the answer, and are not shown")
-    stop_token_ids: list[Annotated[int, Field(ge=0, le=_MAX_INT)]] = Field(
+    stop_token_ids: list[Annotated[int, Field(ge=0, le=MAX_ID)]] = Field(
         default_factory=list,
         max_length=MAX_STOP_TOKENS,
         description="the answer ends with one of these; it is shown, unless it is a special token",
@@ -107,7 +75,7 @@ class _GenerationRequest(Strict):
     seed: int | None = Field(
         None, ge=-SEED_LIMIT, lt=SEED_LIMIT, description="the same seed, prompt and parameters draw the same numbers"
     )
-    stop: Annotated[list[str], BeforeValidator(_stops), WithJsonSchema(STOPS_SCHEMA)] = Field(
+    stop: Annotated[list[str], BeforeValidator(read_stops), WithJsonSchema(STOPS_SCHEMA)] = Field(
         default_factory=list,
         description=f"the answer ends before it; a string or up to {MAX_STOPS}, of 1 to {MAX_STOP_CHARS} characters",
     )
@@ -121,13 +89,18 @@ class _GenerationRequest(Strict):
         False, description="adds prompt_token_ids and token_ids to the answer (ownpath's own)"
     )
 
-    def sampling(self, max_tokens: int, num_logprobs: int | None, prompt_logprobs: bool = False) -> SamplingParams:
-        """Builds the parameters of one prompt. max_tokens: the limit once it is fitted to the context."""
+    def sampling(
+        self, max_tokens: int, num_logprobs: int | None, prompt_logprobs: bool = False, answer: int = 0
+    ) -> SamplingParams:
+        """Builds the parameters of one answer.
+
+        max_tokens: the limit once it is fitted to the context. answer: its place among the answers of its prompt.
+        """
         return SamplingParams(
             max_tokens,
             self.temperature,
             self.top_p,
-            self.seed,
+            self._seed_of(answer),
             num_logprobs,
             prompt_logprobs,
             top_k=max(self.top_k, 0),
@@ -135,6 +108,12 @@ class _GenerationRequest(Strict):
             ignore_eos=self.ignore_eos,
             stop_token_ids=frozenset(self.stop_token_ids),
         )
+
+    def _seed_of(self, answer: int) -> int | None:
+        """Returns an answer's seed: so many more than the request's, and behind the highest comes the lowest."""
+        if self.seed is None:
+            return None
+        return (self.seed + answer + SEED_LIMIT) % (2 * SEED_LIMIT) - SEED_LIMIT
 
 
 class ChatRequest(_GenerationRequest):
@@ -230,13 +209,18 @@ class ChatRequest(_GenerationRequest):
 class CompletionRequest(_GenerationRequest):
     """``POST /v1/completions``. ``prompt`` holds texts or lists of token ids."""
 
-    prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompts), WithJsonSchema(PROMPTS_SCHEMA)] = Field(
-        description="a text, a list of texts, token ids, or a list of such lists; each prompt is a choice"
+    prompt: Annotated[list[str] | list[list[int]], PlainValidator(read_prompts), WithJsonSchema(PROMPTS_SCHEMA)] = (
+        Field(description="a text, a list of texts, token ids, or a list of such lists; each prompt is a choice")
     )
     logprobs: int | None = Field(
         None, ge=0, le=MAX_TOP_LOGPROBS, description="likeliest tokens at each token; with echo of the prompt's too"
     )
     echo: bool = Field(False, description="the text begins with the prompt")
+
+    @property
+    def repeats_prompts(self) -> bool:
+        """True if each choice holds its prompt."""
+        return self.echo or self.return_token_ids
 
     @property
     def wanted_tokens(self) -> tuple[str | None, int]:
@@ -287,6 +271,7 @@ def read_completion_request(body: dict[str, object], labels: Labels | None = Non
     check_counts(body)
     request = validate(CompletionRequest, known_fields(body, _COMPLETION, labels or Labels()))
     _check_stream_options(request)
+    check_answers(request.n, request.best_of, len(request.prompt))
     if request.max_tokens == 0 and not request.echo:
         raise bad_request("max_tokens: 0 generates nothing; it needs echo", "max_tokens")
     return request
@@ -294,6 +279,7 @@ def read_completion_request(body: dict[str, object], labels: Labels | None = Non
 
 def _check_chat(request: ChatRequest) -> None:
     _check_stream_options(request)
+    check_answers(request.n, request.best_of)
     for index, message in enumerate(request.messages):
         message.check(f"messages.{index}.")
     _check_thinking(request)

@@ -13,14 +13,13 @@ from ownpath.server import fields
 from ownpath.server.conversation import CalledFunction, CallInMessage, ChatMessage, TemplateOptions
 from ownpath.server.errors import ApiError
 from ownpath.server.protocol import (
-    MAX_STOP_CHARS,
-    MAX_STOPS,
     ChatRequest,
     CompletionRequest,
     StreamOptions,
     read_chat_request,
     read_completion_request,
 )
+from ownpath.server.value_forms import MAX_STOP_CHARS, MAX_STOPS
 
 CHAT: dict[str, Any] = {"messages": HELLO}
 COMPLETION: dict[str, Any] = {"prompt": "hello"}
@@ -59,7 +58,7 @@ def test_an_object_of_nulls_asks_for_nothing() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("n", 2), ("n", True), ("n", 0), ("best_of", 2), ("presence_penalty", 0.5), ("frequency_penalty", -1),
+        ("presence_penalty", 0.5), ("frequency_penalty", -1),
         ("logit_bias", {"5": 1}), ("function_call", {"name": "f"}), ("verbosity", "low"),
         ("functions", [{}]), ("reasoning", {"effort": "high"}),
         ("chat_template", "{{x}}"), ("echo", True), ("web_search_options", {}), ("verbosity", "high"),
@@ -89,6 +88,8 @@ BAD_VALUES = [
     ("max_tokens", [-2, 1.0, "5", True]),
     ("stream", [1, "true"]),
     ("return_token_ids", [1, "yes"]),
+    ("n", [0, -1, 65, 2.0, "2", True]),
+    ("best_of", [0, 2, 65, 1.0, True]),
     ("model", [5, ["tiny"]]),
     ("stop", [[""], 5, [5], "", ["a"] * (MAX_STOPS + 1), ["a" * (MAX_STOP_CHARS + 1)], {"a": 1}]),
     ("stream_options", [True, [], "x"]),
