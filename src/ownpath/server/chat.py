@@ -19,6 +19,7 @@ from ownpath.server.fingerprint import AnswerSource
 from ownpath.server.generation import Generation
 from ownpath.server.protocol import ChatRequest
 from ownpath.server.sse import JsonObject
+from ownpath.server.token_naming import TokenNaming
 
 _REASONING = ("reasoning_content", "reasoning")
 """DeepSeek's name for the reasoning, and vLLM's: clients read one or the other."""
@@ -46,6 +47,7 @@ async def chat_chunks(
         "model": source.model_id,
         "system_fingerprint": source.fingerprint,
     }
+    naming = TokenNaming(tokenizer, request.return_tokens_as_token_ids)
     role = {"role": "assistant", "content": ""}
     opening: JsonObject = {**head, "choices": [_choice(0, role)]}
     if level is not None:
@@ -67,7 +69,7 @@ async def chat_chunks(
         if delta.empty_content is not None:
             choice["empty_content"] = delta.empty_content.value
         if request.logprobs and delta.token is not None:
-            choice["logprobs"] = {"content": [_logprob_entry(delta.token, tokenizer)], "refusal": None}
+            choice["logprobs"] = {"content": [_logprob_entry(delta.token, naming)], "refusal": None}
         if request.return_token_ids and delta.token is not None:
             choice["token_ids"] = [delta.token.token_id]
         if choice != _choice(delta.index, {}):
@@ -172,10 +174,10 @@ def _choice(index: int, delta: JsonObject, finish_reason: str | None = None) -> 
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
 
 
-def _logprob_entry(token: ScoredToken, tokenizer: Tokenizer) -> JsonObject:
+def _logprob_entry(token: ScoredToken, naming: TokenNaming) -> JsonObject:
     def entry(token_id: int, logprob: float | None) -> JsonObject:
-        data = tokenizer.token_bytes(token_id)
-        return {"token": tokenizer.token_text(token_id), "logprob": logprob, "bytes": list(data)}
+        data = naming.tokenizer.token_bytes(token_id)
+        return {"token": naming.name(token_id), "logprob": logprob, "bytes": list(data)}
 
     top = [entry(token_id, logprob) for token_id, logprob in token.top_logprobs]
     return entry(token.token_id, token.logprob) | {"top_logprobs": top}

@@ -13,6 +13,7 @@ from ownpath.server.generation import Delta, Generation
 from ownpath.server.prompts import Prompt
 from ownpath.server.protocol import CompletionRequest
 from ownpath.server.sse import JsonObject
+from ownpath.server.token_naming import TokenNaming
 
 _INLINE_TOKENS = 64
 _LOGPROB_KEYS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
@@ -96,6 +97,7 @@ class _ChoiceWriter:
 
     def __init__(self, request: CompletionRequest, prompt: Prompt, echo_text: str, tokenizer: Tokenizer) -> None:
         self._request, self._prompt, self._echo_text, self._tokenizer = request, prompt, echo_text, tokenizer
+        self._naming = TokenNaming(tokenizer, request.return_tokens_as_token_ids)
         self._is_first = True
 
     def write(self, delta: Delta) -> JsonObject | None:
@@ -130,7 +132,7 @@ class _ChoiceWriter:
             tokens.append(delta.token)
             offsets.append(len(self._echo_text) + delta.text_offset)
         return {
-            "tokens": [self._tokenizer.token_text(token.token_id) for token in tokens],
+            "tokens": [self._naming.name(token.token_id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [self._top(token) for token in tokens],
             "text_offset": offsets,
@@ -145,12 +147,12 @@ class _ChoiceWriter:
         return _starts(texts)
 
     def _top(self, token: ScoredToken) -> dict[str, float] | None:
-        """Maps the likeliest tokens' texts to their log-probabilities, always including the token itself."""
+        """Maps the likeliest tokens' names to their log-probabilities, always including the token itself."""
         if token.logprob is None:
             return None
         top: dict[str, float] = {}
         for token_id, logprob in (*token.top_logprobs, (token.token_id, token.logprob)):
-            top.setdefault(self._tokenizer.token_text(token_id), logprob)
+            top.setdefault(self._naming.name(token_id), logprob)
         return top
 
 

@@ -35,7 +35,7 @@ Outputs = Mailbox[tuple[int, StepOutput]]
 class Delta:
     """One step's addition to one choice.
 
-    parts: new parts of the answer, whole characters, nothing that belongs to a stop string.
+    parts: new parts of the answer, whole characters, of a stop string nothing unless it is asked for.
     token: the step's token, also when its text is not to be shown yet or at all.
     text_offset: characters of generated text before that token.
     prompt: the scored prompt, once, if it was asked for.
@@ -82,9 +82,7 @@ class _ChoiceStream:
         parts: list[AnswerPart] = []
         if output.token is not None:
             self._time_token()
-        # The model's end token is a marker, not text.
-        is_marker = output.finish_reason is FinishReason.STOP and output.stop_token_id is None
-        if output.token is not None and not is_marker:
+        if output.token is not None and not self._is_marker(output):
             was_reasoning = self._answer.is_reasoning
             parts += self._answer.feed(output.token.token_id)
             self.num_reasoning_tokens += was_reasoning and self._answer.is_reasoning
@@ -105,6 +103,11 @@ class _ChoiceStream:
         stopped_by = self._answer.stop_string or output.stop_token_id
         return Delta(self._index, tuple(parts), output.token, offset, output.prompt, reason, empty, stopped_by)
 
+    def _is_marker(self, output: StepOutput) -> bool:
+        """True for the model's end token: a marker, not text, unless it is asked for."""
+        ends = output.finish_reason is FinishReason.STOP and output.stop_token_id is None
+        return ends and not self._answer.shows_end_token
+
     def _time_token(self) -> None:
         now = time.monotonic()
         since_last, self._last_token = now - self._last_token, now
@@ -116,8 +119,7 @@ class _ChoiceStream:
     def _empty_content(self, output: StepOutput) -> EmptyContent | None:
         if self.num_tokens == 0:
             return None  # the request only scores its prompt
-        is_marker = output.finish_reason is FinishReason.STOP and output.stop_token_id is None
-        num_shown_tokens = self.num_tokens - is_marker
+        num_shown_tokens = self.num_tokens - self._is_marker(output)
         return self._watch.reason(num_shown_tokens, output.finish_reason is FinishReason.LENGTH)
 
     def abandon(self) -> None:

@@ -2,8 +2,9 @@
 
 from typing import Annotated, TypeVar
 
-from pydantic import BeforeValidator, FailFast, Field, PlainValidator, ValidationError, WithJsonSchema
+from pydantic import BeforeValidator, FailFast, Field, PlainValidator, WithJsonSchema
 
+from ownpath.chat.answer import Shown
 from ownpath.chat.encode import Ending
 from ownpath.chat.levels import LEVEL_OF_WORD
 from ownpath.engine.limits import MAX_STOP_TOKENS, MAX_TEMPERATURE, MAX_TOP_LOGPROBS, SEED_LIMIT, TOP_K_LIMIT
@@ -12,7 +13,6 @@ from ownpath.server import fields
 from ownpath.server.conversation import (
     ROLES,
     ChatMessage,
-    FirstFailure,
     ResponseFormat,
     Strict,
     TemplateOptions,
@@ -22,10 +22,11 @@ from ownpath.server.conversation import (
     Tools,
 )
 from ownpath.server.counts import MAX_ANSWERS, check_answers, check_counts
-from ownpath.server.errors import ApiError, bad_request
+from ownpath.server.errors import bad_request
 from ownpath.server.fields import FieldTable
 from ownpath.server.history import plain_messages
 from ownpath.server.labels import Labels
+from ownpath.server.validation import validate
 from ownpath.server.value_forms import (
     MAX_ID,
     MAX_STOP_CHARS,
@@ -79,15 +80,31 @@ class _GenerationRequest(Strict):
         default_factory=list,
         description=f"the answer ends before it; a string or up to {MAX_STOPS}, of 1 to {MAX_STOP_CHARS} characters",
     )
+    include_stop_str_in_output: bool = Field(
+        False, description="the answer ends with the stop string that ended it, not before it"
+    )
+    skip_special_tokens: bool = Field(
+        True,
+        description="false: special tokens are text where they stand, but not inside and behind calls of tools; the "
+        "model's end token only with include_stop_str_in_output",
+    )
     stream: bool = Field(False, description="server-sent events, then [DONE]")
     stream_options: StreamOptions | None = Field(
         None,
         description="include_usage: a last event with usage and no choices; needs stream. continuous_usage_stats: the "
         "usage so far in each event",
     )
+    return_tokens_as_token_ids: bool = Field(
+        False, description="tokens in logprobs are named token_id:N, N the id, instead of by their text"
+    )
     return_token_ids: bool = Field(
         False, description="adds prompt_token_ids and token_ids to the answer (ownpath's own)"
     )
+
+    @property
+    def shown(self) -> Shown:
+        """Additions to the text of answers."""
+        return Shown(not self.skip_special_tokens, self.include_stop_str_in_output)
 
     def sampling(
         self, max_tokens: int, num_logprobs: int | None, prompt_logprobs: bool = False, answer: int = 0
@@ -228,7 +245,6 @@ class CompletionRequest(_GenerationRequest):
         return (None, _DEFAULT_MAX_TOKENS) if self.max_tokens is None else ("max_tokens", self.max_tokens)
 
 
-RequestModel = TypeVar("RequestModel", bound=Strict)
 Conversing = TypeVar("Conversing", bound=ChatRequest)
 
 _COMPLETION = FieldTable(CompletionRequest.model_fields.keys(), fields.COMPLETION, fields.LABELS)
@@ -357,17 +373,3 @@ def _known_tool(tool: object, index: int, labels: Labels) -> object:
         own = FieldTable(function.keys() - set(fields.TOOL_LABELS), {}, fields.TOOL_LABELS)
         kept["function"] = labels.keep_fields(function, own, f"tools.{index}.function.", "tools.function.")
     return kept
-
-
-def validate(model: type[RequestModel], body: dict[str, object]) -> RequestModel:
-    """Builds a request from its fields. Errors: ApiError 400 naming the first that is wrong."""
-    try:
-        return model.model_validate(body, context=FirstFailure())
-    except ValidationError as error:
-        raise _first_error(error) from None
-
-
-def _first_error(error: ValidationError) -> ApiError:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    param = ".".join(str(part) for part in first["loc"])[:100]
-    return bad_request(f"{param}: {first['msg'].removeprefix('Value error, ')}", param, "invalid_value")

@@ -147,7 +147,7 @@ class Api:
         prompts = await completion_prompts(asked, self.tokenizer, max_model_len)
         if asked.repeats_prompts:
             check_repeated(asked.n, sum(len(prompt.ids) for prompt in prompts))
-        answers = [Answer(self.tokenizer, asked.stop) for _ in prompts for _ in range(asked.n)]
+        answers = [Answer(self.tokenizer, asked.stop, shown=asked.shown) for _ in range(asked.n * len(prompts))]
         limits = adjustments.fit(*asked.wanted_tokens, prompts, max_model_len)
         generation = Generation(self.engine, prompts, answers, self.metrics, self.mailbox, self.request_timeout_s)
         generation.submit(completions.sampling_params(asked, limits))
@@ -177,7 +177,7 @@ class Api:
         """Makes the parser for the parts that the request allows. Errors: ApiError 400."""
         parser = AnswerParser(asked.opens_reasoning, offers_tools=bool(asked.functions))
         try:
-            return Answer(self.tokenizer, asked.stop, parser, None if asked.parallel_tool_calls else 1)
+            return Answer(self.tokenizer, asked.stop, parser, None if asked.parallel_tool_calls else 1, asked.shown)
         except MissingMarkerError as error:
             raise missing_marker(error) from None
 

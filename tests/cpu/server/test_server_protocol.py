@@ -63,7 +63,7 @@ def test_an_object_of_nulls_asks_for_nothing() -> None:
         ("functions", [{}]), ("reasoning", {"effort": "high"}),
         ("chat_template", "{{x}}"), ("echo", True), ("web_search_options", {}), ("verbosity", "high"),
         ("modalities", ["text", "audio"]), ("guided_json", {}), ("thinking_token_budget", 5), ("lora_path", "x"),
-        ("prompt_logprobs", 1), ("min_tokens", 3), ("skip_special_tokens", False),
+        ("prompt_logprobs", 1), ("min_tokens", 3), ("spaces_between_special_tokens", False),
     ],
 )  # fmt: skip
 def test_what_is_not_supported_is_refused_by_name(name: str, value: Any) -> None:
@@ -88,6 +88,9 @@ BAD_VALUES = [
     ("max_tokens", [-2, 1.0, "5", True]),
     ("stream", [1, "true"]),
     ("return_token_ids", [1, "yes"]),
+    ("include_stop_str_in_output", [1, "true"]),
+    ("skip_special_tokens", [0, "false"]),
+    ("return_tokens_as_token_ids", [1, []]),
     ("n", [0, -1, 65, 2.0, "2", True]),
     ("best_of", [0, 2, 65, 1.0, True]),
     ("model", [5, ["tiny"]]),
