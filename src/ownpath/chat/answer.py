@@ -1,11 +1,32 @@
 """Turns one answer's tokens into what clients see: whole characters, split into parts, up to a stop string."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ownpath.chat.detokenize import Detokenizer, StopMatcher
 from ownpath.chat.parse import AnswerParser
 from ownpath.chat.parts import AnswerPart, CallInReasoning, Content, MalformedMarkup, Reasoning
 from ownpath.chat.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Additions to what an answer shows: its text alone, unless asked otherwise.
+
+    special_tokens: markers that the model wrote and that are no structure, as text where they stand; not inside and
+        behind a block of calls, so that calls read the same. stop_string: the one that ended it.
+    """
+
+    special_tokens: bool = False
+    stop_string: bool = False
+
+    @property
+    def has_end_token(self) -> bool:
+        """True if the model's end token is shown too: it is special, and ends the answer."""
+        return self.special_tokens and self.stop_string
+
+
+_TEXT_ALONE = Shown()
 
 
 class Answer:
@@ -15,6 +36,7 @@ class Answer:
 
     max_calls: the answer is over with this many whole calls; None: with as many as the model writes.
     min_tokens: no stop string is searched in what the first so many tokens show.
+    shows_end_token: the model's end token is text too, to be fed.
     num_chars: characters generated so far, shown or held back.
     Errors: MissingMarkerError when the vocabulary lacks a marker that the parser needs.
     """
@@ -26,9 +48,11 @@ class Answer:
         parser: AnswerParser | None = None,
         max_calls: int | None = None,
         min_tokens: int = 0,
+        shown: Shown = _TEXT_ALONE,
     ) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
-        self._matcher = StopMatcher(stops)
+        self._detokenizer = Detokenizer(tokenizer, show_special=shown.special_tokens)
+        self._matcher = StopMatcher(stops, shown.stop_string)
+        self._shows_special, self.shows_end_token = shown.special_tokens, shown.has_end_token
         self._parser = parser or AnswerParser()
         self._markers = {tokenizer.special_id(marker): marker for marker in self._parser.markers}
         self._thinks = self._parser.is_reasoning
@@ -43,7 +67,7 @@ class Answer:
 
     @property
     def is_stopped(self) -> bool:
-        """True once a stop string was completed; nothing is shown any more."""
+        """True once a stop string was completed; nothing behind it is shown."""
         return self._matcher.matched is not None
 
     @property
@@ -78,7 +102,8 @@ class Answer:
         if token_id in self._markers:
             parts = self._text(self._detokenizer.flush())
             return self._shown(parts + self._parser.feed_marker(self._markers[token_id]))
-        return self._shown(self._text(self._detokenizer.feed(token_id)))
+        hides_special = self._shows_special and self._parser.has_calls
+        return self._shown(self._text(self._detokenizer.feed(token_id, hides_special=hides_special)))
 
     def finish(self) -> list[AnswerPart]:
         """Ends the answer and returns what was held back."""

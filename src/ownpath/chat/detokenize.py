@@ -1,4 +1,4 @@
-"""Turns token ids into text while they arrive: whole characters only, and stop strings never shown."""
+"""Turns token ids into text while they arrive: whole characters only, up to a stop string or with it."""
 
 import codecs
 import re
@@ -22,9 +22,10 @@ class Detokenizer:
         self._show_special = show_special
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def feed(self, token_id: int) -> str:
-        """Takes one token and returns the text that it completes, which may be empty."""
-        if self._tokenizer.is_hidden(token_id) and not self._show_special:
+    def feed(self, token_id: int, *, hides_special: bool = False) -> str:
+        """Takes one token and returns the text that it completes, which may be empty. hides_special: here, whatever
+        is shown elsewhere."""
+        if self._tokenizer.is_hidden(token_id) and (hides_special or not self._show_special):
             return ""
         text = self._decoder.decode(self._tokenizer.token_bytes(token_id))
         pending, _ = self._decoder.getstate()
@@ -49,12 +50,13 @@ class StopMatcher:
     """Lets text through up to the first stop string.
 
     The first is the one that is complete first, so the result does not depend on how the text was cut into
-    pieces. Text that could still become a stop string is held back.
+    pieces. Text that could still become a stop string is held back. shows_stop: the stop string itself is let through.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], shows_stop: bool = False) -> None:
         assert all(stops), "an empty stop string would stop everything"
         self._stops = tuple(stops)
+        self._shows_stop = shows_stop
         self._held = ""
         self.matched: str | None = None
 
@@ -67,7 +69,7 @@ class StopMatcher:
         if found is not None:
             start, self.matched = found
             self._held = ""
-            return pending[:start]
+            return pending[: start + len(self.matched)] if self._shows_stop else pending[:start]
         cut = len(pending) - self._num_held(pending)
         self._held = pending[cut:]
         return pending[:cut]

@@ -62,6 +62,11 @@ class AnswerParser:
         """True while the reasoning block is open, except inside a block of calls."""
         return self._is_open and self._state == self._text
 
+    @property
+    def has_calls(self) -> bool:
+        """True inside a block of calls and behind it, where only markup and space may stand."""
+        return self._calls is not None or self._state == self._after_calls
+
     def feed(self, text: str) -> list[AnswerPart]:
         """Takes a piece of text and returns the parts that it adds."""
         return self._state(text) if text else []

@@ -19,6 +19,7 @@ from ownpath.server.fingerprint import AnswerSource
 from ownpath.server.generation import Generation
 from ownpath.server.protocol import ChatRequest
 from ownpath.server.sse import JsonObject
+from ownpath.server.token_naming import TokenNaming
 
 _REASONING = ("reasoning_content", "reasoning")
 """DeepSeek's name for the reasoning, and vLLM's: clients read one or the other."""
@@ -26,9 +27,10 @@ _MARKS = ("malformed", "call_in_reasoning", "empty_content", "stop_reason")
 """The marks of a choice: each is said once, with the chunk that brings it."""
 
 
-def sampling_params(request: ChatRequest, max_tokens: int) -> SamplingParams:
-    """Builds the request's parameters. max_tokens: the limit once it is fitted to the context."""
-    return request.sampling(max_tokens, (request.top_logprobs or 0) if request.logprobs else None)
+def sampling_params(request: ChatRequest, max_tokens: int) -> list[SamplingParams]:
+    """Builds the parameters of all answers. max_tokens: the limit once it is fitted to the context."""
+    num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    return [request.sampling(max_tokens, num_logprobs, answer=answer) for answer in range(request.n)]
 
 
 async def chat_chunks(
@@ -45,14 +47,18 @@ async def chat_chunks(
         "model": source.model_id,
         "system_fingerprint": source.fingerprint,
     }
-    opening: JsonObject = {**head, "choices": [_choice({"role": "assistant", "content": ""})]}
+    naming = TokenNaming(tokenizer, request.return_tokens_as_token_ids)
+    role = {"role": "assistant", "content": ""}
+    opening: JsonObject = {**head, "choices": [_choice(0, role)]}
     if level is not None:
         opening["reasoning_effort"] = level
     if request.return_token_ids:
         opening["prompt_token_ids"] = generation.prompts[0].ids
     yield opening
+    for index in range(1, request.n):
+        yield {**head, "choices": [_choice(index, role)]}
     async for delta in generation.deltas():
-        choice = _choice(message_delta(delta.parts), delta.finish_reason)
+        choice = _choice(delta.index, message_delta(delta.parts), delta.finish_reason)
         for part in delta.parts:
             if isinstance(part, MalformedMarkup):
                 choice["malformed"] = part.reason
@@ -63,10 +69,10 @@ async def chat_chunks(
         if delta.empty_content is not None:
             choice["empty_content"] = delta.empty_content.value
         if request.logprobs and delta.token is not None:
-            choice["logprobs"] = {"content": [_logprob_entry(delta.token, tokenizer)], "refusal": None}
+            choice["logprobs"] = {"content": [_logprob_entry(delta.token, naming)], "refusal": None}
         if request.return_token_ids and delta.token is not None:
             choice["token_ids"] = [delta.token.token_id]
-        if choice != _choice({}):
+        if choice != _choice(delta.index, {}):
             yield {**head, "choices": [choice]}
     yield {**head, "choices": [], "usage": chat_usage(generation)}
 
@@ -82,34 +88,52 @@ class ChatFold:
 
     def __init__(self) -> None:
         self._answer: JsonObject = {}
-        self._choice: JsonObject = {"index": 0, "message": {}, "logprobs": None, "finish_reason": None}
-        # Pieces of text, joined at the end: adding to a string copies it.
-        self._texts: dict[str, list[str]] = {"content": []}
-        self._calls: list[tuple[JsonObject, list[str]]] = []
+        self._choices: dict[int, _MessageFold] = {}
 
     def add(self, chunk: JsonObject) -> None:
         """Takes the next chunk."""
         self._answer |= chunk
-        choice = self._choice
         for part in chunk["choices"]:
-            self._add_delta(part["delta"])
-            choice["finish_reason"] = part["finish_reason"] or choice["finish_reason"]
-            if part["logprobs"] is not None:
-                choice["logprobs"] = choice["logprobs"] or {"content": [], "refusal": None}
-                choice["logprobs"]["content"] += part["logprobs"]["content"]
-            if "token_ids" in part:
-                choice.setdefault("token_ids", []).extend(part["token_ids"])
-            choice |= {name: part[name] for name in _MARKS if name in part}
+            index = part["index"]
+            if index not in self._choices:
+                self._choices[index] = _MessageFold(index)
+            self._choices[index].add(part)
 
     def whole(self) -> JsonObject:
         """Returns the answer."""
+        choices = [self._choices[index].whole() for index in sorted(self._choices)]
+        return self._answer | {"object": "chat.completion", "choices": choices}
+
+
+class _MessageFold:
+    """Folds the parts of one choice."""
+
+    def __init__(self, index: int) -> None:
+        self._choice: JsonObject = {"index": index, "message": {}, "logprobs": None, "finish_reason": None}
+        # Pieces of text, joined at the end: adding to a string copies it.
+        self._texts: dict[str, list[str]] = {"content": []}
+        self._calls: list[tuple[JsonObject, list[str]]] = []
+
+    def add(self, part: JsonObject) -> None:
+        """Takes the next part."""
+        choice = self._choice
+        self._add_delta(part["delta"])
+        choice["finish_reason"] = part["finish_reason"] or choice["finish_reason"]
+        if part["logprobs"] is not None:
+            choice["logprobs"] = choice["logprobs"] or {"content": [], "refusal": None}
+            choice["logprobs"]["content"] += part["logprobs"]["content"]
+        if "token_ids" in part:
+            choice.setdefault("token_ids", []).extend(part["token_ids"])
+        choice |= {name: part[name] for name in _MARKS if name in part}
+
+    def whole(self) -> JsonObject:
+        """Returns the choice."""
         message: JsonObject = {"role": "assistant", "content": "", "refusal": None} | dict.fromkeys(_REASONING)
         message |= {name: "".join(pieces) for name, pieces in self._texts.items()}
         if self._calls:
             message["tool_calls"] = [_called(head, pieces) for head, pieces in self._calls]
             message["content"] = message["content"] or None
-        self._choice["message"] = message
-        return self._answer | {"object": "chat.completion", "choices": [self._choice]}
+        return self._choice | {"message": message}
 
     def _add_delta(self, delta: JsonObject) -> None:
         for name in ("content", *_REASONING):
@@ -146,14 +170,14 @@ def message_delta(parts: Sequence[AnswerPart]) -> JsonObject:
     return delta | ({"tool_calls": list(calls.values())} if calls else {})
 
 
-def _choice(delta: JsonObject, finish_reason: str | None = None) -> JsonObject:
-    return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+def _choice(index: int, delta: JsonObject, finish_reason: str | None = None) -> JsonObject:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
 
 
-def _logprob_entry(token: ScoredToken, tokenizer: Tokenizer) -> JsonObject:
+def _logprob_entry(token: ScoredToken, naming: TokenNaming) -> JsonObject:
     def entry(token_id: int, logprob: float | None) -> JsonObject:
-        data = tokenizer.token_bytes(token_id)
-        return {"token": tokenizer.token_text(token_id), "logprob": logprob, "bytes": list(data)}
+        data = naming.tokenizer.token_bytes(token_id)
+        return {"token": naming.name(token_id), "logprob": logprob, "bytes": list(data)}
 
     top = [entry(token_id, logprob) for token_id, logprob in token.top_logprobs]
     return entry(token.token_id, token.logprob) | {"top_logprobs": top}

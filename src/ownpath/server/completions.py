@@ -1,7 +1,6 @@
 """``/v1/completions``: one generator of chunks over all prompts; the answer in one piece is those chunks folded."""
 
 import asyncio
-import functools
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -14,14 +13,17 @@ from ownpath.server.generation import Delta, Generation
 from ownpath.server.prompts import Prompt
 from ownpath.server.protocol import CompletionRequest
 from ownpath.server.sse import JsonObject
+from ownpath.server.token_naming import TokenNaming
 
 _INLINE_TOKENS = 64
 _LOGPROB_KEYS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 
-def sampling_params(request: CompletionRequest, max_tokens: int) -> SamplingParams:
-    """Builds the parameters of one prompt. max_tokens: the limit once it is fitted to the context."""
-    return request.sampling(max_tokens, request.logprobs, request.echo and request.logprobs is not None)
+def sampling_params(request: CompletionRequest, limits: Sequence[int]) -> list[SamplingParams]:
+    """Builds the parameters of all answers. limits: each prompt's ``max_tokens`` once it is fitted to the context."""
+    scores_prompt = request.echo and request.logprobs is not None
+    each = range(request.n)
+    return [request.sampling(limit, request.logprobs, scores_prompt, answer) for limit in limits for answer in each]
 
 
 async def completion_chunks(
@@ -35,7 +37,10 @@ async def completion_chunks(
         "model": source.model_id,
         "system_fingerprint": source.fingerprint,
     }
-    writers = [await _writer(request, prompt, tokenizer) for prompt in generation.prompts]
+    writers: list[_ChoiceWriter] = []
+    for prompt in generation.prompts:
+        echo_text = await _echo_text(prompt, tokenizer) if request.echo else ""
+        writers += [_ChoiceWriter(request, prompt, echo_text, tokenizer) for _ in range(request.n)]
     async for delta in generation.deltas():
         write = writers[delta.index].write
         # A scored prompt is written off the event loop: up to 21 names for each of its tokens.
@@ -45,11 +50,10 @@ async def completion_chunks(
     yield {**head, "choices": [], "usage": generation.usage()}
 
 
-async def _writer(request: CompletionRequest, prompt: Prompt, tokenizer: Tokenizer) -> "_ChoiceWriter":
-    """Makes a choice's writer; the text that ``echo`` repeats of many token ids is written off the event loop."""
-    is_long = request.echo and prompt.text is None and len(prompt.ids) > _INLINE_TOKENS
-    make = functools.partial(_ChoiceWriter, request, prompt, tokenizer)
-    return await asyncio.to_thread(make) if is_long else make()
+async def _echo_text(prompt: Prompt, tokenizer: Tokenizer) -> str:
+    """Returns the text that ``echo`` repeats; that of many token ids is written off the event loop."""
+    is_long = prompt.text is None and len(prompt.ids) > _INLINE_TOKENS
+    return await asyncio.to_thread(prompt.as_text, tokenizer) if is_long else prompt.as_text(tokenizer)
 
 
 class CompletionFold:
@@ -91,9 +95,9 @@ def _extend(choice: JsonObject, part: JsonObject) -> None:
 class _ChoiceWriter:
     """Writes one choice's deltas as chunks; the first also holds the parts of the prompt that ``echo`` repeats."""
 
-    def __init__(self, request: CompletionRequest, prompt: Prompt, tokenizer: Tokenizer) -> None:
-        self._request, self._prompt, self._tokenizer = request, prompt, tokenizer
-        self._echo_text = prompt.as_text(tokenizer) if request.echo else ""
+    def __init__(self, request: CompletionRequest, prompt: Prompt, echo_text: str, tokenizer: Tokenizer) -> None:
+        self._request, self._prompt, self._echo_text, self._tokenizer = request, prompt, echo_text, tokenizer
+        self._naming = TokenNaming(tokenizer, request.return_tokens_as_token_ids)
         self._is_first = True
 
     def write(self, delta: Delta) -> JsonObject | None:
@@ -128,7 +132,7 @@ class _ChoiceWriter:
             tokens.append(delta.token)
             offsets.append(len(self._echo_text) + delta.text_offset)
         return {
-            "tokens": [self._tokenizer.token_text(token.token_id) for token in tokens],
+            "tokens": [self._naming.name(token.token_id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [self._top(token) for token in tokens],
             "text_offset": offsets,
@@ -143,12 +147,12 @@ class _ChoiceWriter:
         return _starts(texts)
 
     def _top(self, token: ScoredToken) -> dict[str, float] | None:
-        """Maps the likeliest tokens' texts to their log-probabilities, always including the token itself."""
+        """Maps the likeliest tokens' names to their log-probabilities, always including the token itself."""
         if token.logprob is None:
             return None
         top: dict[str, float] = {}
         for token_id, logprob in (*token.top_logprobs, (token.token_id, token.logprob)):
-            top.setdefault(self._tokenizer.token_text(token_id), logprob)
+            top.setdefault(self._naming.name(token_id), logprob)
         return top
 
 

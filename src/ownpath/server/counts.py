@@ -10,6 +10,10 @@ MAX_TOOLS = 1024
 MAX_PARTS = 1024
 """Of one message: parts of its content, and tool calls."""
 MAX_PROMPTS = 64
+MAX_ANSWERS = MAX_PROMPTS
+"""Of all prompts of a body together: each runs as one more prompt would."""
+MAX_REPEATED_TOKENS = 2**20
+"""Prompts' tokens that several answers of a body repeat: no more than a body without ``n`` can make."""
 
 
 def check_counts(body: dict[str, object]) -> None:
@@ -24,6 +28,26 @@ def check_counts(body: dict[str, object]) -> None:
         if isinstance(message, dict):
             for name in ("content", "tool_calls"):
                 _check(f"messages.{index}.{name}", message.get(name), MAX_PARTS)
+
+
+def check_answers(num_each: int, best_of: int | None, num_prompts: int = 1) -> None:
+    """Refuses more answers than prompts might have been sent. Errors: ApiError 400 naming ``n`` or ``best_of``."""
+    if best_of not in (None, num_each):
+        text = f"best_of is not supported yet, except with the number that n has, {num_each}"
+        raise bad_request(text, "best_of", "unsupported_parameter")
+    if num_each * num_prompts > MAX_ANSWERS:
+        text = f"n: {num_each} answers of {num_prompts} prompts are more than {MAX_ANSWERS} together"
+        raise bad_request(text, "n", "invalid_value")
+
+
+def check_repeated(num_each: int, num_prompt_tokens: int) -> None:
+    """Refuses answers that would repeat long prompts many times. Errors: ApiError 400 naming ``n``."""
+    if num_each > 1 and num_each * num_prompt_tokens > MAX_REPEATED_TOKENS:
+        text = (
+            f"n: {num_each} answers that repeat {num_prompt_tokens} prompt tokens hold more than {MAX_REPEATED_TOKENS} "
+            "of them; leave out echo and return_token_ids, or ask for fewer answers"
+        )
+        raise bad_request(text, "n", "invalid_value")
 
 
 def check_arguments(arguments: Iterable[str]) -> None:

@@ -31,18 +31,13 @@ LABEL_KINDS: dict[str, tuple[str, ...]] = {
 LABELS = tuple(name for names in LABEL_KINDS.values() for name in names)
 
 _COMMON: Neutral = {
-    "n": (1,),
-    "best_of": (1,),
     "length_penalty": (1,),
     "typical_p": (1,),
     "bad_words": ([],),
     "allowed_token_ids": (),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "detokenize": (True,),
     "prompt_logprobs": (),
-    "return_tokens_as_token_ids": (False,),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "guided_json": (),

@@ -1,6 +1,7 @@
 """Carries the engine's outputs from its thread to the event loop, and turns tokens into text.
 
-One ``Generation`` is everything that one HTTP request generates: one or several prompts, each a choice with an index.
+One ``Generation`` is everything that one HTTP request generates: one or several answers of one or several prompts, each
+a choice with an index. The answers of a prompt follow one another.
 Its ``deltas`` are the only source of both the streamed and the folded answer.
 """
 
@@ -34,7 +35,7 @@ Outputs = Mailbox[tuple[int, StepOutput]]
 class Delta:
     """One step's addition to one choice.
 
-    parts: new parts of the answer, whole characters, nothing that belongs to a stop string.
+    parts: new parts of the answer, whole characters, of a stop string nothing unless it is asked for.
     token: the step's token, also when its text is not to be shown yet or at all.
     text_offset: characters of generated text before that token.
     prompt: the scored prompt, once, if it was asked for.
@@ -81,9 +82,7 @@ class _ChoiceStream:
         parts: list[AnswerPart] = []
         if output.token is not None:
             self._time_token()
-        # The model's end token is a marker, not text.
-        is_marker = output.finish_reason is FinishReason.STOP and output.stop_token_id is None
-        if output.token is not None and not is_marker:
+        if output.token is not None and not self._is_marker(output):
             was_reasoning = self._answer.is_reasoning
             parts += self._answer.feed(output.token.token_id)
             self.num_reasoning_tokens += was_reasoning and self._answer.is_reasoning
@@ -104,6 +103,11 @@ class _ChoiceStream:
         stopped_by = self._answer.stop_string or output.stop_token_id
         return Delta(self._index, tuple(parts), output.token, offset, output.prompt, reason, empty, stopped_by)
 
+    def _is_marker(self, output: StepOutput) -> bool:
+        """True for the model's end token: a marker, not text, unless it is asked for."""
+        ends = output.finish_reason is FinishReason.STOP and output.stop_token_id is None
+        return ends and not self._answer.shows_end_token
+
     def _time_token(self) -> None:
         now = time.monotonic()
         since_last, self._last_token = now - self._last_token, now
@@ -115,8 +119,7 @@ class _ChoiceStream:
     def _empty_content(self, output: StepOutput) -> EmptyContent | None:
         if self.num_tokens == 0:
             return None  # the request only scores its prompt
-        is_marker = output.finish_reason is FinishReason.STOP and output.stop_token_id is None
-        num_shown_tokens = self.num_tokens - is_marker
+        num_shown_tokens = self.num_tokens - self._is_marker(output)
         return self._watch.reason(num_shown_tokens, output.finish_reason is FinishReason.LENGTH)
 
     def abandon(self) -> None:
@@ -128,8 +131,8 @@ class _ChoiceStream:
 class Generation:
     """Submitted requests and their answers. ``close`` must be called; more than once is fine.
 
-    answers: one per prompt, to parse its output. mailbox: the server's. timeout_s: from now to the end of the last
-    answer (504).
+    answers: as many for each prompt, to parse their outputs. mailbox: the server's. timeout_s: from now to the end of
+    the last answer (504).
     """
 
     def __init__(
@@ -150,20 +153,29 @@ class Generation:
         self._mailbox = mailbox
         self._outputs: asyncio.Queue[tuple[int, StepOutput]] = asyncio.Queue()
 
+    @property
+    def num_choices(self) -> int:
+        """Answers of all prompts."""
+        return len(self._choices)
+
+    def prompt_of(self, index: int) -> Prompt:
+        """Returns the prompt that a choice answers."""
+        return self.prompts[index * len(self.prompts) // len(self._choices)]
+
     def submit(self, params: Sequence[SamplingParams]) -> None:
-        """Submits all prompts to the engine, each with its parameters.
+        """Submits all answers to the engine, each with its parameters.
 
         Errors: ApiError 400 (does not fit), 429 (no room) or 503 (stopped).
         """
         loop = asyncio.get_running_loop()
 
-        def request(index: int, prompt: Prompt) -> Request:
+        def request(index: int) -> Request:
             def sink(output: StepOutput) -> None:
                 self._mailbox.put(loop, self._outputs, (index, output))
 
-            return Request(prompt.ids, params[index], sink)
+            return Request(self.prompt_of(index).ids, params[index], sink)
 
-        requests = [request(index, prompt) for index, prompt in enumerate(self.prompts)]
+        requests = [request(index) for index in range(self.num_choices)]
         try:
             self._engine.submit(requests)
         except RequestError as error:
@@ -213,7 +225,8 @@ class Generation:
         return sum(choice.num_reasoning_tokens for choice in self._choices)
 
     def usage(self) -> dict[str, int]:
-        """Counts tokens so far. EOS and the tokens of a stop string count: they were generated."""
+        """Counts tokens so far: of each prompt once, of every answer. EOS and the tokens of a stop string count: they
+        were generated."""
         num_prompt = sum(len(prompt.ids) for prompt in self.prompts)
         num_generated = sum(choice.num_tokens for choice in self._choices)
         return {

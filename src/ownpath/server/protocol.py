@@ -2,8 +2,9 @@
 
 from typing import Annotated, TypeVar
 
-from pydantic import BeforeValidator, FailFast, Field, PlainValidator, ValidationError, WithJsonSchema
+from pydantic import BeforeValidator, FailFast, Field, PlainValidator, WithJsonSchema
 
+from ownpath.chat.answer import Shown
 from ownpath.chat.encode import Ending
 from ownpath.chat.levels import LEVEL_OF_WORD
 from ownpath.engine.limits import MAX_STOP_TOKENS, MAX_TEMPERATURE, MAX_TOP_LOGPROBS, SEED_LIMIT, TOP_K_LIMIT
@@ -13,7 +14,6 @@ from ownpath.server.adjust_fields import AdjustingRequest
 from ownpath.server.conversation import (
     ROLES,
     ChatMessage,
-    FirstFailure,
     ResponseFormat,
     Strict,
     TemplateOptions,
@@ -22,62 +22,23 @@ from ownpath.server.conversation import (
     ToolChoice,
     Tools,
 )
-from ownpath.server.counts import MAX_PROMPTS, check_counts
-from ownpath.server.errors import ApiError, bad_request
+from ownpath.server.counts import MAX_ANSWERS, check_answers, check_counts
+from ownpath.server.errors import bad_request
 from ownpath.server.fields import FieldTable
 from ownpath.server.history import plain_messages
 from ownpath.server.labels import Labels
+from ownpath.server.validation import validate
+from ownpath.server.value_forms import (
+    MAX_ID,
+    MAX_STOP_CHARS,
+    MAX_STOPS,
+    PROMPTS_SCHEMA,
+    STOPS_SCHEMA,
+    read_prompts,
+    read_stops,
+)
 
-MAX_STOPS = 16
-MAX_STOP_CHARS = 256
 _DEFAULT_MAX_TOKENS = 16
-_MAX_INT = 2**31 - 1
-
-
-def _stops(value: object) -> list[str]:
-    stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise ValueError("must be a string or a list of strings")
-    if len(stops) > MAX_STOPS:
-        raise ValueError(f"lists {len(stops)} strings; at most {MAX_STOPS} are allowed")
-    if not all(1 <= len(stop) <= MAX_STOP_CHARS for stop in stops):
-        raise ValueError(f"each string must have 1 to {MAX_STOP_CHARS} characters")
-    return stops
-
-
-_A_STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
-STOPS_SCHEMA = {"anyOf": [_A_STOP, {"type": "array", "items": _A_STOP, "maxItems": MAX_STOPS}]}
-"""The values that ``_stops`` takes."""
-
-
-def _prompts(value: object) -> list[str] | list[list[int]]:
-    """Reads all four forms of a prompt as a list of prompts, texts or token ids."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, list) and value:
-        if all(isinstance(item, str) for item in value):
-            return value
-        if _is_token_ids(value):
-            return [value]
-        if all(isinstance(item, list) and _is_token_ids(item) for item in value):
-            return value
-    raise ValueError("must be a string, a list of strings, a list of token ids, or a list of such lists; not empty")
-
-
-def _is_token_ids(value: list[object]) -> bool:
-    return bool(value) and all(type(item) is int and 0 <= item <= _MAX_INT for item in value)
-
-
-IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": _MAX_INT}, "minItems": 1}
-PROMPTS_SCHEMA = {
-    "anyOf": [
-        {"type": "string"},
-        {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
-        IDS_SCHEMA,
-        {"type": "array", "items": IDS_SCHEMA, "minItems": 1, "maxItems": MAX_PROMPTS},
-    ]
-}
-"""The values that ``_prompts`` takes."""
 
 
 class StreamOptions(Strict):
@@ -93,6 +54,14 @@ _EXCESS = "clamped to what max_model_len leaves (--strict-limits refuses it); -1
 class _GenerationRequest(AdjustingRequest):
     model: str | None = Field(None, description="a served name, or the path given to serve; another name is 404")
     max_tokens: int | None = Field(None, ge=-1, description=f"{_EXCESS}; left out: {_DEFAULT_MAX_TOKENS}. 0 needs echo")
+    n: int = Field(
+        1,
+        ge=1,
+        le=MAX_ANSWERS,
+        description=f"answers of each prompt, choices one behind the other; at most {MAX_ANSWERS} of a body's prompts "
+        "together. Answer i, from 0, draws as if seed were i more",
+    )
+    best_of: int | None = Field(None, ge=1, le=MAX_ANSWERS, description="as many as n; another number is 400")
     temperature: float = Field(1.0, ge=0, le=MAX_TEMPERATURE, description="0 takes the likeliest token")
     top_p: float = Field(1.0, gt=0, le=1, description="samples from the fewest tokens that reach this probability")
     top_k: int = Field(
@@ -100,7 +69,7 @@ class _GenerationRequest(AdjustingRequest):
     )
     min_p: float = Field(0.0, ge=0, le=1, description="samples from tokens with this share of the likeliest one's")
     ignore_eos: bool = Field(False, description="the model's end tokens do not end the answer, and are not shown")
-    stop_token_ids: list[Annotated[int, Field(ge=0, le=_MAX_INT)]] = Field(
+    stop_token_ids: list[Annotated[int, Field(ge=0, le=MAX_ID)]] = Field(
         default_factory=list,
         max_length=MAX_STOP_TOKENS,
         description="the answer ends with one of these; it is shown, unless it is a special token",
@@ -108,9 +77,17 @@ class _GenerationRequest(AdjustingRequest):
     seed: int | None = Field(
         None, ge=-SEED_LIMIT, lt=SEED_LIMIT, description="the same seed, prompt and parameters draw the same numbers"
     )
-    stop: Annotated[list[str], BeforeValidator(_stops), WithJsonSchema(STOPS_SCHEMA)] = Field(
+    stop: Annotated[list[str], BeforeValidator(read_stops), WithJsonSchema(STOPS_SCHEMA)] = Field(
         default_factory=list,
         description=f"the answer ends before it; a string or up to {MAX_STOPS}, of 1 to {MAX_STOP_CHARS} characters",
+    )
+    include_stop_str_in_output: bool = Field(
+        False, description="the answer ends with the stop string that ended it, not before it"
+    )
+    skip_special_tokens: bool = Field(
+        True,
+        description="false: special tokens are text where they stand, but not inside and behind calls of tools; the "
+        "model's end token only with include_stop_str_in_output",
     )
     stream: bool = Field(False, description="server-sent events, then [DONE]")
     stream_options: StreamOptions | None = Field(
@@ -118,17 +95,30 @@ class _GenerationRequest(AdjustingRequest):
         description="include_usage: a last event with usage and no choices; needs stream. continuous_usage_stats: the "
         "usage so far in each event",
     )
+    return_tokens_as_token_ids: bool = Field(
+        False, description="tokens in logprobs are named token_id:N, N the id, instead of by their text"
+    )
     return_token_ids: bool = Field(
         False, description="adds prompt_token_ids and token_ids to the answer (ownpath's own)"
     )
 
-    def sampling(self, max_tokens: int, num_logprobs: int | None, prompt_logprobs: bool = False) -> SamplingParams:
-        """Builds the parameters of one prompt. max_tokens: the limit once it is fitted to the context."""
+    @property
+    def shown(self) -> Shown:
+        """Additions to the text of answers."""
+        return Shown(not self.skip_special_tokens, self.include_stop_str_in_output)
+
+    def sampling(
+        self, max_tokens: int, num_logprobs: int | None, prompt_logprobs: bool = False, answer: int = 0
+    ) -> SamplingParams:
+        """Builds the parameters of one answer.
+
+        max_tokens: the limit once it is fitted to the context. answer: its place among the answers of its prompt.
+        """
         return SamplingParams(
             max_tokens,
             self.temperature,
             self.top_p,
-            self.seed,
+            self._seed_of(answer),
             num_logprobs,
             prompt_logprobs,
             top_k=max(self.top_k, 0),
@@ -137,6 +127,12 @@ class _GenerationRequest(AdjustingRequest):
             stop_token_ids=frozenset(self.stop_token_ids),
             **self.adjustments(),
         )
+
+    def _seed_of(self, answer: int) -> int | None:
+        """Returns an answer's seed: so many more than the request's, and behind the highest comes the lowest."""
+        if self.seed is None:
+            return None
+        return (self.seed + answer + SEED_LIMIT) % (2 * SEED_LIMIT) - SEED_LIMIT
 
 
 class ChatRequest(_GenerationRequest):
@@ -232,8 +228,8 @@ class ChatRequest(_GenerationRequest):
 class CompletionRequest(_GenerationRequest):
     """``POST /v1/completions``. ``prompt`` holds texts or lists of token ids."""
 
-    prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompts), WithJsonSchema(PROMPTS_SCHEMA)] = Field(
-        description="a text, a list of texts, token ids, or a list of such lists; each prompt is a choice"
+    prompt: Annotated[list[str] | list[list[int]], PlainValidator(read_prompts), WithJsonSchema(PROMPTS_SCHEMA)] = (
+        Field(description="a text, a list of texts, token ids, or a list of such lists; each prompt is a choice")
     )
     logprobs: int | None = Field(
         None, ge=0, le=MAX_TOP_LOGPROBS, description="likeliest tokens at each token; with echo of the prompt's too"
@@ -241,12 +237,16 @@ class CompletionRequest(_GenerationRequest):
     echo: bool = Field(False, description="the text begins with the prompt")
 
     @property
+    def repeats_prompts(self) -> bool:
+        """True if each choice holds its prompt."""
+        return self.echo or self.return_token_ids
+
+    @property
     def wanted_tokens(self) -> tuple[str | None, int]:
         """The limit on each answer's tokens and the field that gives it, None for the default."""
         return (None, _DEFAULT_MAX_TOKENS) if self.max_tokens is None else ("max_tokens", self.max_tokens)
 
 
-RequestModel = TypeVar("RequestModel", bound=Strict)
 Conversing = TypeVar("Conversing", bound=ChatRequest)
 
 _COMPLETION = FieldTable(CompletionRequest.model_fields.keys(), fields.COMPLETION, fields.LABELS)
@@ -290,6 +290,7 @@ def read_completion_request(body: dict[str, object], labels: Labels | None = Non
     request = validate(CompletionRequest, known_fields(body, _COMPLETION, labels or Labels()))
     _check_stream_options(request)
     request.check_minimum(*request.wanted_tokens)
+    check_answers(request.n, request.best_of, len(request.prompt))
     if request.max_tokens == 0 and not request.echo:
         raise bad_request("max_tokens: 0 generates nothing; it needs echo", "max_tokens")
     return request
@@ -298,6 +299,7 @@ def read_completion_request(body: dict[str, object], labels: Labels | None = Non
 def _check_chat(request: ChatRequest) -> None:
     _check_stream_options(request)
     request.check_minimum(*request.wanted_tokens)
+    check_answers(request.n, request.best_of)
     for index, message in enumerate(request.messages):
         message.check(f"messages.{index}.")
     _check_thinking(request)
@@ -375,17 +377,3 @@ def _known_tool(tool: object, index: int, labels: Labels) -> object:
         own = FieldTable(function.keys() - set(fields.TOOL_LABELS), {}, fields.TOOL_LABELS)
         kept["function"] = labels.keep_fields(function, own, f"tools.{index}.function.", "tools.function.")
     return kept
-
-
-def validate(model: type[RequestModel], body: dict[str, object]) -> RequestModel:
-    """Builds a request from its fields. Errors: ApiError 400 naming the first that is wrong."""
-    try:
-        return model.model_validate(body, context=FirstFailure())
-    except ValidationError as error:
-        raise _first_error(error) from None
-
-
-def _first_error(error: ValidationError) -> ApiError:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    param = ".".join(str(part) for part in first["loc"])[:100]
-    return bad_request(f"{param}: {first['msg'].removeprefix('Value error, ')}", param, "invalid_value")

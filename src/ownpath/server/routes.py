@@ -14,6 +14,7 @@ from ownpath.chat.tokenizer import MissingMarkerError, Tokenizer
 from ownpath.engine.engine import Engine
 from ownpath.server import chat, completions
 from ownpath.server.body import BodyReader
+from ownpath.server.counts import check_repeated
 from ownpath.server.errors import ApiError, shorten, unavailable
 from ownpath.server.excess import Adjustments
 from ownpath.server.fingerprint import AnswerSource
@@ -122,14 +123,14 @@ class Api:
         asked, segments = await self.bodies.read(request, CONVERSATION, read)
         source = self._source(asked)
         max_model_len = self.engine.config.max_model_len
-        answer = self._chat_answer(asked)
+        answers = [self._chat_answer(asked) for _ in range(asked.n)]
         prompt = await chat_prompt(segments, self.tokenizer, max_model_len)
         level = effort_level(asked, self.release)
         if asked.effort not in (None, "none", level):
             adjustments.values["reasoning_effort"] = level
         (max_tokens,) = adjustments.fit(*asked.wanted_tokens, [prompt], max_model_len)
-        generation = Generation(self.engine, [prompt], [answer], self.metrics, self.mailbox, self.request_timeout_s)
-        generation.submit([chat.sampling_params(asked, max_tokens)])
+        generation = Generation(self.engine, [prompt], answers, self.metrics, self.mailbox, self.request_timeout_s)
+        generation.submit(chat.sampling_params(asked, max_tokens))
         chunks = chat.chat_chunks(asked, generation, self.tokenizer, source, level)
         headers = self.headers_for(labels, adjustments)
         return await self._answer(
@@ -144,10 +145,15 @@ class Api:
         source = self._source(asked)
         max_model_len = self.engine.config.max_model_len
         prompts = await completion_prompts(asked, self.tokenizer, max_model_len)
-        answers = [Answer(self.tokenizer, asked.stop, min_tokens=asked.min_tokens) for _ in prompts]
+        if asked.repeats_prompts:
+            check_repeated(asked.n, sum(len(prompt.ids) for prompt in prompts))
+        answers = [
+            Answer(self.tokenizer, asked.stop, min_tokens=asked.min_tokens, shown=asked.shown)
+            for _ in range(asked.n * len(prompts))
+        ]
         limits = adjustments.fit(*asked.wanted_tokens, prompts, max_model_len)
         generation = Generation(self.engine, prompts, answers, self.metrics, self.mailbox, self.request_timeout_s)
-        generation.submit([completions.sampling_params(asked, max_tokens) for max_tokens in limits])
+        generation.submit(completions.sampling_params(asked, limits))
         chunks = completions.completion_chunks(asked, generation, self.tokenizer, source)
         told = Telling(chunks, completions.CompletionFold(), Generation.usage, self.headers_for(labels, adjustments))
         return await self._answer(request, asked, generation, told)
@@ -175,7 +181,7 @@ class Api:
         parser = AnswerParser(asked.opens_reasoning, offers_tools=bool(asked.functions))
         try:
             max_calls = None if asked.parallel_tool_calls else 1
-            return Answer(self.tokenizer, asked.stop, parser, max_calls, asked.min_tokens)
+            return Answer(self.tokenizer, asked.stop, parser, max_calls, asked.min_tokens, asked.shown)
         except MissingMarkerError as error:
             raise missing_marker(error) from None
 

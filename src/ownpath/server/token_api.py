@@ -23,14 +23,15 @@ from ownpath.server.json_shape import CONVERSATION, PROMPTS
 from ownpath.server.json_text import to_json
 from ownpath.server.labels import Labels
 from ownpath.server.prompts import chat_ids, chat_segments, check_ids, text_ids
-from ownpath.server.protocol import IDS_SCHEMA, ChatRequest, known_fields, read_conversation, validate
+from ownpath.server.protocol import ChatRequest, known_fields, read_conversation
 from ownpath.server.routes import Api
+from ownpath.server.validation import validate
+from ownpath.server.value_forms import IDS_SCHEMA, MAX_ID
 from ownpath.versions import versions
 
 MAX_TEXT_CHARS = 2**20
 """Of a text or a conversation to tokenise: the tokenizer takes some 140 bytes for each, and no context bounds it."""
 _INLINE_TOKENS = 1024
-_MAX_INT = 2**31 - 1
 _MODEL = "a served name, or the path given to serve; another name is 404"
 _TOKEN_STRS = "adds token_strs: each token as the vocabulary spells it"
 
@@ -51,7 +52,7 @@ class TokenizeChatRequest(ChatRequest):
 
 
 def _token_ids(value: object) -> list[int]:
-    if not isinstance(value, list) or not all(type(item) is int and 0 <= item <= _MAX_INT for item in value):
+    if not isinstance(value, list) or not all(type(item) is int and 0 <= item <= MAX_ID for item in value):
         raise ValueError("must be a list of token ids")
     return value
 

@@ -271,7 +271,7 @@ def test_a_fold_costs_linear_time(kind: str) -> None:
     """Eight times as many chunks may cost at most sixteen times as much; a square would cost 64 times."""
     logprobs = {"content": [{"token": "abcd", "logprob": 0.0}], "refusal": None}
     chat = {"choices": [{"delta": {"content": "abcd" * 50, "reasoning_content": "abcd" * 50}, "logprobs": logprobs}]}
-    chat["choices"][0] |= {"finish_reason": None, "token_ids": [1]}
+    chat["choices"][0] |= {"index": 0, "finish_reason": None, "token_ids": [1]}
     lists = {name: [1] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")}
     completion = {"choices": [{"index": 0, "text": "abcd" * 50, "finish_reason": None, "logprobs": lists}]}
     completion["choices"][0] |= {"token_ids": [1]}

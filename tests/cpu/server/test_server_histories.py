@@ -231,7 +231,7 @@ def answered(ids: list[int], thinks: bool, is_streamed: bool) -> dict[str, Any]:
     answer = Answer(TOKENIZER, [], AnswerParser(thinks, offers_tools=True))
     deltas = [message_delta(answer.feed(token_id)) for token_id in ids] + [message_delta(answer.finish())]
     if not is_streamed:
-        chunks = [{"choices": [{"delta": it, "logprobs": None, "finish_reason": None}]} for it in deltas]
+        chunks = [{"choices": [{"index": 0, "delta": it, "logprobs": None, "finish_reason": None}]} for it in deltas]
         fold = ChatFold()
         for chunk in chunks:
             fold.add(chunk)

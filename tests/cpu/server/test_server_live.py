@@ -81,9 +81,9 @@ def test_openais_client_completes(client: openai.OpenAI) -> None:
 
 
 def test_openais_client_understands_the_errors(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="n is not supported yet") as caught:
-        client.chat.completions.create(model=MODEL_ID, messages=HELLO, n=2)
-    assert caught.value.param == "n"
+    with pytest.raises(openai.BadRequestError, match="verbosity is not supported yet") as caught:
+        client.chat.completions.create(model=MODEL_ID, messages=HELLO, verbosity="low")
+    assert caught.value.param == "verbosity"
     with pytest.raises(openai.NotFoundError, match="no model 'other'"):
         client.chat.completions.create(model="other", messages=HELLO)
     with pytest.raises(openai.BadRequestError, match="maximum context of 256"):

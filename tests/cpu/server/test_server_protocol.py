@@ -13,14 +13,13 @@ from ownpath.server import fields
 from ownpath.server.conversation import CalledFunction, CallInMessage, ChatMessage, TemplateOptions
 from ownpath.server.errors import ApiError
 from ownpath.server.protocol import (
-    MAX_STOP_CHARS,
-    MAX_STOPS,
     ChatRequest,
     CompletionRequest,
     StreamOptions,
     read_chat_request,
     read_completion_request,
 )
+from ownpath.server.value_forms import MAX_STOP_CHARS, MAX_STOPS
 
 CHAT: dict[str, Any] = {"messages": HELLO}
 COMPLETION: dict[str, Any] = {"prompt": "hello"}
@@ -59,12 +58,11 @@ def test_an_object_of_nulls_asks_for_nothing() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("n", 2), ("n", True), ("n", 0), ("best_of", 2),
         ("function_call", {"name": "f"}), ("verbosity", "low"),
         ("functions", [{}]), ("reasoning", {"effort": "high"}),
         ("chat_template", "{{x}}"), ("echo", True), ("web_search_options", {}), ("verbosity", "high"),
         ("modalities", ["text", "audio"]), ("guided_json", {}), ("thinking_token_budget", 5), ("lora_path", "x"),
-        ("prompt_logprobs", 1), ("skip_special_tokens", False),
+        ("prompt_logprobs", 1), ("spaces_between_special_tokens", False),
     ],
 )  # fmt: skip
 def test_what_is_not_supported_is_refused_by_name(name: str, value: Any) -> None:
@@ -89,6 +87,11 @@ BAD_VALUES = [
     ("max_tokens", [-2, 1.0, "5", True]),
     ("stream", [1, "true"]),
     ("return_token_ids", [1, "yes"]),
+    ("include_stop_str_in_output", [1, "true"]),
+    ("skip_special_tokens", [0, "false"]),
+    ("return_tokens_as_token_ids", [1, []]),
+    ("n", [0, -1, 65, 2.0, "2", True]),
+    ("best_of", [0, 2, 65, 1.0, True]),
     ("model", [5, ["tiny"]]),
     ("stop", [[""], 5, [5], "", ["a"] * (MAX_STOPS + 1), ["a" * (MAX_STOP_CHARS + 1)], {"a": 1}]),
     ("stream_options", [True, [], "x"]),
