@@ -75,6 +75,14 @@ class Answer:
             return self._shown(parts + self._parser.feed_marker(self._markers[token_id]))
         return self._shown(self._text(self._detokenizer.feed(token_id)))
 
+    def is_text(self, token_ids: Sequence[int]) -> bool:
+        """True if these tokens can only be more text: none of them ends the answer or changes what its text is."""
+        return not self._matcher.has_stops and self._parser.reads_text and self._markers.keys().isdisjoint(token_ids)
+
+    def feed_text(self, token_ids: Sequence[int]) -> list[AnswerPart]:
+        """Takes tokens for which ``is_text`` holds: the parts that ``feed`` returns for them one by one, joined."""
+        return self._shown(self._text(self._detokenizer.feed_all(token_ids)))
+
     def finish(self) -> list[AnswerPart]:
         """Ends the answer and returns what was held back."""
         return self._shown(self._parser.finish()) + self._release()

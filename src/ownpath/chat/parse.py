@@ -62,6 +62,11 @@ class AnswerParser:
         """True while the reasoning block is open, except inside a block of calls."""
         return self._is_open and self._state == self._text
 
+    @property
+    def reads_text(self) -> bool:
+        """True while only a marker can change what the text is."""
+        return self._state == self._text
+
     def feed(self, text: str) -> list[AnswerPart]:
         """Takes a piece of text and returns the parts that it adds."""
         return self._state(text) if text else []

@@ -17,10 +17,11 @@ from ownpath.server.body import BodyReader
 from ownpath.server.errors import ApiError, shorten, unavailable
 from ownpath.server.excess import Adjustments
 from ownpath.server.fingerprint import AnswerSource
-from ownpath.server.generation import Generation, Outputs
+from ownpath.server.generation import Generation, Report
 from ownpath.server.json_shape import CONVERSATION, PROMPTS
 from ownpath.server.json_text import to_json
 from ownpath.server.labels import LabelLog, Labels
+from ownpath.server.mailbox import Mailroom
 from ownpath.server.metrics import MEDIA_TYPE, Metrics
 from ownpath.server.policy import RequestPolicy
 from ownpath.server.prompts import chat_prompt, chat_segments, completion_prompts, effort_level, missing_marker
@@ -82,7 +83,7 @@ class Api:
     policy: RequestPolicy
     fingerprint: str
     label_log: LabelLog
-    mailbox: Outputs = field(default_factory=Outputs)
+    mailroom: Mailroom[Report] = field(default_factory=Mailroom[Report])
 
     @property
     def engine(self) -> Engine:
@@ -128,7 +129,8 @@ class Api:
         if asked.effort not in (None, "none", level):
             adjustments.values["reasoning_effort"] = level
         (max_tokens,) = adjustments.fit(*asked.wanted_tokens, [prompt], max_model_len)
-        generation = Generation(self.engine, [prompt], [answer], self.metrics, self.mailbox, self.request_timeout_s)
+        mailbox = self.mailroom.mailbox()
+        generation = Generation(self.engine, [prompt], [answer], self.metrics, mailbox, self.request_timeout_s)
         generation.submit([chat.sampling_params(asked, max_tokens)])
         chunks = chat.chat_chunks(asked, generation, self.tokenizer, source, level)
         headers = self.headers_for(labels, adjustments)
@@ -146,7 +148,8 @@ class Api:
         prompts = await completion_prompts(asked, self.tokenizer, max_model_len)
         answers = [Answer(self.tokenizer, asked.stop) for _ in prompts]
         limits = adjustments.fit(*asked.wanted_tokens, prompts, max_model_len)
-        generation = Generation(self.engine, prompts, answers, self.metrics, self.mailbox, self.request_timeout_s)
+        mailbox = self.mailroom.mailbox()
+        generation = Generation(self.engine, prompts, answers, self.metrics, mailbox, self.request_timeout_s)
         generation.submit([completions.sampling_params(asked, max_tokens) for max_tokens in limits])
         chunks = completions.completion_chunks(asked, generation, self.tokenizer, source)
         told = Telling(chunks, completions.CompletionFold(), Generation.usage, self.headers_for(labels, adjustments))
