@@ -39,6 +39,11 @@ class Answer:
         return self._max_calls is not None and self._parser.num_whole_calls >= self._max_calls
 
     @property
+    def may_end_itself(self) -> bool:
+        """True if its text may end the answer: there are stop strings, or a limit on calls."""
+        return self._matcher.has_stops or self._max_calls is not None
+
+    @property
     def is_stopped(self) -> bool:
         """True once a stop string was completed; nothing is shown any more."""
         return self._matcher.matched is not None

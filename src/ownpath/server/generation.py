@@ -26,6 +26,8 @@ from ownpath.server.mailbox import Inbox, Mailbox
 from ownpath.server.metrics import Metrics
 from ownpath.server.prompts import Prompt
 
+_PATIENCE = 64
+"""Reports that are read together where nobody waits for single ones: some 0.1 ms of the event loop."""
 Report = tuple[int, StepOutput, float]
 """A step's output with the index of its choice and the time when the engine told it, as ``time.monotonic``."""
 
@@ -144,10 +146,9 @@ class _ChoiceStream:
         return empty
 
     def _time_tokens(self, told_at: Sequence[float]) -> None:
-        """Counts tokens. The first is timed as it is read here, the others as the engine told them, so that reading
-        several at once does not change the times between them."""
+        """Counts tokens. They are timed as the engine told them, so that reading several at once changes nothing."""
         if not self.num_tokens:
-            self._metrics.time_to_first_token.observe(time.monotonic() - self._begun)
+            self._metrics.time_to_first_token.observe(told_at[0] - self._begun)
             self._last_token = told_at[0]
         times = told_at if self.num_tokens else told_at[1:]
         self._metrics.time_per_output_token.observe_between(self._last_token, times)
@@ -172,7 +173,7 @@ class Generation:
     """Submitted requests and their answers. ``close`` must be called; more than once is fine.
 
     answers: one per prompt, to parse its output. mailbox: the server's. timeout_s: from now to the end of the last
-    answer (504).
+    answer (504). is_whole: nobody reads the answers before they have ended.
     """
 
     def __init__(
@@ -183,6 +184,8 @@ class Generation:
         metrics: Metrics,
         mailbox: Mailbox[Report],
         timeout_s: float,
+        *,
+        is_whole: bool = False,
     ) -> None:
         self.prompts = prompts
         self._metrics, self._timeout_s = metrics, timeout_s
@@ -191,7 +194,9 @@ class Generation:
         self._choices = [_ChoiceStream(index, answer, metrics) for index, answer in enumerate(answers)]
         self._requests: list[Request] = []
         self._mailbox = mailbox
-        self._inbox = Inbox[Report]()
+        # An answer that its text may end has to be read as it comes.
+        is_patient = is_whole and not any(answer.may_end_itself for answer in answers)
+        self._inbox = Inbox[Report](_PATIENCE if is_patient else 1)
         self._alarm: asyncio.TimerHandle | None = None
 
     def submit(self, params: Sequence[SamplingParams]) -> None:
@@ -203,7 +208,7 @@ class Generation:
 
         def request(index: int, prompt: Prompt) -> Request:
             def sink(output: StepOutput) -> None:
-                put(inbox, (index, output, time.monotonic()))
+                put(inbox, (index, output, time.monotonic()), is_last=output.finish_reason is not None)
 
             return Request(prompt.ids, params[index], sink)
 

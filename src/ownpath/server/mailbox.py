@@ -11,20 +11,27 @@ Mail = TypeVar("Mail")
 
 
 class Inbox(Generic[Mail]):
-    """Reports for one reader on the event loop, in order."""
+    """Reports for one reader on the event loop, in order.
 
-    def __init__(self) -> None:
+    patience: reports that the reader waits for, so that it is woken seldom; a last one is never waited with.
+    """
+
+    def __init__(self, patience: int = 1) -> None:
+        self._patience = patience
         self._mails: list[Mail] = []
+        self._has_last = False
         self._is_listed = False
         self._is_expired = False
         self._waiter: asyncio.Future[None] | None = None
 
     async def take(self) -> list[Mail]:
-        """Returns what has come since the last call, at least one. Errors: TimeoutError once expired."""
+        """Returns what has come since the last call: ``patience`` reports or more, fewer if one is a last one, never
+        none. Errors: TimeoutError once expired."""
         while not self._is_expired:
+            has_last, self._has_last = self._has_last, False
             # Threads append meanwhile: a copy and a cut lose nothing, another list would.
             count = len(self._mails)
-            if count:
+            if count >= self._patience or (count and has_last):
                 mails = self._mails[:count]
                 del self._mails[:count]
                 return mails
@@ -37,9 +44,13 @@ class Inbox(Generic[Mail]):
         self._is_expired = True
         self._wake()
 
-    def add(self, mail: Mail) -> bool:
-        """Adds a report, from any thread. Returns True if nobody knows yet that there is one."""
+    def add(self, mail: Mail, *, is_last: bool) -> bool:
+        """Adds a report, from any thread. Returns True if the reader is to be woken, which nobody knows yet."""
         self._mails.append(mail)
+        if is_last:
+            self._has_last = True
+        elif self._is_listed or len(self._mails) < self._patience:
+            return False
         is_news, self._is_listed = not self._is_listed, True
         return is_news
 
@@ -71,9 +82,10 @@ class Mailbox(Generic[Mail]):
         self._is_due = False
         self._has_round = False
 
-    def put(self, inbox: Inbox[Mail], mail: Mail) -> None:
-        """Puts a report. Errors: RuntimeError if the loop is closed; the report is dropped then."""
-        if not inbox.add(mail):
+    def put(self, inbox: Inbox[Mail], mail: Mail, *, is_last: bool = False) -> None:
+        """Puts a report. is_last: it does not wait for others. Errors: RuntimeError if the loop is closed; the report
+        is dropped then."""
+        if not inbox.add(mail, is_last=is_last):
             return
         self._filled.append(inbox)
         if self._is_due:

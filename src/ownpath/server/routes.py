@@ -130,7 +130,9 @@ class Api:
             adjustments.values["reasoning_effort"] = level
         (max_tokens,) = adjustments.fit(*asked.wanted_tokens, [prompt], max_model_len)
         mailbox = self.mailroom.mailbox()
-        generation = Generation(self.engine, [prompt], [answer], self.metrics, mailbox, self.request_timeout_s)
+        generation = Generation(
+            self.engine, [prompt], [answer], self.metrics, mailbox, self.request_timeout_s, is_whole=not asked.stream
+        )
         generation.submit([chat.sampling_params(asked, max_tokens)])
         chunks = chat.chat_chunks(asked, generation, self.tokenizer, source, level)
         headers = self.headers_for(labels, adjustments)
@@ -149,7 +151,9 @@ class Api:
         answers = [Answer(self.tokenizer, asked.stop) for _ in prompts]
         limits = adjustments.fit(*asked.wanted_tokens, prompts, max_model_len)
         mailbox = self.mailroom.mailbox()
-        generation = Generation(self.engine, prompts, answers, self.metrics, mailbox, self.request_timeout_s)
+        generation = Generation(
+            self.engine, prompts, answers, self.metrics, mailbox, self.request_timeout_s, is_whole=not asked.stream
+        )
         generation.submit([completions.sampling_params(asked, max_tokens) for max_tokens in limits])
         chunks = completions.completion_chunks(asked, generation, self.tokenizer, source)
         told = Telling(chunks, completions.CompletionFold(), Generation.usage, self.headers_for(labels, adjustments))

@@ -118,10 +118,12 @@ class Submitted:
         self.aborted.append(request)
 
 
-def generation_of(engine: Submitted, count: int, stops: Sequence[str] = (), timeout_s: float = 20.0) -> Generation:
+def generation_of(
+    engine: Submitted, count: int, stops: Sequence[str] = (), timeout_s: float = 20.0, is_whole: bool = False
+) -> Generation:
     prompts, answers = [Prompt([3], None)] * count, [Answer(TOKENIZER, stops) for _ in range(count)]
     mailbox = Mailbox[Report](asyncio.get_running_loop())
-    found = Generation(engine, prompts, answers, Metrics(), mailbox, timeout_s)  # type: ignore[arg-type]
+    found = Generation(engine, prompts, answers, Metrics(), mailbox, timeout_s, is_whole=is_whole)  # type: ignore[arg-type]
     found.submit([SamplingParams(99)] * count)
     return found
 
@@ -156,6 +158,28 @@ def test_tokens_behind_a_stop_string_are_not_told_and_the_request_ends() -> None
     assert (delta.text, delta.stop_reason, delta.finish_reason) == ("a", "b", "stop")
     assert len(delta.tokens) == usage["completion_tokens"] == 2
     assert engine.aborted == engine.requests
+
+
+@pytest.mark.parametrize(("stops", "is_read_at_once"), [((), False), (("stop",), True)])
+def test_a_whole_answer_is_read_seldom_unless_its_text_may_end_it(stops: Sequence[str], is_read_at_once: bool) -> None:
+    async def sizes() -> list[int]:
+        engine = Submitted()
+        generation = generation_of(engine, 1, stops, is_whole=True)
+        found: list[int] = []
+
+        async def read() -> None:
+            async for delta in generation.deltas():
+                found.append(len(delta.tokens))
+
+        reader = asyncio.create_task(read())
+        engine.requests[0].sink(StepOutput(token=ScoredToken(40)))
+        await asyncio.sleep(0.02)
+        assert bool(found) == is_read_at_once
+        engine.requests[0].sink(StepOutput(token=ScoredToken(EOS_ID), finish_reason=FinishReason.STOP))
+        await reader
+        return found
+
+    assert sum(asyncio.run(sizes())) == 2
 
 
 def test_an_error_comes_behind_the_tokens_before_it() -> None:

@@ -68,11 +68,29 @@ def test_an_expired_inbox_fails_whether_its_reader_waits_or_not() -> None:
         inbox.expire()
         with pytest.raises(TimeoutError):
             await reader
-        inbox.add(1)
+        inbox.add(1, is_last=True)
         with pytest.raises(TimeoutError):
             await inbox.take()
 
     asyncio.run(expired())
+
+
+def test_a_patient_reader_is_woken_by_enough_reports_or_by_a_last_one() -> None:
+    async def received() -> list[list[int]]:
+        mailbox, inbox = Mailbox[int](asyncio.get_running_loop()), Inbox[int](patience=3)
+        reader = asyncio.create_task(inbox.take())
+        mailbox.put(inbox, 0)
+        mailbox.put(inbox, 1)
+        await asyncio.sleep(2 * MAX_PAUSE_S)
+        assert not reader.done()
+        assert not mailbox._is_due
+        mailbox.put(inbox, 2)
+        found = [await reader]
+        mailbox.put(inbox, 3)
+        mailbox.put(inbox, 4, is_last=True)
+        return [*found, await inbox.take()]
+
+    assert asyncio.run(received()) == [[0, 1, 2], [3, 4]]
 
 
 def test_each_loop_has_a_mailbox_of_its_own() -> None:
