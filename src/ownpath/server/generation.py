@@ -197,6 +197,7 @@ class Generation:
         # An answer that its text may end has to be read as it comes.
         is_patient = is_whole and not any(answer.may_end_itself for answer in answers)
         self._inbox = Inbox[Report](_PATIENCE if is_patient else 1)
+        self._is_whole, self._tells_apart = is_whole, False
         self._alarm: asyncio.TimerHandle | None = None
 
     def submit(self, params: Sequence[SamplingParams]) -> None:
@@ -222,15 +223,18 @@ class Generation:
         except EngineStopped as error:
             raise unavailable(str(error)) from None
         self._requests = requests
+        # Who reads a stream with log-probabilities ties each to the text beside it.
+        self._tells_apart = not self._is_whole and any(one.num_logprobs is not None for one in params)
         left_s = self._deadline - time.monotonic()
         self._alarm = asyncio.get_running_loop().call_later(left_s, inbox.expire)
         self._metrics.count_prompt(sum(len(prompt.ids) for prompt in self.prompts))
 
     async def deltas(self) -> AsyncIterator[Delta]:
         """Yields everything that is generated, as it comes; choices interleave. What of a choice has come together is
-        one delta. Errors: ApiError 500 or 504."""
+        one delta; in a stream with log-probabilities each token is. Errors: ApiError 500 or 504."""
         while not all(choice.is_finished for choice in self._choices):
-            for reports in _by_choice(await self._next_reports()):
+            come = await self._next_reports()
+            for reports in [[report] for report in come] if self._tells_apart else _by_choice(come):
                 index = reports[0][0]
                 choice = self._choices[index]
                 if choice.is_finished:

@@ -119,12 +119,17 @@ class Submitted:
 
 
 def generation_of(
-    engine: Submitted, count: int, stops: Sequence[str] = (), timeout_s: float = 20.0, is_whole: bool = False
+    engine: Submitted,
+    count: int,
+    stops: Sequence[str] = (),
+    timeout_s: float = 20.0,
+    is_whole: bool = False,
+    num_logprobs: int | None = None,
 ) -> Generation:
     prompts, answers = [Prompt([3], None)] * count, [Answer(TOKENIZER, stops) for _ in range(count)]
     mailbox = Mailbox[Report](asyncio.get_running_loop())
     found = Generation(engine, prompts, answers, Metrics(), mailbox, timeout_s, is_whole=is_whole)  # type: ignore[arg-type]
-    found.submit([SamplingParams(99)] * count)
+    found.submit([SamplingParams(99, num_logprobs=num_logprobs)] * count)
     return found
 
 
@@ -158,6 +163,21 @@ def test_tokens_behind_a_stop_string_are_not_told_and_the_request_ends() -> None
     assert (delta.text, delta.stop_reason, delta.finish_reason) == ("a", "b", "stop")
     assert len(delta.tokens) == usage["completion_tokens"] == 2
     assert engine.aborted == engine.requests
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_stream_with_log_probs_has_a_delta_for_each_token(is_whole: bool) -> None:
+    async def sizes() -> list[tuple[str, int]]:
+        engine = Submitted()
+        generation = generation_of(engine, 1, is_whole=is_whole, num_logprobs=0)
+        for idx in ids_of("abc"):
+            engine.requests[0].sink(StepOutput(token=ScoredToken(idx, -0.5)))
+        end = StepOutput(token=ScoredToken(EOS_ID, -0.5), finish_reason=FinishReason.STOP)
+        engine.requests[0].sink(end)
+        return [(delta.text, len(delta.tokens)) async for delta in generation.deltas()]
+
+    apart, together = [("a", 1), ("b", 1), ("c", 1), ("", 1)], [("abc", 4)]
+    assert asyncio.run(sizes()) == (together if is_whole else apart)
 
 
 @pytest.mark.parametrize(("stops", "is_read_at_once"), [((), False), (("stop",), True)])
