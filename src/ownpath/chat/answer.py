@@ -66,6 +66,11 @@ class Answer:
         return self._max_calls is not None and self._parser.num_whole_calls >= self._max_calls
 
     @property
+    def may_end_itself(self) -> bool:
+        """True if its text may end the answer: there are stop strings, or a limit on calls."""
+        return self._matcher.has_stops or self._max_calls is not None
+
+    @property
     def is_stopped(self) -> bool:
         """True once a stop string was completed; nothing behind it is shown."""
         return self._matcher.matched is not None
@@ -104,6 +109,15 @@ class Answer:
             return self._shown(parts + self._parser.feed_marker(self._markers[token_id]))
         hides_special = self._shows_special and self._parser.has_calls
         return self._shown(self._text(self._detokenizer.feed(token_id, hides_special=hides_special)))
+
+    def is_text(self, token_ids: Sequence[int]) -> bool:
+        """True if these tokens can only be more text: none of them ends the answer or changes what its text is."""
+        reads_text = self._parser.reads_text and not self._parser.has_calls
+        return not self._matcher.has_stops and reads_text and self._markers.keys().isdisjoint(token_ids)
+
+    def feed_text(self, token_ids: Sequence[int]) -> list[AnswerPart]:
+        """Takes tokens for which ``is_text`` holds: the parts that ``feed`` returns for them one by one, joined."""
+        return self._shown(self._text(self._detokenizer.feed_all(token_ids)))
 
     def finish(self) -> list[AnswerPart]:
         """Ends the answer and returns what was held back."""

@@ -34,6 +34,13 @@ class Detokenizer:
             text += self.flush()
         return text
 
+    def feed_all(self, token_ids: Sequence[int]) -> str:
+        """Takes several tokens and returns the text that ``feed`` returns for them one by one, joined."""
+        data = self._tokenizer.join_bytes(token_ids, show_hidden=self._show_special)
+        if SURROGATE.search(self._decoder.getstate()[0] + data):
+            return "".join(map(self.feed, token_ids))
+        return self._decoder.decode(data)
+
     @property
     def is_inside_character(self) -> bool:
         """True while bytes wait for the rest of their character."""
@@ -59,6 +66,11 @@ class StopMatcher:
         self._shows_stop = shows_stop
         self._held = ""
         self.matched: str | None = None
+
+    @property
+    def has_stops(self) -> bool:
+        """True if there are stop strings."""
+        return bool(self._stops)
 
     def feed(self, text: str) -> str:
         """Takes text and returns what can be shown now. After a match nothing more is shown."""

@@ -67,6 +67,11 @@ class AnswerParser:
         """True inside a block of calls and behind it, where only markup and space may stand."""
         return self._calls is not None or self._state == self._after_calls
 
+    @property
+    def reads_text(self) -> bool:
+        """True while only a marker can change what the text is."""
+        return self._state == self._text
+
     def feed(self, text: str) -> list[AnswerPart]:
         """Takes a piece of text and returns the parts that it adds."""
         return self._state(text) if text else []

@@ -97,6 +97,11 @@ class Tokenizer:
         """Returns the bytes of a token, not always whole characters; none for an id without a token."""
         return self._token_bytes.get(token_id, b"")
 
+    def join_bytes(self, token_ids: Sequence[int], *, show_hidden: bool) -> bytes:
+        """Returns the bytes of tokens, one after the other. show_hidden: also of those that answers do not show."""
+        known, hidden = self._token_bytes, self._hidden_ids
+        return b"".join([known.get(idx, b"") for idx in token_ids if show_hidden or idx not in hidden])
+
     def token_text(self, token_id: int) -> str:
         """A token's printable name: its text, or ``bytes:\\x..`` when that is not whole characters."""
         data = self.token_bytes(token_id)

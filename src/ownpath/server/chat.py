@@ -68,10 +68,11 @@ async def chat_chunks(
             choice["stop_reason"] = delta.stop_reason
         if delta.empty_content is not None:
             choice["empty_content"] = delta.empty_content.value
-        if request.logprobs and delta.token is not None:
-            choice["logprobs"] = {"content": [_logprob_entry(delta.token, naming)], "refusal": None}
-        if request.return_token_ids and delta.token is not None:
-            choice["token_ids"] = [delta.token.token_id]
+        if request.logprobs and delta.tokens:
+            entries = [_logprob_entry(token, naming) for token in delta.tokens]
+            choice["logprobs"] = {"content": entries, "refusal": None}
+        if request.return_token_ids and delta.tokens:
+            choice["token_ids"] = [token.token_id for token in delta.tokens]
         if choice != _choice(delta.index, {}):
             yield {**head, "choices": [choice]}
     yield {**head, "choices": [], "usage": chat_usage(generation)}
@@ -151,7 +152,7 @@ def _called(head: JsonObject, pieces: list[str]) -> JsonObject:
 
 
 def message_delta(parts: Sequence[AnswerPart]) -> JsonObject:
-    """Returns what one step adds to the message, in the shape of a streamed delta."""
+    """Returns what steps add to the message, in the shape of a streamed delta."""
     delta: JsonObject = {}
     calls: dict[int, JsonObject] = {}
     for part in parts:

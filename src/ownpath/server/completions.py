@@ -43,8 +43,9 @@ async def completion_chunks(
         writers += [_ChoiceWriter(request, prompt, echo_text, tokenizer) for _ in range(request.n)]
     async for delta in generation.deltas():
         write = writers[delta.index].write
-        # A scored prompt is written off the event loop: up to 21 names for each of its tokens.
-        choice = write(delta) if len(delta.prompt) <= _INLINE_TOKENS else await asyncio.to_thread(write, delta)
+        # Many scored tokens are written off the event loop: up to 21 names for each of them.
+        num_scored = len(delta.prompt) + len(delta.text_offsets)
+        choice = write(delta) if num_scored <= _INLINE_TOKENS else await asyncio.to_thread(write, delta)
         if choice is not None:
             yield {**head, "choices": [choice]}
     yield {**head, "choices": [], "usage": generation.usage()}
@@ -114,7 +115,7 @@ class _ChoiceWriter:
         if delta.empty_content is not None:
             choice["empty_content"] = delta.empty_content.value
         if self._request.return_token_ids:
-            choice["token_ids"] = [] if delta.token is None else [delta.token.token_id]
+            choice["token_ids"] = [token.token_id for token in delta.tokens]
             if self._is_first:
                 choice["prompt_token_ids"] = self._prompt.ids
         says_something = text or choice["logprobs"] or choice.get("token_ids") or delta.finish_reason
@@ -126,11 +127,9 @@ class _ChoiceWriter:
     def _logprobs(self, delta: Delta) -> JsonObject | None:
         if self._request.logprobs is None:
             return None
-        tokens = list(delta.prompt)
-        offsets = self._prompt_offsets() if tokens else []
-        if delta.token is not None:
-            tokens.append(delta.token)
-            offsets.append(len(self._echo_text) + delta.text_offset)
+        tokens = [*delta.prompt, *delta.tokens]
+        offsets = self._prompt_offsets() if delta.prompt else []
+        offsets += [len(self._echo_text) + offset for offset in delta.text_offsets]
         return {
             "tokens": [self._naming.name(token.token_id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],

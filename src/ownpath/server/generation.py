@@ -23,21 +23,23 @@ from ownpath.engine.request import (
 )
 from ownpath.server.empty_content import ContentWatch, EmptyContent
 from ownpath.server.errors import ApiError, bad_request, overloaded, unavailable
-from ownpath.server.mailbox import Mailbox
+from ownpath.server.mailbox import Inbox, Mailbox
 from ownpath.server.metrics import Metrics
 from ownpath.server.prompts import Prompt
 
-Outputs = Mailbox[tuple[int, StepOutput]]
-"""Reports, each with the index of its choice."""
+_PATIENCE = 64
+"""Reports that are read together where nobody waits for single ones: some 0.1 ms of the event loop."""
+Report = tuple[int, StepOutput, float]
+"""A step's output with the index of its choice and the time when the engine told it, as ``time.monotonic``."""
 
 
 @dataclass(frozen=True)
 class Delta:
-    """One step's addition to one choice.
+    """The addition of one or several steps to one choice.
 
     parts: new parts of the answer, whole characters, of a stop string nothing unless it is asked for.
-    token: the step's token, also when its text is not to be shown yet or at all.
-    text_offset: characters of generated text before that token.
+    tokens: the steps' tokens, also those whose text is not to be shown yet or at all.
+    text_offsets: characters of generated text before each of those tokens, if they have log-probabilities.
     prompt: the scored prompt, once, if it was asked for.
     finish_reason: "stop", "length" or "tool_calls" with the last delta of the choice.
     empty_content: with it, why the whole choice had no content; None if it had, or if no token was asked for.
@@ -47,8 +49,8 @@ class Delta:
 
     index: int
     parts: tuple[AnswerPart, ...]
-    token: ScoredToken | None
-    text_offset: int
+    tokens: tuple[ScoredToken, ...]
+    text_offsets: tuple[int, ...]
     prompt: tuple[ScoredToken, ...]
     finish_reason: str | None
     empty_content: EmptyContent | None = None
@@ -70,18 +72,58 @@ class _ChoiceStream:
         self.num_tokens = self.num_reasoning_tokens = 0
         self.is_finished = False
 
-    def feed(self, output: StepOutput) -> Delta:
-        """Turns one step's output into a delta. Errors: ApiError 500 when the engine could not go on."""
-        if output.finish_reason is FinishReason.ERROR:
+    def feed(self, reports: Sequence[Report]) -> Delta:
+        """Turns reports into a delta; drops what comes after the end. Errors: ApiError 500 for the report of an error,
+        which comes alone."""
+        self._raise_error(reports[0][1])
+        parts, num_told = self._feed_text(reports)
+        offsets: list[int] = []
+        prompt: tuple[ScoredToken, ...] = ()
+        reason, output = None, reports[-1][1]
+        for _, output, told_at in reports[num_told:]:
+            if output.token is not None and output.token.logprob is not None:
+                offsets.append(self._answer.num_chars)
+            num_told += 1
+            prompt += output.prompt
+            reason = self._feed_one(output, told_at, parts)
+            if reason is not None:
+                break
+        self._watch.see(parts)
+        tokens = tuple([output.token for _, output, _ in reports[:num_told] if output.token is not None])
+        empty = stopped_by = None
+        if reason is not None:
+            empty = self._finish(reason, output)
+            stopped_by = self._answer.stop_string or output.stop_token_id
+        return Delta(self._index, tuple(parts), tokens, tuple(offsets), prompt, reason, empty, stopped_by)
+
+    def _raise_error(self, output: StepOutput) -> None:
+        if output.error is not None:
             self.is_finished = True
             self._metrics.count_finished("error")
             if output.non_finite is not None:
                 self._metrics.count_corrupted()
-            raise ApiError(500, output.error or "the generation failed", code=output.non_finite)
-        offset = self._answer.num_chars
-        parts: list[AnswerPart] = []
+            raise ApiError(500, output.error, code=output.non_finite)
+
+    def _feed_text(self, reports: Sequence[Report]) -> tuple[list[AnswerPart], int]:
+        """Feeds tokens that can only be more text, all at once. Returns the parts and how many reports these were."""
+        ids = [
+            output.token.token_id
+            for _, output, _ in reports
+            if output.token is not None and output.token.logprob is None and not output.prompt
+        ]
+        if reports[-1][1].finish_reason is not None:
+            reports = reports[:-1]
+            ids = ids[: len(reports)]
+        if len(reports) < 2 or len(ids) != len(reports) or not self._answer.is_text(ids):
+            return [], 0
+        self._time_tokens([told_at for _, _, told_at in reports])
+        self.num_reasoning_tokens += len(ids) * self._answer.is_reasoning
+        return self._answer.feed_text(ids), len(ids)
+
+    def _feed_one(self, output: StepOutput, told_at: float, parts: list[AnswerPart]) -> str | None:
+        """Feeds one report and adds to the parts. Returns the reason if the choice ends with it."""
         if output.token is not None:
-            self._time_token()
+            self._time_tokens([told_at])
         if output.token is not None and not self._is_marker(output):
             was_reasoning = self._answer.is_reasoning
             parts += self._answer.feed(output.token.token_id)
@@ -93,28 +135,30 @@ class _ChoiceStream:
             parts += self._answer.finish()
         if reason == FinishReason.STOP.value and self._answer.asks_for_tools:
             reason = "tool_calls"
-        self._watch.see(parts)
-        empty = None
-        if reason is not None:
-            self.is_finished = True
-            empty = self._empty_content(output)
-            self._metrics.count_finished(reason, empty)
-            self._metrics.request_latency.observe(time.monotonic() - self._begun)
-        stopped_by = self._answer.stop_string or output.stop_token_id
-        return Delta(self._index, tuple(parts), output.token, offset, output.prompt, reason, empty, stopped_by)
+        return reason
 
     def _is_marker(self, output: StepOutput) -> bool:
         """True for the model's end token: a marker, not text, unless it is asked for."""
         ends = output.finish_reason is FinishReason.STOP and output.stop_token_id is None
         return ends and not self._answer.shows_end_token
 
-    def _time_token(self) -> None:
-        now = time.monotonic()
-        since_last, self._last_token = now - self._last_token, now
-        times = self._metrics.time_per_output_token if self.num_tokens else self._metrics.time_to_first_token
-        times.observe(since_last)
-        self.num_tokens += 1
-        self._metrics.count_token()
+    def _finish(self, reason: str, output: StepOutput) -> EmptyContent | None:
+        self.is_finished = True
+        empty = self._empty_content(output)
+        self._metrics.count_finished(reason, empty)
+        self._metrics.request_latency.observe(time.monotonic() - self._begun)
+        return empty
+
+    def _time_tokens(self, told_at: Sequence[float]) -> None:
+        """Counts tokens. They are timed as the engine told them, so that reading several at once changes nothing."""
+        if not self.num_tokens:
+            self._metrics.time_to_first_token.observe(told_at[0] - self._begun)
+            self._last_token = told_at[0]
+        times = told_at if self.num_tokens else told_at[1:]
+        self._metrics.time_per_output_token.observe_between(self._last_token, times)
+        self._last_token = told_at[-1]
+        self.num_tokens += len(told_at)
+        self._metrics.count_tokens(len(told_at))
 
     def _empty_content(self, output: StepOutput) -> EmptyContent | None:
         if self.num_tokens == 0:
@@ -132,7 +176,7 @@ class Generation:
     """Submitted requests and their answers. ``close`` must be called; more than once is fine.
 
     answers: as many for each prompt, to parse their outputs. mailbox: the server's. timeout_s: from now to the end of
-    the last answer (504).
+    the last answer (504). is_whole: nobody reads the answers before they have ended.
     """
 
     def __init__(
@@ -141,8 +185,10 @@ class Generation:
         prompts: list[Prompt],
         answers: Sequence[Answer],
         metrics: Metrics,
-        mailbox: Outputs,
+        mailbox: Mailbox[Report],
         timeout_s: float,
+        *,
+        is_whole: bool = False,
     ) -> None:
         self.prompts = prompts
         self._metrics, self._timeout_s = metrics, timeout_s
@@ -151,7 +197,11 @@ class Generation:
         self._choices = [_ChoiceStream(index, answer, metrics) for index, answer in enumerate(answers)]
         self._requests: list[Request] = []
         self._mailbox = mailbox
-        self._outputs: asyncio.Queue[tuple[int, StepOutput]] = asyncio.Queue()
+        # An answer that its text may end has to be read as it comes.
+        is_patient = is_whole and not any(answer.may_end_itself for answer in answers)
+        self._inbox = Inbox[Report](_PATIENCE if is_patient else 1)
+        self._is_whole, self._tells_apart = is_whole, False
+        self._alarm: asyncio.TimerHandle | None = None
 
     @property
     def num_choices(self) -> int:
@@ -167,11 +217,11 @@ class Generation:
 
         Errors: ApiError 400 (does not fit), 429 (no room) or 503 (stopped).
         """
-        loop = asyncio.get_running_loop()
+        put, inbox = self._mailbox.put, self._inbox
 
         def request(index: int) -> Request:
             def sink(output: StepOutput) -> None:
-                self._mailbox.put(loop, self._outputs, (index, output))
+                put(inbox, (index, output, time.monotonic()), is_last=output.finish_reason is not None)
 
             return Request(self.prompt_of(index).ids, params[index], sink)
 
@@ -186,33 +236,38 @@ class Generation:
         except EngineStopped as error:
             raise unavailable(str(error)) from None
         self._requests = requests
+        # Who reads a stream with log-probabilities ties each to the text beside it.
+        self._tells_apart = not self._is_whole and any(one.num_logprobs is not None for one in params)
+        left_s = self._deadline - time.monotonic()
+        self._alarm = asyncio.get_running_loop().call_later(left_s, inbox.expire)
         self._metrics.count_prompt(sum(len(prompt.ids) for prompt in self.prompts))
 
     async def deltas(self) -> AsyncIterator[Delta]:
-        """Yields everything that is generated, as it comes; choices interleave. Errors: ApiError 500 or 504."""
+        """Yields everything that is generated, as it comes; choices interleave. What of a choice has come together is
+        one delta; in a stream with log-probabilities each token is. Errors: ApiError 500 or 504."""
         while not all(choice.is_finished for choice in self._choices):
-            index, output = await self._next_output()
-            if self._choices[index].is_finished:
-                continue
-            delta = self._choices[index].feed(output)
-            if self._choices[index].is_finished and output.finish_reason is None:
-                self._engine.abort(self._requests[index])
-            yield delta
+            come = await self._next_reports()
+            for reports in [[report] for report in come] if self._tells_apart else _by_choice(come):
+                index = reports[0][0]
+                choice = self._choices[index]
+                if choice.is_finished:
+                    continue
+                delta = choice.feed(reports)
+                if delta.finish_reason is not None and reports[-1][1].finish_reason is None:
+                    self._engine.abort(self._requests[index])
+                yield delta
 
-    async def _next_output(self) -> tuple[int, StepOutput]:
-        left_s = self._deadline - time.monotonic()
+    async def _next_reports(self) -> list[Report]:
         try:
-            if left_s <= 0:
-                raise TimeoutError
-            # Not wait_for: before Python 3.12 it may lose the cancellation that ends an abandoned answer.
-            async with asyncio.timeout(left_s):
-                return await self._outputs.get()
+            return await self._inbox.take()
         except TimeoutError:
             message = f"the answer was not ready within {self._timeout_s:g} seconds"
             raise ApiError(504, message, code="deadline_exceeded") from None
 
     def close(self) -> None:
         """Aborts the requests that still run."""
+        if self._alarm is not None:
+            self._alarm.cancel()
         for choice, request in zip(self._choices, self._requests, strict=False):
             if not choice.is_finished:
                 self._engine.abort(request)
@@ -234,3 +289,14 @@ class Generation:
             "completion_tokens": num_generated,
             "total_tokens": num_prompt + num_generated,
         }
+
+
+def _by_choice(reports: Sequence[Report]) -> list[list[Report]]:
+    """Sorts reports by choice, in order; that of an error by itself, behind what came before it."""
+    first = reports[0][0]
+    if all(idx == first and output.error is None for idx, output, _ in reports):
+        return [list(reports)]
+    groups: dict[tuple[int, bool], list[Report]] = {}
+    for report in reports:
+        groups.setdefault((report[0], report[1].error is not None), []).append(report)
+    return list(groups.values())

@@ -1,7 +1,8 @@
 """Counts and durations of the server, in Prometheus' text format. Only the event loop touches it: no lock is needed."""
 
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from starlette.types import Scope
 
@@ -27,9 +28,16 @@ class Histogram:
 
     def observe(self, seconds: float) -> None:
         """Counts one duration."""
-        index = next((n for n, bound in enumerate(SECONDS) if seconds <= bound), len(SECONDS))
-        self._counts[index] += 1
+        self._counts[bisect_left(SECONDS, seconds)] += 1
         self._sum += seconds
+
+    def observe_between(self, since: float, times: Sequence[float]) -> None:
+        """Counts the durations from one point in time to the next, beginning with ``since``."""
+        last = since
+        for point in times:
+            self._counts[bisect_left(SECONDS, point - last)] += 1
+            last = point
+        self._sum += last - since
 
     def lines(self, name: str, text: str) -> Iterable[str]:
         """Returns the series: each bucket counts what is at most its bound."""
@@ -56,9 +64,9 @@ class Metrics:
         self.time_per_output_token = Histogram()
         self.request_latency = Histogram()
 
-    def count_token(self) -> None:
-        """Counts one generated token."""
-        self._num_tokens += 1
+    def count_tokens(self, count: int) -> None:
+        """Counts generated tokens."""
+        self._num_tokens += count
 
     def count_prompt(self, num_tokens: int) -> None:
         """Counts the tokens of a prompt that the engine has taken."""
@@ -100,7 +108,7 @@ class Metrics:
             *_plain("prompt_tokens_total", "Tokens of prompts taken.", self._num_prompt_tokens),
             *_plain("generation_tokens_total", "Tokens generated.", self._num_tokens),
             *self.time_to_first_token.lines("time_to_first_token_seconds", "From arrival to the first token."),
-            *self.time_per_output_token.lines("time_per_output_token_seconds", "Between two tokens of an answer."),
+            *self.time_per_output_token.lines("time_per_output_token_seconds", "Between two tokens, in the engine."),
             *self.request_latency.lines("e2e_request_latency_seconds", "From arrival to the end of the answer."),
             *_head("http_requests_total", "HTTP answers.", "counter"),
             *(

@@ -18,10 +18,11 @@ from ownpath.server.counts import check_repeated
 from ownpath.server.errors import ApiError, shorten, unavailable
 from ownpath.server.excess import Adjustments
 from ownpath.server.fingerprint import AnswerSource
-from ownpath.server.generation import Generation, Outputs
+from ownpath.server.generation import Generation, Report
 from ownpath.server.json_shape import CONVERSATION, PROMPTS
 from ownpath.server.json_text import to_json
 from ownpath.server.labels import LabelLog, Labels
+from ownpath.server.mailbox import Mailroom
 from ownpath.server.metrics import MEDIA_TYPE, Metrics
 from ownpath.server.policy import RequestPolicy
 from ownpath.server.prompts import chat_prompt, chat_segments, completion_prompts, effort_level, missing_marker
@@ -83,7 +84,7 @@ class Api:
     policy: RequestPolicy
     fingerprint: str
     label_log: LabelLog
-    mailbox: Outputs = field(default_factory=Outputs)
+    mailroom: Mailroom[Report] = field(default_factory=Mailroom[Report])
 
     @property
     def engine(self) -> Engine:
@@ -129,7 +130,10 @@ class Api:
         if asked.effort not in (None, "none", level):
             adjustments.values["reasoning_effort"] = level
         (max_tokens,) = adjustments.fit(*asked.wanted_tokens, [prompt], max_model_len)
-        generation = Generation(self.engine, [prompt], answers, self.metrics, self.mailbox, self.request_timeout_s)
+        mailbox = self.mailroom.mailbox()
+        generation = Generation(
+            self.engine, [prompt], answers, self.metrics, mailbox, self.request_timeout_s, is_whole=not asked.stream
+        )
         generation.submit(chat.sampling_params(asked, max_tokens))
         chunks = chat.chat_chunks(asked, generation, self.tokenizer, source, level)
         headers = self.headers_for(labels, adjustments)
@@ -152,7 +156,10 @@ class Api:
             for _ in range(asked.n * len(prompts))
         ]
         limits = adjustments.fit(*asked.wanted_tokens, prompts, max_model_len)
-        generation = Generation(self.engine, prompts, answers, self.metrics, self.mailbox, self.request_timeout_s)
+        mailbox = self.mailroom.mailbox()
+        generation = Generation(
+            self.engine, prompts, answers, self.metrics, mailbox, self.request_timeout_s, is_whole=not asked.stream
+        )
         generation.submit(completions.sampling_params(asked, limits))
         chunks = completions.completion_chunks(asked, generation, self.tokenizer, source)
         told = Telling(chunks, completions.CompletionFold(), Generation.usage, self.headers_for(labels, adjustments))

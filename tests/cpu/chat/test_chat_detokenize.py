@@ -40,6 +40,17 @@ def test_any_tokens_give_the_text_that_the_tokenizers_library_gives(ids: list[in
     assert whole in (text, text + "\ufffd")
 
 
+SURROGATES = st.sampled_from([byte_ids(b"\xed\xa0\x80"), byte_ids(b"\xed\xbf"), byte_ids(b"\xed"), byte_ids(b"\xa0")])
+
+
+@given(st.lists(ANY_IDS | SURROGATES), st.booleans())
+def test_tokens_fed_together_give_the_text_of_single_ones(pieces: list[list[int]], show_special: bool) -> None:
+    together, apart = Detokenizer(TOKENIZER, show_special), Detokenizer(TOKENIZER, show_special)
+    for ids in pieces:
+        assert together.feed_all(ids) == "".join(apart.feed(i) for i in ids)
+        assert together.is_inside_character == apart.is_inside_character
+
+
 @pytest.mark.parametrize(
     ("data", "text"),
     [
