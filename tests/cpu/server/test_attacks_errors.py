@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from ownpath.server import protocol
+from ownpath.server import validation
 from ownpath.server.errors import ApiError
 from ownpath.server.protocol import ChatRequest, CompletionRequest, read_chat_request, read_completion_request
 
@@ -27,13 +27,13 @@ class Wrong:
 def errors(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of errors of every validation that failed."""
     found: list[int] = []
-    first_error = protocol._first_error
+    first_error = validation._first_error
 
     def counting(error: ValidationError) -> ApiError:
         found.append(error.error_count())
         return first_error(error)
 
-    monkeypatch.setattr(protocol, "_first_error", counting)
+    monkeypatch.setattr(validation, "_first_error", counting)
     return found
 
 
@@ -107,7 +107,7 @@ def test_a_random_body_has_few_validation_errors(errors: list[int]) -> None:
         for model in (ChatRequest, CompletionRequest):
             body = {name: random_value(draw, 4) for name in draw.sample(sorted(model.model_fields), 8)}
             with pytest.raises(ApiError):
-                protocol.validate(model, body | {"top_p": Wrong()})
+                validation.validate(model, body | {"top_p": Wrong()})
     assert len(errors) == 600
     assert max(errors) <= MOST_ERRORS
 
@@ -116,5 +116,5 @@ def test_a_random_body_has_few_validation_errors(errors: list[int]) -> None:
 def test_the_error_that_is_told_is_the_first_one(field: str) -> None:
     """A wrong field is named, whichever it is, if all before it in the request's type are right."""
     with pytest.raises(ApiError) as refused:
-        protocol.validate(ChatRequest, {"messages": [USER], field: Wrong()})
+        validation.validate(ChatRequest, {"messages": [USER], field: Wrong()})
     assert refused.value.param == field
