@@ -4,7 +4,6 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -16,6 +15,7 @@ from ownpath.engine.batch import LogitsShare, build_batch, decode_share
 from ownpath.engine.decoder import Decoder
 from ownpath.engine.device import device_problem
 from ownpath.engine.flags import IndexFlags, tell_flagged
+from ownpath.engine.load import EngineCounts, EngineLoad
 from ownpath.engine.request import (
     FinishReason,
     NonFinite,
@@ -55,21 +55,6 @@ class LanguageModel(Protocol):
     def new_cache(self) -> SequenceCache: ...
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor: ...
-
-
-@dataclass(frozen=True)
-class EngineLoad:
-    """num_running, num_waiting: requests. cache_use: share of the caches' tokens that running requests fill.
-
-    Since the engine started: num_compiled, kernels that steps had to compile, or to take from Triton's cache;
-    num_captured, graphs that they had to capture. Both should stay 0.
-    """
-
-    num_running: int
-    num_waiting: int
-    cache_use: float
-    num_compiled: int
-    num_captured: int
 
 
 class EngineOverloaded(RuntimeError):
@@ -114,6 +99,7 @@ class Engine:
         self._stopping = False
         self._is_stepping = False
         self._made_before = (COMPILATIONS.count, COMPILATIONS.num_captured)
+        self.counts = EngineCounts()
         self.num_steps = 0
         """Steps begun so far."""
         self.failure: str | None = None
@@ -172,7 +158,7 @@ class Engine:
         use = sum(request.num_computed for request in running) / room
         compiled, captured = self._made_before
         made = COMPILATIONS.count - compiled, COMPILATIONS.num_captured - captured
-        return EngineLoad(len(running), self._scheduler.num_waiting, use, *made)
+        return EngineLoad(len(running), self._scheduler.num_waiting, use, *made, counts=self.counts)
 
     def check(self, request: Request) -> None:
         """Checks that the request could run here. Errors: RequestError with the numbers."""
