@@ -4,7 +4,6 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -12,6 +11,7 @@ from ownpath.config import EngineConfig
 from ownpath.engine.adjust import Adjuster
 from ownpath.engine.decoder import Decoder
 from ownpath.engine.device import device_problem
+from ownpath.engine.load import EngineCounts, EngineLoad
 from ownpath.engine.reports import Reporter
 from ownpath.engine.request import FinishReason, Request, RequestError, StepOutput
 from ownpath.engine.scheduler import Scheduler
@@ -22,21 +22,6 @@ logger = logging.getLogger(__name__)
 
 _STEP_FAILED = "the step that this request was part of failed"
 _STOPPED = "the engine has stopped"
-
-
-@dataclass(frozen=True)
-class EngineLoad:
-    """num_running, num_waiting: requests. cache_use: share of the caches' tokens that running requests fill.
-
-    Since the engine started: num_compiled, kernels that steps had to compile, or to take from Triton's cache;
-    num_captured, graphs that they had to capture. Both should stay 0.
-    """
-
-    num_running: int
-    num_waiting: int
-    cache_use: float
-    num_compiled: int
-    num_captured: int
 
 
 class EngineOverloaded(RuntimeError):
@@ -82,6 +67,7 @@ class Engine:
         self._stopping = False
         self._is_stepping = False
         self._made_before = (COMPILATIONS.count, COMPILATIONS.num_captured)
+        self.counts = EngineCounts()
         self.num_steps = 0
         """Steps begun so far."""
         self.failure: str | None = None
@@ -140,7 +126,7 @@ class Engine:
         use = sum(request.num_computed for request in running) / room
         compiled, captured = self._made_before
         made = COMPILATIONS.count - compiled, COMPILATIONS.num_captured - captured
-        return EngineLoad(len(running), self._scheduler.num_waiting, use, *made)
+        return EngineLoad(len(running), self._scheduler.num_waiting, use, *made, counts=self.counts)
 
     def check(self, request: Request) -> None:
         """Checks that the request could run here. Errors: RequestError with the numbers."""
