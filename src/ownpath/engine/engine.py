@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from ownpath.cache.layout import BLOCK_TOKENS
 from ownpath.config import EngineConfig
 from ownpath.engine.adjust import Adjuster
 from ownpath.engine.decoder import Decoder
 from ownpath.engine.device import device_problem
-from ownpath.engine.load import EngineCounts, EngineLoad
+from ownpath.engine.load import EngineCounts, EngineLoad, Usage
+from ownpath.engine.memory import RequestMemory
 from ownpath.engine.reports import Reporter
 from ownpath.engine.request import FinishReason, Request, RequestError, StepOutput
-from ownpath.engine.scheduler import Scheduler
+from ownpath.engine.scheduler import ScheduledChunk, Scheduler
 from ownpath.engine.steps import LanguageModel, StepRunner
 from ownpath.kernels.dsl.compilations import COMPILATIONS
 
@@ -22,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _STEP_FAILED = "the step that this request was part of failed"
 _STOPPED = "the engine has stopped"
+_NO_MEMORY = "there is no memory for this request"
 
 
 class EngineOverloaded(RuntimeError):
@@ -55,8 +58,8 @@ class Engine:
         self.config = config
         self.num_vocab = num_vocab
         self.end_token_ids = frozenset(model.config.eos_token_id if end_token_ids is None else end_token_ids)
-        self._model = model
-        self._scheduler = Scheduler(config.max_num_seqs, config.max_prefill_tokens)
+        self._memory = RequestMemory(model)
+        self._scheduler = Scheduler(config.max_num_seqs, config.max_prefill_tokens, self._memory)
         self._adjuster = Adjuster(num_vocab, torch.device(config.device), self.end_token_ids)
         self._max_num_open = config.max_num_seqs + max_num_queued
         self._reporter = Reporter(self.end_token_ids, self._close)
@@ -122,11 +125,13 @@ class Engine:
     def load(self) -> EngineLoad:
         """Returns how busy the engine is; a snapshot, which the next step changes."""
         running = list(self._scheduler.running)
-        room = self.config.max_num_seqs * self.config.max_model_len
-        use = sum(request.num_computed for request in running) / room
+        slots = self._memory.slots
+        use = sum(request.num_computed for request in running) / (slots.num_blocks * BLOCK_TOKENS)
+        blocks = Usage(slots.num_blocks - slots.num_free_blocks, slots.num_blocks)
+        taken = Usage(slots.num_slots - slots.num_free_slots, slots.num_slots)
         compiled, captured = self._made_before
         made = COMPILATIONS.count - compiled, COMPILATIONS.num_captured - captured
-        return EngineLoad(len(running), self._scheduler.num_waiting, use, *made, counts=self.counts)
+        return EngineLoad(len(running), self._scheduler.num_waiting, use, *made, blocks, taken, self.counts)
 
     def check(self, request: Request) -> None:
         """Checks that the request could run here. Errors: RequestError with the numbers."""
@@ -142,6 +147,7 @@ class Engine:
                 f"{num_prompt} prompt tokens and {request.params.max_tokens} tokens to generate exceed the "
                 f"maximum context of {limit} tokens"
             )
+        self._memory.check(request)
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Takes all of these requests, or none; they are one party in the scheduler's turns.
@@ -201,8 +207,7 @@ class Engine:
 
     def _step_or_fail(self) -> None:
         """Runs a step. If it fails, its requests fail with it, and only those."""
-        planned = self._scheduler.schedule()
-        chunks = [chunk for chunk in planned if chunk.request.cache is not None or self._prepare(chunk.request)]
+        chunks = self._schedule()
         if not chunks:
             return
         try:
@@ -225,24 +230,21 @@ class Engine:
     def _why_stopped(self) -> str:
         return _STOPPED if self.failure is None else f"{_STOPPED}: {self.failure}"
 
-    def _prepare(self, request: Request) -> bool:
-        """Gives a newly admitted request its cache. Returns False, and ends the request, if it gets none."""
-        try:
-            request.cache = self._model.new_cache()
-        except Exception:
-            logger.exception("no cache for a request of %d tokens", request.num_tokens)
+    def _schedule(self) -> list[ScheduledChunk]:
+        """Plans a step, and ends requests for which there is no memory."""
+        planned = self._scheduler.schedule()
+        self.counts.num_preempted = self._scheduler.num_preempted
+        unfit = [chunk.request for chunk in planned if chunk.request.cache is None]
+        if unfit:
             self._stop_if_device_is_lost()
-            self._reporter.fail(
-                request, "there is no memory for this request" if self.failure is None else self._why_stopped()
-            )
-            return False
-        return True
+        elif not planned and (stuck := self._scheduler.find_unfit()) is not None:
+            unfit = [stuck]
+        for request in unfit:
+            self._reporter.fail(request, _NO_MEMORY if self.failure is None else self._why_stopped())
+        return [chunk for chunk in planned if chunk.request.cache is not None]
 
     def _close(self, request: Request) -> None:
         self._scheduler.remove(request)
         self._adjuster.drop(request)
-        if request.cache is not None:
-            request.cache.release()
-        request.cache = None
         with self._lock:
             self._open.discard(request)

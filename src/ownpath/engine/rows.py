@@ -83,7 +83,7 @@ def step_rows(requests: Sequence[Request]) -> StepRows:
     """Returns the rows of requests that each run their next token."""
     return StepRows(
         [one.caches for one in requests],
-        [one.output_ids[-1] if one.output_ids else one.next_id for one in requests],
+        [one.next_id for one in requests],
         [one.params for one in requests],
         [one.seed for one in requests],
         [len(one.output_ids) for one in requests],

@@ -8,12 +8,12 @@ from typing import Protocol
 
 import torch
 
-from ownpath.cache.pools import SequenceCache
 from ownpath.config import ModelConfig
 from ownpath.engine.adjust import Adjuster
 from ownpath.engine.batch import LogitsShare, build_batch, decode_share
 from ownpath.engine.decoder import Decoder
 from ownpath.engine.flags import IndexFlags, tell_flagged
+from ownpath.engine.memory import CachingModel
 from ownpath.engine.reports import Reporter
 from ownpath.engine.request import NonFinite, Request, ScoredToken, StepOutput, plain_output
 from ownpath.engine.rows import step_rows
@@ -31,13 +31,11 @@ from ownpath.engine.scheduler import ScheduledChunk
 from ownpath.model.batch import ForwardBatch
 
 
-class LanguageModel(Protocol):
+class LanguageModel(CachingModel, Protocol):
     """The model as the engine uses it."""
 
     @property
     def config(self) -> ModelConfig: ...
-
-    def new_cache(self) -> SequenceCache: ...
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor: ...
 
