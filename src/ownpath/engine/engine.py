@@ -4,7 +4,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -12,6 +12,7 @@ from ownpath.config import EngineConfig
 from ownpath.engine.adjust import Adjuster
 from ownpath.engine.decoder import Decoder
 from ownpath.engine.device import device_problem
+from ownpath.engine.flight import StepTimes
 from ownpath.engine.reports import Reporter
 from ownpath.engine.request import FinishReason, Request, RequestError, StepOutput
 from ownpath.engine.scheduler import Scheduler
@@ -29,7 +30,7 @@ class EngineLoad:
     """num_running, num_waiting: requests. cache_use: share of the caches' tokens that running requests fill.
 
     Since the engine started: num_compiled, kernels that steps had to compile, or to take from Triton's cache;
-    num_captured, graphs that they had to capture. Both should stay 0.
+    num_captured, graphs that they had to capture. Both should stay 0. times: of steps.
     """
 
     num_running: int
@@ -37,6 +38,7 @@ class EngineLoad:
     cache_use: float
     num_compiled: int
     num_captured: int
+    times: StepTimes = field(default_factory=StepTimes)
 
 
 class EngineOverloaded(RuntimeError):
@@ -83,7 +85,7 @@ class Engine:
         self._is_stepping = False
         self._made_before = (COMPILATIONS.count, COMPILATIONS.num_captured)
         self.num_steps = 0
-        """Steps begun so far."""
+        """Turns of the engine's thread so far: each begins a step or reads the last one."""
         self.failure: str | None = None
         """The reason why the engine stopped by itself; None while it runs, and after ``stop``."""
         self._thread = threading.Thread(target=self._run, name="ownpath-engine", daemon=True)
@@ -140,7 +142,7 @@ class Engine:
         use = sum(request.num_computed for request in running) / room
         compiled, captured = self._made_before
         made = COMPILATIONS.count - compiled, COMPILATIONS.num_captured - captured
-        return EngineLoad(len(running), self._scheduler.num_waiting, use, *made)
+        return EngineLoad(len(running), self._scheduler.num_waiting, use, *made, replace(self._runner.times))
 
     def check(self, request: Request) -> None:
         """Checks that the request could run here. Errors: RequestError with the numbers."""
@@ -195,6 +197,7 @@ class Engine:
             with self._lock:
                 self._stopping = True
                 abandoned = list(self._open)
+            self._runner.abandon()
             for request in abandoned:
                 self._reporter.fail(request, self._why_stopped())
 
@@ -206,27 +209,31 @@ class Engine:
     def _take_messages(self) -> bool:
         """Handles messages from other threads; sleeps while there is nothing to do. Returns False to stop."""
         while not self._stopping:
+            is_idle = not self._scheduler.has_work and not self._runner.is_flying
+            if is_idle:
+                self._runner.times.pause()
             try:
-                handle = self._inbox.get(block=not self._scheduler.has_work)
+                handle = self._inbox.get(block=is_idle)
             except queue.Empty:
                 return True
             handle()
         return False
 
     def _step_or_fail(self) -> None:
-        """Runs a step. If it fails, its requests fail with it, and only those."""
-        planned = self._scheduler.schedule()
-        chunks = [chunk for chunk in planned if chunk.request.cache is not None or self._prepare(chunk.request)]
-        if not chunks:
-            return
+        """Runs a step, and reads the one before. If one fails, its requests fail with it, and only those."""
+        chunks = self._scheduler.schedule()
         try:
             with torch.inference_mode():
+                if any(chunk.request.cache is None for chunk in chunks):
+                    self._runner.settle()  # who ended there makes room
+                chunks = [chunk for chunk in chunks if self._is_ready(chunk.request)]
                 self._runner.step(chunks)
         except Exception:
             logger.exception("a step of %d sequences failed", len(chunks))
             self._stop_if_device_is_lost()
-            for chunk in chunks:
-                self._reporter.fail(chunk.request, _STEP_FAILED if self.failure is None else self._why_stopped())
+            for request in dict.fromkeys([*self._runner.abandon(), *(chunk.request for chunk in chunks)]):
+                if request in self._open:
+                    self._reporter.fail(request, _STEP_FAILED if self.failure is None else self._why_stopped())
 
     def _stop_if_device_is_lost(self) -> None:
         """Ends the engine if the device computes nothing any more: CUDA's sticky errors fail every later call."""
@@ -239,8 +246,10 @@ class Engine:
     def _why_stopped(self) -> str:
         return _STOPPED if self.failure is None else f"{_STOPPED}: {self.failure}"
 
-    def _prepare(self, request: Request) -> bool:
-        """Gives a newly admitted request its cache. Returns False, and ends the request, if it gets none."""
+    def _is_ready(self, request: Request) -> bool:
+        """Gives a newly admitted request its cache. Returns False if it has ended, or ends because it gets none."""
+        if request.cache is not None or request not in self._open:
+            return request.cache is not None
         try:
             request.cache = self._model.new_cache()
         except Exception:
@@ -255,8 +264,6 @@ class Engine:
     def _close(self, request: Request) -> None:
         self._scheduler.remove(request)
         self._adjuster.drop(request)
-        if request.cache is not None:
-            request.cache.release()
-        request.cache = None
+        self._runner.release(request)
         with self._lock:
             self._open.discard(request)

@@ -103,8 +103,10 @@ def test_an_adjusted_step_goes_on_from_its_own_token(model: Model, monkeypatch: 
     adjuster.add(request)
     plain = Request([4], SamplingParams(9, temperature=0), lambda output: None)
     uploads: list[int] = []
-    upload = decoder._rows.upload
-    monkeypatch.setattr(decoder._rows, "upload", lambda rows: (uploads.append(rows.num_rows), upload(rows)))
+    stage = decoder._rows.stage
+    monkeypatch.setattr(
+        decoder._rows, "stage", lambda rows, turn: (uploads.append(rows.num_rows), stage(rows, turn))[1]
+    )
     for _ in range(3):
         found = decoder.step(StepRows.of(rows), adjuster.rows_of([plain, request])).token_ids
         assert found[1] == 70 != found[0]
@@ -143,8 +145,10 @@ def test_the_next_step_of_the_same_rows_uploads_nothing(model: Model, monkeypatc
     decoder = Decoder(model, MAX_ROWS, VOCAB)
     rows = started(model, (2, 9))
     uploads: list[int] = []
-    upload = decoder._rows.upload
-    monkeypatch.setattr(decoder._rows, "upload", lambda rows: (uploads.append(rows.num_rows), upload(rows)))
+    stage = decoder._rows.stage
+    monkeypatch.setattr(
+        decoder._rows, "stage", lambda rows, turn: (uploads.append(rows.num_rows), stage(rows, turn))[1]
+    )
     for _ in range(3):
         tokens = decoder.step(StepRows.of(rows)).token_ids
         rows = [DecodeRow(row.cache, token) for row, token in zip(rows, tokens, strict=True) if token is not None]
@@ -208,7 +212,7 @@ def test_an_upload_leaves_what_its_rows_say(model: Model) -> None:
     for step, picked in enumerate([(0, 1, 2), (2, 0), (), (4,), (0, 1, 2, 3, 4), (4, 3, 2, 1), (4, 3, 2, 1)]):
         params = SamplingParams(9, temperature=0.25 * step, top_p=0.25 * (step % 4) + 0.1)
         rows = [DecodeRow(caches[n], 10 * step + n, SampleRow(params, 2**62 + n, step + n)) for n in picked]
-        decoder._rows.upload(StepRows.of(rows))
+        decoder.upload(StepRows.of(rows))
         columns, some = decoder._rows.columns, slice(len(rows))
         assert columns.tokens[some].tolist() == [10 * step + n for n in picked]
         assert columns.positions[some].tolist() == [7 * caches[n].slot for n in picked]
