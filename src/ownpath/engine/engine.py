@@ -4,6 +4,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -16,6 +17,7 @@ from ownpath.engine.load import EngineCounts, EngineLoad, Usage
 from ownpath.engine.memory import RequestMemory
 from ownpath.engine.reports import Reporter
 from ownpath.engine.request import FinishReason, Request, RequestError, StepOutput
+from ownpath.engine.retry import chunks_alone
 from ownpath.engine.scheduler import ScheduledChunk, Scheduler
 from ownpath.engine.steps import LanguageModel, StepRunner
 from ownpath.kernels.dsl.compilations import COMPILATIONS
@@ -58,12 +60,12 @@ class Engine:
         self.config = config
         self.num_vocab = num_vocab
         self.end_token_ids = frozenset(model.config.eos_token_id if end_token_ids is None else end_token_ids)
-        self._memory = RequestMemory(model)
-        self._scheduler = Scheduler(config.max_num_seqs, config.max_prefill_tokens, self._memory)
         self._adjuster = Adjuster(num_vocab, torch.device(config.device), self.end_token_ids)
         self._max_num_open = config.max_num_seqs + max_num_queued
         self._reporter = Reporter(self.end_token_ids, self._close)
         self._runner = StepRunner(model, decoder, config.device, num_vocab, self._adjuster, self._reporter)
+        self._memory = RequestMemory(model, self._runner.release)
+        self._scheduler = Scheduler(config.max_num_seqs, config.max_prefill_tokens, self._memory)
         self._open: set[Request] = set()
         self._lock = threading.Lock()
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
@@ -72,7 +74,7 @@ class Engine:
         self._made_before = (COMPILATIONS.count, COMPILATIONS.num_captured)
         self.counts = EngineCounts()
         self.num_steps = 0
-        """Steps begun so far."""
+        """Turns of the engine's thread so far: each begins a step or reads the last one."""
         self.failure: str | None = None
         """The reason why the engine stopped by itself; None while it runs, and after ``stop``."""
         self._thread = threading.Thread(target=self._run, name="ownpath-engine", daemon=True)
@@ -131,7 +133,8 @@ class Engine:
         taken = Usage(slots.num_slots - slots.num_free_slots, slots.num_slots)
         compiled, captured = self._made_before
         made = COMPILATIONS.count - compiled, COMPILATIONS.num_captured - captured
-        return EngineLoad(len(running), self._scheduler.num_waiting, use, *made, blocks, taken, self.counts)
+        times = replace(self._runner.times)
+        return EngineLoad(len(running), self._scheduler.num_waiting, use, *made, blocks, taken, self.counts, times)
 
     def check(self, request: Request) -> None:
         """Checks that the request could run here. Errors: RequestError with the numbers."""
@@ -187,6 +190,7 @@ class Engine:
             with self._lock:
                 self._stopping = True
                 abandoned = list(self._open)
+            self._runner.abandon()
             for request in abandoned:
                 self._reporter.fail(request, self._why_stopped())
 
@@ -198,26 +202,56 @@ class Engine:
     def _take_messages(self) -> bool:
         """Handles messages from other threads; sleeps while there is nothing to do. Returns False to stop."""
         while not self._stopping:
+            is_idle = not self._scheduler.has_work and not self._runner.is_flying
+            if is_idle:
+                self._runner.times.pause()
             try:
-                handle = self._inbox.get(block=not self._scheduler.has_work)
+                handle = self._inbox.get(block=is_idle)
             except queue.Empty:
                 return True
             handle()
         return False
 
     def _step_or_fail(self) -> None:
-        """Runs a step. If it fails, its requests fail with it, and only those."""
-        chunks = self._schedule()
-        if not chunks:
-            return
+        """Runs a step, and reads the one before. If one fails, its requests are run again one by one: only those fail
+        whose own step does."""
+        chunks: list[ScheduledChunk] = []
         try:
             with torch.inference_mode():
+                if self._scheduler.is_short:
+                    self._runner.settle()  # who ends there makes room, and who is sent back has no row that runs
+                chunks = self._schedule()
                 self._runner.step(chunks)
         except Exception:
             logger.exception("a step of %d sequences failed", len(chunks))
+            affected = [*self._runner.abandon(), *chunks]
+            if not affected:
+                raise
             self._stop_if_device_is_lost()
-            for chunk in chunks:
-                self._reporter.fail(chunk.request, _STEP_FAILED if self.failure is None else self._why_stopped())
+            self._run_one_by_one(affected)
+
+    def _run_one_by_one(self, chunks: Sequence[ScheduledChunk]) -> None:
+        """Runs what failed together again, each request by itself; none if the engine stops."""
+        most = self.config.max_prefill_tokens
+        for request, num_tokens in dict(chunks).items():
+            if request not in self._open or request.cache is None:
+                continue
+            try:
+                if self.failure is None:
+                    self.counts.num_step_retries += 1
+                    for chunk in chunks_alone(request, num_tokens, most, self._memory):
+                        self.num_steps += 1
+                        with torch.inference_mode():
+                            self._runner.step_alone(chunk)
+            except Exception:
+                logger.exception("a step of a request of %d tokens failed by itself", request.num_tokens)
+                self._runner.abandon()
+                self._stop_if_device_is_lost()
+                self._reporter.fail(request, _STEP_FAILED if self.failure is None else self._why_stopped())
+        if self.failure is not None:
+            for request in dict(chunks):
+                if request in self._open:
+                    self._reporter.fail(request, self._why_stopped())
 
     def _stop_if_device_is_lost(self) -> None:
         """Ends the engine if the device computes nothing any more: CUDA's sticky errors fail every later call."""
@@ -237,7 +271,7 @@ class Engine:
         unfit = [chunk.request for chunk in planned if chunk.request.cache is None]
         if unfit:
             self._stop_if_device_is_lost()
-        elif not planned and (stuck := self._scheduler.find_unfit()) is not None:
+        elif not planned and not self._runner.is_flying and (stuck := self._scheduler.find_unfit()) is not None:
             unfit = [stuck]
         for request in unfit:
             self._reporter.fail(request, _NO_MEMORY if self.failure is None else self._why_stopped())

@@ -5,6 +5,7 @@ than the caches could hold at their longest; when they do not fit any more, the 
 """
 
 import logging
+from collections.abc import Callable
 from typing import Protocol
 
 from ownpath.cache.layout import BLOCK_TOKENS, num_blocks
@@ -25,11 +26,19 @@ class CachingModel(Protocol):
 
 
 class RequestMemory:
-    """Gives requests their caches and takes them back, on the engine's thread."""
+    """Gives requests their caches and takes them back, on the engine's thread.
 
-    def __init__(self, model: CachingModel) -> None:
-        self._model = model
+    release: takes a request's cache from it, and gives it back to the pool once nothing that runs writes to it.
+    """
+
+    def __init__(self, model: CachingModel, release: Callable[[Request], None]) -> None:
+        self._model, self._release = model, release
         self.slots = model.caches.slots
+
+    @property
+    def free(self) -> tuple[int, int]:
+        """The numbers of free slots and blocks."""
+        return self.slots.num_free_slots, self.slots.num_free_blocks
 
     def check(self, request: Request) -> None:
         """Checks that the request fits while nothing else runs. Errors: RequestError with the numbers."""
@@ -68,11 +77,16 @@ class RequestMemory:
         self._note_room(request)
         return True
 
+    def begin_anew(self, request: Request) -> bool:
+        """Gives a running request other memory, of which nothing has been written. Returns False if it is not free."""
+        self.end(request)
+        request.num_computed = 0
+        return self.begin(request, 0) and request.cache is not None
+
     def end(self, request: Request) -> None:
         """Takes back whatever a request has."""
-        if request.cache is not None:
-            request.cache.release()
-        request.cache, request.room = None, 0
+        self._release(request)
+        request.room = 0
 
     def _note_room(self, request: Request) -> None:
         request.room = BLOCK_TOKENS * len(request.caches.blocks)

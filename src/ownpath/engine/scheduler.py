@@ -38,6 +38,10 @@ from ownpath.engine.turns import Party, WaitingLine
 class SequenceMemory(Protocol):
     """The caches' memory as the scheduler uses it."""
 
+    @property
+    def free(self) -> tuple[int, int]:
+        """The numbers of free sequences and blocks."""
+
     def begin(self, request: Request, num_spare: int) -> bool:
         """Gives a request memory for its known tokens; False if that is not free, and ``num_spare`` blocks more."""
 
@@ -74,8 +78,8 @@ class Scheduler:
         self._num_of_client: dict[str, int] = {}
         self._single: dict[Request, ScheduledChunk] = {}
         self._line = WaitingLine(max_num_seqs - max_num_seqs // 4)
-        # True while whose turn it is does not fit, and nothing has come or gone since it was tried.
-        self._is_full = False
+        # What was free when the request whose turn it is did not fit; None once something came or ended.
+        self._full_with: tuple[int, int] | None = None
         self.running: list[Request] = []
         """In the order in which they began; one that was sent back begins again."""
         self.num_preempted = 0
@@ -102,7 +106,7 @@ class Scheduler:
             self._single[request] = ScheduledChunk(request, 1)
         self._num_of_client[party.client] = self._num_of_client.get(party.client, 0) + len(requests)
         self._line.join(party, requests)
-        self._is_full = False
+        self._full_with = None
 
     def remove(self, request: Request) -> bool:
         """Forgets a finished or aborted request, queued or running, and takes back its memory. Returns whether it was
@@ -119,7 +123,7 @@ class Scheduler:
             del self._num_of_client[party.client]
             self._line.forget(party.client)
         self._memory.end(request)
-        self._is_full = False
+        self._full_with = None
         return True
 
     def schedule(self) -> list[ScheduledChunk]:
@@ -137,9 +141,15 @@ class Scheduler:
             chunks += self._read(unread)
         return chunks
 
+    @property
+    def is_short(self) -> bool:
+        """True if running requests need more blocks than are free: the next plan sends some back."""
+        num_needed = sum(request.needs_room for request in self.running)
+        return bool(num_needed) and num_needed > self._memory.free[1]
+
     def find_unfit(self) -> Request | None:
-        """Returns the request whose turn it is if it did not fit although nothing else runs: it never will."""
-        if self.running or not self._is_full:
+        """Returns the request whose turn it is if it does not fit although nothing else runs: it never will."""
+        if self.running or self._full_with is None:
             return None
         turn = self._line.next(())
         return None if turn is None else turn[1]
@@ -163,13 +173,13 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Gives free sequences to waiting requests."""
-        while self._line and not self._is_full and len(self.running) < self._max_num_seqs:
+        while self._line and len(self.running) < self._max_num_seqs and self._full_with != self._memory.free:
             turn = self._line.next([self._party_of[request] for request in self.running])
             if turn is None:
                 return
             party, request = turn
             if not self._memory.begin(request, sum(one.may_grow for one in self.running)):
-                self._is_full = True
+                self._full_with = self._memory.free
                 return
             self._line.begin(party)
             self.running.append(request)

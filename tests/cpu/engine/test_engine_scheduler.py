@@ -15,6 +15,8 @@ def make_request(num_prompt: int, max_tokens: int = 4) -> Request:
 class Plenty:
     """Memory that never ends."""
 
+    free = 1, 1
+
     def begin(self, request: Request, num_spare: int) -> bool:
         request.room = request.most_tokens
         return True

@@ -27,6 +27,12 @@ def make_request(num_prompt: int, max_tokens: int, client: str = "", priority: i
     return Request([3] * num_prompt, params, lambda output: None, client=client, priority=priority)
 
 
+def give_back(request: Request) -> None:
+    if request.cache is not None:
+        request.cache.release()
+    request.cache = None
+
+
 class Play:
     """Scheduler and memory over real books; a step is played, and its tokens count up.
 
@@ -35,7 +41,7 @@ class Play:
 
     def __init__(self, max_num_seqs: int, num_blocks: int, max_prefill_tokens: int = 400, stride: int = 1) -> None:
         model = FakeModel(random_rule(VOCAB), VOCAB, MAX_MODEL_LEN, num_blocks)
-        self.slots, self.memory = model.caches.slots, RequestMemory(model)
+        self.slots, self.memory = model.caches.slots, RequestMemory(model, give_back)
         self.scheduler = Scheduler(max_num_seqs, max_prefill_tokens, self.memory)
         self.open: list[Request] = []
         self.stride = stride
