@@ -15,6 +15,7 @@ from ownpath.engine.decoder import Decoder
 from ownpath.engine.device import device_problem
 from ownpath.engine.load import EngineCounts, EngineLoad, Usage
 from ownpath.engine.memory import RequestMemory
+from ownpath.engine.prefix import PrefixCache
 from ownpath.engine.reports import Reporter
 from ownpath.engine.request import FinishReason, Request, RequestError, StepOutput
 from ownpath.engine.retry import chunks_alone
@@ -44,6 +45,7 @@ class Engine:
     max_num_queued: requests that may wait beyond those that run.
     end_token_ids: tokens that end an answer; ``None``: those of the model's config.json alone.
     decoder: runs the steps in which every request has one row; ``None``: the model's ``forward`` runs all steps.
+    prefix: what the model's caches hold of earlier requests; ``None``: every request computes its whole prompt.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Engine:
         max_num_queued: int = 256,
         end_token_ids: Iterable[int] | None = None,
         decoder: Decoder | None = None,
+        prefix: PrefixCache | None = None,
     ) -> None:
         if not 0 < num_vocab <= model.config.vocab_size:
             raise ValueError(f"{num_vocab} tokens do not fit the model's vocab_size {model.config.vocab_size}")
@@ -64,7 +67,7 @@ class Engine:
         self._max_num_open = config.max_num_seqs + max_num_queued
         self._reporter = Reporter(self.end_token_ids, self._close)
         self._runner = StepRunner(model, decoder, config.device, num_vocab, self._adjuster, self._reporter)
-        self._memory = RequestMemory(model, self._runner.release)
+        self._memory = RequestMemory(model, self._runner.release, prefix)
         self._scheduler = Scheduler(config.max_num_seqs, config.max_prefill_tokens, self._memory)
         self._open: set[Request] = set()
         self._lock = threading.Lock()
@@ -72,7 +75,8 @@ class Engine:
         self._stopping = False
         self._is_stepping = False
         self._made_before = (COMPILATIONS.count, COMPILATIONS.num_captured)
-        self.counts = EngineCounts()
+        self.prefix = prefix
+        self.counts = EngineCounts() if prefix is None else prefix.counts
         self.num_steps = 0
         """Turns of the engine's thread so far: each begins a step or reads the last one."""
         self.failure: str | None = None
@@ -129,8 +133,9 @@ class Engine:
         running = list(self._scheduler.running)
         slots = self._memory.slots
         use = sum(request.num_computed for request in running) / (slots.num_blocks * BLOCK_TOKENS)
-        blocks = Usage(slots.num_blocks - slots.num_free_blocks, slots.num_blocks)
-        taken = Usage(slots.num_slots - slots.num_free_slots, slots.num_slots)
+        num_free_slots, num_free_blocks = self._memory.free
+        blocks = Usage(slots.num_blocks - num_free_blocks, slots.num_blocks)
+        taken = Usage(slots.num_slots - num_free_slots, slots.num_slots)
         compiled, captured = self._made_before
         made = COMPILATIONS.count - compiled, COMPILATIONS.num_captured - captured
         times = replace(self._runner.times)
@@ -159,6 +164,8 @@ class Engine:
         """
         for request in requests:
             self.check(request)
+            if self.prefix is not None:
+                self.prefix.name(request)
         with self._lock:
             if self._stopping or not self._thread.is_alive():
                 raise EngineStopped(self._why_stopped())
@@ -221,6 +228,8 @@ class Engine:
                 if self._scheduler.is_short:
                     self._runner.settle()  # who ends there makes room, and who is sent back has no row that runs
                 chunks = self._schedule()
+                if self.prefix is not None:
+                    self.prefix.note([chunk.request for chunk in chunks])
                 self._runner.step(chunks)
         except Exception:
             logger.exception("a step of %d sequences failed", len(chunks))

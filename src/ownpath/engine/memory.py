@@ -11,6 +11,7 @@ from typing import Protocol
 from ownpath.cache.layout import BLOCK_TOKENS, num_blocks
 from ownpath.cache.pools import CachePool, SequenceCache
 from ownpath.cache.slots import CacheFull
+from ownpath.engine.prefix import PrefixCache
 from ownpath.engine.request import ROOM_AHEAD, Request, RequestError
 
 logger = logging.getLogger(__name__)
@@ -29,16 +30,19 @@ class RequestMemory:
     """Gives requests their caches and takes them back, on the engine's thread.
 
     release: takes a request's cache from it, and gives it back to the pool once nothing that runs writes to it.
+    prefix: what the caches hold of earlier requests; ``None``: nothing of use.
     """
 
-    def __init__(self, model: CachingModel, release: Callable[[Request], None]) -> None:
-        self._model, self._release = model, release
+    def __init__(
+        self, model: CachingModel, release: Callable[[Request], None], prefix: PrefixCache | None = None
+    ) -> None:
+        self._model, self._release, self._prefix = model, release, prefix
         self.slots = model.caches.slots
 
     @property
     def free(self) -> tuple[int, int]:
-        """The numbers of free slots and blocks."""
-        return self.slots.num_free_slots, self.slots.num_free_blocks
+        """The numbers of free slots and blocks. A block that is only kept for later requests counts as free."""
+        return self.slots.num_free_slots, self.slots.num_free_blocks + self.slots.num_idle_blocks
 
     def check(self, request: Request) -> None:
         """Checks that the request fits while nothing else runs. Errors: RequestError with the numbers."""
@@ -56,10 +60,12 @@ class RequestMemory:
         A request for which there is no memory although it should fit gets no cache; it is the engine's to end.
         """
         wanted = _wanted_tokens(request)
-        if self.slots.num_free_blocks < num_blocks(wanted) + num_spare:
+        if self.free[1] < num_blocks(wanted) + num_spare:
             return False
         try:
-            request.cache = self._model.new_cache(wanted)
+            request.cache = (
+                self._model.new_cache(wanted) if self._prefix is None else self._prefix.begin(request, wanted)
+            )
         except CacheFull:
             return False
         except Exception:
@@ -85,6 +91,8 @@ class RequestMemory:
 
     def end(self, request: Request) -> None:
         """Takes back whatever a request has."""
+        if self._prefix is not None:
+            self._prefix.end(request)
         self._release(request)
         request.room = 0
 

@@ -58,11 +58,6 @@ class ScheduledChunk(NamedTuple):
     request: Request
     num_tokens: int
 
-    @property
-    def reaches_end(self) -> bool:
-        """True if no known token is left after this chunk, so that its last row predicts the next token."""
-        return self.num_tokens == self.request.num_pending
-
 
 class Scheduler:
     """Continuous batching with chunked prefill, in turns between clients and parties, within the caches' memory."""
@@ -204,12 +199,12 @@ class Scheduler:
 
 
 def _num_unread(requests: Iterable[Request]) -> int:
-    return sum(request.num_pending for request in requests)
+    return sum(request.most_next for request in requests)
 
 
 def _read_in_order(requests: Iterable[Request], share: int) -> Iterator[ScheduledChunk]:
     for request in requests:
-        num_tokens = min(share, request.num_pending)
+        num_tokens = min(share, request.most_next)
         share -= num_tokens
         if num_tokens:
             yield ScheduledChunk(request, num_tokens)
