@@ -58,6 +58,11 @@ class ScheduledChunk(NamedTuple):
     request: Request
     num_tokens: int
 
+    @property
+    def reaches_end(self) -> bool:
+        """True if no known token is left after this chunk, so that its last row predicts the next token."""
+        return self.num_tokens == self.request.num_pending
+
 
 class Scheduler:
     """Continuous batching with chunked prefill, in turns between clients and parties, within the caches' memory."""
