@@ -8,6 +8,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ownpath.server.errors import ApiError, shorten
+from ownpath.server.sender import note_key
 
 PROBES = frozenset({"/health", "/ready"})
 """Paths that say nothing but whether the server works: supervisors ask them without a key, by the machine's address."""
@@ -52,6 +53,7 @@ class KeyGate:
 
     def _has_key(self, scope: Scope) -> bool:
         given = digest(bearer_token(Headers(scope=scope).get("authorization", "")))
+        note_key(scope, given)
         # All are compared, so that the time does not tell which one fits.
         return sum(hmac.compare_digest(given, known) for known in self._digests) > 0
 

@@ -26,6 +26,7 @@ from ownpath.server.errors import ApiError, bad_request, overloaded, unavailable
 from ownpath.server.mailbox import Inbox, Mailbox
 from ownpath.server.metrics import Metrics
 from ownpath.server.prompts import Prompt
+from ownpath.server.sender import ANYBODY, Sender
 
 _PATIENCE = 64
 """Reports that are read together where nobody waits for single ones: some 0.1 ms of the event loop."""
@@ -212,8 +213,9 @@ class Generation:
         """Returns the prompt that a choice answers."""
         return self.prompts[index * len(self.prompts) // len(self._choices)]
 
-    def submit(self, params: Sequence[SamplingParams], salt: str = "") -> None:
-        """Submits all answers to the engine, each with its parameters. salt: of the prefix cache.
+    def submit(self, params: Sequence[SamplingParams], salt: str = "", sender: Sender = ANYBODY) -> None:
+        """Submits all answers to the engine, each with its parameters. salt: of the prefix cache. sender: whose they
+        are.
 
         Errors: ApiError 400 (does not fit), 429 (no room) or 503 (stopped).
         """
@@ -223,7 +225,7 @@ class Generation:
             def sink(output: StepOutput) -> None:
                 put(inbox, (index, output, time.monotonic()), is_last=output.finish_reason is not None)
 
-            return Request(self.prompt_of(index).ids, params[index], sink, salt=salt)
+            return Request(self.prompt_of(index).ids, params[index], sink, salt=salt, **sender._asdict())
 
         requests = [request(index) for index in range(self.num_choices)]
         try:

@@ -34,6 +34,7 @@ from ownpath.server.protocol import (
     read_chat_request,
     read_completion_request,
 )
+from ownpath.server.sender import sender_of
 from ownpath.server.sse import EventStream, JsonObject, until_disconnect
 from ownpath.server.vitals import Vitals
 
@@ -135,7 +136,9 @@ class Api:
         generation = Generation(
             self.engine, [prompt], answers, self.metrics, mailbox, self.request_timeout_s, is_whole=not asked.stream
         )
-        generation.submit(chat.sampling_params(asked, max_tokens), self._salt(request, asked))
+        generation.submit(
+            chat.sampling_params(asked, max_tokens), self._salt(request, asked), sender_of(request, asked.priority)
+        )
         chunks = chat.chat_chunks(asked, generation, self.tokenizer, source, level)
         headers = self.headers_for(labels, adjustments)
         return await self._answer(
@@ -161,7 +164,9 @@ class Api:
         generation = Generation(
             self.engine, prompts, answers, self.metrics, mailbox, self.request_timeout_s, is_whole=not asked.stream
         )
-        generation.submit(completions.sampling_params(asked, limits), self._salt(request, asked))
+        generation.submit(
+            completions.sampling_params(asked, limits), self._salt(request, asked), sender_of(request, asked.priority)
+        )
         chunks = completions.completion_chunks(asked, generation, self.tokenizer, source)
         told = Telling(chunks, completions.CompletionFold(), Generation.usage, self.headers_for(labels, adjustments))
         return await self._answer(request, asked, generation, told)
