@@ -133,9 +133,8 @@ class Engine:
         running = list(self._scheduler.running)
         slots = self._memory.slots
         use = sum(request.num_computed for request in running) / (slots.num_blocks * BLOCK_TOKENS)
-        num_free_slots, num_free_blocks = self._memory.free
-        blocks = Usage(slots.num_blocks - num_free_blocks, slots.num_blocks)
-        taken = Usage(slots.num_slots - num_free_slots, slots.num_slots)
+        blocks = Usage(slots.num_blocks - self._memory.free[1], slots.num_blocks)
+        taken = Usage(slots.num_slots - slots.num_free_slots, slots.num_slots)
         compiled, captured = self._made_before
         made = COMPILATIONS.count - compiled, COMPILATIONS.num_captured - captured
         times = replace(self._runner.times)
@@ -228,8 +227,7 @@ class Engine:
                 if self._scheduler.is_short:
                     self._runner.settle()  # who ends there makes room, and who is sent back has no row that runs
                 chunks = self._schedule()
-                if self.prefix is not None:
-                    self.prefix.note([chunk.request for chunk in chunks])
+                self._note(chunks)
                 self._runner.step(chunks)
         except Exception:
             logger.exception("a step of %d sequences failed", len(chunks))
@@ -251,6 +249,7 @@ class Engine:
                     for chunk in chunks_alone(request, num_tokens, most, self._memory):
                         self.num_steps += 1
                         with torch.inference_mode():
+                            self._note([chunk])
                             self._runner.step_alone(chunk)
             except Exception:
                 logger.exception("a step of a request of %d tokens failed by itself", request.num_tokens)
@@ -285,6 +284,11 @@ class Engine:
         for request in unfit:
             self._reporter.fail(request, _NO_MEMORY if self.failure is None else self._why_stopped())
         return [chunk for chunk in planned if chunk.request.cache is not None]
+
+    def _note(self, chunks: Sequence[ScheduledChunk]) -> None:
+        """Has the prefix cache take up what the requests of the next step have filled."""
+        if self.prefix is not None:
+            self.prefix.note([chunk.request for chunk in chunks])
 
     def _close(self, request: Request) -> None:
         self._scheduler.remove(request)

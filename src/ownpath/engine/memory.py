@@ -30,7 +30,7 @@ class RequestMemory:
     """Gives requests their caches and takes them back, on the engine's thread.
 
     release: takes a request's cache from it, and gives it back to the pool once nothing that runs writes to it.
-    prefix: what the caches hold of earlier requests; ``None``: nothing of use.
+    prefix: what the caches hold for requests that begin alike; its blocks are free for whoever needs them.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class RequestMemory:
 
     @property
     def free(self) -> tuple[int, int]:
-        """The numbers of free slots and blocks. A block that is only kept for later requests counts as free."""
+        """The numbers of free slots and blocks, with those that are only kept."""
         return self.slots.num_free_slots, self.slots.num_free_blocks + self.slots.num_idle_blocks
 
     def check(self, request: Request) -> None:

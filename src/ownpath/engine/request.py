@@ -220,12 +220,12 @@ class Request:
     seed: int = field(init=False)
     scored_prompt: list[ScoredToken] = field(default_factory=list)
     flagged_layer: int | None = None
-    salt: str = ""
-    prefix: RequestPrefix | None = None
-    has_failed: bool = False
     client: str = ""
     priority: int = 0
     room: int = 0
+    salt: str = ""
+    prefix: RequestPrefix | None = None
+    has_failed: bool = False
 
     def __post_init__(self) -> None:
         fresh = secrets.randbelow(2 * SEED_LIMIT) - SEED_LIMIT
@@ -245,21 +245,6 @@ class Request:
     def num_pending(self) -> int:
         """Tokens known but not yet through the model."""
         return self.num_tokens - self.num_computed
-
-    @property
-    def most_tokens(self) -> int:
-        """Tokens of prompt and answer at their longest."""
-        return len(self.prompt_ids) + self.params.max_tokens
-
-    @property
-    def may_grow(self) -> bool:
-        """True if its blocks may not hold all of it."""
-        return self.room < self.most_tokens
-
-    @property
-    def needs_room(self) -> bool:
-        """True if its blocks do not hold its next tokens, see ``ROOM_AHEAD``."""
-        return self.num_computed + 1 + ROOM_AHEAD > self.room and self.may_grow
 
     @property
     def num_cached(self) -> int:
@@ -285,6 +270,21 @@ class Request:
         if stop <= num_prompt:
             return self.prompt_ids[start:stop]
         return self.prompt_ids[start:] + self.output_ids[max(0, start - num_prompt) : stop - num_prompt]
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of prompt and answer at their longest."""
+        return len(self.prompt_ids) + self.params.max_tokens
+
+    @property
+    def may_grow(self) -> bool:
+        """True if its blocks may not hold all of it."""
+        return self.room < self.most_tokens
+
+    @property
+    def needs_room(self) -> bool:
+        """True if its blocks do not hold its next tokens, see ``ROOM_AHEAD``."""
+        return self.num_computed + 1 + ROOM_AHEAD > self.room and self.may_grow
 
     @property
     def is_prefilling(self) -> bool:

@@ -27,4 +27,4 @@ def chunks_alone(request: Request, num_tokens: int, max_tokens: int, memory: Req
     if num_written > 1 + cache.pool.spec.spare_rows and not memory.begin_anew(request):
         raise RuntimeError("no memory to begin anew")
     while request.cache is not None and request.num_computed < end:
-        yield ScheduledChunk(request, min(end - request.num_computed, max_tokens))
+        yield ScheduledChunk(request, min(end - request.num_computed, max_tokens, request.most_next))
