@@ -226,7 +226,7 @@ class Engine:
             with torch.inference_mode():
                 if any(chunk.request.cache is None for chunk in chunks):
                     self._runner.settle()  # who ended there makes room
-                chunks = [chunk for chunk in chunks if self._is_ready(chunk.request)]
+                    chunks = [chunk for chunk in chunks if self._is_ready(chunk.request)]
                 self._runner.step(chunks)
         except Exception:
             logger.exception("a step of %d sequences failed", len(chunks))
