@@ -266,38 +266,33 @@ class ResidentRows(NamedTuple):
             one.greedy or own == other for one, own, other in zip(self.params, ours, theirs, strict=True)
         )
 
-    def advanced(self, num_steps: int, token_ids: list[int]) -> "ResidentRows":
-        """Returns the rows after so many steps, of which the last one chose these tokens."""
-        ahead = [position + num_steps for position in self.positions]
-        drawn = [count + num_steps for count in self.num_drawn]
-        return self._replace(positions=ahead, token_ids=token_ids, num_drawn=drawn)
-
 
 class HeldRows:
     """The rows that the device goes on with, step by step. caches: theirs. first: the rows of the first step.
 
-    max_position: the largest position of the next step. token_ids: what the last step drew; ``None``: nobody has read
-    that yet.
+    positions: of the next step. token_ids: what the last step drew; ``None``: nobody has read that yet.
     """
 
-    def __init__(self, caches: Sequence[SequenceCache], first: ResidentRows, max_position: int) -> None:
-        self.caches, self.first, self.max_position = caches, first, max_position
+    def __init__(self, caches: Sequence[SequenceCache], first: ResidentRows) -> None:
+        self.caches, self.first, self.positions = caches, first, first.positions
         self.token_ids: list[int] | None = None
         self._num_steps = 0
 
-    @property
-    def is_current(self) -> bool:
-        """True if the caches have the block tables that the device has."""
-        return [cache.blocks for cache in self.caches] == self.first.blocks
+    def are_those_of(self, pool: CachePool) -> bool:
+        """Returns True if the caches have the block tables and lengths that the device has."""
+        lengths, blocks = pool.slots.lengths, [cache.blocks for cache in self.caches]
+        return blocks == self.first.blocks and [lengths[slot] for slot in self.first.slots] == self.positions
 
     def advance(self) -> None:
         """Notes that a step is launched."""
-        self._num_steps, self.max_position, self.token_ids = self._num_steps + 1, self.max_position + 1, None
+        self._num_steps, self.token_ids = self._num_steps + 1, None
+        self.positions = [position + 1 for position in self.positions]
 
     def rows(self) -> ResidentRows:
         """Returns the rows as the last step leaves them, with names of tokens that nobody has read."""
         names = [unread(row) for row in range(len(self.caches))] if self.token_ids is None else self.token_ids
-        return self.first.advanced(self._num_steps, names)
+        drawn = [count + self._num_steps for count in self.first.num_drawn]
+        return self.first._replace(positions=self.positions, token_ids=names, num_drawn=drawn)
 
 
 class StepResults:
