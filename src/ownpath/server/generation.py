@@ -106,14 +106,13 @@ class _ChoiceStream:
 
     def _feed_text(self, reports: Sequence[Report]) -> tuple[list[AnswerPart], int]:
         """Feeds tokens that can only be more text, all at once. Returns the parts and how many reports these were."""
+        if reports[-1][1].finish_reason is not None:
+            reports = reports[:-1]
         ids = [
             output.token.token_id
             for _, output, _ in reports
             if output.token is not None and output.token.logprob is None and not output.prompt
         ]
-        if reports[-1][1].finish_reason is not None:
-            reports = reports[:-1]
-            ids = ids[: len(reports)]
         if len(reports) < 2 or len(ids) != len(reports) or not self._answer.is_text(ids):
             return [], 0
         self._time_tokens([told_at for _, _, told_at in reports])
