@@ -202,6 +202,7 @@ class Request:
     num_computed: tokens of ``prompt_ids + output_ids`` that the cache already holds.
     flagged_layer: the first layer whose index scores were not finite in a row of this request; ``None``: none.
     sink: called with every output, from the engine's thread; must not block.
+    begun_at: when it first ran, as ``time.monotonic``; ``None`` while it waits.
     """
 
     prompt_ids: list[int]
@@ -213,6 +214,7 @@ class Request:
     seed: int = field(init=False)
     scored_prompt: list[ScoredToken] = field(default_factory=list)
     flagged_layer: int | None = None
+    begun_at: float | None = None
 
     def __post_init__(self) -> None:
         fresh = secrets.randbelow(2 * SEED_LIMIT) - SEED_LIMIT
