@@ -184,7 +184,7 @@ async def overload(port: int, watch: Watch, seconds: float, times: float, tally:
     """Runs the load against the server at a port, and notes the faults of requests and answers."""
     rng = random.Random(seed)
     before = await probe(port)
-    rate = await measure_rate(port, min(max(seconds / 20, 1.0), 10.0), rng)
+    rate = await measure_rate(port, min(max(seconds / 20, 0.5), 10.0), rng)
     await settle(watch)
     idle = await watch.look()
     watching = asyncio.create_task(watch.run())

@@ -16,7 +16,7 @@ import overload
 from overloading import mix
 from overloading.watch import Watch
 
-SECONDS, TIMES = 2.0, 6.0
+SECONDS, TIMES = 1.5, 8.0
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")

@@ -34,11 +34,11 @@ def expected(served: Harness, ids: list[int], num_top: int) -> list[dict[str, di
 
 @pytest.mark.parametrize("num_top", [0, 1, 20])
 def test_every_token_of_a_prompt_is_told_with_its_likeliest_rivals(served: Harness, num_top: int) -> None:
-    (choice,) = served.complete(prompt=TEXT, prompt_logprobs=num_top, max_tokens=2)["choices"]
+    (choice,) = served.complete(prompt=TEXT, prompt_logprobs=num_top, max_tokens=2, return_token_ids=True)["choices"]
     assert choice["prompt_logprobs"] == expected(served, IDS, num_top)
     assert [next(iter(entry)) for entry in choice["prompt_logprobs"][1:]] == [str(i) for i in IDS[1:]], "itself first"
     assert choice["logprobs"] is None
-    assert choice["text"], "the answer follows"
+    assert len(choice["token_ids"]) == 2, "the answer follows"
 
 
 def test_the_prompt_of_a_conversation_is_told_once(served: Harness) -> None:
@@ -89,7 +89,8 @@ def test_equal_tokens_outside_the_likeliest_share_the_last_rank() -> None:
     "fields", [{"prompt_logprobs": 21}, {"prompt_logprobs": -1}, {"prompt_logprobs": True}, {"prompt_logprobs": 1.0}]
 )
 def test_other_numbers_are_refused(served: Harness, path: str, fields: dict[str, Any]) -> None:
-    body = {"prompt": "hi"} if path == COMPLETIONS else {"messages": [{"role": "user", "content": "hi"}]}
+    opening = {"prompt": "hi"} if path == COMPLETIONS else {"messages": [{"role": "user", "content": "hi"}]}
+    body: dict[str, Any] = {**opening, "max_tokens": 2}
     assert error(served.post(path, **body, **fields), 400)["param"] == "prompt_logprobs"
     refused = error(served.post(path, **body, prompt_logprobs=0, stream=True), 400)
     assert refused["message"] == "prompt_logprobs: not with stream: true"
