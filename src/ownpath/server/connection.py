@@ -108,7 +108,7 @@ class HttpConnection(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.drop()
             return
-        response = bad_request("this is not a valid HTTP request", code="invalid_http").response()
+        response = bad_request("this is not a valid HTTP request", code="invalid_http").response({})
         head = h11.Response(status_code=400, headers=[*response.raw_headers, (b"connection", b"close")])
         for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
