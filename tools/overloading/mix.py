@@ -91,6 +91,32 @@ async def chat_thinks(port: int, rng: random.Random) -> str:
     return await _streamed(port, CHAT, fields, None, False)
 
 
+async def agents(port: int, rng: random.Random) -> str:
+    """Sends what agents send, to their own paths; reads the stream to the end of its last event."""
+    chat = _chat(rng)
+    path, fields, last = rng.choice(
+        (
+            (
+                "/v1/responses",
+                {"input": chat["messages"], "max_output_tokens": chat["max_tokens"]},
+                b"event: response.",
+            ),
+            ("/v1/messages", chat | {"model": None}, b"event: message_stop"),
+        )
+    )
+    async with connected(port) as connection:
+        await connection.send(json_request(path, fields | {"stream": True}))
+        head = await connection.read_head()
+        body = await connection.read_body(head)
+    if head.status != 200:
+        return end_of(head, body)
+    if b"event: error" in body or b"event: response.failed" in body:
+        return "error event"
+    if last not in body.rstrip().rsplit(b"\n\n", 1)[-1]:
+        raise Unanswered(f"{path}: a stream that ends with {body[-80:]!r}")
+    return "answer"
+
+
 async def completion_whole(port: int, rng: random.Random) -> str:
     prompts = [_ids(rng) for _ in range(rng.randint(1, 4))]
     fields: dict[str, object] = {"prompt": prompts, "max_tokens": rng.randint(1, 40), "seed": rng.randrange(100)}
@@ -200,6 +226,7 @@ async def reads(port: int, rng: random.Random) -> str:
 KINDS = (
     Kind("chat", 6, chat_whole, ANSWERED),
     Kind("chat, thinking, tools", 4, chat_thinks, ANSWERED),
+    Kind("agents", 4, agents, ANSWERED),
     Kind("completions", 6, completion_whole, ANSWERED),
     Kind("completions, streamed", 6, completion_stream, ANSWERED),
     Kind("scores of prompts", 3, scores, ANSWERED),

@@ -1,6 +1,6 @@
 """The endpoints."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from starlette.requests import Request
@@ -124,7 +124,19 @@ class Api:
             return asked, chat_segments(asked, self.release)
 
         asked, segments = await self.bodies.read(request, CONVERSATION, read)
-        source = self._source(asked)
+        source = self.source(asked)
+        generation, level = await self.begin_chat(asked, segments, adjustments)
+        chunks = chat.chat_chunks(asked, generation, self.tokenizer, source, level)
+        headers = self.headers_for(labels, adjustments)
+        return await self._answer(
+            request, asked, generation, Telling(chunks, chat.ChatFold(), chat.chat_usage, headers)
+        )
+
+    async def begin_chat(
+        self, asked: ChatRequest, segments: Sequence[Segment], adjustments: Adjustments
+    ) -> tuple[Generation, str | None]:
+        """Submits the answers to a conversation. Returns them with the level of effort that runs; None without
+        thinking. Errors: ApiError 400, 429 or 503."""
         max_model_len = self.engine.config.max_model_len
         answers = [self._chat_answer(asked) for _ in range(asked.n)]
         prompt = await chat_prompt(segments, self.tokenizer, max_model_len)
@@ -138,18 +150,14 @@ class Api:
             self.engine, [prompt], answers, self.metrics, mailbox, self.request_timeout_s, is_whole=not asked.stream
         )
         generation.submit(chat.sampling_params(asked, max_tokens))
-        chunks = chat.chat_chunks(asked, generation, self.tokenizer, source, level)
-        headers = self.headers_for(labels, adjustments)
-        return await self._answer(
-            request, asked, generation, Telling(chunks, chat.ChatFold(), chat.chat_usage, headers)
-        )
+        return generation, level
 
     async def completions(self, request: Request) -> Response:
         """``POST /v1/completions``"""
         self.refuse_while_ending()
         labels, adjustments = Labels(self.policy.refuses_labels), Adjustments(self.policy.refuses_excess)
         asked = await self.bodies.read(request, PROMPTS, lambda body: read_completion_request(body, labels))
-        source = self._source(asked)
+        source = self.source(asked)
         max_model_len = self.engine.config.max_model_len
         prompts = await completion_prompts(asked, self.tokenizer, max_model_len)
         if asked.repeats_prompts:
@@ -213,7 +221,7 @@ class Api:
         if self.vitals.is_draining:
             raise unavailable("the server is shutting down")
 
-    def _source(self, asked: ChatRequest | CompletionRequest) -> AnswerSource:
+    def source(self, asked: ChatRequest | CompletionRequest) -> AnswerSource:
         """Returns who answers, under the name that was asked for. Errors: ApiError 404."""
         return AnswerSource(self.called(asked.model), self.fingerprint)
 

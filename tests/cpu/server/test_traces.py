@@ -65,6 +65,25 @@ def test_a_request_is_told_once_it_has_ended(kept: tuple[Harness, Kept]) -> None
         assert before <= points[0] <= points[-1] <= found.ended_ns
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/responses", {"input": "hi", "max_output_tokens": 3}),
+        ("/v1/messages", {"model": "tiny", "max_tokens": 3, "messages": [{"role": "user", "content": "hi"}]}),
+    ],
+)
+@pytest.mark.parametrize("stream", [True, False])
+def test_agents_requests_are_told_too(
+    kept: tuple[Harness, Kept], path: str, body: dict[str, Any], stream: bool
+) -> None:
+    served, recorder = kept
+    assert served.post(path, **body, stream=stream).status_code == 200
+    (found,) = recorder.requests
+    assert (found.path, found.status, found.model) == (path, 200, "tiny")
+    assert found.generating is not None
+    assert [line.num_tokens for line in found.generating.timelines] == [3]
+
+
 def test_refused_and_other_requests(kept: tuple[Harness, Kept]) -> None:
     served, recorder = kept
     error(served.post(COMPLETIONS, prompt="a", wings=1), 400)
