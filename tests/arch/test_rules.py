@@ -16,7 +16,7 @@ PACKAGE = Path(ownpath.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ROOMS = (
-    ("formats", "official", "ops", "versions", "finding", "files", "terminal"),
+    ("formats", "official", "ops", "other_models", "versions", "finding", "files", "terminal"),
     ("config",),
     ("end_tokens",),
     ("qtensor",),

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ownpath.cache.layout import BLOCK_TOKENS
 from ownpath.cache.pools import CachePool
 from ownpath.cache.tables import DecodeTables
 from ownpath.config import EngineConfig
@@ -110,8 +111,11 @@ class Decoder:
         count = next(size for size in self.buckets if size >= num_rows)
         slots = [cache.slot for cache in rows.caches]
         blocks, positions = [cache.blocks for cache in rows.caches], [lengths[slot] for slot in slots]
-        wanted = ResidentRows(slots, blocks, positions, *rows[1:])
-        if not wanted.continues(self._resident):
+        assert all(at < BLOCK_TOKENS * len(own) for at, own in zip(positions, blocks, strict=True)), "a row has no room"
+        wanted = ResidentRows(slots, positions, *rows[1:])
+        if wanted.continues(self._resident):
+            self._rows.upload_blocks(blocks)
+        else:
             self._rows.upload(rows)
         self._resident = None  # until the step has ended: one that fails leaves rows that nobody knows
         logits_TV = self.launch(count)
@@ -119,7 +123,6 @@ class Decoder:
             tokens_S = draw_adjusted(logits_TV, adjusted, self._results.on_device)
             self._rows.columns.tokens.index_copy_(0, adjusted.where_S, tokens_S)
         self._results.copy()
-        assert max(positions) < self.pool.spec.max_tokens
         for slot, position in zip(slots, positions, strict=True):
             lengths[slot] = position + 1
         self._results.wait()

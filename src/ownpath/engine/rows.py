@@ -3,7 +3,8 @@
 Legend: R rows of the largest bucket, B blocks of a table, L layers, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -94,8 +95,8 @@ class RowArrays:
     tokens, steps (1 for a row, 0 where padded), pads (0 for a row, -1 where padded), top_k, temperatures, top_p, min_p
     [R]; block tables [R, B].
 
-    ``upload`` writes them in host memory and transfers them. It touches only block tables that change: with a context
-    of a million tokens a table has 4,096 words, and a request keeps it for life.
+    ``upload`` writes them in host memory and transfers them. Block tables go apart from the rest, and only those that
+    change: with a context of a million tokens a table has 4,096 words, and a request changes it once in 256 tokens.
     """
 
     WORDS = 12
@@ -109,7 +110,7 @@ class RowArrays:
         self._seeds = heads[:2].reshape(-1).view(np.int64)
         self._integers, self._floats = heads[2:9], heads[9:].view(np.float32)
         self._host_blocks = _Columns.of(self._host, num_rows).blocks
-        self._held: list[tuple[int, ...] | None] = [None] * num_rows
+        self._held: list[tuple[int, ...]] = [()] * num_rows
         self.columns = _Columns.of(self._device, num_rows)
 
     def tables(self, pool: CachePool, count: int, flags_LT: torch.Tensor | None = None) -> DecodeTables:
@@ -138,20 +139,29 @@ class RowArrays:
             self._seeds[:count] = seeds
         num_heads = self.WORDS * len(self._held)
         self._device[:num_heads].copy_(self._host[:num_heads], non_blocking=True)
-        self._upload_blocks([cache.blocks for cache in caches])
+        self.upload_blocks([cache.blocks for cache in caches])
 
-    def _upload_blocks(self, tables: Sequence[tuple[int, ...]]) -> None:
-        """Transfers the rows' block tables from the first that changed to the last."""
-        wanted = [*tables, *[None] * (len(self._held) - len(tables))]
+    def upload_blocks(self, tables: Sequence[tuple[int, ...]]) -> None:
+        """Transfers the block tables that changed, of these rows; all others become nobody's."""
+        wanted = [*tables, *[()] * (len(self._held) - len(tables))]
         pairs = enumerate(zip(wanted, self._held, strict=True))
         changed = [row for row, (new, old) in pairs if new is not old and new != old]
         if not changed:
             return
         for row in changed:
-            self._host_blocks[row] = NOBODY if (table := wanted[row]) is None else torch.tensor(table)
+            table = wanted[row]
+            self._host_blocks[row, : len(table)] = torch.tensor(table, dtype=torch.int32)
+            self._host_blocks[row, len(table) :] = NOBODY
         self._held = wanted
-        some = slice(changed[0], changed[-1] + 1)
-        self.columns.blocks[some].copy_(self._host_blocks[some], non_blocking=True)
+        for some in _runs(changed):
+            self.columns.blocks[some].copy_(self._host_blocks[some], non_blocking=True)
+
+
+def _runs(rows: Sequence[int]) -> Iterator[slice]:
+    """Yields ascending numbers as slices, one for those that follow each other."""
+    for _, pairs in groupby(enumerate(rows), lambda pair: pair[1] - pair[0]):
+        run = [row for _, row in pairs]
+        yield slice(run[0], run[-1] + 1)
 
 
 class _Columns(NamedTuple):
@@ -184,10 +194,9 @@ class _Columns(NamedTuple):
 
 
 class ResidentRows(NamedTuple):
-    """Rows as the device holds them, in columns."""
+    """Rows as the device holds them, in columns, but for their block tables."""
 
     slots: list[int]
-    blocks: list[tuple[int, ...]]
     positions: list[int]
     token_ids: list[int]
     params: list[SamplingParams]

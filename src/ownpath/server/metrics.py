@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from starlette.types import Scope
 
-from ownpath.engine.engine import EngineLoad
+from ownpath.engine.load import EngineLoad
 from ownpath.server.empty_content import EmptyContent
 from ownpath.server.route_table import ROUTES
 

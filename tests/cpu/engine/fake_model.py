@@ -29,8 +29,8 @@ class FakeModel:
         self.histories: dict[int, list[int]] = {}
         self.step_sizes: list[list[int]] = []
 
-    def new_cache(self) -> SequenceCache:
-        cache = self.caches.new_sequence()
+    def new_cache(self, num_tokens: int | None = None) -> SequenceCache:
+        cache = self.caches.new_sequence(num_tokens)
         self.histories[cache.slot] = []
         return cache
 

@@ -175,7 +175,7 @@ def test_what_a_row_draws_with_is_compared_where_it_draws(model: Model) -> None:
 
 
 def resident(row: DecodeRow, position: int = 5) -> ResidentRows:
-    return ResidentRows([row.cache.slot], [row.cache.blocks], [position], *StepRows.of([row])[1:])
+    return ResidentRows([row.cache.slot], [position], *StepRows.of([row])[1:])
 
 
 def test_a_new_sequence_in_an_old_slot_brings_its_own_blocks(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,12 +184,13 @@ def test_a_new_sequence_in_an_old_slot_brings_its_own_blocks(model: Model, monke
     (row,) = started(model, (6,))
     token = decoder.step(StepRows.of([row])).token_ids[0]
     assert token is not None
+    old = row.cache.slot, row.cache.num_tokens, row.cache.blocks
     row.cache.release()
     free = model.caches.slots._free_blocks
     free.insert(0, free.pop())
     (other,) = started(model, (7,))
-    assert (other.cache.slot, other.cache.num_tokens) == (row.cache.slot, row.cache.num_tokens)
-    assert other.cache.blocks != row.cache.blocks
+    assert (other.cache.slot, other.cache.num_tokens) == old[:2]
+    assert other.cache.blocks != old[2]
     tables: list[list[int]] = []
     decode = model.decode
     monkeypatch.setattr(
@@ -198,6 +199,32 @@ def test_a_new_sequence_in_an_old_slot_brings_its_own_blocks(model: Model, monke
     decoder.step(StepRows.of([DecodeRow(other.cache, token)]))
     assert tables == [list(other.cache.blocks)]
     other.cache.release()
+
+
+def test_a_row_that_grows_uploads_its_table_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Across the end of a block: the tokens of a row that has room from the start; one table goes to the device."""
+    with torch.inference_mode():
+        reserved, growing = (model.new_cache(count) for count in (None, 253))
+        for cache in (reserved, growing):
+            model.forward(ForwardBatch.of([([3] * 253, cache)], model.cache_spec.device))
+        found = []
+        for cache in (reserved, growing):
+            decoder = Decoder(model, MAX_ROWS, VOCAB)
+            uploads: list[int] = []
+            upload = decoder._rows.upload
+            monkeypatch.setattr(decoder._rows, "upload", lambda rows, to=upload, n=uploads: (n.append(1), to(rows)))
+            tokens: list[int | None] = [4]
+            for position in range(253, 260):
+                if cache is growing:
+                    cache.grow(position + 1)
+                tokens.append(decoder.step(StepRows.of([DecodeRow(cache, tokens[-1] or 0)])).token_ids[0])
+            found.append((tokens, uploads))
+            assert decoder._rows.columns.blocks[0].tolist() == list(cache.blocks)
+    assert found[0] == found[1]
+    assert found[1][1] == [1]
+    assert len(growing.blocks) == 2
+    for cache in (reserved, growing):
+        cache.release()
 
 
 def test_an_upload_leaves_what_its_rows_say(model: Model) -> None:
