@@ -178,7 +178,7 @@ class CachePool:
         if member.page_bytes:
             shape, dtype = (count, member.num_rows * member.page_bytes), torch.uint8
         with torch.inference_mode(False):  # written by steps in that mode and by others
-            return _zeros(shape, dtype, spec.device)
+            return zeros(shape, dtype, spec.device)
 
     def _layer(self, layer_idx: int) -> LayerCache:
         found = {(m.group, m.part): m for m in self.layout.members if m.layer_idx == layer_idx}
@@ -196,7 +196,7 @@ class CachePool:
         return StoredKeys.of(member, self.tensors[member], self.spec.dtype)
 
 
-def _zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Allocates zeros. In host memory ``calloc`` does: pages that no sequence touches take no memory."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)

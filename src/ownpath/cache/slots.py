@@ -5,7 +5,7 @@ whoever keeps it for later ones. It is free again when the last holder lets go.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ownpath.cache.layout import BLOCK_TOKENS, NOBODY
@@ -36,6 +36,9 @@ class Slots:
         self._free_blocks = list(range(num_blocks, NOBODY, -1))
         self._num_holders = [0] * (num_blocks + 1)
         self._kept: Counter[int] = Counter()
+        self._num_idle = 0
+        self.reclaim: Callable[[int], None] = _reclaim_none
+        """Called when so many more blocks are wanted than are free; may ``drop`` some that nobody else holds."""
         self.owned: dict[int, tuple[int, ...]] = {}
         self.lengths = [0] * (num_slots + 1)
 
@@ -46,6 +49,15 @@ class Slots:
     @property
     def num_free_blocks(self) -> int:
         return len(self._free_blocks)
+
+    @property
+    def num_idle_blocks(self) -> int:
+        """Blocks that are only kept: whoever needs one may get it."""
+        return self._num_idle
+
+    def kept(self) -> Iterator[int]:
+        """Yields each block as often as it is kept."""
+        return self._kept.elements()
 
     def num_holders(self, block: int) -> int:
         """Returns how many hold a block: 0 while it is free."""
@@ -75,13 +87,19 @@ class Slots:
     def keep(self, blocks: Sequence[int]) -> None:
         """Holds blocks that have a holder already, until ``drop``, whatever becomes of their sequences."""
         self._hold(blocks)
-        self._kept.update(blocks)
+        for block in blocks:
+            self._kept[block] += 1
+            self._num_idle += self._num_holders[block] == self._kept[block]
 
     def drop(self, blocks: Sequence[int]) -> None:
         """Lets go of blocks that were kept."""
         assert not Counter(blocks) - self._kept, "a block is dropped that is not kept"
-        self._kept -= Counter(blocks)
-        self._let_go(blocks)
+        for block in reversed(blocks):
+            self._num_idle -= self._num_holders[block] == self._kept[block]
+            self._kept[block] -= 1
+            if not self._kept[block]:
+                del self._kept[block]
+            self._let_go((block,))
 
     def faults(self) -> list[str]:
         """Lists inconsistencies, a sentence each. There are none while every slot is free or owned, once; every block
@@ -96,6 +114,8 @@ class Slots:
 
     def _take_blocks(self, count: int) -> list[int]:
         if len(self._free_blocks) < count:
+            self.reclaim(count - len(self._free_blocks))
+        if len(self._free_blocks) < count:
             raise CacheFull(f"{count} blocks are wanted, {len(self._free_blocks)} of {self.num_blocks} are free")
         taken = [self._free_blocks.pop() for _ in range(count)]
         for block in taken:
@@ -105,11 +125,13 @@ class Slots:
     def _hold(self, blocks: Sequence[int]) -> None:
         assert all(self._num_holders[block] for block in blocks), "a free block is nobody's to share"
         for block in blocks:
+            self._num_idle -= self._num_holders[block] == self._kept[block]
             self._num_holders[block] += 1
 
     def _let_go(self, blocks: Sequence[int]) -> None:
         for block in reversed(blocks):
             self._num_holders[block] -= 1
+            self._num_idle += 0 < self._num_holders[block] == self._kept[block]
             if not self._num_holders[block]:
                 self._free_blocks.append(block)
 
@@ -121,6 +143,9 @@ class Slots:
         for block, counted in enumerate(self._num_holders):
             if found[block] != counted:
                 yield f"block {block} has {found[block]} holders, and {counted} are counted"
+        num_idle = sum(found[block] == count for block, count in self._kept.items())
+        if num_idle != self._num_idle:
+            yield f"{num_idle} blocks are only kept, and {self._num_idle} are counted"
 
     def _find_wrong_tables(self) -> Iterator[str]:
         for slot, blocks in self.owned.items():
@@ -132,6 +157,10 @@ class Slots:
             for block in blocks[length // BLOCK_TOKENS :]:
                 if NOBODY < block <= self.num_blocks and self._num_holders[block] > 1:
                     yield f"slot {slot} writes to block {block}, which has {self._num_holders[block]} holders"
+
+
+def _reclaim_none(count: int) -> None:
+    """Nobody keeps blocks."""
 
 
 def _find_miscounts(name: str, found: list[int], count: int) -> list[str]:

@@ -12,6 +12,7 @@ from ownpath.engine.adjust import Adjuster
 from ownpath.engine.decoder import Decoder
 from ownpath.engine.device import device_problem
 from ownpath.engine.load import EngineCounts, EngineLoad
+from ownpath.engine.prefix import PrefixCache
 from ownpath.engine.reports import Reporter
 from ownpath.engine.request import FinishReason, Request, RequestError, StepOutput
 from ownpath.engine.scheduler import Scheduler
@@ -39,6 +40,7 @@ class Engine:
     max_num_queued: requests that may wait beyond those that run.
     end_token_ids: tokens that end an answer; ``None``: those of the model's config.json alone.
     decoder: runs the steps in which every request has one row; ``None``: the model's ``forward`` runs all steps.
+    prefix: what the model's caches hold of earlier requests; ``None``: every request computes its whole prompt.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Engine:
         max_num_queued: int = 256,
         end_token_ids: Iterable[int] | None = None,
         decoder: Decoder | None = None,
+        prefix: PrefixCache | None = None,
     ) -> None:
         if not 0 < num_vocab <= model.config.vocab_size:
             raise ValueError(f"{num_vocab} tokens do not fit the model's vocab_size {model.config.vocab_size}")
@@ -67,7 +70,8 @@ class Engine:
         self._stopping = False
         self._is_stepping = False
         self._made_before = (COMPILATIONS.count, COMPILATIONS.num_captured)
-        self.counts = EngineCounts()
+        self.prefix = prefix
+        self.counts = EngineCounts() if prefix is None else prefix.counts
         self.num_steps = 0
         """Steps begun so far."""
         self.failure: str | None = None
@@ -150,6 +154,8 @@ class Engine:
         """
         for request in requests:
             self.check(request)
+            if self.prefix is not None:
+                self.prefix.name(request)
         with self._lock:
             if self._stopping or not self._thread.is_alive():
                 raise EngineStopped(self._why_stopped())
@@ -202,11 +208,14 @@ class Engine:
     def _step_or_fail(self) -> None:
         """Runs a step. If it fails, its requests fail with it, and only those."""
         planned = self._scheduler.schedule()
-        chunks = [chunk for chunk in planned if chunk.request.cache is not None or self._prepare(chunk.request)]
+        # A request that has just begun may have found a part of its tokens.
+        chunks = [chunk.cut() for chunk in planned if chunk.request.cache is not None or self._prepare(chunk.request)]
         if not chunks:
             return
         try:
             with torch.inference_mode():
+                if self.prefix is not None:
+                    self.prefix.note([chunk.request for chunk in chunks])
                 self._runner.step(chunks)
         except Exception:
             logger.exception("a step of %d sequences failed", len(chunks))
@@ -228,7 +237,7 @@ class Engine:
     def _prepare(self, request: Request) -> bool:
         """Gives a newly admitted request its cache. Returns False, and ends the request, if it gets none."""
         try:
-            request.cache = self._model.new_cache()
+            request.cache = self._model.new_cache() if self.prefix is None else self.prefix.begin(request)
         except Exception:
             logger.exception("no cache for a request of %d tokens", request.num_tokens)
             self._stop_if_device_is_lost()
@@ -242,6 +251,8 @@ class Engine:
         self._scheduler.remove(request)
         self._adjuster.drop(request)
         if request.cache is not None:
+            if self.prefix is not None:
+                self.prefix.end(request)
             request.cache.release()
         request.cache = None
         with self._lock:

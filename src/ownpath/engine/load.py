@@ -39,7 +39,9 @@ class EngineCounts:
     """Since the engine started.
 
     num_preempted: times that a running request was sent back to wait. num_prefix_queried: prompt tokens looked up in
-    the prefix cache; num_prefix_hit: of those, found there, so not computed again. num_step_retries: steps that failed
+    the prefix cache; num_prefix_hit: of those, found there, so not computed again. num_prefix_hits: requests that found
+    any. num_snapshots_taken, num_snapshots_evicted: of sequences, for later ones; num_blocks_evicted: whose keys were
+    kept for later ones until somebody needed their memory. num_step_retries: steps that failed
     and were run again, request by request.
     step_times: from a step's launch to the time when its tokens are known. gap_times: that the device waits between two
     steps in a row, while there is work.
@@ -48,6 +50,10 @@ class EngineCounts:
     num_preempted: int = 0
     num_prefix_queried: int = 0
     num_prefix_hit: int = 0
+    num_prefix_hits: int = 0
+    num_snapshots_taken: int = 0
+    num_snapshots_evicted: int = 0
+    num_blocks_evicted: int = 0
     num_step_retries: int = 0
     step_times: Durations = field(default_factory=lambda: Durations(STEP_SECONDS))
     gap_times: Durations = field(default_factory=lambda: Durations(GAP_SECONDS))

@@ -19,6 +19,7 @@ from ownpath.engine.limits import (
     SEED_LIMIT,
     TOP_K_LIMIT,
 )
+from ownpath.engine.request_prefix import RequestPrefix
 
 
 class RequestError(ValueError):
@@ -201,6 +202,8 @@ class Request:
     num_computed: tokens of ``prompt_ids + output_ids`` that the cache already holds.
     flagged_layer: the first layer whose index scores were not finite in a row of this request; ``None``: none.
     sink: called with every output, from the engine's thread; must not block.
+    salt: only requests with the same one share what caches hold. prefix: what the prefix cache knows of this request.
+    has_failed: its numbers are not to be trusted.
     """
 
     prompt_ids: list[int]
@@ -212,6 +215,9 @@ class Request:
     seed: int = field(init=False)
     scored_prompt: list[ScoredToken] = field(default_factory=list)
     flagged_layer: int | None = None
+    salt: str = ""
+    prefix: RequestPrefix | None = None
+    has_failed: bool = False
 
     def __post_init__(self) -> None:
         fresh = secrets.randbelow(2 * SEED_LIMIT) - SEED_LIMIT
@@ -231,6 +237,31 @@ class Request:
     def num_pending(self) -> int:
         """Tokens known but not yet through the model."""
         return self.num_tokens - self.num_computed
+
+    @property
+    def num_cached(self) -> int:
+        """Prompt tokens that were not computed, because the caches held them."""
+        return 0 if self.prefix is None else self.prefix.num_cached or 0
+
+    @property
+    def most_reused(self) -> int:
+        """The most tokens that need not be computed: not the last, whose logits are wanted, and none of a prompt that
+        is still to be scored."""
+        is_scored = len(self.scored_prompt) >= len(self.prompt_ids) - 1
+        return 0 if self.params.prompt_logprobs and not is_scored else self.num_tokens - 1
+
+    @property
+    def most_next(self) -> int:
+        """The most tokens of the next chunk: those pending, up to where a snapshot is to be taken."""
+        stop = None if self.prefix is None else self.prefix.next_stop(self.num_computed)
+        return self.num_pending if stop is None else min(self.num_pending, stop - self.num_computed)
+
+    def ids_between(self, start: int, stop: int) -> list[int]:
+        """Returns the tokens from one position up to another, of prompt and answer."""
+        num_prompt = len(self.prompt_ids)
+        if stop <= num_prompt:
+            return self.prompt_ids[start:stop]
+        return self.prompt_ids[start:] + self.output_ids[max(0, start - num_prompt) : stop - num_prompt]
 
     @property
     def is_prefilling(self) -> bool:

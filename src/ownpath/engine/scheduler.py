@@ -35,6 +35,10 @@ class ScheduledChunk(NamedTuple):
     request: Request
     num_tokens: int
 
+    def cut(self) -> "ScheduledChunk":
+        """Returns the chunk without what its request does not need, or not before its next snapshot."""
+        return self if self.num_tokens <= self.request.most_next else self._replace(num_tokens=self.request.most_next)
+
     @property
     def reaches_end(self) -> bool:
         """True if no known token is left after this chunk, so that its last row predicts the next token."""
@@ -100,10 +104,10 @@ class Scheduler:
             else:
                 chunks.append(self._single[request])
         parties = [unread[party] for party in sorted(unread)]
-        wanted = [sum(request.num_pending for request in party) for party in parties]
+        wanted = [sum(request.most_next for request in party) for party in parties]
         for party, share in zip(parties, share_tokens(self._max_prefill_tokens, wanted), strict=True):
             for request in party:
-                num_tokens = min(share, request.num_pending)
+                num_tokens = min(share, request.most_next)
                 share -= num_tokens
                 chunks += [ScheduledChunk(request, num_tokens)] if num_tokens else []
         return chunks
