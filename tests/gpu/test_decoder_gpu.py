@@ -295,7 +295,7 @@ def test_a_served_engine_compiles_and_captures_nothing(model: Model) -> None:
         kinds = (
             SamplingParams(5 + count, temperature=0.0),
             SamplingParams(5 + count, temperature=0.9, top_p=0.8, num_logprobs=0),
-            SamplingParams(5 + count, num_logprobs=3, prompt_logprobs=True),
+            SamplingParams(5 + count, num_logprobs=3, prompt_logprobs=3),
             SamplingParams(5 + count, repetition_penalty=1.2, logit_bias=((7, 2.0),), min_tokens=3),
         )
         runs.submit([Request([5 + n] * (1 + 60 * n), kinds[n % 4], heard.put) for n in range(count)])

@@ -65,7 +65,7 @@ def _ends_prompt(chunk: ScheduledChunk) -> bool:
 def _scored_ids(chunk: ScheduledChunk) -> tuple[int, ...]:
     """Returns the prompt tokens that this chunk's rows predict, if the request asks for their log-probabilities."""
     request = chunk.request
-    if not (request.params.prompt_logprobs and request.is_prefilling):
+    if request.params.prompt_logprobs is None or not request.is_prefilling:
         return ()
     first = request.num_computed + 1
     return tuple(request.prompt_ids[first : first + chunk.num_tokens])

@@ -3,6 +3,7 @@
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -238,6 +239,7 @@ class Engine:
         """Gives a newly admitted request its cache. Returns False, and ends the request, if it gets none."""
         try:
             request.cache = self._model.new_cache() if self.prefix is None else self.prefix.begin(request)
+            request.begun_at = request.begun_at or time.monotonic()
         except Exception:
             logger.exception("no cache for a request of %d tokens", request.num_tokens)
             self._stop_if_device_is_lost()

@@ -40,7 +40,7 @@ class SamplingParams:
     top_p: sample among the likeliest tokens that together reach this probability.
     seed: same seed, prompt and parameters: same tokens, whatever else runs. None draws a fresh one.
     num_logprobs: None reports no log-probabilities; n reports the token's own and the n likeliest.
-    prompt_logprobs: also report them for the prompt's tokens.
+    prompt_logprobs: the same for the prompt's tokens, each once the whole prompt has been read.
     top_k: sample among so many of the likeliest tokens; 0 among all.
     min_p: sample among tokens with at least this share of the likeliest one's probability.
     ignore_eos: the model's end tokens end nothing. stop_token_ids: tokens that end the answer beside them.
@@ -55,7 +55,7 @@ class SamplingParams:
     top_p: float = 1.0
     seed: int | None = None
     num_logprobs: int | None = None
-    prompt_logprobs: bool = False
+    prompt_logprobs: int | None = None
     top_k: int = 0
     min_p: float = 0.0
     ignore_eos: bool = False
@@ -84,10 +84,9 @@ class SamplingParams:
                 self.seed is None or -SEED_LIMIT <= self.seed < SEED_LIMIT,
                 "must be a 64-bit integer",
             ),
-            (
-                "num_logprobs",
-                self.num_logprobs is None or 0 <= self.num_logprobs <= MAX_TOP_LOGPROBS,
-                f"must be between 0 and {MAX_TOP_LOGPROBS}",
+            *(
+                (name, value is None or 0 <= value <= MAX_TOP_LOGPROBS, f"must be between 0 and {MAX_TOP_LOGPROBS}")
+                for name, value in (("num_logprobs", self.num_logprobs), ("prompt_logprobs", self.prompt_logprobs))
             ),
         )
         for name, holds, problem in checks:
@@ -162,11 +161,13 @@ class ScoredToken:
 
     Log-probabilities are the model's own, over the tokenizer's vocabulary, before temperature and top_p.
     ``None``: not asked for, or a prompt's first token, which nothing precedes.
+    rank: of a prompt's token, its place among all, from 1; of equal ones outside ``top_logprobs`` the last.
     """
 
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,7 @@ class Request:
     sink: called with every output, from the engine's thread; must not block.
     salt: only requests with the same one share what caches hold. prefix: what the prefix cache knows of this request.
     has_failed: its numbers are not to be trusted.
+    begun_at: when it first ran, as ``time.monotonic``; ``None`` while it waits.
     """
 
     prompt_ids: list[int]
@@ -218,6 +220,7 @@ class Request:
     salt: str = ""
     prefix: RequestPrefix | None = None
     has_failed: bool = False
+    begun_at: float | None = None
 
     def __post_init__(self) -> None:
         fresh = secrets.randbelow(2 * SEED_LIMIT) - SEED_LIMIT

@@ -24,6 +24,8 @@ NAN_BITS = 0x7FC00000
 """A float32 NaN as an integer."""
 NUM_SAMPLED = len(Sampled._fields)
 """Rows of a step's results that the sampler writes."""
+_SCORED_TOGETHER = 256
+"""Rows: at 129,280 tokens, some 400 MB beside the logits."""
 NON_FINITE = "the model produced a logit that is not finite"
 
 
@@ -172,19 +174,34 @@ def with_top(token_id: int, logprob: float, logits_1V: torch.Tensor, num_top: in
 
 
 def score_tokens(logits_RV: torch.Tensor, token_ids: Sequence[int], num_top: int) -> list[ScoredToken]:
-    """Returns the log-probability of one given token per row, and the ``num_top`` likeliest of the row.
+    """Returns the log-probability and rank of one given token per row, and the ``num_top`` likeliest of the row.
 
     Shapes: logits_RV float32 [R, V]; token_ids R ids.
     Errors: NonFiniteLogits.
     """
+    scored: list[ScoredToken] = []
+    for start in range(0, len(token_ids), _SCORED_TOGETHER):
+        stop = start + _SCORED_TOGETHER
+        scored += _score_some(logits_RV[start:stop], token_ids[start:stop], num_top)
+    return scored
+
+
+def _score_some(logits_RV: torch.Tensor, token_ids: Sequence[int], num_top: int) -> list[ScoredToken]:
     if not all(finite_rows(logits_RV)):
         raise NonFiniteLogits(NON_FINITE)
     logprobs_RV = torch.log_softmax(logits_RV.float(), dim=-1)
     ids_R1 = torch.tensor(list(token_ids), dtype=torch.int64, device=logits_RV.device).unsqueeze(-1)
-    own: list[float] = logprobs_RV.gather(-1, ids_R1).squeeze(-1).tolist()
+    own_R1 = logprobs_RV.gather(-1, ids_R1)
+    own: list[float] = own_R1.squeeze(-1).tolist()
+    ranks: list[int] = (logprobs_RV >= own_R1).sum(-1).tolist()
     top = logprobs_RV.topk(min(num_top, logprobs_RV.shape[-1]), dim=-1)
     tops = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return [
-        ScoredToken(token_id, logprob, tuple(zip(ids, values, strict=True)))
-        for token_id, logprob, (ids, values) in zip(token_ids, own, tops, strict=True)
+        ScoredToken(token_id, logprob, tuple(zip(ids, values, strict=True)), _place(ids, token_id, rank))
+        for token_id, logprob, rank, (ids, values) in zip(token_ids, own, ranks, tops, strict=True)
     ]
+
+
+def _place(likeliest: list[int], token_id: int, rank: int) -> int:
+    """Returns a token's rank: its place among the likeliest, where it is one of them."""
+    return likeliest.index(token_id) + 1 if token_id in likeliest else rank

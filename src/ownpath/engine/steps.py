@@ -132,7 +132,7 @@ class StepRunner:
         num_top = params.num_logprobs or 0
         if share.scored_ids:
             rows = logits_RV[share.start : share.start + len(share.scored_ids)]
-            request.scored_prompt += score_tokens(rows, share.scored_ids, num_top)
+            request.scored_prompt += score_tokens(rows, share.scored_ids, params.prompt_logprobs or 0)
         token = None
         if share.sample_row is not None and drawn.token_id is not None:
             request.output_ids.append(drawn.token_id)
@@ -142,6 +142,6 @@ class StepRunner:
                 token = with_top(drawn.token_id, drawn.logprob, row, num_top)
         request.num_computed += share.chunk.num_tokens
         prompt: tuple[ScoredToken, ...] = ()
-        if share.ends_prompt and params.prompt_logprobs:
+        if share.ends_prompt and params.prompt_logprobs is not None:
             prompt = (ScoredToken(request.prompt_ids[0]), *request.scored_prompt)
         return StepOutput(prompt, token)

@@ -37,7 +37,6 @@ _COMMON: Neutral = {
     "allowed_token_ids": (),
     "spaces_between_special_tokens": (True,),
     "detokenize": (True,),
-    "prompt_logprobs": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "guided_json": (),

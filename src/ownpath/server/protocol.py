@@ -27,6 +27,7 @@ from ownpath.server.errors import bad_request
 from ownpath.server.fields import FieldTable
 from ownpath.server.history import plain_messages
 from ownpath.server.labels import Labels
+from ownpath.server.prompt_scores import ScoringRequest
 from ownpath.server.validation import validate
 from ownpath.server.value_forms import (
     MAX_ID,
@@ -51,9 +52,11 @@ class StreamOptions(Strict):
 _EXCESS = "clamped to what max_model_len leaves (--strict-limits refuses it); -1: as much as fits"
 
 
-class _GenerationRequest(AdjustingRequest):
+class _GenerationRequest(AdjustingRequest, ScoringRequest):
     model: str | None = Field(None, description="a served name, or the path given to serve; another name is 404")
-    max_tokens: int | None = Field(None, ge=-1, description=f"{_EXCESS}; left out: {_DEFAULT_MAX_TOKENS}. 0 needs echo")
+    max_tokens: int | None = Field(
+        None, ge=-1, description=f"{_EXCESS}; left out: {_DEFAULT_MAX_TOKENS}. 0 only scores"
+    )
     n: int = Field(
         1,
         ge=1,
@@ -108,7 +111,7 @@ class _GenerationRequest(AdjustingRequest):
         return Shown(not self.skip_special_tokens, self.include_stop_str_in_output)
 
     def sampling(
-        self, max_tokens: int, num_logprobs: int | None, prompt_logprobs: bool = False, answer: int = 0
+        self, max_tokens: int, num_logprobs: int | None, prompt_logprobs: int | None = None, answer: int = 0
     ) -> SamplingParams:
         """Builds the parameters of one answer.
 
@@ -242,6 +245,11 @@ class CompletionRequest(_GenerationRequest):
         return self.echo or self.return_token_ids
 
     @property
+    def num_echoed_logprobs(self) -> int | None:
+        """The likeliest tokens at each token of the echoed prompt; None if they are not asked for."""
+        return self.logprobs if self.echo else None
+
+    @property
     def wanted_tokens(self) -> tuple[str | None, int]:
         """The limit on each answer's tokens and the field that gives it, None for the default."""
         return (None, _DEFAULT_MAX_TOKENS) if self.max_tokens is None else ("max_tokens", self.max_tokens)
@@ -291,8 +299,8 @@ def read_completion_request(body: dict[str, object], labels: Labels | None = Non
     _check_stream_options(request)
     request.check_minimum(*request.wanted_tokens)
     check_answers(request.n, request.best_of, len(request.prompt))
-    if request.max_tokens == 0 and not request.echo:
-        raise bad_request("max_tokens: 0 generates nothing; it needs echo", "max_tokens")
+    if request.max_tokens == 0 and not request.echo and request.prompt_logprobs is None:
+        raise bad_request("max_tokens: 0 generates nothing; it needs echo or prompt_logprobs", "max_tokens")
     return request
 
 
@@ -347,6 +355,7 @@ def _check_thinking(request: ChatRequest) -> None:
 
 
 def _check_stream_options(request: _GenerationRequest) -> None:
+    request.check_scoring(stream=request.stream)
     if request.stream_options is not None and not request.stream:
         raise bad_request("stream_options: needs stream to be true", "stream_options")
     options = request.stream_options

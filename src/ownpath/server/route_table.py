@@ -20,11 +20,13 @@ STATUSES = {
     500: "the server failed; the request may be sent again",
     503: "the server runs no requests now",
     504: "the answer took too long",
+    505: "the request is of another HTTP than 1",
 }
 """Status -> its meaning. Errors have one shape, except that a connection may be closed with a bare 408 or 503."""
 
-_ANY = frozenset({200, 400, 403, 408, 500, 503})
-"""Of every path: a head that is no HTTP, or late; a name that is not the server's; a fault; no room to connect."""
+_ANY = frozenset({200, 400, 403, 408, 500, 503, 505})
+"""Of every path: a head that is no HTTP, another HTTP, or late; a name that is not the server's; a fault; no room to
+connect."""
 _KEYED = _ANY | {401}
 _BODY = _KEYED | {413, 415, 429}
 _MODEL_BODY = _BODY | {404}

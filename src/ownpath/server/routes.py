@@ -25,6 +25,7 @@ from ownpath.server.labels import LabelLog, Labels
 from ownpath.server.mailbox import Mailroom
 from ownpath.server.metrics import MEDIA_TYPE, Metrics
 from ownpath.server.policy import RequestPolicy
+from ownpath.server.prompt_scores import check_scores
 from ownpath.server.prompts import chat_prompt, chat_segments, completion_prompts, effort_level, missing_marker
 from ownpath.server.protocol import (
     ChatRequest,
@@ -129,6 +130,7 @@ class Api:
         level = effort_level(asked, self.release)
         if asked.effort not in (None, "none", level):
             adjustments.values["reasoning_effort"] = level
+        check_scores("prompt_logprobs", asked.prompt_logprobs, len(prompt.ids))
         (max_tokens,) = adjustments.fit(*asked.wanted_tokens, [prompt], max_model_len)
         mailbox = self.mailroom.mailbox()
         generation = Generation(
@@ -151,6 +153,9 @@ class Api:
         prompts = await completion_prompts(asked, self.tokenizer, max_model_len)
         if asked.repeats_prompts:
             check_repeated(asked.n, sum(len(prompt.ids) for prompt in prompts))
+        num_repeated = asked.n * sum(len(prompt.ids) for prompt in prompts)
+        check_scores("logprobs", asked.num_echoed_logprobs, num_repeated)
+        check_scores("prompt_logprobs", asked.prompt_logprobs, num_repeated)
         answers = [
             Answer(self.tokenizer, asked.stop, min_tokens=asked.min_tokens, shown=asked.shown)
             for _ in range(asked.n * len(prompts))

@@ -62,7 +62,7 @@ def test_an_object_of_nulls_asks_for_nothing() -> None:
         ("functions", [{}]), ("reasoning", {"effort": "high"}),
         ("chat_template", "{{x}}"), ("echo", True), ("web_search_options", {}), ("verbosity", "high"),
         ("modalities", ["text", "audio"]), ("guided_json", {}), ("thinking_token_budget", 5), ("lora_path", "x"),
-        ("prompt_logprobs", 1), ("spaces_between_special_tokens", False),
+        ("spaces_between_special_tokens", False),
     ],
 )  # fmt: skip
 def test_what_is_not_supported_is_refused_by_name(name: str, value: Any) -> None:
