@@ -5,56 +5,23 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
-from ownpath.cache.pools import SequenceCache
-from ownpath.config import EngineConfig, ModelConfig
+from ownpath.config import EngineConfig
 from ownpath.engine.adjust import Adjuster
-from ownpath.engine.batch import LogitsShare, build_batch, decode_share
 from ownpath.engine.decoder import Decoder
 from ownpath.engine.device import device_problem
-from ownpath.engine.flags import IndexFlags, tell_flagged
-from ownpath.engine.request import (
-    FinishReason,
-    NonFinite,
-    Request,
-    RequestError,
-    ScoredToken,
-    StepOutput,
-    plain_output,
-)
-from ownpath.engine.rows import step_rows
-from ownpath.engine.sampler import (
-    NON_FINITE,
-    Drawn,
-    NonFiniteIndexScores,
-    NonFiniteLogits,
-    choose_tokens,
-    sample_row,
-    score_tokens,
-    with_top,
-)
-from ownpath.engine.scheduler import ScheduledChunk, Scheduler
+from ownpath.engine.reports import Reporter
+from ownpath.engine.request import FinishReason, Request, RequestError, StepOutput
+from ownpath.engine.scheduler import Scheduler
+from ownpath.engine.steps import LanguageModel, StepRunner
 from ownpath.kernels.dsl.compilations import COMPILATIONS
-from ownpath.model.batch import ForwardBatch
 
 logger = logging.getLogger(__name__)
 
 _STEP_FAILED = "the step that this request was part of failed"
 _STOPPED = "the engine has stopped"
-
-
-class LanguageModel(Protocol):
-    """The model as the engine uses it."""
-
-    @property
-    def config(self) -> ModelConfig: ...
-
-    def new_cache(self) -> SequenceCache: ...
-
-    def forward(self, batch: ForwardBatch) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -103,11 +70,12 @@ class Engine:
         self.config = config
         self.num_vocab = num_vocab
         self.end_token_ids = frozenset(model.config.eos_token_id if end_token_ids is None else end_token_ids)
-        self._model, self._decoder = model, decoder
+        self._model = model
         self._scheduler = Scheduler(config.max_num_seqs, config.max_prefill_tokens)
         self._adjuster = Adjuster(num_vocab, torch.device(config.device), self.end_token_ids)
         self._max_num_open = config.max_num_seqs + max_num_queued
-        self._flags = IndexFlags()
+        self._reporter = Reporter(self.end_token_ids, self._close)
+        self._runner = StepRunner(model, decoder, config.device, num_vocab, self._adjuster, self._reporter)
         self._open: set[Request] = set()
         self._lock = threading.Lock()
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
@@ -228,7 +196,7 @@ class Engine:
                 self._stopping = True
                 abandoned = list(self._open)
             for request in abandoned:
-                self._fail(request, self._why_stopped())
+                self._reporter.fail(request, self._why_stopped())
 
     def _add(self, requests: Sequence[Request]) -> None:
         self._scheduler.add(*requests)
@@ -253,12 +221,12 @@ class Engine:
             return
         try:
             with torch.inference_mode():
-                self.step(chunks)
+                self._runner.step(chunks)
         except Exception:
             logger.exception("a step of %d sequences failed", len(chunks))
             self._stop_if_device_is_lost()
             for chunk in chunks:
-                self._fail(chunk.request, _STEP_FAILED if self.failure is None else self._why_stopped())
+                self._reporter.fail(chunk.request, _STEP_FAILED if self.failure is None else self._why_stopped())
 
     def _stop_if_device_is_lost(self) -> None:
         """Ends the engine if the device computes nothing any more: CUDA's sticky errors fail every later call."""
@@ -278,116 +246,11 @@ class Engine:
         except Exception:
             logger.exception("no cache for a request of %d tokens", request.num_tokens)
             self._stop_if_device_is_lost()
-            self._fail(request, "there is no memory for this request" if self.failure is None else self._why_stopped())
+            self._reporter.fail(
+                request, "there is no memory for this request" if self.failure is None else self._why_stopped()
+            )
             return False
         return True
-
-    def step(self, chunks: list[ScheduledChunk]) -> None:
-        """Runs the scheduled chunks: one forward, one token for each sequence that is due one."""
-        if self._decoder is not None and all(chunk.num_tokens == 1 for chunk in chunks):
-            self._decode(self._decoder, chunks)
-            return
-        batch, shares = build_batch(chunks, self.config.device)
-        logits_RV = self._model.forward(batch)[:, : self.num_vocab]
-        drawn = self._sample(logits_RV, shares)
-        self._flags.note(batch.tables, [chunk.request for chunk in chunks])
-        if any(share.is_answered for share in shares):
-            self._flags.read()
-        for share, one in zip(shares, drawn, strict=True):
-            self._report(share, one, logits_RV)
-
-    def _decode(self, decoder: Decoder, chunks: Sequence[ScheduledChunk]) -> None:
-        """Runs a decode step, which chooses its tokens on the device.
-
-        Most rows only extend an answer by a token, and are reported without a look at their logits.
-        """
-        requests = [chunk.request for chunk in chunks]
-        done = decoder.step(step_rows(requests), self._adjuster.rows_of(requests))
-        self._flags.read()
-        tell_flagged(done.flagged, requests)
-        for row, (request, token_id) in enumerate(zip(requests, done.token_ids, strict=True)):
-            if token_id is None or request.needs_logits:
-                self._report(
-                    decode_share(row, chunks[row]), Drawn(token_id, float(done.logprobs_T[row])), done.logits_TV
-                )
-            elif request.params.num_logprobs is None:
-                self._extend(request, token_id, plain_output(token_id))
-            else:
-                token = ScoredToken(token_id, float(done.logprobs_T[row]))
-                self._extend(request, token_id, StepOutput(token=token))
-
-    def _extend(self, request: Request, token_id: int, output: StepOutput) -> None:
-        """Reports one more token of an answer."""
-        request.output_ids.append(token_id)
-        request.num_computed += 1
-        output = request.with_end(output, self.end_token_ids)
-        if output.finish_reason is not None:
-            self._close(request)
-        self._deliver(request, output)
-
-    def _sample(self, logits_RV: torch.Tensor, shares: list[LogitsShare]) -> list[Drawn]:
-        """Samples the next token of every share; without a token where none is due or none can be chosen."""
-        due = {n: share.sample_row for n, share in enumerate(shares) if share.sample_row is not None}
-        drawn = [Drawn()] * len(shares)
-        if due:
-            requests = [shares[n].chunk.request for n in due]
-            rows, adjusted = [sample_row(one) for one in requests], self._adjuster.rows_of(requests)
-            found = choose_tokens(logits_RV[list(due.values())], rows, adjusted)
-            for n, token_id, logprob in zip(due, *found, strict=True):
-                drawn[n] = Drawn(token_id, logprob)
-        return drawn
-
-    def _report(self, share: LogitsShare, drawn: Drawn, logits_RV: torch.Tensor) -> None:
-        """Advances one request by its chunk and reports to it. An error here fails only this request."""
-        request = share.chunk.request
-        try:
-            output = self._advance(share, drawn, logits_RV)
-        except NonFiniteLogits as error:
-            self._fail(request, str(error), NonFinite.LOGITS)
-            return
-        except NonFiniteIndexScores as error:
-            self._fail(request, str(error), NonFinite.INDEX_SCORES)
-            return
-        if output.finish_reason is not None:
-            self._close(request)
-        if output != StepOutput():
-            self._deliver(request, output)
-
-    def _advance(self, share: LogitsShare, drawn: Drawn, logits_RV: torch.Tensor) -> StepOutput:
-        request, params = share.chunk.request, share.chunk.request.params
-        if request.flagged_layer is not None:
-            raise NonFiniteIndexScores(request.flagged_layer)
-        if share.sample_row is not None and drawn.token_id is None:
-            raise NonFiniteLogits(NON_FINITE)
-        num_top = params.num_logprobs or 0
-        if share.scored_ids:
-            rows = logits_RV[share.start : share.start + len(share.scored_ids)]
-            request.scored_prompt += score_tokens(rows, share.scored_ids, num_top)
-        token = None
-        if share.sample_row is not None and drawn.token_id is not None:
-            request.output_ids.append(drawn.token_id)
-            token = ScoredToken(drawn.token_id)
-            if params.num_logprobs is not None:
-                row = logits_RV[share.sample_row : share.sample_row + 1]
-                token = with_top(drawn.token_id, drawn.logprob, row, num_top)
-        request.num_computed += share.chunk.num_tokens
-        prompt: tuple[ScoredToken, ...] = ()
-        if share.ends_prompt and params.prompt_logprobs:
-            prompt = (ScoredToken(request.prompt_ids[0]), *request.scored_prompt)
-        return request.with_end(StepOutput(prompt, token), self.end_token_ids)
-
-    def _fail(self, request: Request, message: str, non_finite: NonFinite | None = None) -> None:
-        self._close(request)
-        output = StepOutput(finish_reason=FinishReason.ERROR, error=message, non_finite=non_finite)
-        self._deliver(request, output)
-
-    def _deliver(self, request: Request, output: StepOutput) -> None:
-        """Calls the request's sink. If that fails, the request is dropped and the engine goes on."""
-        try:
-            request.sink(output)
-        except Exception:
-            logger.exception("a request's listener failed; the request is dropped")
-            self._close(request)
 
     def _close(self, request: Request) -> None:
         self._scheduler.remove(request)

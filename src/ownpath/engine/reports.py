@@ -1,0 +1,37 @@
+"""Reports to requests: their outputs as steps give them, and the end of each, on the engine's thread."""
+
+import logging
+from collections.abc import Callable
+
+from ownpath.engine.request import FinishReason, NonFinite, Request, StepOutput
+
+logger = logging.getLogger(__name__)
+
+
+class Reporter:
+    """Tells requests what became of them. end_token_ids: the model's. close: frees what a request holds, before it is
+    told its end."""
+
+    def __init__(self, end_token_ids: frozenset[int], close: Callable[[Request], None]) -> None:
+        self._end_token_ids, self._close = end_token_ids, close
+
+    def tell(self, request: Request, output: StepOutput) -> None:
+        """Reports a step's output, if there is anything in it, and the answer's end, if it ends with it."""
+        output = request.with_end(output, self._end_token_ids)
+        if output.finish_reason is not None:
+            self._close(request)
+        if output != StepOutput():
+            self._deliver(request, output)
+
+    def fail(self, request: Request, message: str, non_finite: NonFinite | None = None) -> None:
+        """Ends a request with an error."""
+        self._close(request)
+        self._deliver(request, StepOutput(finish_reason=FinishReason.ERROR, error=message, non_finite=non_finite))
+
+    def _deliver(self, request: Request, output: StepOutput) -> None:
+        """Calls the request's sink. If that fails, the request is dropped and the engine goes on."""
+        try:
+            request.sink(output)
+        except Exception:
+            logger.exception("a request's listener failed; the request is dropped")
+            self._close(request)
