@@ -14,6 +14,7 @@ import torch
 from ownpath.cache.layout import aligned_rows
 from ownpath.engine.adjust import AdjustedRows, Adjuster
 from ownpath.engine.request import Request, SamplingParams, ScoredToken
+from ownpath.engine.tops import Top
 from ownpath.kernels.registry import KERNELS
 from ownpath.kernels.sample.types import FilterRows, Sampled, SampleKernel, SampleRows
 from ownpath.loading import device_caps
@@ -53,14 +54,15 @@ class SampleRow(NamedTuple):
 
 class Drawn(NamedTuple):
     """A row's token, ``None`` if none is due or a logit is not finite, and its log-prob by the raw logits, before
-    temperature and filters: NaN if nobody asks for it."""
+    temperature and filters: NaN if nobody asks for it. top: the likeliest tokens that its request asks for."""
 
     token_id: int | None = None
     logprob: float = math.nan
+    top: Top = ()
 
 
 class Chosen(NamedTuple):
-    """Columns of ``Drawn``, a row each."""
+    """Tokens and log-probs of rows, as ``Drawn`` has them."""
 
     token_ids: list[int | None]
     logprobs: list[float]
@@ -161,16 +163,6 @@ def _sample_rows(rows: Sequence[SampleRow], device: torch.device) -> SampleRows:
         column([row.num_drawn for row in rows], torch.int32),
         filters,
     )
-
-
-def with_top(token_id: int, logprob: float, logits_1V: torch.Tensor, num_top: int) -> ScoredToken:
-    """Returns a chosen token with its log-prob, as the sampler computed it, and with the ``num_top`` likeliest of its
-    row, which cost a pass of their own. Among those it keeps the sampler's number. Errors: NonFiniteLogits."""
-    if not num_top:
-        return ScoredToken(token_id, logprob)
-    (scored,) = score_tokens(logits_1V, [token_id], num_top)
-    tops = tuple((other, logprob if other == token_id else value) for other, value in scored.top_logprobs)
-    return ScoredToken(token_id, logprob, tops)
 
 
 def score_tokens(logits_RV: torch.Tensor, token_ids: Sequence[int], num_top: int) -> list[ScoredToken]:

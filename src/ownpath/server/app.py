@@ -118,6 +118,7 @@ def _endpoints(api: Api, debug: DebugPlan | None) -> dict[str, Mapping[str, Endp
         "/v1/chat/completions": {"POST": api.chat_completions},
         "/tokenize": {"POST": tokens.tokenize},
         "/detokenize": {"POST": tokens.detokenize},
+        "/tokenizer_info": {"GET": tokens.tokenizer_info},
         "/version": {"GET": tokens.version},
         "/openapi.json": {"GET": reference.describe},
         DOCS_PATH: {"GET": StaticPage("docs.html").show},

@@ -318,7 +318,7 @@ def test_log_probs_come_with_the_tokens(
 
     decoder = Decoder(model, MAX_ROWS, VOCAB)
     with_tops, silent = scored(3, decoder), scored(None, decoder)
-    monkeypatch.setattr("ownpath.engine.sampler.score_tokens", None)
+    monkeypatch.setattr("ownpath.engine.tops.start_tops", None)
     alone, by_forward = scored(0, decoder), scored(0, None)
     assert [one.logprob for one in silent] == [None] * 12
     for one, tops, plain, other in zip(alone, with_tops, silent, by_forward, strict=True):

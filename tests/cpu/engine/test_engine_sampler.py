@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ownpath.engine.request import Request, RequestError, SamplingParams, ScoredToken
+from ownpath.engine.request import Request, RequestError, SamplingParams
 from ownpath.engine.sampler import (
     NonFiniteLogits,
     SampleRow,
@@ -17,7 +17,6 @@ from ownpath.engine.sampler import (
     finite_rows,
     score_tokens,
     warm_up_sampler,
-    with_top,
 )
 from ownpath.kernels.sample.ref import SampleReference
 from ownpath.kernels.sample.types import Sampled, SampleRows
@@ -152,19 +151,6 @@ def test_a_chosen_token_brings_its_log_probability(device: torch.device) -> None
     silent = choose_tokens(logits, [plain, drawn, drawn, plain]).logprobs
     assert len(silent) == 4
     assert device.type != "cpu" or all(math.isnan(logprob) for logprob in silent)
-
-
-def test_the_likeliest_tokens_agree_with_the_chosen_one(device: torch.device) -> None:
-    """A client may look the chosen token up among the likeliest: it finds the same number there."""
-    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(2)).to(device)
-    (scored,) = score_tokens(logits, [7], 50)
-    assert scored.logprob is not None
-    sampled = scored.logprob + 2**-22
-    found = with_top(7, sampled, logits, 50)
-    assert (found.token_id, found.logprob) == (7, sampled)
-    assert [one for one in found.top_logprobs if one[0] != 7] == [one for one in scored.top_logprobs if one[0] != 7]
-    assert dict(found.top_logprobs)[7] == sampled
-    assert with_top(7, sampled, logits * math.nan, 0) == ScoredToken(7, sampled), "no second look at the logits"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
