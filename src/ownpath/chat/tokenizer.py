@@ -85,6 +85,11 @@ class Tokenizer:
             raise MissingMarkerError(text, self._source)
         return self._special_ids[text]
 
+    @property
+    def marker_ids(self) -> frozenset[int]:
+        """The ids of all special tokens."""
+        return self._marker_ids
+
     def is_hidden(self, token_id: int) -> bool:
         """Tells whether a token is a marker that answers do not show."""
         return token_id in self._hidden_ids

@@ -27,11 +27,11 @@ from ownpath.engine.request import (
 )
 from ownpath.engine.rows import step_rows
 from ownpath.engine.sampler import (
-    NON_FINITE,
     Drawn,
     NonFiniteIndexScores,
-    NonFiniteLogits,
+    RowFailed,
     choose_tokens,
+    no_token,
     sample_row,
     score_tokens,
     with_top,
@@ -251,6 +251,7 @@ class Engine:
         chunks = [chunk for chunk in planned if chunk.request.cache is not None or self._prepare(chunk.request)]
         if not chunks:
             return
+        self._adjuster.start(chunk.request for chunk in chunks if chunk.reaches_end)
         try:
             with torch.inference_mode():
                 self.step(chunks)
@@ -342,11 +343,8 @@ class Engine:
         request = share.chunk.request
         try:
             output = self._advance(share, drawn, logits_RV)
-        except NonFiniteLogits as error:
-            self._fail(request, str(error), NonFinite.LOGITS)
-            return
-        except NonFiniteIndexScores as error:
-            self._fail(request, str(error), NonFinite.INDEX_SCORES)
+        except RowFailed as error:
+            self._fail(request, str(error), error.non_finite)
             return
         if output.finish_reason is not None:
             self._close(request)
@@ -358,7 +356,7 @@ class Engine:
         if request.flagged_layer is not None:
             raise NonFiniteIndexScores(request.flagged_layer)
         if share.sample_row is not None and drawn.token_id is None:
-            raise NonFiniteLogits(NON_FINITE)
+            raise no_token(request)
         num_top = params.num_logprobs or 0
         if share.scored_ids:
             rows = logits_RV[share.start : share.start + len(share.scored_ids)]
