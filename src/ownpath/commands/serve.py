@@ -123,6 +123,7 @@ def _serve(args: argparse.Namespace, opened: _Opened) -> int:
     with starting(args.device):
         from ownpath.commands.session import open_session
         from ownpath.server.app import create_app
+        from ownpath.server.grammar_desk import GrammarDesk
         from ownpath.server.run import ENGINE_FAILED, run_server
         from ownpath.server.vitals import Vitals
 
@@ -135,7 +136,10 @@ def _serve(args: argparse.Namespace, opened: _Opened) -> int:
         tell(f"release {release}")
         debug = None if opened.admin_key is None else _debug_plan(session, opened.admin_key, model_id, release)
         vitals = Vitals(session.engine, args.step_timeout, failed)
-        app = create_app(vitals, session.tokenizer, model_id, rules_of(args, opened.access), release, debug, policy)
+        grammars = GrammarDesk(session.tokenizer, session.engine.end_token_ids)
+        grammars.warm_up()
+        rules = rules_of(args, opened.access)
+        app = create_app(vitals, session.tokenizer, model_id, rules, release, debug, policy, grammars)
         code = run_server(app, vitals, opened.listener, model_id, settings_of(args, opened.tls))
         if code == ENGINE_FAILED:
             _leave(code)

@@ -15,14 +15,14 @@ from ownpath.engine.batch import LogitsShare, build_batch, decode_share
 from ownpath.engine.decoder import Decoder
 from ownpath.engine.flags import IndexFlags, tell_flagged
 from ownpath.engine.reports import Reporter
-from ownpath.engine.request import NonFinite, Request, ScoredToken, StepOutput, plain_output
+from ownpath.engine.request import Request, ScoredToken, StepOutput, plain_output
 from ownpath.engine.rows import step_rows
 from ownpath.engine.sampler import (
-    NON_FINITE,
     Drawn,
     NonFiniteIndexScores,
-    NonFiniteLogits,
+    RowFailed,
     choose_tokens,
+    no_token,
     sample_row,
     score_tokens,
 )
@@ -122,10 +122,8 @@ class StepRunner:
         request = share.chunk.request
         try:
             output = self._advance(share, drawn, logits_RV)
-        except NonFiniteLogits as error:
-            self._reporter.fail(request, str(error), NonFinite.LOGITS)
-        except NonFiniteIndexScores as error:
-            self._reporter.fail(request, str(error), NonFinite.INDEX_SCORES)
+        except RowFailed as error:
+            self._reporter.fail(request, str(error), error.non_finite)
         else:
             self._reporter.tell(request, output)
 
@@ -134,7 +132,7 @@ class StepRunner:
         if request.flagged_layer is not None:
             raise NonFiniteIndexScores(request.flagged_layer)
         if share.sample_row is not None and drawn.token_id is None:
-            raise NonFiniteLogits(NON_FINITE)
+            raise no_token(request)
         num_top = params.num_logprobs or 0
         if share.scored_ids:
             rows = logits_RV[share.start : share.start + len(share.scored_ids)]

@@ -25,12 +25,6 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
 _SPEECHLESS_ROLES = ("assistant", "tool")
 """They may have nothing to say: an answer of calls alone, a tool without a result."""
 
-_NOT_STRICT = (
-    "strict: true cannot be promised, nothing binds the model to the parameters yet; send false. It is turned off by "
-    "strict=False (LangChain's bind_tools), strict_mode=False (OpenAI Agents SDK's function_tool), "
-    "OpenAIModelProfile(openai_supports_strict_tool_definition=False) (pydantic-ai)"
-)
-
 
 @dataclass
 class FirstFailure:
@@ -156,7 +150,7 @@ FUNCTION_SCHEMA = {
         "name": {"type": "string", "pattern": '^[^"]+$'},
         "description": {"type": ["string", "null"]},
         "parameters": {"type": ["object", "null"]},
-        "strict": {"enum": [False, None]},
+        "strict": {"type": ["boolean", "null"]},
     },
     "required": ["name"],
 }
@@ -173,8 +167,6 @@ def _function(value: object) -> dict[str, object]:
             raise ValueError(f"unknown field {shorten(key)}")
         if not isinstance(item, _FUNCTION_TYPES[key]):
             raise ValueError(f"{key} is of the wrong type")
-    if function.get("strict"):
-        raise ValueError(_NOT_STRICT)
     _name(function.get("name", ""))
     return function
 
@@ -196,16 +188,20 @@ def _tools(tools: list[Tool]) -> list[Tool]:
 Tools = Annotated[list[Tool], FailFast(), AfterValidator(_tools)]
 
 
-def _tool_choice(value: object) -> str:
-    if value not in ("none", "auto"):
-        raise ValueError(
-            "only 'none' and 'auto' are supported yet: a call can be asked for, not promised. Send 'auto'; for "
-            "output in JSON, response_format (LangChain: method='json_mode', pydantic-ai: PromptedOutput)"
-        )
-    return str(value)
+class ChosenFunction(Strict):
+    """The function that must be called."""
+
+    name: Name
 
 
-ToolChoice = Annotated[str, BeforeValidator(_tool_choice), WithJsonSchema({"enum": ["none", "auto"]})]
+class NamedTool(Strict):
+    """A choice of one tool."""
+
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
 
 class Thinking(Strict):
@@ -222,27 +218,17 @@ class TemplateOptions(Strict):
     reasoning_effort: str | None = None
 
 
-def _not_strict_schema(value: bool | None) -> bool | None:
-    if value:
-        raise ValueError(
-            "true cannot be promised, nothing binds the answer to the schema yet; send false. It is turned off by "
-            "AgentOutputSchema(..., strict_json_schema=False) (OpenAI Agents SDK), method='json_mode' (LangChain), "
-            "PromptedOutput (pydantic-ai), and by create instead of parse (OpenAI SDK)"
-        )
-    return value
-
-
 class JsonSchema(Strict):
-    """A schema for the answer. name: a label for the client's own use."""
+    """A schema for the answer. name: a label for the client's own use. strict: changes nothing, it is enforced anyway."""
 
     name: str | None = None
     # The name "schema" is taken by the base class.
     value: dict[str, object] = Field(alias="schema")
-    strict: Annotated[bool | None, AfterValidator(_not_strict_schema), WithJsonSchema({"enum": [False, None]})] = None
+    strict: bool | None = None
 
 
 class ResponseFormat(Strict):
-    """The format that the answer should have."""
+    """The format that the answer must have."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None

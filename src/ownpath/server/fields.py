@@ -39,11 +39,8 @@ _COMMON: Neutral = {
     "detokenize": (True,),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "structured_outputs": (),
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
     "logits_processors": ([],),
     "vllm_xargs": ({},),
     "kv_transfer_params": (),
@@ -71,7 +68,6 @@ CHAT: Neutral = _COMMON | {
 }
 
 COMPLETION: Neutral = _COMMON | {
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
     "add_special_tokens": (),
     "prompt_embeds": (),
@@ -91,6 +87,13 @@ MESSAGE: Neutral = {
 """Fields that would change what a message says. Any other is a label."""
 
 STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,)}
+STRUCTURED_OUTPUTS: Neutral = {
+    "disable_fallback": (True, False),
+    "disable_any_whitespace": (False,),
+    "disable_additional_properties": (False,),
+    "whitespace_pattern": (),
+    "structural_tag": (),
+}
 TEMPLATE: Neutral = {"drop_thinking": (True,)}
 
 THINKING_LABELS = ("budget_tokens",)

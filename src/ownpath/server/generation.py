@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ownpath.chat.answer import Answer, content_of
 from ownpath.chat.parts import AnswerPart
 from ownpath.engine.engine import Engine, EngineOverloaded, EngineStopped
+from ownpath.engine.masks import Matcher
 from ownpath.engine.request import (
     FinishReason,
     Request,
@@ -225,8 +226,8 @@ class Generation:
         """Returns the prompt that a choice answers."""
         return self.prompts[index * len(self.prompts) // len(self._choices)]
 
-    def submit(self, params: Sequence[SamplingParams]) -> None:
-        """Submits all answers to the engine, each with its parameters.
+    def submit(self, params: Sequence[SamplingParams], matchers: Sequence[Matcher | None] | None = None) -> None:
+        """Submits all answers to the engine, each with its parameters and the grammar that it must fit.
 
         Errors: ApiError 400 (does not fit), 429 (no room) or 503 (stopped).
         """
@@ -236,7 +237,8 @@ class Generation:
             def sink(output: StepOutput) -> None:
                 put(inbox, (index, output, time.monotonic()), is_last=output.finish_reason is not None)
 
-            return Request(self.prompt_of(index).ids, params[index], sink)
+            matcher = None if matchers is None else matchers[index]
+            return Request(self.prompt_of(index).ids, params[index], sink, matcher=matcher)
 
         requests = [request(index) for index in range(self.num_choices)]
         try:

@@ -13,12 +13,14 @@ from ownpath.chat.parse import AnswerParser
 from ownpath.chat.tokenizer import MissingMarkerError, Tokenizer
 from ownpath.engine.engine import Engine
 from ownpath.server import chat, completions
+from ownpath.server.answer_grammars import AnswerGrammar, chat_grammar, text_grammar
 from ownpath.server.body import BodyReader
 from ownpath.server.counts import check_repeated
 from ownpath.server.errors import ApiError, shorten, unavailable
 from ownpath.server.excess import Adjustments
 from ownpath.server.fingerprint import AnswerSource
 from ownpath.server.generation import Generation, Report
+from ownpath.server.grammar_desk import GrammarDesk
 from ownpath.server.json_shape import CONVERSATION, PROMPTS
 from ownpath.server.json_text import to_json
 from ownpath.server.labels import LabelLog, Labels
@@ -85,6 +87,7 @@ class Api:
     policy: RequestPolicy
     fingerprint: str
     label_log: LabelLog
+    grammars: GrammarDesk
     mailroom: Mailroom[Report] = field(default_factory=Mailroom[Report])
 
     @property
@@ -118,11 +121,11 @@ class Api:
         self.refuse_while_ending()
         labels, adjustments = Labels(self.policy.refuses_labels), Adjustments(self.policy.refuses_excess)
 
-        def read(body: dict[str, object]) -> tuple[ChatRequest, list[Segment]]:
+        def read(body: dict[str, object]) -> tuple[ChatRequest, list[Segment], AnswerGrammar | None]:
             asked = read_chat_request(body, labels)
-            return asked, chat_segments(asked, self.release)
+            return asked, chat_segments(asked, self.release), chat_grammar(asked, self.tokenizer)
 
-        asked, segments = await self.bodies.read(request, CONVERSATION, read)
+        asked, segments, grammar = await self.bodies.read(request, CONVERSATION, read)
         source = self._source(asked)
         max_model_len = self.engine.config.max_model_len
         answers = [self._chat_answer(asked) for _ in range(asked.n)]
@@ -132,11 +135,12 @@ class Api:
             adjustments.values["reasoning_effort"] = level
         check_scores("prompt_logprobs", asked.prompt_logprobs, len(prompt.ids))
         (max_tokens,) = adjustments.fit(*asked.wanted_tokens, [prompt], max_model_len)
+        matchers = await self.grammars.matchers(grammar, asked.n, asked.ignore_eos)
         mailbox = self.mailroom.mailbox()
         generation = Generation(
             self.engine, [prompt], answers, self.metrics, mailbox, self.request_timeout_s, is_whole=not asked.stream
         )
-        generation.submit(chat.sampling_params(asked, max_tokens))
+        generation.submit(chat.sampling_params(asked, max_tokens), matchers)
         chunks = chat.chat_chunks(asked, generation, self.tokenizer, source, level)
         headers = self.headers_for(labels, adjustments)
         return await self._answer(
@@ -147,7 +151,12 @@ class Api:
         """``POST /v1/completions``"""
         self.refuse_while_ending()
         labels, adjustments = Labels(self.policy.refuses_labels), Adjustments(self.policy.refuses_excess)
-        asked = await self.bodies.read(request, PROMPTS, lambda body: read_completion_request(body, labels))
+
+        def read(body: dict[str, object]) -> tuple[CompletionRequest, AnswerGrammar | None]:
+            asked = read_completion_request(body, labels)
+            return asked, text_grammar(asked)
+
+        asked, grammar = await self.bodies.read(request, PROMPTS, read)
         source = self._source(asked)
         max_model_len = self.engine.config.max_model_len
         prompts = await completion_prompts(asked, self.tokenizer, max_model_len)
@@ -161,11 +170,12 @@ class Api:
             for _ in range(asked.n * len(prompts))
         ]
         limits = adjustments.fit(*asked.wanted_tokens, prompts, max_model_len)
+        matchers = await self.grammars.matchers(grammar, len(answers), asked.ignore_eos)
         mailbox = self.mailroom.mailbox()
         generation = Generation(
             self.engine, prompts, answers, self.metrics, mailbox, self.request_timeout_s, is_whole=not asked.stream
         )
-        generation.submit(completions.sampling_params(asked, limits))
+        generation.submit(completions.sampling_params(asked, limits), matchers)
         chunks = completions.completion_chunks(asked, generation, self.tokenizer, source)
         told = Telling(chunks, completions.CompletionFold(), Generation.usage, self.headers_for(labels, adjustments))
         return await self._answer(request, asked, generation, told)
