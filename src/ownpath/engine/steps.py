@@ -133,7 +133,6 @@ class StepRunner:
             raise NonFiniteIndexScores(request.flagged_layer)
         if share.sample_row is not None and drawn.token_id is None:
             raise no_token(request)
-        num_top = params.num_logprobs or 0
         if share.scored_ids:
             rows = logits_RV[share.start : share.start + len(share.scored_ids)]
             request.scored_prompt += score_tokens(rows, share.scored_ids, params.prompt_logprobs or 0)
