@@ -254,7 +254,7 @@ class Request:
         """The most tokens that need not be computed: not the last, whose logits are wanted, and none of a prompt that
         is still to be scored."""
         is_scored = len(self.scored_prompt) >= len(self.prompt_ids) - 1
-        return 0 if self.params.prompt_logprobs and not is_scored else self.num_tokens - 1
+        return 0 if self.params.prompt_logprobs is not None and not is_scored else self.num_tokens - 1
 
     @property
     def most_next(self) -> int:
