@@ -23,7 +23,7 @@ LABEL_KINDS: dict[str, tuple[str, ...]] = {
     ),
     "hints for caches": (
         *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "cache_control", "cache_prompt"),
-        *("cache_salt", "id_slot"),
+        "id_slot",
     ),
     "what is the same for everyone here": ("store", "service_tier", "priority", "usage"),
     "a guess at the answer, to be faster": ("prediction",),

@@ -10,6 +10,7 @@ from ownpath.chat.levels import LEVEL_OF_WORD
 from ownpath.engine.limits import MAX_STOP_TOKENS, MAX_TEMPERATURE, MAX_TOP_LOGPROBS, SEED_LIMIT, TOP_K_LIMIT
 from ownpath.engine.request import SamplingParams
 from ownpath.server import fields
+from ownpath.server.cache_salt import MAX_SALT_CHARS
 from ownpath.server.conversation import (
     ROLES,
     ChatMessage,
@@ -97,6 +98,12 @@ class _GenerationRequest(StructuredRequest, ScoringRequest):
         None,
         description="include_usage: a last event with usage and no choices; needs stream. continuous_usage_stats: the "
         "usage so far in each event",
+    )
+    cache_salt: str | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_SALT_CHARS,
+        description="only requests with the same salt share what the prefix cache holds",
     )
     return_tokens_as_token_ids: bool = Field(
         False, description="tokens in logprobs are named token_id:N, N the id, instead of by their text"

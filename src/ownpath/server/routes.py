@@ -15,6 +15,7 @@ from ownpath.engine.engine import Engine
 from ownpath.server import chat, completions
 from ownpath.server.answer_grammars import AnswerGrammar, chat_grammar, text_grammar
 from ownpath.server.body import BodyReader
+from ownpath.server.cache_salt import salt_of
 from ownpath.server.counts import check_repeated
 from ownpath.server.errors import ApiError, shorten, unavailable
 from ownpath.server.excess import Adjustments
@@ -140,7 +141,7 @@ class Api:
         generation = Generation(
             self.engine, [prompt], answers, self.metrics, mailbox, self.request_timeout_s, is_whole=not asked.stream
         )
-        generation.submit(chat.sampling_params(asked, max_tokens), matchers)
+        generation.submit(chat.sampling_params(asked, max_tokens), matchers, self._salt(request, asked))
         chunks = chat.chat_chunks(asked, generation, self.tokenizer, source, level)
         headers = self.headers_for(labels, adjustments)
         return await self._answer(
@@ -175,7 +176,7 @@ class Api:
         generation = Generation(
             self.engine, prompts, answers, self.metrics, mailbox, self.request_timeout_s, is_whole=not asked.stream
         )
-        generation.submit(completions.sampling_params(asked, limits), matchers)
+        generation.submit(completions.sampling_params(asked, limits), matchers, self._salt(request, asked))
         chunks = completions.completion_chunks(asked, generation, self.tokenizer, source)
         told = Telling(chunks, completions.CompletionFold(), Generation.usage, self.headers_for(labels, adjustments))
         return await self._answer(request, asked, generation, told)
@@ -220,6 +221,9 @@ class Api:
         """Refuses new work while the server ends. Errors: ApiError 503."""
         if self.vitals.is_draining:
             raise unavailable("the server is shutting down")
+
+    def _salt(self, request: Request, asked: ChatRequest | CompletionRequest) -> str:
+        return salt_of(request, asked.cache_salt, is_per_key=self.policy.salts_by_key)
 
     def _source(self, asked: ChatRequest | CompletionRequest) -> AnswerSource:
         """Returns who answers, under the name that was asked for. Errors: ApiError 404."""
