@@ -1,5 +1,6 @@
 """The ASGI application: its paths, what every request passes on its way to them, and its error responses."""
 
+import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -31,6 +32,7 @@ from ownpath.server.route_table import DOCS_PATH, PAGE_PATH, served_routes
 from ownpath.server.routes import Api
 from ownpath.server.static_page import StaticPage
 from ownpath.server.token_api import TokenApi
+from ownpath.server.traces import TraceRecorder, TraceRequests
 from ownpath.server.vitals import Vitals
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -42,13 +44,15 @@ _LIMITS, _OPEN = Limits(), AccessPolicy()
 class Rules:
     """Rules that hold for every request.
 
-    limits: on its body. access: who may send it. timeout_s: from its prompt to the end of its answer.
+    limits: on its body. access: who may send it. timeout_s: from its prompt to the end of its answer. recorder: makes
+    traces; ``None``: there are none.
     """
 
     limits: Limits = _LIMITS
     access: AccessPolicy = _OPEN
     log_requests: LogRequests = LogRequests.OFF
     timeout_s: float = 3600.0
+    recorder: TraceRecorder | None = None
 
 
 def create_app(
@@ -91,6 +95,8 @@ def create_app(
         vitals.engine.stop()
         bodies.close()
         desk.close()
+        if rules.recorder is not None:
+            await asyncio.to_thread(rules.recorder.close)
 
     endpoints = _endpoints(api, debug)
     declared = served_routes(has_debug=debug is not None)
@@ -134,7 +140,8 @@ def _endpoints(api: Api, debug: DebugPlan | None) -> dict[str, Mapping[str, Endp
 def _layers(rules: Rules, metrics: Metrics, open_paths: frozenset[str]) -> list[Middleware]:
     """Returns what a request passes, in order. A browser's preflight request carries no key: CORS comes before keys."""
     access = rules.access
-    layers = [Middleware(RequestLog, metrics=metrics, tells=rules.log_requests)]
+    layers = [] if rules.recorder is None else [Middleware(TraceRequests, recorder=rules.recorder)]
+    layers.append(Middleware(RequestLog, metrics=metrics, tells=rules.log_requests))
     if access.hosts:
         layers.append(Middleware(HostGate, hosts=access.hosts))
     if access.origins:

@@ -295,6 +295,17 @@ class Generation:
         self._requests = []
 
     @property
+    def timelines(self) -> list[Timeline]:
+        """The times of each answer."""
+        return [choice.timeline for choice in self._choices]
+
+    @property
+    def params(self) -> SamplingParams | None:
+        """The first answer's parameters; None before it is submitted."""
+        first = self._choices[0].request
+        return None if first is None else first.params
+
+    @property
     def num_reasoning_tokens(self) -> int:
         """Tokens of reasoning so far, without the markers around it and without calls in it."""
         return sum(choice.num_reasoning_tokens for choice in self._choices)

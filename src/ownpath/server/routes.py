@@ -38,6 +38,7 @@ from ownpath.server.protocol import (
     read_completion_request,
 )
 from ownpath.server.sse import EventStream, JsonObject, until_disconnect
+from ownpath.server.traces import note_generation
 from ownpath.server.vitals import Vitals
 
 Fold = chat.ChatFold | completions.CompletionFold
@@ -185,6 +186,7 @@ class Api:
         self, request: Request, asked: ChatRequest | CompletionRequest, generation: Generation, telling: Telling
     ) -> Response:
         """Answers with the chunks as a stream, or folded; either way the generation ends when the client goes."""
+        note_generation(request.scope, self.called(asked.model), generation)
         if asked.stream:
             events = telling.events(asked.stream_options, generation)
             return EventStream(events, generation.close, telling.headers)

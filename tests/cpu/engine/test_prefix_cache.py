@@ -113,7 +113,7 @@ def test_a_prompt_that_is_scored_is_computed() -> None:
         assert asked.tokens() == expected_answer(BASE[:300], 4)
         assert asked.request.num_cached == 0
         assert len(asked.prompt) == 300
-        scored = served.submit(BASE[:600], prompt_logprobs=0, num_logprobs=0)
+        scored = served.submit(BASE[:600], prompt_logprobs=2, num_logprobs=0)
         scored.tokens()
         assert served.answer(BASE[:600])[1] == 512
 
