@@ -23,7 +23,11 @@ from ownpath.structured.grammar import Grammar, GrammarKind, schema_rule
 from ownpath.structured.matcher import AnswerMatcher, FreeMasks
 from ownpath.structured.vocabulary import Vocabulary
 
-PERSON = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}, "required": ["name"]}
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+    "required": ["name"],
+}
 SCHEMA = {"type": "array", "items": PERSON, "minItems": 10_000}
 """A list so long that no round ends it."""
 PROMPT = "The people of the village are, in JSON:\n"
@@ -65,7 +69,9 @@ def report(
     rates: dict[bool, list[float]] = {False: [], True: []}
     for round_number in range(args.rounds + 1):
         for is_bound in (False, True):
-            matchers = [AnswerMatcher(masks, compiler.matcher(grammar), (), True) if is_bound else None for _ in range(count)]
+            matchers = [
+                AnswerMatcher(masks, compiler.matcher(grammar), (), True) if is_bound else None for _ in range(count)
+            ]
             seconds = run(engine, prompt, matchers, args.tokens)
             if round_number:  # the first warms up
                 rates[is_bound].append(count * args.tokens / seconds)
@@ -98,7 +104,9 @@ def mask_us(compiler: GrammarCompiler, grammar: Grammar, tokenizer: Tokenizer) -
     """Returns the median time of taking a token and filling the next mask, along a typical answer."""
     matcher = AnswerMatcher(FreeMasks(compiler.vocabulary), compiler.matcher(grammar))
     row = np.zeros(-(-tokenizer.num_tokens // 32), np.int32)
-    ids = tokenizer.encode_text('[{"name": "Ada Lovelace", "age": 36}, {"name": "Alan Turing of Maida Vale", "age": 41}')
+    ids = tokenizer.encode_text(
+        '[{"name": "Ada Lovelace", "age": 36}, {"name": "Alan Turing of Maida Vale", "age": 41}'
+    )
     times = []
     for end in range(len(ids) + 1):
         begun = time.perf_counter()

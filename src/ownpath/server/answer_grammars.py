@@ -1,4 +1,4 @@
-"""What a request's answers must fit: its fields as one grammar, and where in an answer that begins."""
+"""Turns a request's fields into the one grammar that its answers must fit, and says where in an answer that begins."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,9 +83,7 @@ def _rule_of(param: str, value: Any) -> tuple[str, str]:
         raise _refusal(param, error) from None
 
 
-def _with_calls(
-    request: ChatRequest, bound: tuple[str, Any] | None, tokenizer: Tokenizer
-) -> AnswerGrammar | None:
+def _with_calls(request: ChatRequest, bound: tuple[str, Any] | None, tokenizer: Tokenizer) -> AnswerGrammar | None:
     """Returns the grammar of a request that offers tools; ``None`` if nothing binds its answers."""
     choice = request.tool_choice
     must_call = choice == "required" or isinstance(choice, NamedTool)

@@ -162,7 +162,8 @@ class ChatRequest(_GenerationRequest):
         None, ge=0, le=MAX_TOP_LOGPROBS, description="likeliest tokens in each entry; needs logprobs"
     )
     tools: Tools = Field(
-        default_factory=list, description="functions, names all different; the calls of strict ones fit their parameters"
+        default_factory=list,
+        description="functions, names all different; the calls of strict ones fit their parameters",
     )
     tool_choice: ToolChoice = Field(
         "auto", description="auto, none; required: the answer is calls; a named function: it is calls of that one"
@@ -177,6 +178,7 @@ class ChatRequest(_GenerationRequest):
     chat_template_kwargs: TemplateOptions = Field(
         TemplateOptions(), description="thinking, enable_thinking, reasoning_effort; must not contradict the others"
     )
+
     @property
     def functions(self) -> tuple[dict[str, object], ...]:
         """The functions to tell the model about: none with ``tool_choice`` "none"."""

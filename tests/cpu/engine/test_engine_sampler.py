@@ -117,7 +117,12 @@ def test_a_warm_up_runs_every_variant_that_a_step_may_run(monkeypatch: pytest.Mo
     recorder = Recorder()
     monkeypatch.setattr("ownpath.engine.sampler.sampler_of", lambda device: (recorder, None))
     warm_up_sampler("cpu", 50)
-    assert [*dict.fromkeys(recorder.had)] == [(False, False, False), (True, False, False), (True, True, False), (True, True, True)]
+    assert [*dict.fromkeys(recorder.had)] == [
+        (False, False, False),
+        (True, False, False),
+        (True, True, False),
+        (True, True, True),
+    ]
 
 
 def test_scores_are_the_models_own_log_probabilities(device: torch.device) -> None:

@@ -61,7 +61,9 @@ SCHEMAS: dict[str, Any] = {
     "1,000 properties": {"type": "object", "properties": names(1000, {"type": "string"})},
     "9,000 properties": {"type": "object", "properties": names(9000, {"type": "string"})},
     "9,000 required": {"type": "object", "properties": names(9000, True), "required": [*names(9000, 1)]},
-    "3,000 alternatives": {"anyOf": [{"properties": {f"p{n}": {"const": n}}, "required": [f"p{n}"]} for n in range(3000)]},
+    "3,000 alternatives": {
+        "anyOf": [{"properties": {f"p{n}": {"const": n}}, "required": [f"p{n}"]} for n in range(3000)]
+    },
     "long list": {"type": "array", "minItems": 10**6, "maxItems": 10**7, "items": {"type": "integer"}},
     "lists of lists": nested(9, lambda it: {"type": "array", "minItems": 10**4, "maxItems": 10**5, "items": it}),
     "long text": {"type": "string", "minLength": 10**6, "maxLength": 10**9},
@@ -106,7 +108,7 @@ BOMBS = [
 
 
 def judged(compiler: GrammarCompiler, kind: GrammarKind, asked: Any) -> str | None:
-    """Why it is refused; None if it is compiled."""
+    """Returns why it is refused; None if it is compiled."""
     try:
         text = f"start: {schema_rule(asked)}" if isinstance(asked, dict) else asked
         compiler.matcher(Grammar(kind, text))
@@ -116,8 +118,8 @@ def judged(compiler: GrammarCompiler, kind: GrammarKind, asked: Any) -> str | No
 
 
 def test_every_bomb_is_judged_within_a_second(compiler: GrammarCompiler) -> None:
-    """What compiles may be used; what does not is refused. Time is the process's, so that a busy machine does not
-    count, and that of the trial, which its own clock bounds."""
+    """It compiles, or is refused. A busy machine does not count: the time here is the process's own, and half a second
+    for the trial, which its own clock bounds."""
     refused = 0
     for name, kind, asked in BOMBS:
         begun, worked = time.monotonic(), time.process_time()
@@ -171,7 +173,9 @@ def test_a_process_that_has_died_is_started_again(compiler: GrammarCompiler) -> 
 
 def test_python_goes_on_while_a_grammar_compiles(compiler: GrammarCompiler) -> None:
     """The longest that another thread waits for Python's lock, beside what it waits on an idle process."""
-    worker = threading.Thread(target=judged, args=(compiler, GrammarKind.LARK, {"multipleOf": 7654321, "type": "integer"}))
+    worker = threading.Thread(
+        target=judged, args=(compiler, GrammarKind.LARK, {"multipleOf": 7654321, "type": "integer"})
+    )
     worker.start()
     turns = 0
     while worker.is_alive():

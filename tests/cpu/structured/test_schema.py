@@ -1,4 +1,4 @@
-"""What is read of a JSON Schema before it is compiled: refusals by name and place, sizes, patterns and formats."""
+"""A JSON Schema before it is compiled: refusals by name and place, sizes, patterns and formats."""
 
 import datetime
 import ipaddress
@@ -108,7 +108,9 @@ def test_white_space_and_the_dot_are_ecmascripts() -> None:
     space = {0x9, 0xA, 0xB, 0xC, 0xD, 0x20, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F}
     space |= {0x3000, 0xFEFF}
     line_ends = {0xA, 0xD, 0x2028, 0x2029}
-    found = {pattern: compiled({"pattern": f"^{pattern}$", "type": "string"}) for pattern in (r"\s", r"[\s]", r"\S", ".")}
+    found = {
+        pattern: compiled({"pattern": f"^{pattern}$", "type": "string"}) for pattern in (r"\s", r"[\s]", r"\S", ".")
+    }
     for code in {*range(0x20, 0x100, 7), *space, *line_ends, 0x85, 0x180E, 0x200B, 0xFEFE}:
         text = as_json(chr(code))
         assert fits(found[r"\s"], text) == fits(found[r"[\s]"], text) == (code in space), hex(code)
@@ -165,7 +167,16 @@ def test_times() -> None:
         assert both.search(f"2024-02-29T{text}")
         assert not both.search(f"2023-02-29T{text}")
         datetime.datetime.fromisoformat(f"2024-02-29T{text.replace('z', 'Z')}")
-    for text in ("24:00:00Z", "23:60:00Z", "23:59:60Z", "12:00:00", "12:00Z", "12:00:00+24:00", "12:00:00.Z", "٠٠:00:00Z"):
+    for text in (
+        "24:00:00Z",
+        "23:60:00Z",
+        "23:59:60Z",
+        "12:00:00",
+        "12:00Z",
+        "12:00:00+24:00",
+        "12:00:00.Z",
+        "٠٠:00:00Z",
+    ):
         assert not time.search(text), text
 
 
