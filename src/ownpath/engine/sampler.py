@@ -116,25 +116,30 @@ def choose_tokens(logits_SV: torch.Tensor, rows: Sequence[SampleRow], adjusted: 
     kernel, operand = sampler_of(device)
     out = sampled_views(found, count)
     out = out if asks else out._replace(logprob_T=None)
-    kernel.run(logits_SV.float(), _sample_rows(rows, device), operand, out=out)
+    if adjusted is None or len(adjusted.where_S) < count:
+        kernel.run(logits_SV.float(), _sample_rows(rows, device), operand, out=out)
     if adjusted is not None:
-        draw_adjusted(logits_SV, adjusted, found)
+        draw_adjusted(logits_SV, adjusted, found, scores=asks)
     read = found.numpy(force=True)[:, :count]
     tokens, faults = read[:2].tolist()
     kept = [None if fault else token for token, fault in zip(tokens, faults, strict=True)]
     return Chosen(kept, read[2].view(np.float32).tolist())
 
 
-def draw_adjusted(logits_TV: torch.Tensor, adjusted: AdjustedRows, found: torch.Tensor) -> torch.Tensor:
+def draw_adjusted(
+    logits_TV: torch.Tensor, adjusted: AdjustedRows, found: torch.Tensor, *, scores: bool = True
+) -> torch.Tensor:
     """Draws the rows whose logits change, and writes them over what ``found``, int32 [3 or more, R], has of them.
 
-    Returns their tokens, int32 [S]. Waits for the masks of grammars alone. Every call has filters, penalties and bias:
+    scores: with log-probs. Returns their tokens, int32 [S]. Waits for the masks of grammars alone. Every call has filters, penalties and bias:
     one variant, and another with masks.
     """
     kernel, operand = sampler_of(logits_TV.device)
     count = len(adjusted.where_S)
     drawn = torch.empty(NUM_SAMPLED, aligned_rows(count), dtype=torch.int32, device=logits_TV.device)
     out = sampled_views(drawn, count)
+    if not scores:
+        drawn[-1], out = NAN_BITS, out._replace(logprob_T=None)
     kernel.run(logits_TV[adjusted.where_S].float(), adjusted.masked_rows(), operand, out=out)
     found[:NUM_SAMPLED].index_copy_(1, adjusted.where_S, drawn[:, :count])
     return out.token_T

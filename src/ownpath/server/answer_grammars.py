@@ -1,4 +1,4 @@
-"""What a request's answers must fit: its fields as one grammar, and where in an answer that begins."""
+"""Turns a request's fields into the one grammar that its answers must fit, and says where in an answer that begins."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -10,6 +10,7 @@ from pydantic import (
     ConfigDict,
     FailFast,
     Field,
+    ValidationError,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
     WithJsonSchema,
@@ -201,7 +202,36 @@ class NamedTool(Strict):
     function: ChosenFunction
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedTool
+_CHOICES = ("none", "auto", "required")
+TOOL_CHOICE_SCHEMA = {
+    "anyOf": [
+        {"enum": list(_CHOICES)},
+        {
+            "type": "object",
+            "properties": {
+                "type": {"const": "function"},
+                "function": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]},
+            },
+            "required": ["type", "function"],
+        },
+    ]
+}
+"""The values that ``_tool_choice`` takes."""
+
+
+def _tool_choice(value: object) -> object:
+    """Reads a word, or the object that names a function. Errors: ValueError."""
+    if isinstance(value, str) and value in _CHOICES:
+        return value
+    try:
+        return NamedTool.model_validate(value)
+    except ValidationError:
+        raise ValueError(
+            'must be "none", "auto", "required", or {"type": "function", "function": {"name": NAME}}'
+        ) from None
+
+
+ToolChoice = Annotated[str | NamedTool, BeforeValidator(_tool_choice), WithJsonSchema(TOOL_CHOICE_SCHEMA)]
 
 
 class Thinking(Strict):

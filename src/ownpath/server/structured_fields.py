@@ -26,7 +26,7 @@ SchemaField = Annotated[
     WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string"}]}),
 ]
 GrammarText = Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_CHARS)]
-Choices = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MAX_CHOICES)]
+ChoiceTexts = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MAX_CHOICES)]
 
 _JSON = "the answer is JSON that fits this schema, an object or its text"
 _REGEX = "the whole answer matches this regular expression, of Rust's kind"
@@ -40,7 +40,7 @@ class StructuredOutputs(Strict):
     # The name "json" is taken by the base class.
     schema_value: SchemaField | None = Field(None, alias="json", description=_JSON)
     regex: GrammarText | None = Field(None, description=_REGEX)
-    choice: Choices | None = Field(None, description=_CHOICE)
+    choice: ChoiceTexts | None = Field(None, description=_CHOICE)
     grammar: GrammarText | None = Field(None, description=_GRAMMAR)
     json_object: bool | None = Field(None, description="true: the answer is a JSON object")
 
@@ -57,7 +57,7 @@ class StructuredRequest(AdjustingRequest):
     )
     guided_json: SchemaField | None = Field(None, description=f"older name of structured_outputs.json: {_JSON}")
     guided_regex: GrammarText | None = Field(None, description=f"of structured_outputs.regex: {_REGEX}")
-    guided_choice: Choices | None = Field(None, description=f"of structured_outputs.choice: {_CHOICE}")
+    guided_choice: ChoiceTexts | None = Field(None, description=f"of structured_outputs.choice: {_CHOICE}")
     guided_grammar: GrammarText | None = Field(None, description=f"of structured_outputs.grammar: {_GRAMMAR}")
 
     def bound_by(self) -> tuple[str, Any] | None:

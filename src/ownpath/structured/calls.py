@@ -14,7 +14,7 @@ from typing import Any
 
 from ownpath.structured.errors import GrammarRefused
 from ownpath.structured.grammar import json_rule, text_literal
-from ownpath.structured.schema import Schema, library_schema
+from ownpath.structured.schema import SchemaObject, library_schema
 
 _ANNOTATIONS = ("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment")
 _TOP = (
@@ -88,7 +88,7 @@ class _Parameter:
     """One parameter. name: ``None`` for any. schema: with the definitions that it may refer to."""
 
     name: str | None
-    schema: Schema | bool
+    schema: SchemaObject | bool
     is_required: bool
 
     def rules(self, rule: str) -> dict[str, str]:
@@ -106,7 +106,7 @@ class _Parameter:
         return {rule: f'"<" mark {name} ({" | ".join(values)}) mark "parameter>\\n"', **written}
 
 
-def _parameters(schema: Schema) -> list[_Parameter]:
+def _parameters(schema: SchemaObject) -> list[_Parameter]:
     """Returns the parameters that a function's schema names. Errors: GrammarRefused with the place."""
     checked = library_schema(schema)
     for keyword in checked:
@@ -133,7 +133,7 @@ def _parameters(schema: Schema) -> list[_Parameter]:
     return parameters
 
 
-def _with_definitions(schema: Schema | bool, around: Schema) -> Schema:
+def _with_definitions(schema: SchemaObject | bool, around: SchemaObject) -> SchemaObject:
     own = {} if isinstance(schema, bool) else schema
     for reference in _references(own):
         if not reference.startswith(tuple(f"#/{name}/" for name in _DEFINITIONS)):
@@ -148,7 +148,7 @@ def _references(value: Any) -> list[str]:
     return [found for item in value for found in _references(item)] if isinstance(value, list) else []
 
 
-def _forms(schema: Schema | bool, depth: int = 0) -> tuple[list[str], Schema | None]:
+def _forms(schema: SchemaObject | bool, depth: int = 0) -> tuple[list[str], SchemaObject | None]:
     """Returns how a value that is text may be written, each up to the ``</`` of its end, and the schema of the others.
 
     ``None``: there are no others.
@@ -178,14 +178,14 @@ def _forms(schema: Schema | bool, depth: int = 0) -> tuple[list[str], Schema | N
     return [], schema
 
 
-def _referred(reference: str, around: Schema) -> Any:
+def _referred(reference: str, around: SchemaObject) -> Any:
     """Returns the definition that a reference names; ``None`` if it is not one of these."""
     _, place, name = (reference.split("/") + ["", "", ""])[:3] if reference.count("/") == 2 else ("", "", "")
     definitions = around.get(place)
     return definitions.get(name) if isinstance(definitions, dict) else None
 
 
-def _chosen(values: list[Any], kinds: Any, around: Schema) -> tuple[list[str], Schema | None]:
+def _chosen(values: list[Any], kinds: Any, around: SchemaObject) -> tuple[list[str], SchemaObject | None]:
     """Returns the forms of some given values."""
     may_be_text = kinds is None or kinds == "string" or (isinstance(kinds, list) and "string" in kinds)
     texts = [value for value in values if isinstance(value, str)] if may_be_text else []
@@ -194,7 +194,7 @@ def _chosen(values: list[Any], kinds: Any, around: Schema) -> tuple[list[str], S
     return [text_literal(text + "</") for text in texts], {**around, **typed, "enum": rest} if rest else None
 
 
-def _bounded_text(schema: Schema) -> str:
+def _bounded_text(schema: SchemaObject) -> str:
     if schema.keys() == {"type"}:
         return "TEXT"
     return rf"/(?s:.{{{schema.get('minLength', 0)},{schema.get('maxLength', '')}}})<\//"

@@ -67,6 +67,8 @@ class GrammarCompiler:
             found = compile_grammar(self._tokenizer, self._trial.judge(grammar))
         except GrammarRefused as error:
             found = error
+            if error.is_for_now:
+                return found
         with self._lock:
             self._kept[grammar] = found
             while len(self._kept) > MAX_KEPT or sum(len(one.text) for one in self._kept) > MAX_KEPT_CHARS:

@@ -2,11 +2,14 @@
 
 
 class GrammarRefused(ValueError):
-    """A schema or grammar that cannot be enforced, or costs too much. place: where in it, as ``properties.a.not``."""
+    """A schema or grammar that cannot be enforced, or costs too much.
 
-    def __init__(self, message: str, place: str = "") -> None:
+    place: where in it, as ``properties.a.not``. is_for_now: a machine that is less busy might not refuse it.
+    """
+
+    def __init__(self, message: str, place: str = "", is_for_now: bool = False) -> None:
         super().__init__(message)
-        self.place = place
+        self.place, self.is_for_now = place, is_for_now
 
 
 class GrammarQueueFull(RuntimeError):

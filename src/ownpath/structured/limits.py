@@ -3,7 +3,9 @@
 from typing import Any
 
 TRIAL_S = 0.5
-"""Time that a grammar may take to compile."""
+"""Time of a processor that a grammar may take to compile."""
+TRIAL_WAIT_S = 0.7
+"""The longest that it may take, however busy the machine is."""
 TRIAL_BYTES = 2 * 2**30
 """Address space of the process that tries grammars."""
 MAX_GRAMMAR_CHARS = 512 * 1024

@@ -1,4 +1,4 @@
-"""How one answer follows its grammar, token by token; where it begins: at once, or behind a marker of the model's.
+"""Follows one answer through its grammar, token by token; that begins: at once, or behind a marker of the model's.
 
 reasoning </think> grammar              the reasoning is free, but does not end the answer
 content < ｜DSML｜ grammar               content is free, and may be all of the answer
@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
+from ownpath.engine.masks import MaskWords
 from ownpath.structured.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
-
-Words = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -38,9 +36,9 @@ class FreeMasks:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
-        self._made: dict[tuple[int, ...], Words] = {}
+        self._made: dict[tuple[int, ...], MaskWords] = {}
 
-    def without(self, token_ids: Sequence[int]) -> Words:
+    def without(self, token_ids: Sequence[int]) -> MaskWords:
         """Returns a mask of all tokens but these."""
         key = tuple(token_ids)
         if key not in self._made:
@@ -66,7 +64,7 @@ class AnswerMatcher:
         self._last: int | None = None
         self.problem: str | None = None
 
-    def fill(self, output_ids: Sequence[int], row_W: Words) -> None:
+    def fill(self, output_ids: Sequence[int], row_W: MaskWords) -> None:
         """Reads the tokens that are new since the last call, and writes which may be next. With a problem: none may."""
         for token_id in output_ids[self._num_seen :]:
             self._take(token_id)
@@ -83,7 +81,7 @@ class AnswerMatcher:
             del self._free[0]
         self._last = token_id
 
-    def _free_mask(self, part: FreePart) -> Words:
+    def _free_mask(self, part: FreePart) -> MaskWords:
         barred = list(part.barred)
         if self._goes_on or not part.may_end:
             barred += self._masks.vocabulary.end_ids
@@ -91,7 +89,7 @@ class AnswerMatcher:
             barred.append(part.marker)
         return self._masks.without(barred)
 
-    def _grammar_mask(self, row_W: Words) -> Words:
+    def _grammar_mask(self, row_W: MaskWords) -> MaskWords:
         # The library writes as many words as it has tokens for, and releases Python's lock meanwhile.
         self._grammar.unsafe_compute_mask_ptr(row_W.ctypes.data, row_W.nbytes)
         if self._goes_on:

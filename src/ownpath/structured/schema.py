@@ -15,7 +15,7 @@ from ownpath.structured.format_patterns import FORMAT_PATTERNS, LIBRARY_FORMATS
 from ownpath.structured.limits import MAX_SCHEMA_DEPTH, MAX_SCHEMA_NODES, WHITESPACE
 from ownpath.structured.patterns import library_pattern
 
-Schema = dict[str, Any]
+SchemaObject = dict[str, Any]
 
 REFUSED = (
     *("not", "if", "then", "else", "dependentRequired", "dependentSchemas", "dependencies", "propertyNames"),
@@ -34,7 +34,7 @@ _OLD_DRAFTS = ("draft-03", "draft-04", "draft-06", "draft-07")
 _COUNTS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties")
 
 
-def library_schema(schema: Schema) -> Schema:
+def library_schema(schema: SchemaObject) -> SchemaObject:
     """Returns the schema as the library is to read it. Errors: GrammarRefused with the place."""
     check_size(schema)
     dialect = _Dialect.of(schema)
@@ -43,19 +43,19 @@ def library_schema(schema: Schema) -> Schema:
 
 @dataclass(frozen=True)
 class _Dialect:
-    """What drafts differ in. ignores_neighbours: of ``$ref``."""
+    """Differences of the drafts. ignores_neighbours: of ``$ref``."""
 
     ignores_neighbours: bool
     refused: tuple[str, ...]
 
     @classmethod
-    def of(cls, schema: Schema) -> "_Dialect":
+    def of(cls, schema: SchemaObject) -> "_Dialect":
         named = str(schema.get("$schema", ""))
         is_old = any(draft in named for draft in _OLD_DRAFTS)
         return cls(is_old, REFUSED + (_IN_DRAFT_7 if "draft-07" in named else ()))
 
 
-def check_size(schema: Schema) -> None:
+def check_size(schema: SchemaObject) -> None:
     """Refuses what is too large or too deep to look at. Errors: GrammarRefused."""
     pending: list[tuple[object, int]] = [(schema, 1)]
     num_nodes = 0
@@ -90,13 +90,13 @@ def _rewrite(schema: Any, place: str, dialect: _Dialect) -> Any:
     return _with_format(written, place)
 
 
-def _rewrite_named(value: Any, place: str, dialect: _Dialect) -> Schema:
+def _rewrite_named(value: Any, place: str, dialect: _Dialect) -> SchemaObject:
     if not isinstance(value, dict):
         raise GrammarRefused("must be an object", place)
     return {name: _rewrite(item, f"{place}.{name}", dialect) for name, item in value.items()}
 
 
-def _rewrite_patterned(value: Any, place: str, dialect: _Dialect) -> Schema:
+def _rewrite_patterned(value: Any, place: str, dialect: _Dialect) -> SchemaObject:
     named = _rewrite_named(value, place, dialect)
     return {_pattern(name, f"{place}.{name}", dialect): item for name, item in named.items()}
 
@@ -140,7 +140,7 @@ _CHECKS: dict[str, Callable[[Any, str, _Dialect], Any]] = {
 }
 
 
-def _with_format(schema: Schema, place: str) -> Schema:
+def _with_format(schema: SchemaObject, place: str) -> SchemaObject:
     """Enforces a format: by the library where it is exact, else by a pattern beside the schema's own."""
     form = schema.get("format")
     if form is None or form in LIBRARY_FORMATS:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ownpath.structured.grammar import compile_grammar, lark_of
-from ownpath.structured.limits import TRIAL_BYTES, TRIAL_S
+from ownpath.structured.limits import TRIAL_BYTES, TRIAL_S, TRIAL_WAIT_S
 from ownpath.structured.vocabulary import Vocabulary, library_tokenizer
 
 _NUM_WALKS, _NUM_STEPS = 2, 24
@@ -42,7 +42,8 @@ def _try(tokenizer: Any, vocabulary: Vocabulary, asked: dict[str, str]) -> dict[
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        signal.setitimer(signal.ITIMER_REAL, TRIAL_S)
+        signal.setitimer(signal.ITIMER_PROF, TRIAL_S)
+        signal.setitimer(signal.ITIMER_REAL, TRIAL_WAIT_S)
         resource.setrlimit(resource.RLIMIT_AS, (TRIAL_BYTES, TRIAL_BYTES))
         answer = json.dumps(_judge(tokenizer, vocabulary, asked["kind"], asked["text"]))
         with os.fdopen(writer, "w") as pipe:
@@ -55,7 +56,10 @@ def _try(tokenizer: Any, vocabulary: Vocabulary, asked: dict[str, str]) -> dict[
     if status == 0:
         told: dict[str, str] = json.loads(text)
         return told
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
+    ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    if ended_by == signal.SIGALRM:
+        return {"refused": f"takes more than {TRIAL_WAIT_S:g} s to compile", "for_now": "yes"}
+    if ended_by == signal.SIGPROF:
         return {"refused": f"takes more than {TRIAL_S:g} s to compile"}
     return {"refused": "takes too much memory to compile, or is nested too deeply"}
 

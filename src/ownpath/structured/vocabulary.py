@@ -35,7 +35,7 @@ class Vocabulary:
         return cls([base64.b85decode(token) for token in tokens], tuple(markers), tuple(end_ids))
 
 
-class _Source:
+class _LibrarySource:
     """The vocabulary under the names that the library's wrapper reads."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -51,7 +51,7 @@ class _Source:
 def library_tokenizer(vocabulary: Vocabulary) -> "LLTokenizer":
     """Makes the library's form of a vocabulary. Errors: NoGrammarLibrary."""
     library = load_library()
-    wrapped = library.TokenizerWrapper(_Source(vocabulary))
+    wrapped = library.TokenizerWrapper(_LibrarySource(vocabulary))
     tokenizer: LLTokenizer = library.LLTokenizer(
         wrapped, n_vocab=len(vocabulary.tokens), eos_token=list(vocabulary.end_ids)
     )

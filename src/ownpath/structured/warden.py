@@ -10,13 +10,17 @@ from typing import IO
 
 from ownpath.structured.errors import GrammarRefused
 from ownpath.structured.grammar import Grammar
-from ownpath.structured.limits import TRIAL_S
+from ownpath.structured.limits import TRIAL_WAIT_S
 from ownpath.structured.vocabulary import Vocabulary
 
 _START_S = 20.0
-_GRACE_S = 0.3
+_GRACE_S = 0.2
 """Beyond the clock of the process's children."""
 _BLOCK = 1 << 16
+
+
+class _HasEnded(Exception):
+    """The process has ended by itself."""
 
 
 class TrialProcess:
@@ -42,19 +46,28 @@ class TrialProcess:
             env=kept,
             start_new_session=True,
         )
-        if self._ask(self._vocabulary.to_line(), _START_S) is None:
-            raise RuntimeError("the process that tries grammars does not start")
+        try:
+            self._ask(self._vocabulary.to_line(), _START_S)
+        except (_HasEnded, TimeoutError):
+            self._bury()
+            raise RuntimeError("the process that tries grammars does not start") from None
 
     def judge(self, grammar: Grammar) -> str:
         """Returns a grammar in the library's language once it has compiled there. Errors: GrammarRefused."""
         self.start()
-        line = self._ask(json.dumps({"kind": grammar.kind, "text": grammar.text}), TRIAL_S + _GRACE_S)
-        if line is None:
+        question = json.dumps({"kind": grammar.kind, "text": grammar.text})
+        try:
+            line = self._ask(question, TRIAL_WAIT_S + _GRACE_S)
+        except _HasEnded:  # not by this grammar, which ends its own child alone
             self._bury()
-            raise GrammarRefused(f"takes more than {TRIAL_S:g} s to compile")
+            self.start()
+            line = self._ask(question, TRIAL_WAIT_S + _GRACE_S)
+        except TimeoutError:
+            self._bury()
+            raise GrammarRefused(f"takes more than {TRIAL_WAIT_S:g} s to compile", is_for_now=True) from None
         answer: dict[str, str] = json.loads(line)
         if "refused" in answer:
-            raise GrammarRefused(answer["refused"])
+            raise GrammarRefused(answer["refused"], is_for_now="for_now" in answer)
         return answer["grammar"]
 
     def close(self) -> None:
@@ -62,8 +75,8 @@ class TrialProcess:
         if self._process is not None:
             self._bury()
 
-    def _ask(self, line: str, timeout_s: float) -> bytes | None:
-        """Sends a line and returns the answer's; ``None`` when the process has ended or is out of time."""
+    def _ask(self, line: str, timeout_s: float) -> bytes:
+        """Sends a line and returns the answer's. Errors: _HasEnded, TimeoutError."""
         process = self._process
         assert process is not None
         assert process.stdin is not None
@@ -73,7 +86,7 @@ class TrialProcess:
             process.stdin.write(line.encode() + b"\n")
             process.stdin.flush()
         except BrokenPipeError:
-            return None
+            raise _HasEnded from None
         return _read_line(process.stdout, deadline)
 
     def _bury(self) -> None:
@@ -95,14 +108,15 @@ def _close(pipe: IO[bytes]) -> None:
         return
 
 
-def _read_line(stream: IO[bytes], deadline: float) -> bytes | None:
+def _read_line(stream: IO[bytes], deadline: float) -> bytes:
+    """Reads a line. Errors: _HasEnded, TimeoutError."""
     pieces = b""
     while not pieces.endswith(b"\n"):
         left = deadline - time.monotonic()
         if left <= 0 or not select.select([stream], [], [], left)[0]:
-            return None
+            raise TimeoutError
         piece = os.read(stream.fileno(), _BLOCK)
         if not piece:
-            return None
+            raise _HasEnded
         pieces += piece
     return pieces
