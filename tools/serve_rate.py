@@ -82,14 +82,15 @@ def engine_rates(device: str, counts: Sequence[int], num_tokens: int) -> Iterato
 
 
 class Server:
-    """``ownpath serve`` of the embedded model on a free port. start_s: seconds from the command to readiness."""
+    """``ownpath serve`` of a model, named tiny-v4, on a free port. start_s: seconds from the command to readiness."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, model: Path | None = None, max_model_len: int = 1024) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
-        command = [sys.executable, "-m", "ownpath", "serve", "--device", device, "--port", str(self.port)]
-        command += ["--max-model-len", "1024", "--max-num-seqs", str(MAX_NUM_SEQS)]
+        command = [sys.executable, "-m", "ownpath", "serve", str(model or default_model_dir()), "--device", device]
+        command += ["--port", str(self.port), "--max-model-len", str(max_model_len)]
+        command += ["--max-num-seqs", str(MAX_NUM_SEQS), "--served-model-name", "tiny-v4", "--log-requests", "off"]
         start = time.perf_counter()
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         while not self._is_ready():
