@@ -18,6 +18,7 @@ from ownpath.chat.effort import DEFAULT, Release
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.server import errors
 from ownpath.server.access import AccessPolicy
+from ownpath.server.agent_api import AgentApi
 from ownpath.server.api_reference import ApiReference
 from ownpath.server.body import BodyReader, Limits
 from ownpath.server.debug import DebugPlan
@@ -28,7 +29,14 @@ from ownpath.server.labels import LabelLog
 from ownpath.server.metrics import Metrics
 from ownpath.server.policy import RequestPolicy
 from ownpath.server.request_log import LogRequests, RequestLog
-from ownpath.server.route_table import DOCS_PATH, PAGE_PATH, served_routes
+from ownpath.server.route_table import (
+    COUNT_PATH,
+    DOCS_PATH,
+    MESSAGES_PATH,
+    PAGE_PATH,
+    RESPONSES_PATH,
+    served_routes,
+)
 from ownpath.server.routes import Api
 from ownpath.server.static_page import StaticPage
 from ownpath.server.token_api import TokenApi
@@ -37,6 +45,10 @@ from ownpath.server.vitals import Vitals
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 _DEBUG_PATH = "/debug/plan"
+_ANTHROPIC_HEADERS = (
+    *("X-Api-Key", "Anthropic-Version", "Anthropic-Beta"),
+    "Anthropic-Dangerous-Direct-Browser-Access",
+)
 _LIMITS, _OPEN = Limits(), AccessPolicy()
 
 
@@ -117,7 +129,7 @@ def create_app(
 
 def _endpoints(api: Api, debug: DebugPlan | None) -> dict[str, Mapping[str, Endpoint]]:
     """Returns each path with its methods."""
-    tokens, reference = TokenApi(api), ApiReference(has_debug=debug is not None)
+    tokens, agents, reference = TokenApi(api), AgentApi(api), ApiReference(has_debug=debug is not None)
     paths: dict[str, Mapping[str, Endpoint]] = {
         PAGE_PATH: {"GET": StaticPage("page.html").show},
         "/health": {"GET": api.health},
@@ -127,6 +139,9 @@ def _endpoints(api: Api, debug: DebugPlan | None) -> dict[str, Mapping[str, Endp
         "/v1/models/{model_id:path}": {"GET": api.model},
         "/v1/completions": {"POST": api.completions},
         "/v1/chat/completions": {"POST": api.chat_completions},
+        RESPONSES_PATH: {"POST": agents.responses},
+        MESSAGES_PATH: {"POST": agents.messages},
+        COUNT_PATH: {"POST": agents.count_tokens},
         "/tokenize": {"POST": tokens.tokenize},
         "/detokenize": {"POST": tokens.detokenize},
         "/tokenizer_info": {"GET": tokens.tokenizer_info},
@@ -150,7 +165,7 @@ def _layers(rules: Rules, metrics: Metrics, open_paths: frozenset[str]) -> list[
                 CORSMiddleware,
                 allow_origins=access.origins,
                 allow_methods=("GET", "POST"),
-                allow_headers=("Authorization", "Content-Type", "X-Request-Id"),
+                allow_headers=("Authorization", "Content-Type", "X-Request-Id", *_ANTHROPIC_HEADERS),
                 expose_headers=("X-Request-Id", "Retry-After"),
             )
         )

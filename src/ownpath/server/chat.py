@@ -72,7 +72,7 @@ async def chat_chunks(
         if delta.empty_content is not None:
             choice["empty_content"] = delta.empty_content.value
         if request.logprobs and delta.tokens:
-            entries = [_logprob_entry(token, naming) for token in delta.tokens]
+            entries = [logprob_entry(token, naming) for token in delta.tokens]
             choice["logprobs"] = {"content": entries, "refusal": None}
         if request.return_token_ids and delta.tokens:
             choice["token_ids"] = [token.token_id for token in delta.tokens]
@@ -182,7 +182,9 @@ def _choice(index: int, delta: JsonObject, finish_reason: str | None = None) -> 
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
 
 
-def _logprob_entry(token: ScoredToken, naming: TokenNaming) -> JsonObject:
+def logprob_entry(token: ScoredToken, naming: TokenNaming) -> JsonObject:
+    """Returns a token with its log-probability and its likeliest rivals."""
+
     def entry(token_id: int, logprob: float | None) -> JsonObject:
         data = naming.tokenizer.token_bytes(token_id)
         return {"token": naming.name(token_id), "logprob": logprob, "bytes": list(data)}

@@ -126,7 +126,7 @@ class HttpConnection(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.drop()
             return
-        response = self._parser.refusal.response()
+        response = self._parser.refusal.response({})
         head = h11.Response(
             status_code=response.status_code, headers=[*response.raw_headers, (b"connection", b"close")]
         )

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 PAGE_PATH, DOCS_PATH = "/", "/docs"
+RESPONSES_PATH, MESSAGES_PATH = "/v1/responses", "/v1/messages"
+COUNT_PATH = f"{MESSAGES_PATH}/count_tokens"
 _ADMIN_PATH = "/debug/plan"
 
 STATUSES = {
@@ -46,6 +48,7 @@ class RouteSpec:
 
     statuses: all that it can answer with. body: names of the schemas that its body may have; none: it has no body.
     answer: fields of the answer, name -> JSON type. streams: server-sent events if ``stream`` is true.
+    error: name of the schema of its errors.
     """
 
     method: str
@@ -56,6 +59,7 @@ class RouteSpec:
     answer: tuple[tuple[str, str], ...] = ()
     answered: Answered = Answered.JSON
     streams: bool = False
+    error: str = "Error"
 
     @property
     def wants_key(self) -> bool:
@@ -82,6 +86,31 @@ ROUTES = (
         body=("CompletionRequest",),
         answer=_CHOICES,
         streams=True,
+    ),
+    RouteSpec(
+        *("POST", RESPONSES_PATH, "answers a conversation, as OpenAI's Responses", _MODEL_BODY | {504}),
+        body=("ResponsesRequest",),
+        answer=(
+            *(("id", "string"), ("object", "string"), ("created_at", "integer"), ("model", "string")),
+            *(("status", "string"), ("output", "array"), ("usage", "object")),
+        ),
+        streams=True,
+    ),
+    RouteSpec(
+        *("POST", MESSAGES_PATH, "answers a conversation, as Anthropic's Messages", _MODEL_BODY | {504}),
+        body=("MessagesRequest",),
+        answer=(
+            *(("id", "string"), ("type", "string"), ("role", "string"), ("model", "string")),
+            *(("content", "array"), ("stop_reason", "string"), ("usage", "object")),
+        ),
+        streams=True,
+        error="MessagesError",
+    ),
+    RouteSpec(
+        *("POST", COUNT_PATH, "the number of a conversation's tokens, as Anthropic's Messages", _MODEL_BODY),
+        body=("CountTokensRequest",),
+        answer=(("input_tokens", "integer"),),
+        error="MessagesError",
     ),
     RouteSpec("GET", "/v1/models", "the model under each of its names", _KEYED, answer=(("data", "array"),)),
     RouteSpec(

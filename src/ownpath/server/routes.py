@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -69,6 +70,14 @@ class Telling:
             self.fold.add(chunk)
 
 
+class Conversation(NamedTuple):
+    """A chat request, its prompt before tokenising, and the grammar that the answer must fit."""
+
+    asked: ChatRequest
+    segments: list[Segment]
+    grammar: AnswerGrammar | None
+
+
 @dataclass(frozen=True)
 class Api:
     """The objects behind every endpoint.
@@ -123,12 +132,29 @@ class Api:
         self.refuse_while_ending()
         labels, adjustments = Labels(self.policy.refuses_labels), Adjustments(self.policy.refuses_excess)
 
-        def read(body: dict[str, object]) -> tuple[ChatRequest, list[Segment], AnswerGrammar | None]:
-            asked = read_chat_request(body, labels)
-            return asked, chat_segments(asked, self.release), chat_grammar(asked, self.tokenizer)
+        def read(body: dict[str, object]) -> Conversation:
+            return self.conversation(read_chat_request(body, labels))
 
-        asked, segments, grammar = await self.bodies.read(request, CONVERSATION, read)
-        source = self._source(asked)
+        conversation = await self.bodies.read(request, CONVERSATION, read)
+        asked = conversation.asked
+        source = self.source(asked)
+        generation, level = await self.begin_chat(request, conversation, adjustments)
+        chunks = chat.chat_chunks(asked, generation, self.tokenizer, source, level)
+        headers = self.headers_for(labels, adjustments)
+        return await self._answer(
+            request, asked, generation, Telling(chunks, chat.ChatFold(), chat.chat_usage, headers)
+        )
+
+    def conversation(self, asked: ChatRequest) -> Conversation:
+        """Returns what a chat request asks the model. Errors: ApiError 400."""
+        return Conversation(asked, chat_segments(asked, self.release), chat_grammar(asked, self.tokenizer))
+
+    async def begin_chat(
+        self, request: Request, conversation: Conversation, adjustments: Adjustments
+    ) -> tuple[Generation, str | None]:
+        """Submits the answers to a conversation. Returns them with the level of effort that runs; None without
+        thinking. Errors: ApiError 400, 429 or 503."""
+        asked, segments, grammar = conversation
         max_model_len = self.engine.config.max_model_len
         answers = [self._chat_answer(asked) for _ in range(asked.n)]
         prompt = await chat_prompt(segments, self.tokenizer, max_model_len)
@@ -143,11 +169,7 @@ class Api:
             self.engine, [prompt], answers, self.metrics, mailbox, self.request_timeout_s, is_whole=not asked.stream
         )
         generation.submit(chat.sampling_params(asked, max_tokens), matchers, self._salt(request, asked))
-        chunks = chat.chat_chunks(asked, generation, self.tokenizer, source, level)
-        headers = self.headers_for(labels, adjustments)
-        return await self._answer(
-            request, asked, generation, Telling(chunks, chat.ChatFold(), chat.chat_usage, headers)
-        )
+        return generation, level
 
     async def completions(self, request: Request) -> Response:
         """``POST /v1/completions``"""
@@ -159,7 +181,7 @@ class Api:
             return asked, text_grammar(asked)
 
         asked, grammar = await self.bodies.read(request, PROMPTS, read)
-        source = self._source(asked)
+        source = self.source(asked)
         max_model_len = self.engine.config.max_model_len
         prompts = await completion_prompts(asked, self.tokenizer, max_model_len)
         if asked.repeats_prompts:
@@ -227,7 +249,7 @@ class Api:
     def _salt(self, request: Request, asked: ChatRequest | CompletionRequest) -> str:
         return salt_of(request, asked.cache_salt, is_per_key=self.policy.salts_by_key)
 
-    def _source(self, asked: ChatRequest | CompletionRequest) -> AnswerSource:
+    def source(self, asked: ChatRequest | CompletionRequest) -> AnswerSource:
         """Returns who answers, under the name that was asked for. Errors: ApiError 404."""
         return AnswerSource(self.called(asked.model), self.fingerprint)
 
