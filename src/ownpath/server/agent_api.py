@@ -19,7 +19,7 @@ from ownpath.server.prompts import chat_ids
 from ownpath.server.renaming import renaming
 from ownpath.server.responses.events import ResponseWriter
 from ownpath.server.responses.request import AskedResponse, read_responses_request
-from ownpath.server.routes import Api, Conversation
+from ownpath.server.routes import Api, AskedChat
 from ownpath.server.sse import EventStream, JsonObject, until_disconnect, with_pings
 from ownpath.server.token_api import check_length
 from ownpath.server.token_naming import TokenNaming
@@ -48,7 +48,7 @@ class AgentApi:
         api, labels = self.api, Labels(self.api.policy.refuses_labels)
         api.refuse_while_ending()
 
-        def read(body: dict[str, object]) -> tuple[AskedResponse, Conversation]:
+        def read(body: dict[str, object]) -> tuple[AskedResponse, AskedChat]:
             asked = read_responses_request(body, labels)
             with renaming(asked.names):
                 return asked, api.conversation(asked.chat)
@@ -98,11 +98,11 @@ class AgentApi:
 
     async def _read_messages(
         self, request: Request, labels: Labels, *, is_counted: bool
-    ) -> tuple[AskedMessage, Conversation]:
+    ) -> tuple[AskedMessage, AskedChat]:
         api, read_body = self.api, read_count_request if is_counted else read_messages_request
         api.refuse_while_ending()
 
-        def read(body: dict[str, object]) -> tuple[AskedMessage, Conversation]:
+        def read(body: dict[str, object]) -> tuple[AskedMessage, AskedChat]:
             asked = read_body(body, labels)
             with renaming(asked.names):
                 return asked, api.conversation(asked.chat)

@@ -70,7 +70,7 @@ class Telling:
             self.fold.add(chunk)
 
 
-class Conversation(NamedTuple):
+class AskedChat(NamedTuple):
     """A chat request, its prompt before tokenising, and the grammar that the answer must fit."""
 
     asked: ChatRequest
@@ -132,7 +132,7 @@ class Api:
         self.refuse_while_ending()
         labels, adjustments = Labels(self.policy.refuses_labels), Adjustments(self.policy.refuses_excess)
 
-        def read(body: dict[str, object]) -> Conversation:
+        def read(body: dict[str, object]) -> AskedChat:
             return self.conversation(read_chat_request(body, labels))
 
         conversation = await self.bodies.read(request, CONVERSATION, read)
@@ -145,12 +145,12 @@ class Api:
             request, asked, generation, Telling(chunks, chat.ChatFold(), chat.chat_usage, headers)
         )
 
-    def conversation(self, asked: ChatRequest) -> Conversation:
+    def conversation(self, asked: ChatRequest) -> AskedChat:
         """Returns what a chat request asks the model. Errors: ApiError 400."""
-        return Conversation(asked, chat_segments(asked, self.release), chat_grammar(asked, self.tokenizer))
+        return AskedChat(asked, chat_segments(asked, self.release), chat_grammar(asked, self.tokenizer))
 
     async def begin_chat(
-        self, request: Request, conversation: Conversation, adjustments: Adjustments
+        self, request: Request, conversation: AskedChat, adjustments: Adjustments
     ) -> tuple[Generation, str | None]:
         """Submits the answers to a conversation. Returns them with the level of effort that runs; None without
         thinking. Errors: ApiError 400, 429 or 503."""
