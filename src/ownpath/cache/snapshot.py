@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ownpath.cache.layout import BLOCK_TOKENS, STATE, CacheTensor, windows_per_entry
 from ownpath.cache.pools import CachePool, CacheSpec, zeros
+from ownpath.terminal.text import counted, size_text
 
 
 def held_rows(member: CacheTensor) -> slice:
@@ -57,6 +58,15 @@ class SnapshotStore:
             if held.shape[1]:
                 slots[tensor.dtype].append(held)
         self._columns = [_Copied(tuple(parts), _places_of(parts, num_places)) for parts in slots.values()]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all places."""
+        return self.num_places * self.bytes_each
+
+    def __str__(self) -> str:
+        each, whole = size_text(self.bytes_each), size_text(self.num_bytes)
+        return f"{counted(self.num_places, 'snapshot')} of {each}, {whole} together"
 
     def save(self, slot: int, place: int) -> None:
         """Copies the rings of a slot, whose sequence has just reached a block's end, to a place."""

@@ -213,6 +213,7 @@ class Engine:
         chunks = [chunk.cut() for chunk in planned if chunk.request.cache is not None or self._prepare(chunk.request)]
         if not chunks:
             return
+        self._adjuster.start(chunk.request for chunk in chunks if chunk.reaches_end)
         try:
             with torch.inference_mode():
                 if self.prefix is not None:

@@ -22,8 +22,6 @@ from ownpath.engine.request import Request
 from ownpath.engine.request_prefix import RequestPrefix
 
 SNAPSHOT_INTERVAL = 4096
-SNAPSHOTS_PER_SEQUENCE = 4
-"""Snapshots for each sequence that may run, unless a number is asked for."""
 _MOST_SHARE = 4
 """At intervals one sequence takes at most a quarter of the places, so that a long prompt leaves others theirs."""
 

@@ -19,6 +19,7 @@ from ownpath.engine.limits import (
     SEED_LIMIT,
     TOP_K_LIMIT,
 )
+from ownpath.engine.masks import Matcher
 from ownpath.engine.request_prefix import RequestPrefix
 
 
@@ -203,9 +204,10 @@ class Request:
     num_computed: tokens of ``prompt_ids + output_ids`` that the cache already holds.
     flagged_layer: the first layer whose index scores were not finite in a row of this request; ``None``: none.
     sink: called with every output, from the engine's thread; must not block.
-    begun_at: when it first ran, as ``time.monotonic``; ``None`` while it waits.
     salt: only requests with the same one share what caches hold. prefix: what the prefix cache knows of this request.
     has_failed: its numbers are not to be trusted.
+    begun_at: when it first ran, as ``time.monotonic``; ``None`` while it waits.
+    matcher: the grammar that the answer must fit, at the state where ``output_ids`` leave it; ``None``: none.
     """
 
     prompt_ids: list[int]
@@ -217,10 +219,11 @@ class Request:
     seed: int = field(init=False)
     scored_prompt: list[ScoredToken] = field(default_factory=list)
     flagged_layer: int | None = None
-    begun_at: float | None = None
     salt: str = ""
     prefix: RequestPrefix | None = None
     has_failed: bool = False
+    begun_at: float | None = None
+    matcher: Matcher | None = None
 
     def __post_init__(self) -> None:
         fresh = secrets.randbelow(2 * SEED_LIMIT) - SEED_LIMIT
@@ -282,14 +285,21 @@ class Request:
         return len(self.output_ids) < self.params.min_tokens
 
     @property
+    def adjusts(self) -> bool:
+        """True if logits change before a token is chosen, in some step at least."""
+        return self.params.adjusts or self.matcher is not None
+
+    @property
     def adjusts_now(self) -> bool:
-        """True if the logits of the next token change before it is chosen."""
-        return self.params.has_penalties or bool(self.params.logit_bias) or self.must_go_on
+        """True if the logits of the next token change before it is chosen. How, depends on the token before it."""
+        params = self.params
+        return params.has_penalties or bool(params.logit_bias) or self.must_go_on or self.matcher is not None
 
     def with_end(self, output: StepOutput, end_token_ids: frozenset[int]) -> StepOutput:
         """Returns a step's output and why the answer ends with it, if it does. end_token_ids: the model's."""
         params, last = self.params, self.output_ids[-1] if self.output_ids else None
-        if last in end_token_ids and not params.ignore_eos:
+        # A grammar lets an end token through where nothing else may follow, even if end tokens are to be ignored.
+        if last in end_token_ids and (not params.ignore_eos or self.matcher is not None):
             return replace(output, finish_reason=FinishReason.STOP)
         if last in params.stop_token_ids:
             return replace(output, finish_reason=FinishReason.STOP, stop_token_id=last)

@@ -3,7 +3,7 @@
 A step in which every request has one row goes to the decoder, if there is one; any other is one forward of the model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -15,19 +15,19 @@ from ownpath.engine.batch import LogitsShare, build_batch, decode_share
 from ownpath.engine.decoder import Decoder
 from ownpath.engine.flags import IndexFlags, tell_flagged
 from ownpath.engine.reports import Reporter
-from ownpath.engine.request import NonFinite, Request, ScoredToken, StepOutput, plain_output
+from ownpath.engine.request import Request, ScoredToken, StepOutput, plain_output
 from ownpath.engine.rows import step_rows
 from ownpath.engine.sampler import (
-    NON_FINITE,
     Drawn,
     NonFiniteIndexScores,
-    NonFiniteLogits,
+    RowFailed,
     choose_tokens,
+    no_token,
     sample_row,
     score_tokens,
-    with_top,
 )
 from ownpath.engine.scheduler import ScheduledChunk
+from ownpath.engine.tops import top_tokens, with_own
 from ownpath.model.batch import ForwardBatch
 
 
@@ -40,6 +40,11 @@ class LanguageModel(Protocol):
     def new_cache(self) -> SequenceCache: ...
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor: ...
+
+
+def wanted_tops(rows: Iterable[tuple[int, Request]]) -> dict[int, int]:
+    """Returns the rows of logits, given with their requests, that likeliest tokens are wanted of, and how many."""
+    return {row: request.params.num_logprobs for row, request in rows if request.params.num_logprobs}
 
 
 class StepRunner:
@@ -82,11 +87,11 @@ class StepRunner:
         done = decoder.step(step_rows(requests), self._adjuster.rows_of(requests))
         self._flags.read()
         tell_flagged(done.flagged, requests)
+        tops = top_tokens(done.logits_TV, wanted_tops(enumerate(requests)))
         for row, (request, token_id) in enumerate(zip(requests, done.token_ids, strict=True)):
             if token_id is None or request.needs_logits:
-                self._answer(
-                    decode_share(row, chunks[row]), Drawn(token_id, float(done.logprobs_T[row])), done.logits_TV
-                )
+                drawn = Drawn(token_id, float(done.logprobs_T[row]), tops.get(row, ()))
+                self._answer(decode_share(row, chunks[row]), drawn, done.logits_TV)
             elif request.params.num_logprobs is None:
                 self._extend(request, token_id, plain_output(token_id))
             else:
@@ -107,8 +112,9 @@ class StepRunner:
             requests = [shares[n].chunk.request for n in due]
             rows, adjusted = [sample_row(one) for one in requests], self._adjuster.rows_of(requests)
             found = choose_tokens(logits_RV[list(due.values())], rows, adjusted)
-            for n, token_id, logprob in zip(due, *found, strict=True):
-                drawn[n] = Drawn(token_id, logprob)
+            tops = top_tokens(logits_RV, wanted_tops(zip(due.values(), requests, strict=True)))
+            for (n, row), token_id, logprob in zip(due.items(), *found, strict=True):
+                drawn[n] = Drawn(token_id, logprob, tops.get(row, ()))
         return drawn
 
     def _answer(self, share: LogitsShare, drawn: Drawn, logits_RV: torch.Tensor) -> None:
@@ -116,10 +122,8 @@ class StepRunner:
         request = share.chunk.request
         try:
             output = self._advance(share, drawn, logits_RV)
-        except NonFiniteLogits as error:
-            self._reporter.fail(request, str(error), NonFinite.LOGITS)
-        except NonFiniteIndexScores as error:
-            self._reporter.fail(request, str(error), NonFinite.INDEX_SCORES)
+        except RowFailed as error:
+            self._reporter.fail(request, str(error), error.non_finite)
         else:
             self._reporter.tell(request, output)
 
@@ -128,8 +132,7 @@ class StepRunner:
         if request.flagged_layer is not None:
             raise NonFiniteIndexScores(request.flagged_layer)
         if share.sample_row is not None and drawn.token_id is None:
-            raise NonFiniteLogits(NON_FINITE)
-        num_top = params.num_logprobs or 0
+            raise no_token(request)
         if share.scored_ids:
             rows = logits_RV[share.start : share.start + len(share.scored_ids)]
             request.scored_prompt += score_tokens(rows, share.scored_ids, params.prompt_logprobs or 0)
@@ -138,8 +141,8 @@ class StepRunner:
             request.output_ids.append(drawn.token_id)
             token = ScoredToken(drawn.token_id)
             if params.num_logprobs is not None:
-                row = logits_RV[share.sample_row : share.sample_row + 1]
-                token = with_top(drawn.token_id, drawn.logprob, row, num_top)
+                top = with_own(drawn.top, drawn.token_id, drawn.logprob)
+                token = ScoredToken(drawn.token_id, drawn.logprob, top)
         request.num_computed += share.chunk.num_tokens
         prompt: tuple[ScoredToken, ...] = ()
         if share.ends_prompt and params.prompt_logprobs is not None:

@@ -7,7 +7,6 @@ from typing import Protocol
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ownpath.chat.markers import Segment
 from ownpath.server.errors import ApiError
 from ownpath.server.excess import Adjustments
 from ownpath.server.generation import Generation
@@ -16,15 +15,14 @@ from ownpath.server.json_text import to_json
 from ownpath.server.labels import Labels
 from ownpath.server.messages.events import PING, PING_EVERY_S, MessageWriter
 from ownpath.server.messages.request import AskedMessage, read_count_request, read_messages_request
-from ownpath.server.prompts import chat_ids, chat_segments
+from ownpath.server.prompts import chat_ids
 from ownpath.server.renaming import renaming
 from ownpath.server.responses.events import ResponseWriter
 from ownpath.server.responses.request import AskedResponse, read_responses_request
-from ownpath.server.routes import Api
+from ownpath.server.routes import Api, AskedChat
 from ownpath.server.sse import EventStream, JsonObject, until_disconnect, with_pings
 from ownpath.server.token_api import check_length
 from ownpath.server.token_naming import TokenNaming
-from ownpath.server.traces import note_generation
 
 
 class AnswerWriter(Protocol):
@@ -50,16 +48,15 @@ class AgentApi:
         api, labels = self.api, Labels(self.api.policy.refuses_labels)
         api.refuse_while_ending()
 
-        def read(body: dict[str, object]) -> tuple[AskedResponse, list[Segment]]:
+        def read(body: dict[str, object]) -> tuple[AskedResponse, AskedChat]:
             asked = read_responses_request(body, labels)
             with renaming(asked.names):
-                return asked, chat_segments(asked.chat, api.release)
+                return asked, api.conversation(asked.chat)
 
-        asked, segments = await api.bodies.read(request, CONVERSATION, read)
+        asked, conversation = await api.bodies.read(request, CONVERSATION, read)
         source, adjustments = api.source(asked.chat), Adjustments(api.policy.refuses_excess)
         with renaming(asked.names):
-            generation, _ = await api.begin_chat(asked.chat, segments, adjustments)
-        note_generation(request.scope, source.model_id, generation)
+            generation, _ = await api.begin_chat(request, conversation, adjustments)
         headers = api.headers_for(labels, adjustments.renamed(asked.names))
         writer = ResponseWriter(asked, generation, source, TokenNaming(api.tokenizer, by_id=False))
         if asked.own.stream:
@@ -70,11 +67,10 @@ class AgentApi:
     async def messages(self, request: Request) -> Response:
         """``POST /v1/messages``"""
         labels, adjustments = Labels(self.api.policy.refuses_labels), Adjustments(self.api.policy.refuses_excess)
-        asked, segments = await self._read_messages(request, labels, is_counted=False)
+        asked, conversation = await self._read_messages(request, labels, is_counted=False)
         api, source = self.api, self.api.source(asked.chat)
         with renaming(asked.names):
-            generation, _ = await api.begin_chat(asked.chat, segments, adjustments)
-        note_generation(request.scope, source.model_id, generation)
+            generation, _ = await api.begin_chat(request, conversation, adjustments)
         headers = api.headers_for(labels, adjustments.renamed(asked.names))
         writer = MessageWriter(
             source.model_id,
@@ -92,7 +88,8 @@ class AgentApi:
     async def count_tokens(self, request: Request) -> Response:
         """``POST /v1/messages/count_tokens``: also of a conversation that the context has no room for."""
         labels = Labels(self.api.policy.refuses_labels)
-        asked, segments = await self._read_messages(request, labels, is_counted=True)
+        asked, conversation = await self._read_messages(request, labels, is_counted=True)
+        segments = conversation.segments
         self.api.called(asked.chat.model)
         check_length(segments, "messages")
         ids = await chat_ids(segments, self.api.tokenizer)
@@ -101,14 +98,14 @@ class AgentApi:
 
     async def _read_messages(
         self, request: Request, labels: Labels, *, is_counted: bool
-    ) -> tuple[AskedMessage, list[Segment]]:
+    ) -> tuple[AskedMessage, AskedChat]:
         api, read_body = self.api, read_count_request if is_counted else read_messages_request
         api.refuse_while_ending()
 
-        def read(body: dict[str, object]) -> tuple[AskedMessage, list[Segment]]:
+        def read(body: dict[str, object]) -> tuple[AskedMessage, AskedChat]:
             asked = read_body(body, labels)
             with renaming(asked.names):
-                return asked, chat_segments(asked.chat, api.release)
+                return asked, api.conversation(asked.chat)
 
         return await api.bodies.read(request, CONVERSATION, read)
 

@@ -24,6 +24,7 @@ from ownpath.server.body import BodyReader, Limits
 from ownpath.server.debug import DebugPlan
 from ownpath.server.fingerprint import system_fingerprint
 from ownpath.server.gate import HostGate, KeyGate
+from ownpath.server.grammar_desk import GrammarDesk
 from ownpath.server.labels import LabelLog
 from ownpath.server.metrics import Metrics
 from ownpath.server.policy import RequestPolicy
@@ -74,12 +75,14 @@ def create_app(
     release: Release | None = None,
     debug: DebugPlan | None = None,
     policy: RequestPolicy | None = None,
+    grammars: GrammarDesk | None = None,
 ) -> Starlette:
     """Creates the application for one model. The engine must be started; the application stops it when it shuts down.
 
     vitals: of the engine that answers.
     release: the release whose ``reasoning_effort`` words the model knows; ``None``: the first.
     policy: what becomes of requests that ask for what is not there, and further names of the model.
+    grammars: compiles what answers must fit; ``None``: its own, which starts with the first such request.
     debug: the data behind ``/debug/plan``; without it there is no such path.
     """
     rules = rules or Rules()
@@ -95,13 +98,15 @@ def create_app(
         metrics,
         rules.timeout_s,
     )
-    api = Api(*base, policy or RequestPolicy(), system_fingerprint(vitals.engine.config), LabelLog())
+    desk = grammars or GrammarDesk(tokenizer, vitals.engine.end_token_ids)
+    api = Api(*base, policy or RequestPolicy(), system_fingerprint(vitals.engine.config), LabelLog(), desk)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
         vitals.engine.stop()
         bodies.close()
+        desk.close()
         if rules.recorder is not None:
             await asyncio.to_thread(rules.recorder.close)
 
@@ -139,6 +144,7 @@ def _endpoints(api: Api, debug: DebugPlan | None) -> dict[str, Mapping[str, Endp
         COUNT_PATH: {"POST": agents.count_tokens},
         "/tokenize": {"POST": tokens.tokenize},
         "/detokenize": {"POST": tokens.detokenize},
+        "/tokenizer_info": {"GET": tokens.tokenizer_info},
         "/version": {"GET": tokens.version},
         "/openapi.json": {"GET": reference.describe},
         DOCS_PATH: {"GET": StaticPage("docs.html").show},

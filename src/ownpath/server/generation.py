@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ownpath.chat.answer import Answer, content_of
 from ownpath.chat.parts import AnswerPart
 from ownpath.engine.engine import Engine, EngineOverloaded, EngineStopped
+from ownpath.engine.masks import Matcher
 from ownpath.engine.request import (
     FinishReason,
     Request,
@@ -225,8 +226,11 @@ class Generation:
         """Returns the prompt that a choice answers."""
         return self.prompts[index * len(self.prompts) // len(self._choices)]
 
-    def submit(self, params: Sequence[SamplingParams]) -> None:
-        """Submits all answers to the engine, each with its parameters.
+    def submit(
+        self, params: Sequence[SamplingParams], matchers: Sequence[Matcher | None] | None = None, salt: str = ""
+    ) -> None:
+        """Submits all answers to the engine, each with its parameters and the grammar that it must fit. salt: of the
+        prefix cache.
 
         Errors: ApiError 400 (does not fit), 429 (no room) or 503 (stopped).
         """
@@ -236,7 +240,8 @@ class Generation:
             def sink(output: StepOutput) -> None:
                 put(inbox, (index, output, time.monotonic()), is_last=output.finish_reason is not None)
 
-            return Request(self.prompt_of(index).ids, params[index], sink)
+            matcher = None if matchers is None else matchers[index]
+            return Request(self.prompt_of(index).ids, params[index], sink, salt=salt, matcher=matcher)
 
         requests = [request(index) for index in range(self.num_choices)]
         try:
@@ -305,7 +310,12 @@ class Generation:
         """Tokens of reasoning so far, without the markers around it and without calls in it."""
         return sum(choice.num_reasoning_tokens for choice in self._choices)
 
-    def usage(self) -> dict[str, int]:
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of the prompts that the first answer of each did not compute: the prefix cache held them."""
+        return sum(request.num_cached for request in self._requests[:: len(self._choices) // len(self.prompts)])
+
+    def usage(self) -> dict[str, object]:
         """Counts tokens so far: of each prompt once, of every answer. EOS and the tokens of a stop string count: they
         were generated."""
         num_prompt = sum(len(prompt.ids) for prompt in self.prompts)
@@ -314,6 +324,7 @@ class Generation:
             "prompt_tokens": num_prompt,
             "completion_tokens": num_generated,
             "total_tokens": num_prompt + num_generated,
+            "prompt_tokens_details": {"cached_tokens": self.num_cached_tokens},
         }
 
 

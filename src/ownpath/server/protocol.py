@@ -10,11 +10,11 @@ from ownpath.chat.levels import LEVEL_OF_WORD
 from ownpath.engine.limits import MAX_STOP_TOKENS, MAX_TEMPERATURE, MAX_TOP_LOGPROBS, SEED_LIMIT, TOP_K_LIMIT
 from ownpath.engine.request import SamplingParams
 from ownpath.server import fields
-from ownpath.server.adjust_fields import AdjustingRequest
+from ownpath.server.cache_salt import MAX_SALT_CHARS
 from ownpath.server.conversation import (
     ROLES,
     ChatMessage,
-    ResponseFormat,
+    NamedTool,
     Strict,
     TemplateOptions,
     Thinking,
@@ -23,11 +23,12 @@ from ownpath.server.conversation import (
     Tools,
 )
 from ownpath.server.counts import MAX_ANSWERS, check_answers, check_counts
-from ownpath.server.errors import bad_request
+from ownpath.server.errors import bad_request, shorten
 from ownpath.server.fields import FieldTable
 from ownpath.server.history import plain_messages
 from ownpath.server.labels import Labels
 from ownpath.server.prompt_scores import ScoringRequest
+from ownpath.server.structured_fields import StructuredOutputs, StructuredRequest
 from ownpath.server.validation import validate
 from ownpath.server.value_forms import (
     MAX_ID,
@@ -52,7 +53,7 @@ class StreamOptions(Strict):
 _EXCESS = "clamped to what max_model_len leaves (--strict-limits refuses it); -1: as much as fits"
 
 
-class _GenerationRequest(AdjustingRequest, ScoringRequest):
+class _GenerationRequest(StructuredRequest, ScoringRequest):
     model: str | None = Field(None, description="a served name, or the path given to serve; another name is 404")
     max_tokens: int | None = Field(
         None, ge=-1, description=f"{_EXCESS}; left out: {_DEFAULT_MAX_TOKENS}. 0 only scores"
@@ -97,6 +98,12 @@ class _GenerationRequest(AdjustingRequest, ScoringRequest):
         None,
         description="include_usage: a last event with usage and no choices; needs stream. continuous_usage_stats: the "
         "usage so far in each event",
+    )
+    cache_salt: str | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_SALT_CHARS,
+        description="only requests with the same salt share what the prefix cache holds",
     )
     return_tokens_as_token_ids: bool = Field(
         False, description="tokens in logprobs are named token_id:N, N the id, instead of by their text"
@@ -165,10 +172,11 @@ class ChatRequest(_GenerationRequest):
         None, ge=0, le=MAX_TOP_LOGPROBS, description="likeliest tokens in each entry; needs logprobs"
     )
     tools: Tools = Field(
-        default_factory=list, description="functions, names all different; strict: true is refused, nothing enforces it"
+        default_factory=list,
+        description="functions, names all different; the calls of strict ones fit their parameters",
     )
     tool_choice: ToolChoice = Field(
-        "auto", description='auto or none; "required" and a named function are refused: a call cannot be promised'
+        "auto", description="auto, none; required: the answer is calls; a named function: it is calls of that one"
     )
     parallel_tool_calls: bool = Field(True, description="false: the answer ends with its first whole call")
     thinking: Thinking | None = Field(None, description="whether the answer opens with reasoning; left out: no")
@@ -179,9 +187,6 @@ class ChatRequest(_GenerationRequest):
     )
     chat_template_kwargs: TemplateOptions = Field(
         TemplateOptions(), description="thinking, enable_thinking, reasoning_effort; must not contradict the others"
-    )
-    response_format: ResponseFormat | None = Field(
-        None, description="asks the model for JSON and does not check the answer; strict: true is refused"
     )
 
     @property
@@ -261,6 +266,9 @@ _COMPLETION = FieldTable(CompletionRequest.model_fields.keys(), fields.COMPLETIO
 _NESTED = {
     "stream_options": FieldTable(StreamOptions.model_fields.keys(), fields.STREAM_OPTIONS),
     "thinking": FieldTable(Thinking.model_fields.keys(), {}, fields.THINKING_LABELS),
+    "structured_outputs": FieldTable(
+        [field.alias or name for name, field in StructuredOutputs.model_fields.items()], fields.STRUCTURED_OUTPUTS
+    ),
     "chat_template_kwargs": FieldTable(TemplateOptions.model_fields.keys(), fields.TEMPLATE),
 }
 _TOOL = FieldTable(Tool.model_fields.keys(), {}, fields.TOOL_LABELS)
@@ -297,6 +305,7 @@ def read_completion_request(body: dict[str, object], labels: Labels | None = Non
     check_counts(body)
     request = validate(CompletionRequest, known_fields(body, _COMPLETION, labels or Labels()))
     _check_stream_options(request)
+    _check_bound(request)
     request.check_minimum(*request.wanted_tokens)
     check_answers(request.n, request.best_of, len(request.prompt))
     if request.max_tokens == 0 and not request.echo and request.prompt_logprobs is None:
@@ -312,8 +321,8 @@ def _check_chat(request: ChatRequest) -> None:
         message.check(f"messages.{index}.")
     _check_thinking(request)
     _check_ending(request)
-    if request.response_format is not None:
-        request.response_format.check()
+    _check_bound(request)
+    _check_tool_choice(request)
     if request.top_logprobs and not request.logprobs:
         raise bad_request("top_logprobs: needs logprobs to be true", "top_logprobs")
     if 0 in (request.max_tokens, request.max_completion_tokens):
@@ -344,6 +353,21 @@ def _check_ending(request: ChatRequest) -> None:
             "goes on with an assistant's",
             "messages",
         )
+
+
+def _check_bound(request: _GenerationRequest) -> None:
+    if request.response_format is not None:
+        request.response_format.check()
+    request.bound_by()
+
+
+def _check_tool_choice(request: ChatRequest) -> None:
+    choice = request.tool_choice
+    if choice == "required" and not request.tools:
+        raise bad_request("tool_choice: 'required' needs tools", "tool_choice", "invalid_value")
+    if isinstance(choice, NamedTool) and all(tool.function["name"] != choice.function.name for tool in request.tools):
+        text = f"tool_choice: there is no tool {shorten(choice.function.name)} in tools"
+        raise bad_request(text, "tool_choice.function.name", "invalid_value")
 
 
 def _check_thinking(request: ChatRequest) -> None:

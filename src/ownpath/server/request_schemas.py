@@ -34,6 +34,7 @@ _TABLES: dict[str, tuple[Neutral, Collection[str] | None]] = {
     "StreamOptions": (fields.STREAM_OPTIONS, ()),
     "Thinking": ({}, fields.THINKING_LABELS),
     "TemplateOptions": (fields.TEMPLATE, ()),
+    "StructuredOutputs": (fields.STRUCTURED_OUTPUTS, ()),
     "Tool": ({}, fields.TOOL_LABELS),
     "ChatMessage": (fields.MESSAGE, None),
     "CallInMessage": ({}, None),

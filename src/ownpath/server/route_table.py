@@ -127,6 +127,10 @@ ROUTES = (
         body=("DetokenizeRequest",),
         answer=(("prompt", "string"),),
     ),
+    RouteSpec(
+        *("GET", "/tokenizer_info", "names of the tokenizer's own tokens, and its sizes", _KEYED),
+        answer=(("eos_token", "string"), ("add_bos_token", "boolean"), ("model_max_length", "integer")),
+    ),
     RouteSpec("GET", "/health", "200 while the engine runs requests", _ANY - {403}, answer=_STATUS),
     RouteSpec("GET", "/ready", "200 if requests should be sent here", _ANY - {403}, answer=_STATUS),
     RouteSpec(

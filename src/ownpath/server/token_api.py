@@ -1,4 +1,4 @@
-"""``/tokenize``, ``/detokenize`` and ``/version``, in vLLM's shapes.
+"""``/tokenize``, ``/detokenize``, ``/tokenizer_info`` and ``/version``, in vLLM's shapes.
 
 The ids are those that a request with the same text or messages is computed from.
 """
@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ownpath.chat.markers import Segment
+from ownpath.chat.markers import BOS, EOS, Segment
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.server import fields
 from ownpath.server.conversation import Strict
@@ -129,6 +129,22 @@ class TokenApi:
         read = functools.partial(_text, asked.tokens, api.tokenizer)
         text = await asyncio.to_thread(read) if is_long else read()
         return await self._answer({"prompt": text}, labels)
+
+    async def tokenizer_info(self, request: Request) -> Response:
+        """``GET /tokenizer_info``: what a client needs to know that tokenises by asking the server. chat_template is
+        null: prompts of chats are made here."""
+        tokenizer = self.api.tokenizer
+        return JSONResponse(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "add_bos_token": tokenizer.add_bos,
+                "bos_token": BOS if tokenizer.has_special(BOS) else None,
+                "eos_token": EOS,
+                "chat_template": None,
+                "model_max_length": self.api.engine.config.max_model_len,
+                "vocab_size": tokenizer.num_tokens,
+            }
+        )
 
     async def version(self, request: Request) -> Response:
         """``GET /version``: ownpath's; of a source tree that is not installed "source"."""

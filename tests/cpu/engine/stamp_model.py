@@ -19,6 +19,7 @@ from ownpath.config import ModelConfig
 from ownpath.model.batch import ForwardBatch
 
 VOCAB = 96
+"""Answers have tokens below it; prompts may have more."""
 _MODULUS = 2**16
 """Sums of 128 stamps are exact in float32."""
 RATIOS = (4, 128)
@@ -33,7 +34,7 @@ class StampModel:
 
     def __init__(self, max_tokens: int = 2048, max_sequences: int = 4, rows: int = 1) -> None:
         sizes = {"num_hidden_layers": 2, "compress_ratios": list(RATIOS), "head_dim": 4, "qk_rope_head_dim": 2}
-        self.config = ModelConfig.from_dict(SMALL | sizes | {"index_head_dim": 2})
+        self.config = ModelConfig.from_dict(SMALL | sizes | {"index_head_dim": 2, "vocab_size": 512})
         spec = CacheSpec(self.config, max_tokens, torch.float32, torch.device("cpu"))
         self.caches = CachePool(replace(spec, max_sequences=max_sequences, rows_per_request=rows))
         for tensor in self.caches.tensors.values():
@@ -57,7 +58,7 @@ class StampModel:
                 tokens.append(self._read(slot, blocks, position) if wanted else 0)
         tables.extend()
         chosen = torch.tensor([tokens[row] for row in batch.logits_ids.tolist()], dtype=torch.int64)
-        return torch.nn.functional.one_hot(chosen, VOCAB).float() * 30
+        return torch.nn.functional.one_hot(chosen, self.config.vocab_size).float() * 30
 
     def _write(self, slot: int, blocks: Sequence[int], position: int, token_id: int) -> None:
         stamp = _stamp(self._ring(WINDOW, 0, slot, position - 1) if position else 0, token_id)

@@ -168,6 +168,7 @@ NESTED: dict[str, Any] = {
     "TemplateOptions": ({}, lambda it: {"messages": HELLO, "chat_template_kwargs": it}),
     "Tool": ({"type": "function", "function": {"name": "f"}}, lambda it: {"messages": HELLO, "tools": [it]}),
     "ResponseFormat": ({"type": "text"}, lambda it: {"messages": HELLO, "response_format": it}),
+    "StructuredOutputs": ({}, lambda it: {"messages": HELLO, "structured_outputs": binding(it)}),
     "JsonSchema": ({"schema": {}}, lambda it: {"messages": HELLO, "response_format": with_schema(it)}),
 }
 """Type -> the least of it, and a request around it."""
@@ -175,6 +176,11 @@ NESTED: dict[str, Any] = {
 
 def calling(call: dict[str, Any]) -> dict[str, Any]:
     return {"role": "assistant", "tool_calls": [call]}
+
+
+def binding(fields: dict[str, Any]) -> dict[str, Any]:
+    """It needs one field that binds."""
+    return {"regex": "a"} | {name: value for name, value in fields.items() if value is not None}
 
 
 def with_schema(schema: dict[str, Any]) -> dict[str, Any]:
