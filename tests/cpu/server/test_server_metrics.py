@@ -262,6 +262,8 @@ def test_the_engines_own_counts_are_on_the_page() -> None:
     with harness(Gated()) as served:
         counts = served.engine.counts
         counts.num_prefix_queried, counts.num_prefix_hit = 1000, 768
+        counts.num_prefix_hits, counts.num_blocks_evicted = 4, 7
+        counts.num_snapshots_taken, counts.num_snapshots_evicted = 6, 5
         counts.num_preempted, counts.num_step_retries = 3, 2
         for seconds in (0.0005, 0.003, 1000):
             counts.step_times.observe(seconds)
@@ -269,6 +271,8 @@ def test_the_engines_own_counts_are_on_the_page() -> None:
             counts.gap_times.observe(seconds)
         found = {name.removeprefix("ownpath_"): value for name, value in page(served).items()}
     assert (found["prefix_cache_queries_total"], found["prefix_cache_hits_total"]) == (1000, 768)
+    assert (found["prefix_cache_hit_requests_total"], found["prefix_blocks_evicted_total"]) == (4, 7)
+    assert (found["prefix_snapshots_taken_total"], found["prefix_snapshots_evicted_total"]) == (6, 5)
     assert (found["num_preemptions_total"], found["step_retries_total"]) == (3, 2)
     assert [found[f'step_time_seconds_bucket{{le="{bound}"}}'] for bound in ("0.0005", "0.0025", "0.005", "300")] == [
         *(1, 1, 2, 2)
