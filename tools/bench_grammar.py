@@ -2,7 +2,7 @@
 
     python tools/bench_grammar.py [MODEL] [--device cuda] [--requests 1 8 32] [--tokens 256]
 
-Both kinds of rounds take turns; each round generates the same number of tokens a request. The embedded model by default.
+Both kinds of rounds take turns; each generates the same number of tokens a request. By default: the embedded model.
 """
 
 import argparse

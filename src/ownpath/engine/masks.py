@@ -31,7 +31,7 @@ class Matcher(Protocol):
 
 
 class Masks:
-    """The masks of one step, being filled. Row 0 allows all tokens."""
+    """The masks of one step, being filled. The row behind them allows all tokens."""
 
     def __init__(self, device: torch.device, num_words: int) -> None:
         self._device, self._num_words = device, num_words
@@ -43,7 +43,7 @@ class Masks:
     def start(self, asked: Sequence[tuple[Hashable, Matcher, Sequence[int]]]) -> None:
         """Begins to fill a row for each of these; ``asked``: whose next token it is for, grammar, tokens so far."""
         self.wait()
-        self._rows = {owner: row for row, (owner, _, _) in enumerate(asked, start=1)}
+        self._rows = {owner: row for row, (owner, _, _) in enumerate(asked)}
         if not asked:
             return
         if self._thread is None:
@@ -51,8 +51,9 @@ class Masks:
         if len(self._host) <= len(asked):
             shape = 2 * len(asked) + 1, self._num_words
             self._host = torch.full(shape, -1, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+        self._host[len(asked)] = -1
         fills = [(matcher, output_ids) for _, matcher, output_ids in asked]
-        self._job = self._thread.submit(_fill_all, fills, self._host.numpy()[1:])
+        self._job = self._thread.submit(_fill_all, fills, self._host.numpy())
 
     def wait(self) -> None:
         """Waits until the rows are filled."""
@@ -67,10 +68,11 @@ class Masks:
     def of(self, owners: Sequence[Hashable]) -> torch.Tensor:
         """Waits, and returns these masks on the device, int32 [S, W]; of who has none, all tokens are allowed."""
         self.wait()
-        mask_SW = self._host[: len(self._rows) + 1].to(self._device, non_blocking=True)
-        places = [self._rows.get(owner, 0) for owner in owners]
-        if places == list(range(1, len(self._rows) + 1)):
-            return mask_SW[1:]
+        count = len(self._rows)
+        mask_SW = self._host[: count + 1].to(self._device, non_blocking=True)
+        places = [self._rows.get(owner, count) for owner in owners]
+        if places == list(range(count)):
+            return mask_SW[:count]
         return mask_SW[torch.tensor(places, device=self._device)]
 
 

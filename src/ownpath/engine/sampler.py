@@ -131,8 +131,8 @@ def draw_adjusted(
 ) -> torch.Tensor:
     """Draws the rows whose logits change, and writes them over what ``found``, int32 [3 or more, R], has of them.
 
-    scores: with log-probs. Returns their tokens, int32 [S]. Waits for the masks of grammars alone. Every call has filters, penalties and bias:
-    one variant, and another with masks.
+    scores: with log-probs. Returns their tokens, int32 [S]. Waits for the masks of grammars alone. Every call has
+    filters, penalties and bias: one variant, and another with masks.
     """
     kernel, operand = sampler_of(logits_TV.device)
     count = len(adjusted.where_S)

@@ -249,7 +249,7 @@ class TemplateOptions(Strict):
 
 
 class JsonSchema(Strict):
-    """A schema for the answer. name: a label for the client's own use. strict: changes nothing, it is enforced anyway."""
+    """A schema for the answer. name: a label for the client's own use. strict: changes nothing, it binds anyway."""
 
     name: str | None = None
     # The name "schema" is taken by the base class.

@@ -50,7 +50,7 @@ class StructuredRequest(AdjustingRequest):
 
     response_format: ResponseFormat | None = Field(
         None,
-        description="json_object: the answer is a JSON object. json_schema: it fits the schema, with and without strict",
+        description="json_object: the answer is a JSON object. json_schema: it fits the schema, strict or not",
     )
     structured_outputs: StructuredOutputs | None = Field(
         None, description="one of json, regex, choice, grammar, json_object: what the answer must fit"

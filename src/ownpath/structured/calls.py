@@ -1,9 +1,9 @@
 """Calls of tools as a grammar: the format's markup around arguments that fit each tool's schema.
 
-A parameter's text is written as it is (``string="true"``), any other value as JSON. So a schema that allows both has two
-forms. Text with a pattern or a format is JSON too (``string="false"``), because the library knows these inside JSON.
-Parameters come in the order of ``properties``. A tool without named properties takes at most one parameter of any name,
-because no grammar can keep a name from coming twice.
+A parameter's text is written as it is (``string="true"``), any other value as JSON, so a schema that allows both has
+two forms. Text with a pattern or a format is JSON too (``string="false"``), because the library knows these inside
+JSON. Parameters come in the order of ``properties``. A tool without named properties takes at most one parameter of any
+name, because no grammar can keep a name from coming twice.
 
 Source: ``ownpath.chat.dsml`` for the markup.
 """
@@ -73,7 +73,8 @@ def _rules_of(number: int, function: Mapping[str, Any]) -> dict[str, str]:
         if function.get("strict"):
             raise GrammarRefused(str(error), f"{place}.{error.place}".removesuffix(".")) from None
         parameters = [_Parameter(None, {}, False)]
-    rules, uses = {}, []
+    rules: dict[str, str] = {}
+    uses = []
     for index, parameter in enumerate(parameters):
         name = f"p_{number}_{index}"
         rules |= parameter.rules(name)
@@ -180,7 +181,10 @@ def _forms(schema: SchemaObject | bool, depth: int = 0) -> tuple[list[str], Sche
 
 def _referred(reference: str, around: SchemaObject) -> Any:
     """Returns the definition that a reference names; ``None`` if it is not one of these."""
-    _, place, name = (reference.split("/") + ["", "", ""])[:3] if reference.count("/") == 2 else ("", "", "")
+    parts = reference.split("/")
+    if len(parts) != 3:
+        return None
+    _, place, name = parts
     definitions = around.get(place)
     return definitions.get(name) if isinstance(definitions, dict) else None
 

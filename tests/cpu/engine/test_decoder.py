@@ -66,7 +66,8 @@ def test_answers_are_those_of_forward(model: Model, config: EngineConfig) -> Non
 
 
 def test_adjusted_answers_are_those_of_forward(model: Model, config: EngineConfig) -> None:
-    """Rows with penalties, bias, a minimum and masks come and go beside plain ones, whose steps carry on from the device."""
+    """Rows with penalties, bias, a minimum and masks come and go beside plain ones, whose steps carry on from the
+    device."""
     kinds: tuple[dict[str, Any], ...] = (
         {"repetition_penalty": 1.6, "presence_penalty": 0.5},
         {},

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -117,19 +117,29 @@ def judged(compiler: GrammarCompiler, kind: GrammarKind, asked: Any) -> str | No
     return None
 
 
-def test_every_bomb_is_judged_within_a_second(compiler: GrammarCompiler) -> None:
-    """It compiles, or is refused. A busy machine does not count: the time here is the process's own, and half a second
-    for the trial, which its own clock bounds."""
+def judge_all(compiler: GrammarCompiler, bombs: Sequence[tuple[str, GrammarKind, Any]]) -> int:
+    """Checks that each compiles or is refused within a second. Returns how many are refused.
+
+    A busy machine does not count: the time here is the process's own, and half a second for the trial, which its own
+    clock bounds.
+    """
     refused = 0
-    for name, kind, asked in BOMBS:
+    for name, kind, asked in bombs:
         begun, worked = time.monotonic(), time.process_time()
         reason = judged(compiler, kind, asked)
         took = min(time.monotonic() - begun, time.process_time() - worked + WITHIN_S / 2)
         assert took < WITHIN_S, (name, took)
         assert reason is None or 5 < len(reason) < 300, (name, reason)
         refused += reason is not None
-    assert refused > len(BOMBS) // 4
     assert judged(compiler, GrammarKind.REGEX, "[a-z]+") is None, "it goes on"
+    return refused
+
+
+def test_bombs_are_judged_within_a_second(compiler: GrammarCompiler) -> None:
+    """Some of each kind; ``make test-schemas`` takes all."""
+    some = [bomb for bomb in BOMBS[::5] if "9,000" not in bomb[0]]
+    assert judge_all(compiler, some) > 2
+    assert judged(compiler, GrammarKind.LARK, SCHEMAS["multiples"]) is not None
 
 
 def test_a_refusal_is_known_at_once(compiler: GrammarCompiler) -> None:
