@@ -158,6 +158,7 @@ _NESTED = {
     "output_config": FieldTable(OutputOptions.model_fields.keys(), {}, OUTPUT_LABELS),
 }
 _NAMES = {
+    "messages": "messages",
     "stop": "stop_sequences",
     "reasoning_effort": "output_config.effort",
     "response_format": "output_config.format",
