@@ -215,3 +215,28 @@ class TestMessages:
         assert {"metadata", "context_management", "system.cache_control", "messages.content.cache_control"} <= ignored
         *_, last = raw.parse()
         assert last.type == "message_stop"
+
+    def test_litellm(self, served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+        litellm = pytest.importorskip("litellm")
+        fields = {"model": "anthropic/tiny-v4", "api_base": served.url.removesuffix("/v1"), "api_key": "x"}
+        fields |= {"temperature": 0, "max_tokens": 64}
+        messages = [{"role": "user", "content": QUESTION}]
+        assert litellm.completion(messages=messages, **fields).choices[0].message.content == CAPITAL
+        parts = litellm.completion(messages=messages, stream=True, **fields)
+        assert "".join(part.choices[0].delta.content or "" for part in parts) == CAPITAL
+        tool = {"type": "function", "function": {**ABOUT, "parameters": CITY}}
+        asked = [{"role": "user", "content": WEATHER}]
+        (call,) = litellm.completion(messages=asked, tools=[tool], **fields).choices[0].message.tool_calls
+        assert json.loads(call.function.arguments) == {"city": "Rome"}
+
+    def test_pydantic_ai(self, served: Any) -> None:
+        pydantic_ai, models = pytest.importorskip("pydantic_ai"), pytest.importorskip("pydantic_ai.models.anthropic")
+        client = pytest.importorskip("anthropic").AsyncAnthropic(base_url=served.url.removesuffix("/v1"), api_key="x")
+        provider = pytest.importorskip("pydantic_ai.providers.anthropic").AnthropicProvider(anthropic_client=client)
+        model = models.AnthropicModel("tiny-v4", provider=provider)
+        settings = {"extra_body": {"temperature": 0}}
+        assert pydantic_ai.Agent(model, model_settings=settings).run_sync(QUESTION).output == CAPITAL
+        assert (
+            "degrees" in pydantic_ai.Agent(model, tools=[get_weather], model_settings=settings).run_sync(WEATHER).output
+        )

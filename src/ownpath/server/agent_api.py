@@ -1,8 +1,8 @@
 """``/v1/responses`` and ``/v1/messages``: each request is a chat request in other words, and is answered as one."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -23,6 +23,9 @@ from ownpath.server.routes import Api, AskedChat
 from ownpath.server.sse import EventStream, JsonObject, until_disconnect, with_pings
 from ownpath.server.token_api import check_length
 from ownpath.server.token_naming import TokenNaming
+
+AskedOther = TypeVar("AskedOther", AskedResponse, AskedMessage)
+BodyRead = Callable[[dict[str, object], Labels], AskedOther]
 
 
 class AnswerWriter(Protocol):
@@ -46,14 +49,7 @@ class AgentApi:
     async def responses(self, request: Request) -> Response:
         """``POST /v1/responses``"""
         api, labels = self.api, Labels(self.api.policy.refuses_labels)
-        api.refuse_while_ending()
-
-        def read(body: dict[str, object]) -> tuple[AskedResponse, AskedChat]:
-            asked = read_responses_request(body, labels)
-            with renaming(asked.names):
-                return asked, api.conversation(asked.chat)
-
-        asked, conversation = await api.bodies.read(request, CONVERSATION, read)
+        asked, conversation = await self._read(request, labels, read_responses_request)
         source, adjustments = api.source(asked.chat), Adjustments(api.policy.refuses_excess)
         with renaming(asked.names):
             generation, _ = await api.begin_chat(request, conversation, adjustments)
@@ -67,7 +63,7 @@ class AgentApi:
     async def messages(self, request: Request) -> Response:
         """``POST /v1/messages``"""
         labels, adjustments = Labels(self.api.policy.refuses_labels), Adjustments(self.api.policy.refuses_excess)
-        asked, conversation = await self._read_messages(request, labels, is_counted=False)
+        asked, conversation = await self._read(request, labels, read_messages_request)
         api, source = self.api, self.api.source(asked.chat)
         with renaming(asked.names):
             generation, _ = await api.begin_chat(request, conversation, adjustments)
@@ -87,27 +83,35 @@ class AgentApi:
 
     async def count_tokens(self, request: Request) -> Response:
         """``POST /v1/messages/count_tokens``: also of a conversation that the context has no room for."""
+        return await self._count(request, read_count_request, {})
+
+    async def input_tokens(self, request: Request) -> Response:
+        """``POST /v1/responses/input_tokens``: likewise."""
+        return await self._count(request, read_responses_request, {"object": "response.input_tokens"})
+
+    async def _count(self, request: Request, read_body: BodyRead[AskedOther], answer: JsonObject) -> Response:
         labels = Labels(self.api.policy.refuses_labels)
-        asked, conversation = await self._read_messages(request, labels, is_counted=True)
-        segments = conversation.segments
+        asked, (_, segments, _) = await self._read(request, labels, read_body)
         self.api.called(asked.chat.model)
-        check_length(segments, "messages")
-        ids = await chat_ids(segments, self.api.tokenizer)
+        with renaming(asked.names):
+            check_length(segments, "messages")
+            ids = await chat_ids(segments, self.api.tokenizer)
         headers = self.api.headers_for(labels, Adjustments())
-        return Response(await to_json({"input_tokens": len(ids)}), headers=headers, media_type="application/json")
+        body = await to_json(answer | {"input_tokens": len(ids)})
+        return Response(body, headers=headers, media_type="application/json")
 
-    async def _read_messages(
-        self, request: Request, labels: Labels, *, is_counted: bool
-    ) -> tuple[AskedMessage, AskedChat]:
-        api, read_body = self.api, read_count_request if is_counted else read_messages_request
-        api.refuse_while_ending()
+    async def _read(
+        self, request: Request, labels: Labels, read_body: BodyRead[AskedOther]
+    ) -> tuple[AskedOther, AskedChat]:
+        """Reads a request and writes its prompt. Errors: ApiError."""
+        self.api.refuse_while_ending()
 
-        def read(body: dict[str, object]) -> tuple[AskedMessage, AskedChat]:
+        def read(body: dict[str, object]) -> tuple[AskedOther, AskedChat]:
             asked = read_body(body, labels)
             with renaming(asked.names):
-                return asked, api.conversation(asked.chat)
+                return asked, self.api.conversation(asked.chat)
 
-        return await api.bodies.read(request, CONVERSATION, read)
+        return await self.api.bodies.read(request, CONVERSATION, read)
 
 
 async def _events_to_the_end(writer: AnswerWriter) -> AsyncIterator[JsonObject]:

@@ -32,6 +32,7 @@ from ownpath.server.request_log import LogRequests, RequestLog
 from ownpath.server.route_table import (
     COUNT_PATH,
     DOCS_PATH,
+    INPUT_TOKENS_PATH,
     MESSAGES_PATH,
     PAGE_PATH,
     RESPONSES_PATH,
@@ -140,6 +141,7 @@ def _endpoints(api: Api, debug: DebugPlan | None) -> dict[str, Mapping[str, Endp
         "/v1/completions": {"POST": api.completions},
         "/v1/chat/completions": {"POST": api.chat_completions},
         RESPONSES_PATH: {"POST": agents.responses},
+        INPUT_TOKENS_PATH: {"POST": agents.input_tokens},
         MESSAGES_PATH: {"POST": agents.messages},
         COUNT_PATH: {"POST": agents.count_tokens},
         "/tokenize": {"POST": tokens.tokenize},

@@ -22,6 +22,11 @@ def _renamed(error: ApiError, names: Mapping[str, str]) -> ApiError:
     known = max((name for name in names if old == name or old.startswith(f"{name}.")), key=len, default=None)
     if known is None:
         return error
-    new, text = names[known] + old[len(known) :], str(error)
+    rest, text = old[len(known) :], str(error)
+    if known == "messages" and rest:
+        # One message may be several items: its place is none of the request's.
+        rest, text = "", text.replace(old, f"{known}: {old.rpartition('.')[2]}", 1)
+        old = known
+    new = names[known] + rest
     text = new + text[len(old) :] if text.startswith(old) else text
     return ApiError(error.status, text, param=new[:100], code=error.code, headers=error.headers)

@@ -7,6 +7,7 @@ from enum import Enum
 PAGE_PATH, DOCS_PATH = "/", "/docs"
 RESPONSES_PATH, MESSAGES_PATH = "/v1/responses", "/v1/messages"
 COUNT_PATH = f"{MESSAGES_PATH}/count_tokens"
+INPUT_TOKENS_PATH = f"{RESPONSES_PATH}/input_tokens"
 _ADMIN_PATH = "/debug/plan"
 
 STATUSES = {
@@ -95,6 +96,11 @@ ROUTES = (
             *(("status", "string"), ("output", "array"), ("usage", "object")),
         ),
         streams=True,
+    ),
+    RouteSpec(
+        *("POST", INPUT_TOKENS_PATH, "the number of a conversation's tokens, as OpenAI's Responses", _MODEL_BODY),
+        body=("ResponsesRequest",),
+        answer=(("object", "string"), ("input_tokens", "integer")),
     ),
     RouteSpec(
         *("POST", MESSAGES_PATH, "answers a conversation, as Anthropic's Messages", _MODEL_BODY | {504}),

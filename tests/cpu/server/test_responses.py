@@ -213,6 +213,21 @@ def test_what_is_refused_is_named_in_the_requests_own_words(fields: dict[str, An
     assert str(refused.value).startswith(param) or f"field '{param}'" in str(refused.value)
 
 
+def test_more_calls_in_a_row_than_a_message_has() -> None:
+    calls = [CALLED | {"call_id": f"c{n}"} for n in range(1025)]
+    with pytest.raises(ApiError, match=r"^input: tool_calls: 1025 entries; at most 1024") as refused:
+        prompt_of(ASKED, *calls, RESULT)
+    assert refused.value.param == "input"
+
+
+def test_tokens_are_counted_as_an_answer_counts_them(served: Harness) -> None:
+    body = {"input": "hello", "instructions": "Be brief.", "reasoning": {"effort": "low"}}
+    counted = answer(served.post(f"{PATH}/input_tokens", **body))
+    num = answer(served.post(PATH, max_output_tokens=1, **body))["usage"]["input_tokens"]
+    assert counted == {"object": "response.input_tokens", "input_tokens": num}
+    assert answer(served.post(f"{PATH}/input_tokens", input="x " * 400))["input_tokens"] > 256
+
+
 def test_what_does_not_fit_names_the_input(served: Harness) -> None:
     told = error(served.post(PATH, input="x" * 5000), 400)
     assert (told["param"], told["code"]) == ("input", "context_length_exceeded")

@@ -13,6 +13,7 @@ from ownpath.server.fields import FieldTable
 from ownpath.server.given import GivenObject
 from ownpath.server.transcript import Transcript
 
+BLOCK_TYPES = ("text", "tool_use", "tool_result", "thinking", "redacted_thinking")
 MESSAGE_ROLES = ("user", "assistant", "system")
 _MESSAGE = FieldTable(("role", "content"), {}, None)
 _TEXT = FieldTable(("type", "text", "citations"), {}, None)

@@ -11,7 +11,7 @@ from ownpath.server.errors import bad_request
 from ownpath.server.fields import LABELS, THINKING_LABELS, FieldTable, Neutral
 from ownpath.server.given import GivenObject
 from ownpath.server.labels import Labels
-from ownpath.server.messages.blocks import MESSAGE_ROLES, read_conversation_of
+from ownpath.server.messages.blocks import BLOCK_TYPES, MESSAGE_ROLES, read_conversation_of
 from ownpath.server.messages.tools import read_tool_choice, read_tools
 from ownpath.server.protocol import ChatRequest, read_chat_request
 from ownpath.server.renaming import renaming
@@ -24,6 +24,20 @@ _TEXT_BLOCK = {
     "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
     "required": ["type", "text"],
 }
+_BLOCK = {
+    "type": "object",
+    "properties": {
+        "type": {"enum": BLOCK_TYPES},
+        "text": {"type": "string"},
+        "thinking": {"type": "string"},
+        "id": {"type": "string"},
+        "name": {"type": "string", "pattern": '^[^"]+$'},
+        "input": {"type": "object"},
+        "tool_use_id": {"type": "string"},
+        "content": {"type": "string"},
+    },
+    "required": ["type"],
+}
 _SYSTEM_SCHEMA = {
     "anyOf": [{"type": "string"}, {"type": "array", "maxItems": MAX_PARTS, "items": _TEXT_BLOCK}],
 }
@@ -35,15 +49,27 @@ _MESSAGES_SCHEMA = {
         "type": "object",
         "properties": {
             "role": {"enum": MESSAGE_ROLES},
-            "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]},
+            "content": {"anyOf": [{"type": "string"}, {"type": "array", "maxItems": MAX_PARTS, "items": _BLOCK}]},
         },
         "required": ["role", "content"],
     },
 }
-_TOOLS_SCHEMA = {"type": "array", "maxItems": MAX_TOOLS, "items": {"type": "object", "required": ["name"]}}
+_TOOLS_SCHEMA = {
+    "type": "array",
+    "maxItems": MAX_TOOLS,
+    "items": {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "pattern": '^[^"]+$'},
+            "description": {"type": "string"},
+            "input_schema": {"type": "object"},
+        },
+        "required": ["name", "input_schema"],
+    },
+}
 _CHOICE_SCHEMA = {
     "type": "object",
-    "properties": {"type": {"enum": ["auto", "any", "tool", "none"]}},
+    "properties": {"type": {"enum": ["auto", "any", "tool", "none"]}, "name": {"type": "string"}},
     "required": ["type"],
 }
 _FORMAT_SCHEMA = {
@@ -132,6 +158,7 @@ _NESTED = {
     "output_config": FieldTable(OutputOptions.model_fields.keys(), {}, OUTPUT_LABELS),
 }
 _NAMES = {
+    "messages": "messages",
     "stop": "stop_sequences",
     "reasoning_effort": "output_config.effort",
     "response_format": "output_config.format",

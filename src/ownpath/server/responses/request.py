@@ -15,8 +15,8 @@ from ownpath.server.labels import Labels
 from ownpath.server.offers import Offer
 from ownpath.server.protocol import ChatRequest, read_chat_request
 from ownpath.server.renaming import renaming
-from ownpath.server.responses.items import ITEM_TYPES, check_end, read_input
-from ownpath.server.responses.tools import read_choice, read_offer
+from ownpath.server.responses.items import INPUT_ROLES, ITEM_TYPES, check_end, read_input
+from ownpath.server.responses.tools import TOOL_TYPES, read_choice, read_offer
 from ownpath.server.sse import JsonObject
 from ownpath.server.validation import validate
 
@@ -35,12 +35,45 @@ _ITEMS_SCHEMA = {
             "type": "array",
             "minItems": 1,
             "maxItems": MAX_MESSAGES,
-            "items": {"type": "object", "properties": {"type": {"enum": ITEM_TYPES}}},
+            "items": {
+                "type": "object",
+                "properties": {
+                    "type": {"enum": ITEM_TYPES},
+                    "role": {"enum": INPUT_ROLES},
+                    "content": {"type": ["string", "null"]},
+                    "call_id": {"type": "string"},
+                    "name": {"type": "string", "pattern": '^[^"]+$'},
+                    "arguments": {"type": "string"},
+                    "output": {"type": "string"},
+                },
+            },
         },
     ]
 }
-_TOOLS_SCHEMA = {"type": "array", "maxItems": MAX_TOOLS, "items": {"type": "object", "required": ["type"]}}
-_CHOICE_SCHEMA = {"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object", "required": ["type"]}]}
+_TOOLS_SCHEMA = {
+    "type": "array",
+    "maxItems": MAX_TOOLS,
+    "items": {
+        "type": "object",
+        "properties": {
+            "type": {"enum": TOOL_TYPES},
+            "name": {"type": "string", "pattern": '^[^"]+$'},
+            "description": {"type": ["string", "null"]},
+            "parameters": {"type": ["object", "null"]},
+        },
+        "required": ["type", "name"],
+    },
+}
+_CHOICE_SCHEMA = {
+    "anyOf": [
+        {"enum": ["none", "auto", "required"]},
+        {
+            "type": "object",
+            "properties": {"type": {"enum": ["function", "custom", "allowed_tools"]}, "name": {"type": "string"}},
+            "required": ["type"],
+        },
+    ]
+}
 _STREAM_SCHEMA = {
     "type": "object",
     "properties": {name: {"enum": [*values, None]} for name, values in STREAM_OPTIONS.items()},
