@@ -87,13 +87,18 @@ class CacheSpec:
         return layout if self.layer_ids is None else layout.of_layers(self.layer_ids)
 
     @property
+    def spare_rows(self) -> int:
+        """Rows by which rings are longer than one row of a request needs."""
+        return spare_rows(self.rows_per_request)
+
+    @property
     def window_rows(self) -> int:
         """Rows of a slot in the rings of windows."""
-        return self.config.sliding_window + spare_rows(self.rows_per_request)
+        return self.config.sliding_window + self.spare_rows
 
     def state_rows(self, ratio: int) -> int:
         """Returns the rows of a slot in the rings of states."""
-        return windows_per_entry(ratio) * ratio + spare_rows(self.rows_per_request)
+        return windows_per_entry(ratio) * ratio + self.spare_rows
 
     @property
     def sequence_bytes(self) -> int:

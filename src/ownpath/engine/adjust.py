@@ -131,6 +131,11 @@ class Adjuster:
         asking = [(_turn(one), one.matcher, one.output_ids) for one in requests if one in self._asking]
         self._masks.start([(turn, matcher, ids) for turn, matcher, ids in asking if matcher is not None])
 
+    def waits_for_tokens(self, requests: Iterable[Request]) -> bool:
+        """Returns True if the rows of these requests cannot be made before the tokens of the step before are known:
+        penalties count them, and grammars go on from them."""
+        return bool(self._asking) and any(one in self._asking and one.adjusts_now for one in requests)
+
     def rows_of(self, requests: Sequence[Request]) -> AdjustedRows | None:
         """Returns the rows, among those of these requests, whose logits change in this step; ``None``: nobody's do."""
         if not self._asking:

@@ -6,6 +6,8 @@ The engine's thread writes; any other may read a number at any time, and sees th
 from bisect import bisect_left
 from dataclasses import dataclass, field
 
+from ownpath.engine.flight import StepTimes
+
 STEP_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 50, 300)
 """Upper bounds of a step's buckets, from the fastest decode step to the default limit of the watchdog."""
 GAP_SECONDS = (5e-6, 1e-5, 2e-5, 3e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 5e-2, 0.25, 1)
@@ -64,7 +66,8 @@ class EngineLoad:
     """num_running, num_waiting: requests. cache_use: share of the caches' tokens that running requests fill.
 
     Since the engine started: num_compiled, kernels that steps had to compile, or to take from Triton's cache;
-    num_captured, graphs that they had to capture. Both should stay 0. ``counts`` has the rest, and goes on counting.
+    num_captured, graphs that they had to capture. Both should stay 0.
+    ``counts`` has the rest, and goes on counting. times: of steps.
     blocks, slots: of the caches; a block that only the prefix cache holds counts as free, for whoever needs it gets it.
     """
 
@@ -76,3 +79,4 @@ class EngineLoad:
     blocks: Usage = Usage()
     slots: Usage = Usage()
     counts: EngineCounts = field(default_factory=EngineCounts)
+    times: StepTimes = field(default_factory=StepTimes)

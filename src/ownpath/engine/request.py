@@ -22,6 +22,10 @@ from ownpath.engine.limits import (
 from ownpath.engine.masks import Matcher
 from ownpath.engine.request_prefix import RequestPrefix
 
+ROOM_AHEAD = 2
+"""Tokens behind the known ones that a running request has room for: that of the step that is planned, and of one more
+that may be launched before its tokens are known."""
+
 
 class RequestError(ValueError):
     """A request that cannot be run as asked; the message names the field. param: the field, where it is not the
@@ -201,7 +205,8 @@ class Request:
     """A request's state, owned by the engine's thread after submission.
 
     seed: the parameters' own or a fresh one; with the number of tokens drawn it decides the next draw.
-    num_computed: tokens of ``prompt_ids + output_ids`` that the cache already holds.
+    client: whose it is, for turns between clients. priority: the lower, the earlier it runs.
+    num_computed: tokens of ``prompt_ids + output_ids`` that the cache already holds. room: tokens that its blocks hold.
     flagged_layer: the first layer whose index scores were not finite in a row of this request; ``None``: none.
     sink: called with every output, from the engine's thread; must not block.
     salt: only requests with the same one share what caches hold. prefix: what the prefix cache knows of this request.
@@ -219,6 +224,9 @@ class Request:
     seed: int = field(init=False)
     scored_prompt: list[ScoredToken] = field(default_factory=list)
     flagged_layer: int | None = None
+    client: str = ""
+    priority: int = 0
+    room: int = 0
     salt: str = ""
     prefix: RequestPrefix | None = None
     has_failed: bool = False
@@ -270,14 +278,35 @@ class Request:
         return self.prompt_ids[start:] + self.output_ids[max(0, start - num_prompt) : stop - num_prompt]
 
     @property
+    def most_tokens(self) -> int:
+        """Tokens of prompt and answer at their longest."""
+        return len(self.prompt_ids) + self.params.max_tokens
+
+    @property
+    def may_grow(self) -> bool:
+        """True if its blocks may not hold all of it."""
+        return self.room < self.most_tokens
+
+    @property
+    def needs_room(self) -> bool:
+        """True if its blocks do not hold its next tokens, see ``ROOM_AHEAD``."""
+        return self.num_computed + 1 + ROOM_AHEAD > self.room and self.may_grow
+
+    @property
     def is_prefilling(self) -> bool:
         return self.num_computed < len(self.prompt_ids)
 
     @property
+    def is_reading(self) -> bool:
+        """True while more is to be run than the last token of an answer: the prompt, and after it was sent back, the
+        answer so far as well."""
+        num_prompt = len(self.prompt_ids)
+        return self.num_computed < max(num_prompt, num_prompt + len(self.output_ids) - 1)
+
+    @property
     def needs_logits(self) -> bool:
         """True if more than the sampler's results decides what this step reports."""
-        is_prefilling = self.num_computed < len(self.prompt_ids)
-        return is_prefilling or self.flagged_layer is not None or self.params.needs_logits
+        return self.is_reading or self.flagged_layer is not None or self.params.needs_logits
 
     @property
     def must_go_on(self) -> bool:
@@ -315,7 +344,8 @@ class Request:
 
     def next_ids(self, num_tokens: int) -> list[int]:
         """Returns the next ``num_tokens`` tokens to run."""
-        if self.is_prefilling:
-            return self.prompt_ids[self.num_computed : self.num_computed + num_tokens]
-        start = self.num_computed - len(self.prompt_ids)
-        return self.output_ids[start : start + num_tokens]
+        ids = self.prompt_ids[self.num_computed : self.num_computed + num_tokens]
+        if len(ids) < num_tokens:
+            start = max(self.num_computed - len(self.prompt_ids), 0)
+            ids += self.output_ids[start : start + num_tokens - len(ids)]
+        return ids

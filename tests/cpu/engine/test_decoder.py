@@ -109,8 +109,10 @@ def test_an_adjusted_step_goes_on_from_its_own_token(model: Model, monkeypatch: 
     adjuster.add(request)
     plain = Request([4], SamplingParams(9, temperature=0), lambda output: None)
     uploads: list[int] = []
-    upload = decoder._rows.upload
-    monkeypatch.setattr(decoder._rows, "upload", lambda rows: (uploads.append(rows.num_rows), upload(rows)))
+    stage = decoder._rows.stage
+    monkeypatch.setattr(
+        decoder._rows, "stage", lambda rows, turn: (uploads.append(rows.num_rows), stage(rows, turn))[1]
+    )
     for _ in range(3):
         found = decoder.step(StepRows.of(rows), adjuster.rows_of([plain, request])).token_ids
         assert found[1] == 70 != found[0]
@@ -136,10 +138,10 @@ class Told:
         return self.inner.decode(token_ids_T, tables)
 
 
-def started(model: Model, lengths: Sequence[int]) -> list[DecodeRow]:
+def started(model: Model, lengths: Sequence[int], room: int | None = None) -> list[DecodeRow]:
     rows = []
     for count in lengths:
-        cache = model.new_cache()
+        cache = model.new_cache(room)
         model.forward(ForwardBatch.of([([3] * count, cache)], model.cache_spec.device))
         rows.append(DecodeRow(cache, 4))
     return rows
@@ -149,8 +151,10 @@ def test_the_next_step_of_the_same_rows_uploads_nothing(model: Model, monkeypatc
     decoder = Decoder(model, MAX_ROWS, VOCAB)
     rows = started(model, (2, 9))
     uploads: list[int] = []
-    upload = decoder._rows.upload
-    monkeypatch.setattr(decoder._rows, "upload", lambda rows: (uploads.append(rows.num_rows), upload(rows)))
+    stage = decoder._rows.stage
+    monkeypatch.setattr(
+        decoder._rows, "stage", lambda rows, turn: (uploads.append(rows.num_rows), stage(rows, turn))[1]
+    )
     for _ in range(3):
         tokens = decoder.step(StepRows.of(rows)).token_ids
         rows = [DecodeRow(row.cache, token) for row, token in zip(rows, tokens, strict=True) if token is not None]
@@ -181,7 +185,7 @@ def test_what_a_row_draws_with_is_compared_where_it_draws(model: Model) -> None:
 
 
 def resident(row: DecodeRow, position: int = 5) -> ResidentRows:
-    return ResidentRows([row.cache.slot], [position], *StepRows.of([row])[1:])
+    return ResidentRows([row.cache.slot], [row.cache.blocks], [position], *StepRows.of([row])[1:])
 
 
 def test_a_new_sequence_in_an_old_slot_brings_its_own_blocks(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,28 +211,25 @@ def test_a_new_sequence_in_an_old_slot_brings_its_own_blocks(model: Model, monke
     other.cache.release()
 
 
-def test_a_row_that_grows_uploads_its_table_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Across the end of a block: the tokens of a row that has room from the start; one table goes to the device."""
+def test_a_row_that_grows_has_its_new_block_before_it_writes_there(model: Model) -> None:
+    """Across the end of a block: the tokens of a row that has room from the start, and its table on the device."""
     with torch.inference_mode():
         reserved, growing = (model.new_cache(count) for count in (None, 253))
-        for cache in (reserved, growing):
-            model.forward(ForwardBatch.of([([3] * 253, cache)], model.cache_spec.device))
         found = []
         for cache in (reserved, growing):
+            model.forward(ForwardBatch.of([([3] * 253, cache)], model.cache_spec.device))
             decoder = Decoder(model, MAX_ROWS, VOCAB)
-            uploads: list[int] = []
-            upload = decoder._rows.upload
-            monkeypatch.setattr(decoder._rows, "upload", lambda rows, to=upload, n=uploads: (n.append(1), to(rows)))
             tokens: list[int | None] = [4]
             for position in range(253, 260):
                 if cache is growing:
                     cache.grow(position + 1)
                 tokens.append(decoder.step(StepRows.of([DecodeRow(cache, tokens[-1] or 0)])).token_ids[0])
-            found.append((tokens, uploads))
+            found.append(tokens)
             assert decoder._rows.columns.blocks[0].tolist() == list(cache.blocks)
     assert found[0] == found[1]
-    assert found[1][1] == [1]
     assert len(growing.blocks) == 2
+    with pytest.raises(AssertionError, match="no room"):
+        decoder.step(StepRows.of([DecodeRow(started(model, (256,), 256)[0].cache, 4)]))
     for cache in (reserved, growing):
         cache.release()
 
@@ -241,7 +242,7 @@ def test_an_upload_leaves_what_its_rows_say(model: Model) -> None:
     for step, picked in enumerate([(0, 1, 2), (2, 0), (), (4,), (0, 1, 2, 3, 4), (4, 3, 2, 1), (4, 3, 2, 1)]):
         params = SamplingParams(9, temperature=0.25 * step, top_p=0.25 * (step % 4) + 0.1)
         rows = [DecodeRow(caches[n], 10 * step + n, SampleRow(params, 2**62 + n, step + n)) for n in picked]
-        decoder._rows.upload(StepRows.of(rows))
+        decoder.upload(StepRows.of(rows))
         columns, some = decoder._rows.columns, slice(len(rows))
         assert columns.tokens[some].tolist() == [10 * step + n for n in picked]
         assert columns.positions[some].tolist() == [7 * caches[n].slot for n in picked]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from cpu.engine.fake_model import EOS_ID, FakeModel, random_rule, script_rule
 
+from ownpath.cache.pools import SequenceCache
 from ownpath.config import EngineConfig
 from ownpath.engine.engine import Engine, EngineOverloaded, EngineStopped
 from ownpath.engine.request import FinishReason, Request, RequestError, SamplingParams, StepOutput
@@ -248,11 +249,11 @@ def test_no_memory_for_a_cache_fails_that_request_only() -> None:
     class Tight(FakeModel):
         num_caches = 0
 
-        def new_cache(self) -> object:
+        def new_cache(self, num_tokens: int | None = None) -> SequenceCache:
             self.num_caches += 1
             if self.num_caches == 2:
                 raise torch.OutOfMemoryError("no")
-            return super().new_cache()
+            return super().new_cache(num_tokens)
 
     with running(Tight(random_rule(VOCAB), VOCAB)) as engine:
         crowd = [Asked([3], SamplingParams(5)) for _ in range(3)]

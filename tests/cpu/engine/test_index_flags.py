@@ -123,8 +123,8 @@ def answers(
 
     decoder = Decoder(model, MAX_ROWS, VOCAB) if with_decoder else None
     if decoder is not None:
-        step = decoder.step
-        decoder.step = lambda *rows: (before(), step(*rows))[1]  # type: ignore[method-assign]
+        begin = decoder.begin
+        decoder.begin = lambda *rows: (before(), begin(*rows))[1]  # type: ignore[method-assign]
     watched: Model = _Watched(model, before)  # type: ignore[assignment]
     engine = Engine(watched, config, VOCAB, end_token_ids=(), decoder=decoder)
     engine.start()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cpu.chat.small_tokenizer import FIRST_BYTE_ID, THINK_END_ID
-from cpu.engine.fake_model import EOS_ID, FakeModel, random_rule, script_rule
+from cpu.engine.fake_model import EOS_ID, MAX_SEQUENCES, FakeModel, random_rule, script_rule
 from cpu.server.harness import (
     HELLO,
     MAX_MODEL_LEN,
@@ -249,7 +249,9 @@ def test_gauges_follow_what_runs() -> None:
             model.permits.release()
             assert eventually(lambda: page(served)["ownpath_num_requests_running"] == 6)
             assert page(served)["ownpath_num_requests_waiting"] == 4
-            assert eventually(lambda: page(served)["ownpath_kv_cache_usage_perc"] == round(18 / (8 * 256), 6))
+            assert eventually(
+                lambda: page(served)["ownpath_kv_cache_usage_perc"] == round(18 / (MAX_SEQUENCES * 256), 6)
+            )
         finally:
             for _ in range(100):
                 model.permits.release()
