@@ -86,7 +86,7 @@ def running_engine(args: argparse.Namespace) -> tuple[Engine, PrefixCache]:
         dtype,
         max_model_len=max(args.tokens) + 256,
         max_num_seqs=2,
-        cache_format=CacheFormat(args.cache_format),
+        cache_format=next(one for one in CacheFormat if one == args.cache_format),
         is_batch_invariant=args.batch_invariant,
         max_prefill_tokens=args.prefill_tokens,
     )

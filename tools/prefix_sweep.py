@@ -86,7 +86,7 @@ def records(args: argparse.Namespace) -> Iterator[dict[str, object]]:
         getattr(torch, args.dtype),
         max_model_len=max(args.lengths) + 2 * args.tokens + NUM_MORE,
         max_num_seqs=2,
-        cache_format=CacheFormat(args.cache_format),
+        cache_format=next(one for one in CacheFormat if one == args.cache_format),
         rows_per_request=args.rows_per_request,
     )
     model = load_model(default_model_dir(), config)

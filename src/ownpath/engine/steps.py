@@ -173,7 +173,7 @@ class StepRunner:
         tell_flagged(done.flagged, [chunk.request for chunk in flight.chunks])
         # Whoever ended while this step ran has another cache, or none.
         live = [chunk.request.cache is cache for chunk, cache in zip(flight.chunks, flight.caches, strict=True)]
-        asking = ((row, chunk.request) for row, chunk in enumerate(flight.chunks) if live[row])
+        asking = [(row, chunk.request) for row, chunk in enumerate(flight.chunks) if live[row] and flight.asks[row]]
         tops = top_tokens(done.logits_TV, wanted_tops(asking))
         rows = zip(flight.chunks, live, flight.asks, done.token_ids, strict=True)
         for row, (chunk, is_live, asks, token_id) in enumerate(rows):
