@@ -315,11 +315,20 @@ class Generation:
         """Tokens of the prompts that the first answer of each did not compute: the prefix cache held them."""
         return sum(request.num_cached for request in self._requests[:: len(self._choices) // len(self.prompts)])
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of all prompts, each prompt once."""
+        return sum(len(prompt.ids) for prompt in self.prompts)
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Tokens of all answers so far."""
+        return sum(choice.num_tokens for choice in self._choices)
+
     def usage(self) -> dict[str, object]:
         """Counts tokens so far: of each prompt once, of every answer. EOS and the tokens of a stop string count: they
         were generated."""
-        num_prompt = sum(len(prompt.ids) for prompt in self.prompts)
-        num_generated = sum(choice.num_tokens for choice in self._choices)
+        num_prompt, num_generated = self.num_prompt_tokens, self.num_generated_tokens
         return {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_generated,

@@ -92,7 +92,7 @@ class Run:
         self.engine = Engine(failing, CONFIG, MODEL_VOCAB, end_token_ids=(), decoder=decoder)
         self.outputs: list[list[StepOutput]] = [[] for _ in PROMPTS]
         self.caches: dict[tuple[int, int], list[torch.Tensor]] = {}
-        params = SamplingParams(NUM_TOKENS, temperature=0, num_logprobs=0, prompt_logprobs=True)
+        params = SamplingParams(NUM_TOKENS, temperature=0, num_logprobs=0, prompt_logprobs=0)
         requests = [
             Request([(7 * n + 3 * i) % 90 for i in range(count)], params, self.outputs[n].append)
             for n, count in enumerate(PROMPTS)
