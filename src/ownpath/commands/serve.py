@@ -134,7 +134,7 @@ def _serve(args: argparse.Namespace, opened: _Opened) -> int:
         from ownpath.server.run import ENGINE_FAILED, run_server
         from ownpath.server.vitals import Vitals
 
-    with open_session(args, args.max_num_seqs, prefix_settings(args)) as session:
+    with open_session(args, args.max_num_seqs, prefix_settings(args), args.num_cache_blocks) as session:
         failed = _self_test(session, args.allow_unverified)
         if failed and not args.allow_unverified:
             return 1

@@ -27,6 +27,7 @@ from ownpath.server.errors import ApiError, bad_request, overloaded, unavailable
 from ownpath.server.mailbox import Inbox, Mailbox
 from ownpath.server.metrics import Metrics
 from ownpath.server.prompts import Prompt
+from ownpath.server.sender import ANYBODY, Sender
 from ownpath.server.timeline import Timeline
 
 _PATIENCE = 64
@@ -227,10 +228,14 @@ class Generation:
         return self.prompts[index * len(self.prompts) // len(self._choices)]
 
     def submit(
-        self, params: Sequence[SamplingParams], matchers: Sequence[Matcher | None] | None = None, salt: str = ""
+        self,
+        params: Sequence[SamplingParams],
+        matchers: Sequence[Matcher | None] | None = None,
+        salt: str = "",
+        sender: Sender = ANYBODY,
     ) -> None:
         """Submits all answers to the engine, each with its parameters and the grammar that it must fit. salt: of the
-        prefix cache.
+        prefix cache. sender: whose they are.
 
         Errors: ApiError 400 (does not fit), 429 (no room) or 503 (stopped).
         """
@@ -241,7 +246,8 @@ class Generation:
                 put(inbox, (index, output, time.monotonic()), is_last=output.finish_reason is not None)
 
             matcher = None if matchers is None else matchers[index]
-            return Request(self.prompt_of(index).ids, params[index], sink, salt=salt, matcher=matcher)
+            ids = self.prompt_of(index).ids
+            return Request(ids, params[index], sink, salt=salt, matcher=matcher, **sender._asdict())
 
         requests = [request(index) for index in range(self.num_choices)]
         try:

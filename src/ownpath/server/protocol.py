@@ -28,6 +28,7 @@ from ownpath.server.fields import FieldTable
 from ownpath.server.history import plain_messages
 from ownpath.server.labels import Labels
 from ownpath.server.prompt_scores import ScoringRequest
+from ownpath.server.sender import read_priority
 from ownpath.server.structured_fields import StructuredOutputs, StructuredRequest
 from ownpath.server.validation import validate
 from ownpath.server.value_forms import (
@@ -104,6 +105,9 @@ class _GenerationRequest(StructuredRequest, ScoringRequest):
         min_length=1,
         max_length=MAX_SALT_CHARS,
         description="only requests with the same salt share what the prefix cache holds",
+    )
+    priority: Annotated[int, BeforeValidator(read_priority), WithJsonSchema({"type": "integer"})] = Field(
+        0, description="requests with a lower number run first, as vLLM's; what is no whole number is 0"
     )
     return_tokens_as_token_ids: bool = Field(
         False, description="tokens in logprobs are named token_id:N, N the id, instead of by their text"

@@ -69,8 +69,8 @@ class DetokenizeRequest(Strict):
     )
 
 
-_TEXT = FieldTable(TokenizeTextRequest.model_fields.keys(), {}, fields.LABELS)
-_TOKENS = FieldTable(DetokenizeRequest.model_fields.keys(), {}, fields.LABELS)
+_TEXT = FieldTable(TokenizeTextRequest.model_fields.keys(), {}, fields.TOKEN_LABELS)
+_TOKENS = FieldTable(DetokenizeRequest.model_fields.keys(), {}, fields.TOKEN_LABELS)
 
 
 def read_tokenize_request(body: dict[str, object], labels: Labels) -> TokenizeTextRequest | TokenizeChatRequest:
