@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ownpath.cache.layout import NOBODY, aligned_rows
+from ownpath.cache.layout import BLOCK_TOKENS, NOBODY, aligned_rows
 from ownpath.cache.pools import CachePool, SequenceCache
 from ownpath.cache.tables import DecodeTables, first_flagged, new_flags
 from ownpath.engine.request import Request, SamplingParams
@@ -177,6 +177,10 @@ class RowArrays:
         columns = self.columns
         columns.tokens.addcmul_(drawn_R.index_select(0, columns.sources), columns.carries)
 
+    def forget(self) -> None:
+        """Sends every block table with the next rows: nobody knows which have arrived."""
+        self._held = [()] * len(self._held)
+
     def _stage_blocks(self, tables: Sequence[tuple[int, ...]], host: "_HostArrays") -> slice | None:
         """Writes the rows' block tables from the first that changes on the device to the last."""
         wanted = [*tables, *[None] * (len(self._held) - len(tables))]
@@ -264,11 +268,40 @@ class ResidentRows(NamedTuple):
             one.greedy or own == other for one, own, other in zip(self.params, ours, theirs, strict=True)
         )
 
-    def advanced(self, token_ids: list[int]) -> "ResidentRows":
-        """Returns the rows after a step that chooses these tokens."""
-        ahead = [position + 1 for position in self.positions]
-        drawn = [count + 1 for count in self.num_drawn]
+    def advanced(self, num_steps: int, token_ids: list[int]) -> "ResidentRows":
+        """Returns the rows after so many steps, of which the last one chose these tokens."""
+        ahead = [position + num_steps for position in self.positions]
+        drawn = [count + num_steps for count in self.num_drawn]
         return self._replace(positions=ahead, token_ids=token_ids, num_drawn=drawn)
+
+
+class HeldRows:
+    """The rows that the device goes on with, step by step. caches: theirs. first: the rows of the first step.
+
+    num_left: steps until the first row's blocks are full. token_ids: what the last step drew; ``None``: nobody has
+    read that yet.
+    """
+
+    def __init__(self, caches: Sequence[SequenceCache], first: ResidentRows) -> None:
+        self.caches, self.first = caches, first
+        ends = (min(BLOCK_TOKENS * len(cache.blocks), cache.max_tokens) for cache in caches)
+        self.num_left = min(end - position for end, position in zip(ends, first.positions, strict=True))
+        self.token_ids: list[int] | None = None
+        self._num_steps = 0
+
+    @property
+    def is_current(self) -> bool:
+        """True if the caches have the block tables that the device has."""
+        return [cache.blocks for cache in self.caches] == self.first.blocks
+
+    def advance(self) -> None:
+        """Notes that a step is launched."""
+        self._num_steps, self.num_left, self.token_ids = self._num_steps + 1, self.num_left - 1, None
+
+    def rows(self) -> ResidentRows:
+        """Returns the rows as the last step leaves them, with names of tokens that nobody has read."""
+        names = [unread(row) for row in range(len(self.caches))] if self.token_ids is None else self.token_ids
+        return self.first.advanced(self._num_steps, names)
 
 
 class StepResults:

@@ -172,7 +172,7 @@ def test_what_a_row_draws_with_is_compared_where_it_draws(model: Model) -> None:
     drawing = SampleRow(SamplingParams(9, temperature=0.5), seed=3, num_drawn=2)
     for sample, others in ((GREEDY, []), (drawing, [drawing._replace(seed=4), drawing._replace(num_drawn=2)])):
         held = resident(row._replace(sample=sample))
-        after = held.advanced([8])
+        after = held.advanced(1, [8])
         ahead = sample._replace(num_drawn=sample.num_drawn + 1)
         assert resident(DecodeRow(row.cache, 8, ahead), 6).continues(after)
         assert not resident(DecodeRow(row.cache, 7, ahead), 6).continues(after)
