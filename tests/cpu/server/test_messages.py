@@ -293,6 +293,13 @@ def test_the_answer_has_anthropics_shape() -> None:
     assert (usage["cache_creation_input_tokens"], usage["cache_read_input_tokens"]) == (0, 0)
 
 
+def test_tokens_that_a_cache_had_are_told_apart(served: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = {"prompt_tokens": 11, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 3}}
+    monkeypatch.setattr("ownpath.server.messages.events.chat_usage", lambda _: counted)
+    usage = whole_of(served, PATH, {"messages": HELLO, "max_tokens": 1})["usage"]
+    assert (usage["input_tokens"], usage["cache_read_input_tokens"]) == (8, 3)
+
+
 def test_reasoning_that_is_omitted_is_in_the_signature_alone() -> None:
     whole, events = answered(TEXT, thinking={"type": "adaptive", "display": "omitted"})
     thought, *rest = whole["content"]

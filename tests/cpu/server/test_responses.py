@@ -409,6 +409,14 @@ def test_a_limit_makes_the_answer_incomplete(served: Harness) -> None:
     assert adjusted.headers["X-Ownpath-Adjusted"].startswith("max_output_tokens=")
 
 
+def test_tokens_that_a_cache_had_are_told(served: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = {"prompt_tokens": 11, "completion_tokens": 1, "total_tokens": 12}
+    counted |= {"prompt_tokens_details": {"cached_tokens": 3}}
+    monkeypatch.setattr("ownpath.server.responses.events.chat_usage", lambda _: counted)
+    usage = whole_of(served, PATH, {"input": "hello", "max_output_tokens": 1})["usage"]
+    assert (usage["input_tokens"], usage["input_tokens_details"]["cached_tokens"]) == (11, 3)
+
+
 def test_a_call_that_broke_is_marked() -> None:
     whole, _ = answered(f"{THINK_END}" + CALL[: CALL.index("rich</")], tools=[WEATHER])
     (call,) = [item for item in whole["output"] if item["type"] == "function_call"]
@@ -446,6 +454,7 @@ def test_a_coding_agents_request_is_read_whole() -> None:
         place = prompt.index(said, place)
     assert set(labels.names) == {
         *("store", "client_metadata", "tools.web_search", "tools.image_generation", "input.encrypted_content"),
+        "tools.description",
     }
     for name in ("exec_command", "helpers__wait_agent", "helpers__close_agent", "apply_patch"):
         assert f'"name": "{name}"' in prompt
