@@ -34,8 +34,9 @@ aot: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/aot
 
 # Public clients against a real server, in environments of their own: they need no torch, and not all agree on an openai.
+# docs/clients.md has what each is asked. aiperf, lm-eval and inspect-ai are large: 3 GB in all.
 test-clients: $(VENV)/.base
-	for set in frameworks llama-index; do \
+	for set in frameworks llama-index evals load aiperf; do \
 		$(PYTHON) -m venv $(VENV)-$$set && \
 		$(VENV)-$$set/bin/python -m pip install --quiet --no-deps --requirement tests/clients/$$set.txt && \
 		OWNPATH_PYTHON=$(abspath $(BIN))/python $(VENV)-$$set/bin/python -m pytest -rs --confcutdir tests/clients tests/clients \

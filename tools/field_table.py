@@ -7,7 +7,7 @@ Fields that share a fate and the routes that take them share a row.
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,16 +80,16 @@ def rows() -> Iterator[str]:
     for (name, fate), routes in routes_of.items():
         names_of.setdefault((fate, tuple(routes)), []).append(name)
     order = {HONOURED: 0, IGNORED: 2}
-    for (fate, asking), names in sorted(names_of.items(), key=lambda row: (order.get(row[0][0], 1), row[0])):
-        yield f"| {_code(asking)} | {_code(names)} | {fate} |"
+    for (fate, takers), names in sorted(names_of.items(), key=lambda row: (order.get(row[0][0], 1), row[0])):
+        yield f"| {_code(takers)} | {_code(names)} | {fate} |"
     paths = description(has_debug=True)["paths"]
     asked = [(f"{method.upper()} {path}", it) for path, methods in paths.items() for method, it in methods.items()]
     yield f"| {_code([route for route, operation in asked if 'requestBody' not in operation])} | | answered |"
-    for why, paths in NOT_SERVED.items():
-        yield f"| {_code(paths)} | | 404: {why} |"
+    for why, others in NOT_SERVED.items():
+        yield f"| {_code(others)} | | 404: {why} |"
 
 
-def _code(names: list[str] | tuple[str, ...]) -> str:
+def _code(names: Sequence[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 

@@ -82,17 +82,25 @@ def engine_rates(device: str, counts: Sequence[int], num_tokens: int) -> Iterato
 
 
 class Server:
-    """``ownpath serve`` of a model, named tiny-v4, on a free port. start_s: seconds from the command to readiness."""
+    """``ownpath serve`` of a model, named tiny-v4, on a free port. start_s: seconds from the command to readiness.
 
-    def __init__(self, device: str, model: Path | None = None, max_model_len: int = 1024) -> None:
+    model: its folder; the embedded model without one. tree: a source tree to run instead of this one.
+    """
+
+    def __init__(
+        self, device: str, model: Path | None = None, max_model_len: int = 1024, tree: Path | None = None
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
-        command = [sys.executable, "-m", "ownpath", "serve", str(model or default_model_dir()), "--device", device]
+        folder = [] if model is None else [str(model)]
+        command = [sys.executable, "-m", "ownpath", "serve", *folder, "--device", device]
         command += ["--port", str(self.port), "--max-model-len", str(max_model_len)]
         command += ["--max-num-seqs", str(MAX_NUM_SEQS), "--served-model-name", "tiny-v4", "--log-requests", "off"]
         start = time.perf_counter()
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        source = {} if tree is None else {"PYTHONPATH": str(tree.resolve() / "src")}
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | source)
+        self.pid = self._process.pid
         while not self._is_ready():
             assert self._process.poll() is None, "the server ended"
             assert time.perf_counter() - start < START_LIMIT_S, "the server did not start"

@@ -188,15 +188,15 @@ def test_who_was_told_already_is_not_told_twice(monkeypatch: pytest.MonkeyPatch)
     """The report of the second of three requests fails once, amid the reports of a step."""
     model = FakeModel(random_rule(VOCAB), VOCAB)
     failures = iter([True])
-    scores = steps.with_top
+    name = steps.with_own
 
-    def score_or_fail(token_id: int, *rest: object) -> ScoredToken:
+    def name_or_fail(*top: Any) -> object:
         is_amid = asked[0].request.num_tokens > asked[1].request.num_tokens
         if len(model.step_sizes) == 6 and is_amid and next(failures, False):
             raise RuntimeError("broken")
-        return scores(token_id, *rest)  # type: ignore[arg-type]
+        return name(*top)
 
-    monkeypatch.setattr(steps, "with_top", score_or_fail)
+    monkeypatch.setattr(steps, "with_own", name_or_fail)
     asked = [Asked([3 + n], SamplingParams(20, temperature=0, num_logprobs=0)) for n in range(3)]
     with running(model) as engine:
         engine.submit([one.request for one in asked])
