@@ -4,7 +4,7 @@ The model is in float64: what may differ is the order of sums alone.
 """
 
 from dataclasses import replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from ownpath.config import EngineConfig
 from ownpath.engine import steps
 from ownpath.engine.decoder import Decoder
 from ownpath.engine.engine import Engine
-from ownpath.engine.request import FinishReason, Request, SamplingParams, ScoredToken, StepOutput
+from ownpath.engine.request import FinishReason, Request, SamplingParams, StepOutput
 from ownpath.loading import load_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
