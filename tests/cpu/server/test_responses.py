@@ -369,6 +369,12 @@ def test_the_answer_holds_its_items_and_what_was_asked() -> None:
     assert usage["input_tokens_details"]["cached_tokens"] == 0
 
 
+def test_a_level_that_ran_otherwise_is_told_in_the_requests_words() -> None:
+    with answering("x", 1) as served:
+        response = served.post(PATH, input="hello", reasoning={"effort": "medium"}, max_output_tokens=1)
+    assert response.headers["X-Ownpath-Adjusted"] == "reasoning.effort=high"
+
+
 def test_a_summary_is_the_whole_reasoning_and_encrypted_content_carries_it() -> None:
     fields = {"reasoning": {"effort": "low", "summary": "auto"}, "include": ["reasoning.encrypted_content"]}
     whole, events = answered(TEXT, **fields)
