@@ -14,6 +14,7 @@ import torch
 from ownpath.files import FileError, MissingFileError, read_json_object, shorten
 from ownpath.formats import CacheFormat
 from ownpath.official import PLAIN, Step
+from ownpath.other_models import describe_model
 
 SLIDING, CSA_RATIO, HCA_RATIO = 0, 4, 128
 _LAYER_TYPES = {
@@ -21,20 +22,6 @@ _LAYER_TYPES = {
     "compressed_sparse_attention": CSA_RATIO,
     "heavily_compressed_attention": HCA_RATIO,
 }
-_OTHER_MODELS = {
-    "deepseek_v41": "DeepSeek-V4.1 shares KV across layers, compresses it otherwise, and adds n-gram tables and a "
-    "vision tower: a different model",
-    "deepseek_v32": "DeepSeek-V3.2 is V3 with a sparse indexer: latent attention, no compressed layers, no "
-    "hyper-connections",
-    "deepseek_v3": "DeepSeek-V3 and R1 have latent attention (MLA), no compressed layers, no hyper-connections",
-    "deepseek_v2": "DeepSeek-V2 has latent attention (MLA), no compressed layers, no hyper-connections",
-    "kimi_k2": "Kimi K2 has DeepSeek-V3's architecture, not V4's",
-    "gpt_oss": "gpt-oss is a mixture of MXFP4 experts with grouped-query attention",
-    "qwen3_moe": "Qwen3-MoE is a mixture of experts with grouped-query attention",
-    "mixtral": "Mixtral is a mixture of experts with grouped-query attention",
-    "llama": "Llama is a dense model with grouped-query attention",
-}
-"""Description of other models by model_type. Their class names in ``architectures`` are the same words without "_"."""
 _REQUIRED: dict[str, tuple[object, ...]] = {
     "scoring_func": ("sqrtsoftplus",),
     "topk_method": ("noaux_tc",),
@@ -230,6 +217,8 @@ class EngineConfig:
         it. The engine itself decodes one row of each; callers of the model may bring drafts.
     graphs: capture decode steps as CUDA graphs; without, they run eagerly, with the same bits.
     parallel: this process's rank among those that run one model together.
+    num_cache_blocks: blocks of 256 tokens that all sequences share; ``None``: as many as ``max_num_seqs`` sequences of
+        ``max_model_len`` tokens fill.
     """
 
     device: str = "cpu"
@@ -245,6 +234,7 @@ class EngineConfig:
     graphs: bool = True
     cache_format: CacheFormat = CacheFormat.BF16
     rows_per_request: int = 1
+    num_cache_blocks: int | None = None
 
     @classmethod
     def for_device(cls, device: str, max_model_len: int = 4096) -> "EngineConfig":
@@ -276,19 +266,8 @@ def _refuse_other_architectures(fields: dict[str, object], source: str) -> None:
     if model_type == _MODEL_TYPE or (model_type is None and _ARCHITECTURE in architectures):
         return
     found = f"model_type {shorten(model_type)}, architectures {shorten(architectures)}"
-    what = _describe_model(model_type, architectures)
+    what = describe_model(model_type, architectures)
     raise ConfigError(f"{source}: {found}: ownpath runs {_ARCHITECTURE} only. {what}.")
-
-
-def _describe_model(model_type: object, architectures: object) -> str:
-    named = model_type if isinstance(model_type, str) else ""
-    classes = (
-        [name.lower() for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
-    )
-    for known, sentence in _OTHER_MODELS.items():
-        if named == known or any(name.startswith(f"{known.replace('_', '')}for") for name in classes):
-            return sentence
-    return "This one is no DeepSeek model that ownpath knows"
 
 
 def _published_fields(fields: dict[str, object], source: str) -> dict[str, object]:

@@ -16,7 +16,7 @@ PACKAGE = Path(ownpath.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ROOMS = (
-    ("formats", "official", "ops", "versions", "finding", "files", "terminal"),
+    ("formats", "official", "ops", "other_models", "versions", "finding", "files", "terminal"),
     ("config",),
     ("end_tokens",),
     ("qtensor",),
@@ -34,6 +34,7 @@ ROOMS = (
     ("assembly",),
     ("loading", "conformance"),
     ("engine", "chat"),
+    ("structured",),
     ("server", "calibration", "inspect", "selftest", "diff", "bench"),
     ("verify",),
     ("commands",),
@@ -107,6 +108,7 @@ def test_rooms_that_must_not_meet(room: str, forbidden: set[str]) -> None:
         ("plan", "torch"),
         ("chat", "torch"),
         ("server", "torch"),
+        ("structured", "torch"),
         ("engine/scheduler.py", "torch"),
         ("cache/layout.py", "torch"),
         ("cache/slots.py", "torch"),

@@ -92,7 +92,9 @@ def step_config(shape: str, options: StepOptions) -> ModelConfig:
 def make_model(config: ModelConfig, engine: EngineConfig, export: str, num_sets: int) -> StepModel:
     """Makes a model of random weights. Layer i uses the experts of layer i % num_sets."""
     index, device = headers(config, export), torch.device(engine.device)
-    plan = make_plan(config, index, device_caps(engine.device), Demands(str(engine.dtype).removeprefix("torch.")))
+    dtype = str(engine.dtype).removeprefix("torch.")
+    demands = Demands(dtype, engine.is_batch_invariant, cache_format=engine.cache_format)
+    plan = make_plan(config, index, device_caps(engine.device), demands)
     own = replace(plan, ops=tuple(op for op in plan.ops if not _is_alias(op, num_sets)))
     values = Values.of_seed(device, 1)
     runners = make_runners(own, tuple(values.operands(own, index)))

@@ -4,7 +4,7 @@ Legend: H head dim (or index head dim), P compressor width.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -26,7 +26,7 @@ from ownpath.cache.layout import (
     spare_rows,
     windows_per_entry,
 )
-from ownpath.cache.slots import Owned, Slots
+from ownpath.cache.slots import Slots
 from ownpath.config import SLIDING, EngineConfig, ModelConfig
 from ownpath.formats import CacheFormat
 
@@ -35,8 +35,9 @@ from ownpath.formats import CacheFormat
 class CacheSpec:
     """Sizes, dtype and device of the caches' memory.
 
-    max_tokens: the most tokens of one sequence. max_sequences: the most sequences at a time. num_drafts: loaded MTP
-    modules; each has a window of its own. layer_ids: the layers to allocate for; ``None``: all. dtype: of keys that are
+    max_tokens: the most tokens of one sequence. max_sequences: the most sequences at a time. cache_blocks: blocks of
+    the pool; ``None``: as many as all sequences need at their longest. num_drafts: loaded MTP modules; each has a
+    window of its own. layer_ids: the layers to allocate for; ``None``: all. dtype: of keys that are
     read, and of the memory in BF16. cache_format: of keys. rows_per_request: the most rows that a sequence may have in
     a decode step, one more than can be taken back (``SequenceCache.num_tokens``).
     """
@@ -50,6 +51,7 @@ class CacheSpec:
     layer_ids: frozenset[int] | None = None
     cache_format: CacheFormat = CacheFormat.BF16
     rows_per_request: int = 1
+    cache_blocks: int | None = None
 
     @classmethod
     def of(cls, config: ModelConfig, engine: EngineConfig) -> "CacheSpec":
@@ -64,7 +66,13 @@ class CacheSpec:
             engine.max_num_seqs,
             cache_format=engine.cache_format,
             rows_per_request=engine.rows_per_request,
+            cache_blocks=engine.num_cache_blocks,
         )
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the pool."""
+        return self.max_sequences * num_blocks(self.max_tokens) if self.cache_blocks is None else self.cache_blocks
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -79,13 +87,18 @@ class CacheSpec:
         return layout if self.layer_ids is None else layout.of_layers(self.layer_ids)
 
     @property
+    def spare_rows(self) -> int:
+        """Rows by which rings are longer than one row of a request needs."""
+        return spare_rows(self.rows_per_request)
+
+    @property
     def window_rows(self) -> int:
         """Rows of a slot in the rings of windows."""
-        return self.config.sliding_window + spare_rows(self.rows_per_request)
+        return self.config.sliding_window + self.spare_rows
 
     def state_rows(self, ratio: int) -> int:
         """Returns the rows of a slot in the rings of states."""
-        return windows_per_entry(ratio) * ratio + spare_rows(self.rows_per_request)
+        return windows_per_entry(ratio) * ratio + self.spare_rows
 
     @property
     def sequence_bytes(self) -> int:
@@ -96,6 +109,11 @@ class CacheSpec:
     def token_bytes(self) -> float:
         """Bytes that the entries of one more token fill, in all layers."""
         return self._unit_bytes(is_paged=True) / BLOCK_TOKENS
+
+    @property
+    def pool_bytes(self) -> int:
+        """Bytes of the slots and blocks that sequences can have, in whole blocks."""
+        return self.max_sequences * self.slot_bytes + self.num_blocks * self._unit_bytes(is_paged=True)
 
     @property
     def slot_bytes(self) -> int:
@@ -143,15 +161,20 @@ class CachePool:
 
     def __init__(self, spec: CacheSpec) -> None:
         self.spec, self.layout = spec, spec.layout
-        blocks = num_blocks(spec.max_tokens)
-        self.blocks_per_sequence = blocks
-        self.slots = Slots(spec.max_sequences, spec.max_sequences * blocks)
+        self.blocks_per_sequence = num_blocks(spec.max_tokens)
+        self.slots = Slots(spec.max_sequences, spec.num_blocks)
         self.tensors = {member: self._allocate(member) for member in self.layout.members}
         self.layers = {layer_idx: self._layer(layer_idx) for layer_idx in self.layout.layer_ids}
 
-    def new_sequence(self) -> "SequenceCache":
-        """Reserves empty caches for one sequence of up to ``max_tokens`` tokens. Errors: CacheFull."""
-        return SequenceCache(self, self.slots.take(self.blocks_per_sequence))
+    def new_sequence(self, num_tokens: int | None = None, shared: Sequence[int] = ()) -> "SequenceCache":
+        """Takes caches for one sequence, with room for ``num_tokens`` tokens; it may ``grow``.
+
+        ``None``: for as many as it can ever have, or the pool. shared: full blocks that it begins with; its rings are
+        the caller's to fill then. Errors: CacheFull.
+        """
+        most = min(self.blocks_per_sequence, self.slots.num_blocks)
+        wanted = most if num_tokens is None else num_blocks(num_tokens)
+        return SequenceCache(self, self.slots.take(wanted - len(shared), shared).slot)
 
     def _allocate(self, member: CacheTensor) -> torch.Tensor:
         spec, group = self.spec, member.group
@@ -160,7 +183,7 @@ class CachePool:
         if member.page_bytes:
             shape, dtype = (count, member.num_rows * member.page_bytes), torch.uint8
         with torch.inference_mode(False):  # written by steps in that mode and by others
-            return _zeros(shape, dtype, spec.device)
+            return zeros(shape, dtype, spec.device)
 
     def _layer(self, layer_idx: int) -> LayerCache:
         found = {(m.group, m.part): m for m in self.layout.members if m.layer_idx == layer_idx}
@@ -178,7 +201,7 @@ class CachePool:
         return StoredKeys.of(member, self.tensors[member], self.spec.dtype)
 
 
-def _zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Allocates zeros. In host memory ``calloc`` does: pages that no sequence touches take no memory."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -186,19 +209,32 @@ def _zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> 
 
 
 class SequenceCache:
-    """The handle of one sequence: its slot, its blocks, and the number of tokens that they hold.
+    """The handle of one sequence: its slot, its blocks, and the number of tokens that they hold. It begins with some
+    blocks and grows by more.
 
     Releasing the handle, or dropping the last reference to it, gives slot and blocks back to the pool.
     """
 
-    def __init__(self, pool: CachePool, owned: Owned) -> None:
-        self.pool, self.slot, self.blocks = pool, owned.slot, owned.blocks
-        self._give_back = weakref.finalize(self, pool.slots.give_back, owned.slot)
+    def __init__(self, pool: CachePool, slot: int) -> None:
+        self.pool, self.slot = pool, slot
+        self._give_back = weakref.finalize(self, pool.slots.give_back, slot)
         self._give_back.atexit = False
 
     @property
+    def blocks(self) -> tuple[int, ...]:
+        """The blocks, in the order of tokens; the same object until the sequence grows."""
+        return self.pool.slots.owned[self.slot]
+
+    @property
     def max_tokens(self) -> int:
-        return self.pool.spec.max_tokens
+        """The tokens that the blocks have room for, and a sequence may have."""
+        return min(self.pool.spec.max_tokens, BLOCK_TOKENS * len(self.blocks))
+
+    def grow(self, num_tokens: int) -> None:
+        """Takes as many more blocks as ``num_tokens`` tokens need. Errors: CacheFull; nothing is taken then."""
+        missing = num_blocks(num_tokens) - len(self.blocks)
+        if missing > 0:
+            self.pool.slots.grow(self.slot, missing)
 
     @property
     def num_tokens(self) -> int:
@@ -219,7 +255,7 @@ class SequenceCache:
         self._give_back()
 
     def num_bytes(self) -> int:
-        """Bytes that this sequence fills once it has ``max_tokens`` tokens."""
+        """Bytes that a sequence fills once it is as long as any may be."""
         return self.pool.spec.sequence_bytes
 
     def views(self) -> Iterator[torch.Tensor]:

@@ -1,14 +1,18 @@
-"""Ownership of slots and blocks. Bookkeeping only: no tensor, no model."""
+"""Ownership of slots and blocks. Bookkeeping only: no tensor, no model.
+
+A slot has one owner. A block may have several holders, once it is full: sequences that begin with the same tokens, and
+whoever keeps it for later ones. It is free again when the last holder lets go.
+"""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ownpath.cache.layout import BLOCK_TOKENS, NOBODY
 
 
 class CacheFull(RuntimeError):
-    """Too few slots or blocks are free for one more sequence; the message has the numbers."""
+    """Too few slots or blocks are free for what is asked; the message has the numbers."""
 
 
 @dataclass(frozen=True)
@@ -20,48 +24,143 @@ class Owned:
 
 
 class Slots:
-    """Free lists of ``num_slots`` slots and ``num_blocks`` blocks, ``NOBODY`` excepted, and the owner of each.
+    """Free lists of ``num_slots`` slots and ``num_blocks`` blocks, ``NOBODY`` excepted, and the holders of each.
 
-    lengths: slot -> tokens that its sequence holds.
+    owned: slot -> its sequence's blocks; another tuple once the sequence has grown. lengths: slot -> tokens that its
+    sequence holds.
     """
 
     def __init__(self, num_slots: int, num_blocks: int) -> None:
         self.num_slots, self.num_blocks = num_slots, num_blocks
         self._free_slots = list(range(num_slots, NOBODY, -1))
         self._free_blocks = list(range(num_blocks, NOBODY, -1))
+        self._num_holders = [0] * (num_blocks + 1)
+        self._kept: Counter[int] = Counter()
+        self._num_idle = 0
+        self.reclaim: Callable[[int], None] = _reclaim_none
+        """Called when so many more blocks are wanted than are free; may ``drop`` some that nobody else holds."""
         self.owned: dict[int, tuple[int, ...]] = {}
         self.lengths = [0] * (num_slots + 1)
 
-    def take(self, num_blocks: int) -> Owned:
-        """Takes a slot and blocks for one sequence that holds no token yet. Errors: CacheFull; nothing is taken
-        then."""
+    @property
+    def num_free_slots(self) -> int:
+        return len(self._free_slots)
+
+    @property
+    def num_free_blocks(self) -> int:
+        return len(self._free_blocks)
+
+    @property
+    def num_idle_blocks(self) -> int:
+        """Blocks that are only kept: whoever needs one may get it."""
+        return self._num_idle
+
+    def kept(self) -> Iterator[int]:
+        """Yields each block as often as it is kept."""
+        return self._kept.elements()
+
+    def num_holders(self, block: int) -> int:
+        """Returns how many hold a block: 0 while it is free."""
+        return self._num_holders[block]
+
+    def take(self, num_blocks: int, shared: Sequence[int] = ()) -> Owned:
+        """Takes a slot for one sequence, and ``num_blocks`` blocks behind those that it shares, full ones, whose tokens
+        it holds from the beginning. Errors: CacheFull; nothing is taken then."""
         if not self._free_slots:
             raise CacheFull(f"all {self.num_slots} slots of the caches are taken")
-        if len(self._free_blocks) < num_blocks:
-            raise CacheFull(f"{num_blocks} blocks are wanted, {len(self._free_blocks)} of {self.num_blocks} are free")
+        fresh = self._take_blocks(num_blocks)
+        self._hold(shared)
         slot = self._free_slots.pop()
-        self.owned[slot] = tuple(self._free_blocks.pop() for _ in range(num_blocks))
-        self.lengths[slot] = 0
+        self.owned[slot] = (*shared, *fresh)
+        self.lengths[slot] = BLOCK_TOKENS * len(shared)
         return Owned(slot, self.owned[slot])
 
+    def grow(self, slot: int, num_blocks: int) -> None:
+        """Adds blocks to a sequence. Errors: CacheFull; nothing is taken then."""
+        self.owned[slot] = (*self.owned[slot], *self._take_blocks(num_blocks))
+
     def give_back(self, slot: int) -> None:
-        """Frees a sequence's slot and blocks."""
-        self._free_blocks += reversed(self.owned.pop(slot))
+        """Frees a sequence's slot, and lets go of its blocks."""
+        self._let_go(self.owned.pop(slot))
         self._free_slots.append(slot)
 
+    def keep(self, blocks: Sequence[int]) -> None:
+        """Holds blocks that have a holder already, until ``drop``, whatever becomes of their sequences."""
+        self._hold(blocks)
+        for block in blocks:
+            self._kept[block] += 1
+            self._num_idle += self._num_holders[block] == self._kept[block]
+
+    def drop(self, blocks: Sequence[int]) -> None:
+        """Lets go of blocks that were kept."""
+        assert not Counter(blocks) - self._kept, "a block is dropped that is not kept"
+        for block in reversed(blocks):
+            self._num_idle -= self._num_holders[block] == self._kept[block]
+            self._kept[block] -= 1
+            if not self._kept[block]:
+                del self._kept[block]
+            self._let_go((block,))
+
     def faults(self) -> list[str]:
-        """Lists inconsistencies of the free lists, a sentence each; none while every slot and block is free or owned,
-        once."""
-        lengths = {slot: self.lengths[slot] for slot in self.owned}
+        """Lists inconsistencies, a sentence each. There are none while every slot is free or owned, once; every block
+        is free, once, or has as many holders as are counted; tables are as long as their tokens need; and no sequence
+        would write to a block that another holder reads."""
         return [
             *_find_miscounts("slot", [*self._free_slots, *self.owned], self.num_slots),
-            *_find_miscounts("block", [*self._free_blocks, *_flat(self.owned)], self.num_blocks),
-            *_too_long(self.owned, lengths),
+            *_find_miscounts("block", [*self._free_blocks, *self._held()], self.num_blocks),
+            *self._find_wrong_counts(),
+            *self._find_wrong_tables(),
         ]
 
+    def _take_blocks(self, count: int) -> list[int]:
+        if len(self._free_blocks) < count:
+            self.reclaim(count - len(self._free_blocks))
+        if len(self._free_blocks) < count:
+            raise CacheFull(f"{count} blocks are wanted, {len(self._free_blocks)} of {self.num_blocks} are free")
+        taken = [self._free_blocks.pop() for _ in range(count)]
+        for block in taken:
+            self._num_holders[block] = 1
+        return taken
 
-def _flat(owned: Mapping[int, Sequence[int]]) -> Iterable[int]:
-    return (block for blocks in owned.values() for block in blocks)
+    def _hold(self, blocks: Sequence[int]) -> None:
+        assert all(self._num_holders[block] for block in blocks), "a free block is nobody's to share"
+        for block in blocks:
+            self._num_idle -= self._num_holders[block] == self._kept[block]
+            self._num_holders[block] += 1
+
+    def _let_go(self, blocks: Sequence[int]) -> None:
+        for block in reversed(blocks):
+            self._num_holders[block] -= 1
+            self._num_idle += 0 < self._num_holders[block] == self._kept[block]
+            if not self._num_holders[block]:
+                self._free_blocks.append(block)
+
+    def _held(self) -> set[int]:
+        return {block for blocks in self.owned.values() for block in blocks} | {*self._kept}
+
+    def _find_wrong_counts(self) -> Iterator[str]:
+        found = Counter(block for blocks in self.owned.values() for block in blocks) + self._kept
+        for block, counted in enumerate(self._num_holders):
+            if found[block] != counted:
+                yield f"block {block} has {found[block]} holders, and {counted} are counted"
+        num_idle = sum(found[block] == count for block, count in self._kept.items())
+        if num_idle != self._num_idle:
+            yield f"{num_idle} blocks are only kept, and {self._num_idle} are counted"
+
+    def _find_wrong_tables(self) -> Iterator[str]:
+        for slot, blocks in self.owned.items():
+            length = self.lengths[slot]
+            if len({*blocks}) < len(blocks):
+                yield f"slot {slot} has a block twice"
+            if not 0 <= length <= BLOCK_TOKENS * len(blocks):
+                yield f"slot {slot} holds {length} tokens in {len(blocks)} blocks"
+            for block in blocks[length // BLOCK_TOKENS :]:
+                if NOBODY < block <= self.num_blocks and self._num_holders[block] > 1:
+                    yield f"slot {slot} writes to block {block}, which has {self._num_holders[block]} holders"
+
+
+def _reclaim_none(count: int) -> None:
+    """Nobody keeps blocks."""
 
 
 def _find_miscounts(name: str, found: list[int], count: int) -> list[str]:
@@ -70,11 +169,3 @@ def _find_miscounts(name: str, found: list[int], count: int) -> list[str]:
     faults = [f"{name} {number} is missing" for number in range(NOBODY + 1, count + 1) if not counts[number]]
     faults += [f"{name} {number} is there {times} times" for number, times in counts.items() if times > 1]
     return faults + [f"{name} {number} does not exist" for number in counts if not NOBODY < number <= count]
-
-
-def _too_long(owned: Mapping[int, Sequence[int]], lengths: Mapping[int, int]) -> list[str]:
-    return [
-        f"slot {slot} holds {lengths[slot]} tokens in {len(blocks)} blocks"
-        for slot, blocks in owned.items()
-        if not 0 <= lengths[slot] <= BLOCK_TOKENS * len(blocks)
-    ]

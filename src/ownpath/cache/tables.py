@@ -125,7 +125,7 @@ class StepTables:
         starts = tuple(cache.num_tokens for cache in caches)
         row_ends = tuple(accumulate(num_rows))
         starts_R, num_rows_R, slots_R = (torch.tensor(values) for values in (starts, tuple(num_rows), slots))
-        blocks_RB = torch.tensor([cache.blocks for cache in caches])
+        blocks_RB = tables_of([cache.blocks for cache in caches], pool.blocks_per_sequence)
         cu_rows = torch.tensor((0, *row_ends))
         request_T = torch.arange(len(slots)).repeat_interleave(num_rows_R)
         positions_T = torch.arange(row_ends[-1]) + (starts_R - cu_rows[:-1])[request_T]
@@ -143,6 +143,11 @@ class StepTables:
             starts,
             slots,
         )
+
+
+def tables_of(blocks: Sequence[Sequence[int]], width: int) -> torch.Tensor:
+    """Returns block tables of one width, int64 [R, width], with ``NOBODY`` behind the blocks that sequences have."""
+    return torch.tensor([(*own, *[NOBODY] * (width - len(own))) for own in blocks])
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ownpath.chat.levels import LEVEL_OF_WORD
 from ownpath.commands.arguments import add_engine_arguments, add_model_argument
+from ownpath.commands.prefix_options import SNAPSHOTS_PER_SEQUENCE
 from ownpath.commands.sampling_options import add_sampling_arguments
 from ownpath.terminal.progress import Progress
 
@@ -38,7 +39,9 @@ def run(args: argparse.Namespace) -> int:
     with Progress("starting"):
         from ownpath.commands.dialogue import Dialogue
         from ownpath.commands.session import open_session
+        from ownpath.engine.prefix import PrefixSettings
 
-    with open_session(args, max_num_seqs=1) as session:
+    # Each turn begins with all that was said before it.
+    with open_session(args, 1, PrefixSettings(SNAPSHOTS_PER_SEQUENCE)) as session:
         session.ledger.clear()
         return Dialogue(session, args).talk()

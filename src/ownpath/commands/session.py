@@ -13,6 +13,7 @@ from ownpath.config import EngineConfig, ModelConfig
 from ownpath.end_tokens import FIELD, GENERATION_CONFIG, EndTokens, read_end_tokens
 from ownpath.engine.decoder import make_decoder
 from ownpath.engine.engine import Engine
+from ownpath.engine.prefix import PrefixCache, PrefixSettings
 from ownpath.engine.sampler import warm_up_sampler
 from ownpath.loading import default_model_dir, device_caps, leave_a_core, load_model
 from ownpath.model.model import Model
@@ -77,18 +78,30 @@ def load_for(args: argparse.Namespace, max_num_seqs: int = EngineConfig.max_num_
 
 
 @contextlib.contextmanager
-def open_session(args: argparse.Namespace, max_num_seqs: int) -> Iterator[Session]:
+def open_session(
+    args: argparse.Namespace, max_num_seqs: int, prefix: PrefixSettings | None = None
+) -> Iterator[Session]:
     """Loads the model that the arguments name and runs its engine, for so many requests at a time.
 
-    Errors: as ``load_for``.
+    prefix: of the prefix cache; ``None``: every prompt is computed. Errors: as ``load_for``.
     """
     loaded = load_for(args, max_num_seqs)
     model, tokenizer = loaded.model, loaded.tokenizer
     decoder = make_decoder(model, loaded.config, tokenizer.num_tokens)
     end_token_ids = loaded.end_tokens.ids
-    engine = Engine(model, loaded.config, tokenizer.num_tokens, end_token_ids=end_token_ids, decoder=decoder)
+    kept = None if prefix is None else _prefix_cache(loaded, prefix)
+    engine = Engine(
+        model, loaded.config, tokenizer.num_tokens, end_token_ids=end_token_ids, decoder=decoder, prefix=kept
+    )
     engine.start()
     try:
         yield Session(loaded.folder, tokenizer, engine, model.ledger, model.lossless_casts, model.config)
     finally:
         engine.stop()
+
+
+def _prefix_cache(loaded: LoadedModel, settings: PrefixSettings) -> PrefixCache:
+    config = loaded.config
+    numerics = sorted(config.official), sorted(config.reference), config.is_batch_invariant
+    of = repr((str(loaded.folder.resolve()), loaded.model.config, *numerics))
+    return PrefixCache(loaded.model.caches, settings, of)

@@ -38,10 +38,10 @@ def build_batch(chunks: Sequence[ScheduledChunk], device: torch.device | str) ->
     shares: list[LogitsShare] = []
     logits_ids: list[int] = []
     for chunk, rows in zip(chunks, batch.tables.rows, strict=True):
-        scored_ids = _scored_ids(chunk)
+        scored, scored_ids = _scored_rows(chunk), _scored_ids(chunk)
         samples, ends_prompt = _samples(chunk), _ends_prompt(chunk)
         start = len(logits_ids)
-        logits_ids += range(rows.start, rows.start + len(scored_ids))
+        logits_ids += range(rows.start + scored.start, rows.start + scored.stop)
         sample_row = len(logits_ids) if samples else None
         logits_ids += [rows.stop - 1] if samples else []
         shares.append(LogitsShare(chunk, start, scored_ids, sample_row, ends_prompt))
@@ -59,13 +59,23 @@ def _samples(chunk: ScheduledChunk) -> bool:
 
 
 def _ends_prompt(chunk: ScheduledChunk) -> bool:
-    return chunk.reaches_end and chunk.request.is_prefilling
+    """Returns True for the chunk with which the prompt has been read for the first time."""
+    request = chunk.request
+    return chunk.reaches_end and request.is_prefilling and not request.output_ids
+
+
+def _scored_rows(chunk: ScheduledChunk) -> range:
+    """Returns those of the chunk's rows that predict a prompt token, if the request asks for log-probabilities of it
+    and has none yet: a prompt that is read again is not scored again."""
+    request = chunk.request
+    if request.params.prompt_logprobs is None or not request.is_prefilling:
+        return range(0)
+    start, known = request.num_computed, len(request.scored_prompt)
+    stop = min(start + chunk.num_tokens, len(request.prompt_ids) - 1)
+    return range(max(start, known) - start, max(stop, known, start) - start)
 
 
 def _scored_ids(chunk: ScheduledChunk) -> tuple[int, ...]:
-    """Returns the prompt tokens that this chunk's rows predict, if the request asks for their log-probabilities."""
-    request = chunk.request
-    if not (request.params.prompt_logprobs and request.is_prefilling):
-        return ()
-    first = request.num_computed + 1
-    return tuple(request.prompt_ids[first : first + chunk.num_tokens])
+    """Returns the prompt tokens that ``_scored_rows`` predict."""
+    rows, first = _scored_rows(chunk), chunk.request.num_computed + 1
+    return tuple(chunk.request.prompt_ids[first + rows.start : first + rows.stop])

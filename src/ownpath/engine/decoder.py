@@ -5,22 +5,43 @@ The graph reads token, position, slot and block table of each row, runs the mode
 token and position back, so that the next step of the same requests needs nothing from the host. The host uploads the
 arrays when other requests take the rows, and reads tokens.
 
+A step is begun, and read later: meanwhile the next one may be begun, so that the device has work while the host reads.
+Rows of the next step that go on from tokens which nobody has read name them (``rows.unread``), and the device puts them
+in. Example, rows A and B, of which A has ended:
+
+    begin A B           graph 1
+    begin A B           graph 2, nothing uploaded
+    finish the first    A's token ends its answer; its row in graph 2 is one too many
+    begin C B           upload; B's token is the one that row 1 of graph 2 draws; graph 3
+    finish the second   only B's token is of use
+
 Without graphs the same step runs eagerly, in the same buckets, with the same bits.
 
 Legend: T rows of a step, V vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
+from ownpath.cache.layout import BLOCK_TOKENS
 from ownpath.cache.pools import CachePool
 from ownpath.cache.tables import DecodeTables
 from ownpath.config import EngineConfig
 from ownpath.engine.adjust import AdjustedRows
-from ownpath.engine.rows import NO_ROWS, ResidentRows, RowArrays, StepResults, StepRows, StepTokens
+from ownpath.engine.rows import (
+    NO_ROWS,
+    NUM_TURNS,
+    ResidentRows,
+    RowArrays,
+    Staged,
+    StepResults,
+    StepRows,
+    StepTokens,
+    unread,
+)
 from ownpath.engine.sampler import draw_adjusted, sampler_of
 from ownpath.kernels.dsl.compilations import COMPILATIONS
 from ownpath.kernels.registry import spec_of
@@ -56,16 +77,46 @@ class _Captured:
     calls: CapturedCalls
 
 
+@dataclass
+class StepBegun:
+    """A step that is launched and not read. turn: the buffers of its results; its logits are there once it is."""
+
+    num_rows: int
+    turn: int
+    logits_TV: torch.Tensor = field(init=False)
+
+
+class Mark:
+    """A point in a device's work, for the host to wait for. A CPU is there at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._event = device, torch.cuda.Event() if device.type == "cuda" else None
+
+    def set(self) -> "Mark":
+        """Moves the mark behind all work so far."""
+        if self._event is not None:
+            self._event.record(torch.cuda.current_stream(self._device))
+        return self
+
+    def wait(self) -> None:
+        """Waits until the device is there."""
+        if self._event is not None:
+            self._event.synchronize()
+
+
 class Decoder:
     """Runs decode steps of up to ``max_rows`` requests. num_vocab: ids below it are tokens."""
 
     def __init__(self, model: DecodingModel, max_rows: int, num_vocab: int) -> None:
         self._model, self._num_vocab = model, num_vocab
         self.pool, device = model.caches, model.caches.spec.device
-        self.buckets = (*(size for size in BUCKETS if size < max_rows), max_rows)
+        self.buckets: tuple[int, ...] = (*(size for size in BUCKETS if size < max_rows), max_rows)
         self._rows = RowArrays(max_rows, self.pool.blocks_per_sequence, device)
         self._sampler, self._sampler_operand = sampler_of(device)
         self._results = StepResults(self.pool, max_rows)
+        self._marks = [Mark(device) for _ in range(NUM_TURNS)]
+        self._turn = self._num_unread = 0
+        self._last: StepBegun | None = None
         self._resident: ResidentRows | None = None
         self._graphs: dict[int, _Captured] = {}
         self.num_replays = 0
@@ -76,7 +127,7 @@ class Decoder:
 
         Each bucket first runs eagerly, so that nothing compiles while a graph is captured.
         """
-        self._rows.upload(NO_ROWS)
+        self.upload(NO_ROWS)
         memory = torch.cuda.graph_pool_handle()
         for done, count in enumerate(reversed(self.buckets)):
             progress(done, len(self.buckets), f"{count} rows")
@@ -85,7 +136,7 @@ class Decoder:
     def warm_up(self, progress: Callable[[int, int, str], None]) -> None:
         """Runs every bucket once, so that no later step compiles anything. Call once, before any step; not needed
         where buckets are captured."""
-        self._rows.upload(NO_ROWS)
+        self.upload(NO_ROWS)
         for done, count in enumerate(self.buckets):
             progress(done, len(self.buckets), f"{count} rows")
             with self._model.ledger.counting_apart():
@@ -102,35 +153,78 @@ class Decoder:
         return _Captured(graph, logits_TV, self._model.ledger.captured(calls))
 
     def step(self, rows: StepRows, adjusted: AdjustedRows | None = None) -> StepTokens:
-        """Runs a step of at least one row and extends the rows' caches by one token.
+        """Runs a step of at least one row and extends the rows' caches by one token; see ``begin``."""
+        return self.finish(self.begin(rows, adjusted))
+
+    def has_graph(self, num_rows: int) -> bool:
+        """Returns True if steps of so many rows are graphs, so that ``begin`` is back long before they have run."""
+        return self._bucket_of(num_rows) in self._graphs
+
+    def begin(self, rows: StepRows, adjusted: AdjustedRows | None = None) -> StepBegun:
+        """Launches a step of at least one row and extends the rows' caches by one token. Does not wait; at most one
+        other step may be unread.
 
         adjusted: rows that are drawn again, behind the graph and before anything reads their tokens.
         """
-        num_rows, lengths = rows.num_rows, self.pool.slots.lengths
-        count = next(size for size in self.buckets if size >= num_rows)
-        slots = [cache.slot for cache in rows.caches]
-        blocks, positions = [cache.blocks for cache in rows.caches], [lengths[slot] for slot in slots]
+        assert self._num_unread < NUM_TURNS, "two steps are unread"
+        lengths, slots = self.pool.slots.lengths, [cache.slot for cache in rows.caches]
+        positions = [lengths[slot] for slot in slots]
+        blocks = [cache.blocks for cache in rows.caches]
+        assert all(at < BLOCK_TOKENS * len(own) for at, own in zip(positions, blocks, strict=True)), "a row has no room"
         wanted = ResidentRows(slots, blocks, positions, *rows[1:])
-        if not wanted.continues(self._resident):
-            self._rows.upload(rows)
-        self._resident = None  # until the step has ended: one that fails leaves rows that nobody knows
-        logits_TV = self.launch(count)
-        if adjusted is not None:
-            tokens_S = draw_adjusted(logits_TV, adjusted, self._results.on_device)
-            self._rows.columns.tokens.index_copy_(0, adjusted.where_S, tokens_S)
-        self._results.copy()
-        assert max(positions) < self.pool.spec.max_tokens
+        turn, count = self._take_turn(), self._bucket_of(rows.num_rows)
+        staged = None if wanted.continues(self._resident) else self._rows.stage(rows, turn)
+        self._resident = None  # until the step is launched: one that fails leaves rows that nobody knows
+        begun = StepBegun(rows.num_rows, turn)
+        self._marks[turn] = self._enqueue(lambda: self._launch_whole(begun, count, staged, adjusted), turn)
         for slot, position in zip(slots, positions, strict=True):
             lengths[slot] = position + 1
-        self._results.wait()
-        tokens, results = self._results.read(logits_TV[:num_rows])
-        self._resident = wanted.advanced(tokens)
+        self._resident = wanted.advanced([unread(row) for row in range(rows.num_rows)])
+        self._num_unread, self._last = self._num_unread + 1, begun
+        return begun
+
+    def finish(self, begun: StepBegun) -> StepTokens:
+        """Waits for the oldest unread step and returns its results."""
+        self._marks[begun.turn].wait()
+        tokens, results = self._results.read(begun.turn, begun.logits_TV[: begun.num_rows])
+        self._num_unread -= 1
+        if begun is self._last and self._resident is not None:
+            self._resident = self._resident._replace(token_ids=tokens)
         return results
+
+    def forget(self) -> None:
+        """Gives unread steps up: nobody will read them, and nothing goes on from their rows."""
+        self._num_unread, self._resident = 0, None
 
     def upload(self, rows: StepRows) -> None:
         """Uploads rows for ``launch`` and ``run``, whatever the device holds."""
-        self._resident = None
-        self._rows.upload(rows)
+        turn = self._take_turn()
+        self._resident, staged = None, self._rows.stage(rows, turn)
+        self._marks[turn] = self._enqueue(lambda: self._rows.send(staged, self._results.drawn_R), turn)
+
+    def _bucket_of(self, num_rows: int) -> int:
+        return next(size for size in self.buckets if size >= num_rows)
+
+    def _take_turn(self) -> int:
+        """Returns whose buffers come next, once nothing reads or writes them any more."""
+        self._turn = (self._turn + 1) % NUM_TURNS
+        self._marks[self._turn].wait()
+        return self._turn
+
+    def _enqueue(self, work: Callable[[], None], turn: int) -> Mark:
+        """Has the device do work behind all that it was given before. Returns where it ends."""
+        work()
+        return self._marks[turn].set()
+
+    def _launch_whole(self, begun: StepBegun, count: int, staged: Staged | None, adjusted: AdjustedRows | None) -> None:
+        """Launches all of a step: upload, bucket, second draw, copy of the results."""
+        if staged is not None:
+            self._rows.send(staged, self._results.drawn_R)
+        begun.logits_TV = logits_TV = self.launch(count)
+        if adjusted is not None:
+            tokens_S = draw_adjusted(logits_TV, adjusted, self._results.on_device)
+            self._rows.columns.tokens.index_copy_(0, adjusted.where_S, tokens_S)
+        self._results.copy(begun.turn)
 
     def launch(self, count: int) -> torch.Tensor:
         """Replays the graph of a bucket, or runs it eagerly where there is none; returns the logits. Does not wait."""

@@ -4,17 +4,22 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 
+from ownpath.cache.layout import BLOCK_TOKENS
 from ownpath.config import EngineConfig
 from ownpath.engine.adjust import Adjuster
 from ownpath.engine.decoder import Decoder
 from ownpath.engine.device import device_problem
+from ownpath.engine.load import EngineCounts, EngineLoad, Usage
+from ownpath.engine.memory import RequestMemory
+from ownpath.engine.prefix import PrefixCache
 from ownpath.engine.reports import Reporter
 from ownpath.engine.request import FinishReason, Request, RequestError, StepOutput
-from ownpath.engine.scheduler import Scheduler
+from ownpath.engine.retry import chunks_alone
+from ownpath.engine.scheduler import ScheduledChunk, Scheduler
 from ownpath.engine.steps import LanguageModel, StepRunner
 from ownpath.kernels.dsl.compilations import COMPILATIONS
 
@@ -22,21 +27,7 @@ logger = logging.getLogger(__name__)
 
 _STEP_FAILED = "the step that this request was part of failed"
 _STOPPED = "the engine has stopped"
-
-
-@dataclass(frozen=True)
-class EngineLoad:
-    """num_running, num_waiting: requests. cache_use: share of the caches' tokens that running requests fill.
-
-    Since the engine started: num_compiled, kernels that steps had to compile, or to take from Triton's cache;
-    num_captured, graphs that they had to capture. Both should stay 0.
-    """
-
-    num_running: int
-    num_waiting: int
-    cache_use: float
-    num_compiled: int
-    num_captured: int
+_NO_MEMORY = "there is no memory for this request"
 
 
 class EngineOverloaded(RuntimeError):
@@ -54,6 +45,7 @@ class Engine:
     max_num_queued: requests that may wait beyond those that run.
     end_token_ids: tokens that end an answer; ``None``: those of the model's config.json alone.
     decoder: runs the steps in which every request has one row; ``None``: the model's ``forward`` runs all steps.
+    prefix: what the model's caches hold of earlier requests; ``None``: every request computes its whole prompt.
     """
 
     def __init__(
@@ -64,26 +56,29 @@ class Engine:
         max_num_queued: int = 256,
         end_token_ids: Iterable[int] | None = None,
         decoder: Decoder | None = None,
+        prefix: PrefixCache | None = None,
     ) -> None:
         if not 0 < num_vocab <= model.config.vocab_size:
             raise ValueError(f"{num_vocab} tokens do not fit the model's vocab_size {model.config.vocab_size}")
         self.config = config
         self.num_vocab = num_vocab
         self.end_token_ids = frozenset(model.config.eos_token_id if end_token_ids is None else end_token_ids)
-        self._model = model
-        self._scheduler = Scheduler(config.max_num_seqs, config.max_prefill_tokens)
         self._adjuster = Adjuster(num_vocab, torch.device(config.device), self.end_token_ids)
         self._max_num_open = config.max_num_seqs + max_num_queued
         self._reporter = Reporter(self.end_token_ids, self._close)
         self._runner = StepRunner(model, decoder, config.device, num_vocab, self._adjuster, self._reporter)
+        self._memory = RequestMemory(model, self._runner.release, prefix)
+        self._scheduler = Scheduler(config.max_num_seqs, config.max_prefill_tokens, self._memory)
         self._open: set[Request] = set()
         self._lock = threading.Lock()
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._stopping = False
         self._is_stepping = False
         self._made_before = (COMPILATIONS.count, COMPILATIONS.num_captured)
+        self.prefix = prefix
+        self.counts = EngineCounts() if prefix is None else prefix.counts
         self.num_steps = 0
-        """Steps begun so far."""
+        """Turns of the engine's thread so far: each begins a step or reads the last one."""
         self.failure: str | None = None
         """The reason why the engine stopped by itself; None while it runs, and after ``stop``."""
         self._thread = threading.Thread(target=self._run, name="ownpath-engine", daemon=True)
@@ -136,11 +131,14 @@ class Engine:
     def load(self) -> EngineLoad:
         """Returns how busy the engine is; a snapshot, which the next step changes."""
         running = list(self._scheduler.running)
-        room = self.config.max_num_seqs * self.config.max_model_len
-        use = sum(request.num_computed for request in running) / room
+        slots = self._memory.slots
+        use = sum(request.num_computed for request in running) / (slots.num_blocks * BLOCK_TOKENS)
+        blocks = Usage(slots.num_blocks - self._memory.free[1], slots.num_blocks)
+        taken = Usage(slots.num_slots - slots.num_free_slots, slots.num_slots)
         compiled, captured = self._made_before
         made = COMPILATIONS.count - compiled, COMPILATIONS.num_captured - captured
-        return EngineLoad(len(running), self._scheduler.num_waiting, use, *made)
+        times = replace(self._runner.times)
+        return EngineLoad(len(running), self._scheduler.num_waiting, use, *made, blocks, taken, self.counts, times)
 
     def check(self, request: Request) -> None:
         """Checks that the request could run here. Errors: RequestError with the numbers."""
@@ -156,6 +154,7 @@ class Engine:
                 f"{num_prompt} prompt tokens and {request.params.max_tokens} tokens to generate exceed the "
                 f"maximum context of {limit} tokens"
             )
+        self._memory.check(request)
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Takes all of these requests, or none; they are one party in the scheduler's turns.
@@ -164,6 +163,8 @@ class Engine:
         """
         for request in requests:
             self.check(request)
+            if self.prefix is not None:
+                self.prefix.name(request)
         with self._lock:
             if self._stopping or not self._thread.is_alive():
                 raise EngineStopped(self._why_stopped())
@@ -195,6 +196,7 @@ class Engine:
             with self._lock:
                 self._stopping = True
                 abandoned = list(self._open)
+            self._runner.abandon()
             for request in abandoned:
                 self._reporter.fail(request, self._why_stopped())
 
@@ -206,27 +208,58 @@ class Engine:
     def _take_messages(self) -> bool:
         """Handles messages from other threads; sleeps while there is nothing to do. Returns False to stop."""
         while not self._stopping:
+            is_idle = not self._scheduler.has_work and not self._runner.is_flying
+            if is_idle:
+                self._runner.times.pause()
             try:
-                handle = self._inbox.get(block=not self._scheduler.has_work)
+                handle = self._inbox.get(block=is_idle)
             except queue.Empty:
                 return True
             handle()
         return False
 
     def _step_or_fail(self) -> None:
-        """Runs a step. If it fails, its requests fail with it, and only those."""
-        planned = self._scheduler.schedule()
-        chunks = [chunk for chunk in planned if chunk.request.cache is not None or self._prepare(chunk.request)]
-        if not chunks:
-            return
+        """Runs a step, and reads the one before. If one fails, its requests are run again one by one: only those fail
+        whose own step does."""
+        chunks: list[ScheduledChunk] = []
         try:
             with torch.inference_mode():
+                if self._scheduler.is_short:
+                    self._runner.settle()  # who ends there makes room, and who is sent back has no row that runs
+                chunks = self._schedule()
+                self._note(chunks)
                 self._runner.step(chunks)
         except Exception:
             logger.exception("a step of %d sequences failed", len(chunks))
+            affected = [*self._runner.abandon(), *chunks]
+            if not affected:
+                raise
             self._stop_if_device_is_lost()
-            for chunk in chunks:
-                self._reporter.fail(chunk.request, _STEP_FAILED if self.failure is None else self._why_stopped())
+            self._run_one_by_one(affected)
+
+    def _run_one_by_one(self, chunks: Sequence[ScheduledChunk]) -> None:
+        """Runs what failed together again, each request by itself; none if the engine stops."""
+        most = self.config.max_prefill_tokens
+        for request, num_tokens in dict(chunks).items():
+            if request not in self._open or request.cache is None:
+                continue
+            try:
+                if self.failure is None:
+                    self.counts.num_step_retries += 1
+                    for chunk in chunks_alone(request, num_tokens, most, self._memory):
+                        self.num_steps += 1
+                        with torch.inference_mode():
+                            self._note([chunk])
+                            self._runner.step_alone(chunk)
+            except Exception:
+                logger.exception("a step of a request of %d tokens failed by itself", request.num_tokens)
+                self._runner.abandon()
+                self._stop_if_device_is_lost()
+                self._reporter.fail(request, _STEP_FAILED if self.failure is None else self._why_stopped())
+        if self.failure is not None:
+            for request in dict(chunks):
+                if request in self._open:
+                    self._reporter.fail(request, self._why_stopped())
 
     def _stop_if_device_is_lost(self) -> None:
         """Ends the engine if the device computes nothing any more: CUDA's sticky errors fail every later call."""
@@ -239,24 +272,26 @@ class Engine:
     def _why_stopped(self) -> str:
         return _STOPPED if self.failure is None else f"{_STOPPED}: {self.failure}"
 
-    def _prepare(self, request: Request) -> bool:
-        """Gives a newly admitted request its cache. Returns False, and ends the request, if it gets none."""
-        try:
-            request.cache = self._model.new_cache()
-        except Exception:
-            logger.exception("no cache for a request of %d tokens", request.num_tokens)
+    def _schedule(self) -> list[ScheduledChunk]:
+        """Plans a step, and ends requests for which there is no memory."""
+        planned = self._scheduler.schedule()
+        self.counts.num_preempted = self._scheduler.num_preempted
+        unfit = [chunk.request for chunk in planned if chunk.request.cache is None]
+        if unfit:
             self._stop_if_device_is_lost()
-            self._reporter.fail(
-                request, "there is no memory for this request" if self.failure is None else self._why_stopped()
-            )
-            return False
-        return True
+        elif not planned and not self._runner.is_flying and (stuck := self._scheduler.find_unfit()) is not None:
+            unfit = [stuck]
+        for request in unfit:
+            self._reporter.fail(request, _NO_MEMORY if self.failure is None else self._why_stopped())
+        return [chunk for chunk in planned if chunk.request.cache is not None]
+
+    def _note(self, chunks: Sequence[ScheduledChunk]) -> None:
+        """Has the prefix cache take up what the requests of the next step have filled."""
+        if self.prefix is not None:
+            self.prefix.note([chunk.request for chunk in chunks])
 
     def _close(self, request: Request) -> None:
         self._scheduler.remove(request)
         self._adjuster.drop(request)
-        if request.cache is not None:
-            request.cache.release()
-        request.cache = None
         with self._lock:
             self._open.discard(request)

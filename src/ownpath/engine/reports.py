@@ -25,6 +25,7 @@ class Reporter:
 
     def fail(self, request: Request, message: str, non_finite: NonFinite | None = None) -> None:
         """Ends a request with an error."""
+        request.has_failed = True
         self._close(request)
         self._deliver(request, StepOutput(finish_reason=FinishReason.ERROR, error=message, non_finite=non_finite))
 

@@ -3,7 +3,7 @@
 Legend: R rows of the largest bucket, B blocks of a table, L layers, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,13 +17,22 @@ from ownpath.engine.request import Request, SamplingParams
 from ownpath.engine.sampler import NUM_SAMPLED, SampleRow, sampled_views
 from ownpath.kernels.sample.types import FilterRows, Sampled, SampleRows
 
+NUM_TURNS = 2
+"""Steps that may be under way at a time: each has buffers of its own on the host."""
 PADDED = -1
 """The token id of a padded row."""
-_PADDED_INTEGERS = np.array([[PADDED], [NOBODY], [0], [0], [0], [-1], [0]])
+_PADDED_INTEGERS = np.array([[PADDED], [NOBODY], [0], [0], [0], [-1], [0], [0], [0]])
 _PADDED_FLOATS = np.array([[0.0], [1.0], [0.0]])
-"""A padded row's token, slot, position, drawn tokens, step, pad and top_k; its temperature, top_p and min_p."""
+"""A padded row's token, slot, position, drawn tokens, step, pad, top_k, source and carry; its temperature, top_p and
+min_p."""
 GREEDY = SampleRow(SamplingParams(1, temperature=0.0), seed=0, num_drawn=0)
 """Takes the likeliest token."""
+
+
+def unread(row: int) -> int:
+    """Names the token that a row of the step before draws, while nobody has read it: it stands where the token's id
+    would, and is negative. Naming a row twice gives the row."""
+    return PADDED - 1 - row
 
 
 class DecodeRow(NamedTuple):
@@ -36,7 +45,10 @@ class DecodeRow(NamedTuple):
 
 
 class StepRows(NamedTuple):
-    """The rows of a step in columns: a list of one row's part each, which costs the host less than objects do."""
+    """The rows of a step in columns: a list of one row's part each, which costs the host less than objects do.
+
+    token_ids: ids, or names of tokens that are still to be read (``unread``).
+    """
 
     caches: list[SequenceCache]
     token_ids: list[int]
@@ -66,7 +78,8 @@ class StepTokens(NamedTuple):
     """A step's results. token_ids: the token drawn for each row; ``None`` where a logit is not finite. flagged: rows
     whose index scores are not finite, with the first such layer.
 
-    Valid until the next step: logits_TV; logprobs_T, of the tokens by their raw logits, on the host.
+    Valid until the next step begins: logits_TV. Until the one after it begins: logprobs_T, of the tokens by their raw
+    logits, on the host.
     """
 
     logits_TV: torch.Tensor
@@ -78,37 +91,50 @@ class StepTokens(NamedTuple):
 NO_ROWS = StepRows.of(())
 
 
-def step_rows(requests: Sequence[Request]) -> StepRows:
-    """Returns the rows of requests that each run their next token."""
+def step_rows(requests: Sequence[Request], ahead: Mapping[Request, int]) -> StepRows:
+    """Returns the rows of requests that each run their next token. ahead: the rows of those whose token is still to be
+    read from the step before."""
+    if not ahead:
+        tokens = [one.next_id for one in requests]
+        num_drawn = [len(one.output_ids) for one in requests]
+    else:
+        tokens = [unread(ahead[one]) if one in ahead else one.next_id for one in requests]
+        num_drawn = [len(one.output_ids) + (one in ahead) for one in requests]
     return StepRows(
         [one.caches for one in requests],
-        [one.output_ids[-1] if one.output_ids else one.next_id for one in requests],
+        tokens,
         [one.params for one in requests],
         [one.seed for one in requests],
-        [len(one.output_ids) for one in requests],
+        num_drawn,
     )
+
+
+class Staged(NamedTuple):
+    """Rows in host memory, ready to be sent. turn: the buffer they are in. blocks: the first and last row whose block
+    tables change; ``None``: none does."""
+
+    turn: int
+    blocks: slice | None
 
 
 class RowArrays:
     """The rows' arrays in one buffer of int32: seeds (two words a row), tokens, slots, positions, numbers of drawn
-    tokens, steps (1 for a row, 0 where padded), pads (0 for a row, -1 where padded), top_k, temperatures, top_p, min_p
-    [R]; block tables [R, B].
+    tokens, steps (1 for a row, 0 where padded), pads (0 for a row, -1 where padded), top_k, sources (the row of the
+    step before whose token a row goes on with) and carries (1 where it does, 0 where the host knows the token),
+    temperatures, top_p, min_p [R]; block tables [R, B].
 
-    ``upload`` writes them in host memory and transfers them. It touches only block tables that change: with a context
-    of a million tokens a table has 4,096 words, and a request keeps it for life.
+    ``stage`` writes them in host memory, one of two buffers in turn, as the other may still be on its way. ``send``
+    transfers them. Both touch only block tables that change: with a context of a million tokens a table has 4,096
+    words, and a request changes it once in 256 tokens.
     """
 
-    WORDS = 12
+    WORDS = 14
 
     def __init__(self, max_rows: int, num_blocks: int, device: torch.device) -> None:
         num_rows = aligned_rows(max_rows)
         size = num_rows * (self.WORDS + num_blocks)
-        self._host = torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._hosts = [_HostArrays.of(num_rows, size, device) for _ in range(NUM_TURNS)]
         self._device = torch.zeros(size, dtype=torch.int32, device=device)
-        heads = self._host.numpy()[: self.WORDS * num_rows].reshape(self.WORDS, num_rows)
-        self._seeds = heads[:2].reshape(-1).view(np.int64)
-        self._integers, self._floats = heads[2:9], heads[9:].view(np.float32)
-        self._host_blocks = _Columns.of(self._host, num_rows).blocks
         self._held: list[tuple[int, ...] | None] = [None] * num_rows
         self.columns = _Columns.of(self._device, num_rows)
 
@@ -124,34 +150,66 @@ class RowArrays:
         filters = FilterRows(columns.top_k[:count], columns.top_p[:count], columns.min_p[:count])
         return SampleRows(columns.temperatures[:count], columns.seeds[:count], columns.drawn[:count], filters)
 
-    def upload(self, rows: StepRows) -> None:
-        """Writes these rows, and pads the others."""
+    def stage(self, rows: StepRows, turn: int) -> Staged:
+        """Writes these rows into a buffer that nothing reads any more, and pads the others."""
         caches, tokens, params, seeds, drawn = rows
-        count = rows.num_rows
-        self._integers[:, count:], self._floats[:, count:] = _PADDED_INTEGERS, _PADDED_FLOATS
+        count, host = rows.num_rows, self._hosts[turn]
+        host.integers[:, count:], host.floats[:, count:] = _PADDED_INTEGERS, _PADDED_FLOATS
         if count:
             positions, slots = [cache.num_tokens for cache in caches], [cache.slot for cache in caches]
             top_k = [one.top_k for one in params]
-            self._integers[:, :count] = (tokens, slots, positions, drawn, [1] * count, [0] * count, top_k)
+            known, carries = [max(token, 0) for token in tokens], [int(token < PADDED) for token in tokens]
+            sources = [max(unread(token), 0) for token in tokens]
+            columns = (known, slots, positions, drawn, [1] * count, [0] * count, top_k, sources, carries)
+            host.integers[:, :count] = columns
             temperatures, top_p = [one.temperature for one in params], [one.top_p for one in params]
-            self._floats[:, :count] = (temperatures, top_p, [one.min_p for one in params])
-            self._seeds[:count] = seeds
-        num_heads = self.WORDS * len(self._held)
-        self._device[:num_heads].copy_(self._host[:num_heads], non_blocking=True)
-        self._upload_blocks([cache.blocks for cache in caches])
+            host.floats[:, :count] = (temperatures, top_p, [one.min_p for one in params])
+            host.seeds[:count] = seeds
+        return Staged(turn, self._stage_blocks([cache.blocks for cache in caches], host))
 
-    def _upload_blocks(self, tables: Sequence[tuple[int, ...]]) -> None:
-        """Transfers the rows' block tables from the first that changed to the last."""
+    def send(self, staged: Staged, drawn_R: torch.Tensor) -> None:
+        """Transfers staged rows, and takes the tokens that only the device knows from those drawn last. Does not
+        wait. Shapes: drawn_R int32 [R]."""
+        buffer, num_heads = self._hosts[staged.turn].buffer, self.WORDS * len(self._held)
+        self._device[:num_heads].copy_(buffer[:num_heads], non_blocking=True)
+        if (some := staged.blocks) is not None:
+            self.columns.blocks[some].copy_(self._hosts[staged.turn].blocks[some], non_blocking=True)
+        columns = self.columns
+        columns.tokens.addcmul_(drawn_R.index_select(0, columns.sources), columns.carries)
+
+    def _stage_blocks(self, tables: Sequence[tuple[int, ...]], host: "_HostArrays") -> slice | None:
+        """Writes the rows' block tables from the first that changes on the device to the last."""
         wanted = [*tables, *[None] * (len(self._held) - len(tables))]
         pairs = enumerate(zip(wanted, self._held, strict=True))
         changed = [row for row, (new, old) in pairs if new is not old and new != old]
         if not changed:
-            return
-        for row in changed:
-            self._host_blocks[row] = NOBODY if (table := wanted[row]) is None else torch.tensor(table)
-        self._held = wanted
-        some = slice(changed[0], changed[-1] + 1)
-        self.columns.blocks[some].copy_(self._host_blocks[some], non_blocking=True)
+            return None
+        self._held, some = wanted, slice(changed[0], changed[-1] + 1)
+        for row in range(some.start, some.stop):
+            if (table := wanted[row]) != host.written[row]:
+                num_blocks = 0 if table is None else len(table)
+                host.blocks[row, :num_blocks] = torch.tensor(table or (), dtype=torch.int32)
+                host.blocks[row, num_blocks:] = NOBODY
+                host.written[row] = table
+        return some
+
+
+class _HostArrays(NamedTuple):
+    """One of the host's buffers of ``RowArrays``, and views of it. written: the block tables that it holds."""
+
+    buffer: torch.Tensor
+    seeds: "npt.NDArray[np.int64]"
+    integers: "npt.NDArray[np.int32]"
+    floats: "npt.NDArray[np.float32]"
+    blocks: torch.Tensor
+    written: list[tuple[int, ...] | None]
+
+    @classmethod
+    def of(cls, num_rows: int, size: int, device: torch.device) -> "_HostArrays":
+        buffer = torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")
+        heads = buffer.numpy()[: RowArrays.WORDS * num_rows].reshape(RowArrays.WORDS, num_rows)
+        seeds, floats = heads[:2].reshape(-1).view(np.int64), heads[11:].view(np.float32)
+        return cls(buffer, seeds, heads[2:11], floats, _Columns.of(buffer, num_rows).blocks, [None] * num_rows)
 
 
 class _Columns(NamedTuple):
@@ -169,22 +227,25 @@ class _Columns(NamedTuple):
     blocks: torch.Tensor
     top_k: torch.Tensor
     min_p: torch.Tensor
+    sources: torch.Tensor
+    carries: torch.Tensor
     counts: torch.Tensor
 
     @classmethod
     def of(cls, buffer: torch.Tensor, num_rows: int) -> "_Columns":
         heads = buffer[: RowArrays.WORDS * num_rows].view(RowArrays.WORDS, num_rows)
-        seeds, (temperatures, top_p, min_p) = heads[:2].flatten().view(torch.int64), heads[9:].view(torch.float32)
-        tokens, slots, positions, drawn, steps, pads, top_k = heads[2:9]
+        seeds, (temperatures, top_p, min_p) = heads[:2].flatten().view(torch.int64), heads[11:].view(torch.float32)
+        tokens, slots, positions, drawn, steps, pads, top_k, sources, carries = heads[2:11]
         blocks = buffer[RowArrays.WORDS * num_rows :].view(num_rows, -1)
-        counts = heads[4:6]
         return cls(
-            seeds, tokens, slots, positions, drawn, steps, pads, temperatures, top_p, blocks, top_k, min_p, counts
+            *(seeds, tokens, slots, positions, drawn, steps, pads, temperatures, top_p),
+            *(blocks, top_k, min_p, sources, carries),
+            counts=heads[4:6],
         )
 
 
 class ResidentRows(NamedTuple):
-    """Rows as the device holds them, in columns."""
+    """Rows as the device holds them, in columns. token_ids: as in ``StepRows``."""
 
     slots: list[int]
     blocks: list[tuple[int, ...]]
@@ -204,7 +265,7 @@ class ResidentRows(NamedTuple):
         )
 
     def advanced(self, token_ids: list[int]) -> "ResidentRows":
-        """Returns the rows after a step that has chosen these tokens."""
+        """Returns the rows after a step that chooses these tokens."""
         ahead = [position + 1 for position in self.positions]
         drawn = [count + 1 for count in self.num_drawn]
         return self._replace(positions=ahead, token_ids=token_ids, num_drawn=drawn)
@@ -212,15 +273,21 @@ class ResidentRows(NamedTuple):
 
 class StepResults:
     """The results of a step that the host reads, in one copy of int32 [3 + L, R]: the sampler's tokens, faults and
-    log-probs, then the flags of each layer's index scores, 0 where a layer has none."""
+    log-probs, then the flags of each layer's index scores, 0 where a layer has none. The host has two copies in turn,
+    as it may still read one step's while the next one's arrive."""
 
     def __init__(self, pool: CachePool, max_rows: int) -> None:
         device, flags_LT = pool.spec.device, new_flags(pool, max_rows)
         shape = NUM_SAMPLED + len(flags_LT), aligned_rows(max_rows)
         self.on_device = torch.zeros(shape, dtype=torch.int32, device=device)
-        self._read = torch.zeros(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._integers = self._read.numpy()
-        self._logprobs = self._integers[2].view(np.float32)
+        pinned = device.type == "cuda"
+        self._copies = [torch.zeros(shape, dtype=torch.int32, pin_memory=pinned) for _ in range(NUM_TURNS)]
+        self._integers = [copy.numpy() for copy in self._copies]
+
+    @property
+    def drawn_R(self) -> torch.Tensor:
+        """The tokens that the last step drew, int32 [R]."""
+        return self.on_device[0]
 
     def sampled(self, count: int) -> Sampled:
         """Returns where the sampler writes."""
@@ -230,19 +297,18 @@ class StepResults:
         """Returns where selections write: int32 [L, count]."""
         return self.on_device[NUM_SAMPLED:, :count]
 
-    def copy(self) -> None:
+    def copy(self, turn: int) -> None:
         """Copies all to the host. Does not wait."""
-        self._read.copy_(self.on_device, non_blocking=True)
+        self._copies[turn].copy_(self.on_device, non_blocking=True)
 
-    def wait(self) -> None:
-        """Waits for the copy."""
-        if self._read.is_pinned():
-            torch.cuda.current_stream(self.on_device.device).synchronize()
-
-    def read(self, logits_TV: torch.Tensor) -> tuple[list[int], StepTokens]:
+    def read(self, turn: int, logits_TV: torch.Tensor) -> tuple[list[int], StepTokens]:
         """Returns the tokens that the device goes on with, and the results of as many rows as there are logits."""
-        count = len(logits_TV)
-        tokens, faults = self._integers[:2, :count].tolist()
-        kept = [None if fault else token for token, fault in zip(tokens, faults, strict=True)]
-        flagged = first_flagged(self._integers[NUM_SAMPLED:, :count])
-        return tokens, StepTokens(logits_TV, kept, self._logprobs, flagged)
+        count, integers = len(logits_TV), self._integers[turn]
+        tokens, faults = integers[:2, :count].tolist()
+        kept = (
+            tokens
+            if not any(faults)
+            else [None if fault else token for token, fault in zip(tokens, faults, strict=True)]
+        )
+        flagged = first_flagged(integers[NUM_SAMPLED:, :count])
+        return tokens, StepTokens(logits_TV, kept, integers[2].view(np.float32), flagged)

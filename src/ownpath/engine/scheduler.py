@@ -1,15 +1,20 @@
 """Decides which requests run in a step, and how many of their tokens. Pure bookkeeping: no tensor, no model, no clock.
 
-Requests that were added together (the prompts of one HTTP request) are a party. A step costs time with every token in
-it, so each step has two limits: ``max_num_seqs`` sequences and ``max_prefill_tokens`` prompt tokens. The rules, in
-order:
+A step costs time with every token in it, so each step has two limits: ``max_num_seqs`` sequences and
+``max_prefill_tokens`` tokens that are read, those of prompts. The rules, in order:
 
-1. A free sequence goes to the waiting party that has the fewest, the oldest first. A party has at most three quarters
-   of the sequences (rounded up), so that another one can always begin.
-2. Every running request that has read its prompt decodes one token. An answer once begun never waits for a
-   newcomer.
-3. Of the prefill limit the oldest party with an unread prompt gets half, the others equal shares of the rest, and
-   what one does not need goes to the oldest. Within a party the prompts are read one after the other.
+1. Every running request has room in the caches for its next token. Where there is none left, the running request with
+   the highest priority number, of several the one that began last, gives its blocks back and waits in front of all of
+   its priority. It reads its prompt and its answer so far again, and goes on as if nothing had been.
+2. A free sequence goes to the waiting request whose turn it is (``turns``), if the blocks of its known tokens are free,
+   and beyond them one for each running request that may still grow. Otherwise nobody begins: what is next in turn is
+   not overtaken by what is smaller. A party, the requests that were added together, has at most three quarters of the
+   sequences (rounded up), so that another one can always begin.
+3. Every running request that has read its prompt decodes one token. An answer once begun never waits for a newcomer.
+4. Of the prefill limit, unread prompts of the lowest priority number get what they need, then those of the next. Of one
+   priority, the client whose party is the oldest gets half, the others equal shares of the rest, and what one does not
+   need goes to the oldest; a client's share is shared among its parties in the same way. Within a party the prompts are
+   read one after the other.
 
 Example: 2 sequences, 4 prefill tokens. A has a 6-token prompt, B a 3-token one, C waits.
 
@@ -18,15 +23,33 @@ Example: 2 sequences, 4 prefill tokens. A has a 6-token prompt, B a 3-token one,
     step 3: B decodes 1, A reads 1
     step 4: A and B decode 1 each; C waits until one of them ends
 
-Nobody starves: the oldest unread prompt always gets half the limit, so it ends after finitely many steps; every other
-party moves in every step, as far as there are tokens; and parties begin in the order in which they came.
+Nobody of one priority starves: the oldest unread prompt always gets half the limit, or half of its client's half, so it
+ends after finitely many steps; every other party moves in every step, as far as there are tokens; the request that
+began first never gives its blocks back to a later one; and clients begin in turns.
 """
 
-from collections import Counter, deque
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 from ownpath.engine.request import Request
+from ownpath.engine.turns import Party, WaitingLine
+
+
+class SequenceMemory(Protocol):
+    """The caches' memory as the scheduler uses it."""
+
+    @property
+    def free(self) -> tuple[int, int]:
+        """The numbers of free sequences and blocks."""
+
+    def begin(self, request: Request, num_spare: int) -> bool:
+        """Gives a request memory for its known tokens; False if that is not free, and ``num_spare`` blocks more."""
+
+    def extend(self, request: Request) -> bool:
+        """Gives a running request room for its next tokens; False if none is free."""
+
+    def end(self, request: Request) -> None:
+        """Takes back what a request has."""
 
 
 class ScheduledChunk(NamedTuple):
@@ -42,20 +65,25 @@ class ScheduledChunk(NamedTuple):
 
 
 class Scheduler:
-    """Continuous batching with chunked prefill, in turns between parties."""
+    """Continuous batching with chunked prefill, in turns between clients and parties, within the caches' memory."""
 
-    def __init__(self, max_num_seqs: int, max_prefill_tokens: int) -> None:
+    def __init__(self, max_num_seqs: int, max_prefill_tokens: int, memory: SequenceMemory) -> None:
         if max_num_seqs < 1 or max_prefill_tokens < 1:
             raise ValueError("max_num_seqs and max_prefill_tokens must be at least 1")
         self._max_num_seqs = max_num_seqs
-        self._max_of_party = max_num_seqs - max_num_seqs // 4
         self._max_prefill_tokens = max_prefill_tokens
+        self._memory = memory
         self._num_parties = 0
-        # A party's number is its age: the oldest has the lowest.
-        self._party_of: dict[Request, int] = {}
+        self._party_of: dict[Request, Party] = {}
+        self._num_of_client: dict[str, int] = {}
         self._single: dict[Request, ScheduledChunk] = {}
-        self._waiting: dict[int, deque[Request]] = {}
+        self._line = WaitingLine(max_num_seqs - max_num_seqs // 4)
+        # What was free when the request whose turn it is did not fit; None once something came or ended.
+        self._full_with: tuple[int, int] | None = None
         self.running: list[Request] = []
+        """In the order in which they began; one that was sent back begins again."""
+        self.num_preempted = 0
+        """Times that a running request was sent back."""
 
     @property
     def has_work(self) -> bool:
@@ -63,72 +91,133 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that have not begun."""
+        """Requests that do not run."""
         return len(self._party_of) - len(self.running)
 
     def add(self, *requests: Request) -> None:
-        """Queues the requests as one party behind all others."""
+        """Queues the requests as one party, behind all others of their client."""
         self._num_parties += 1
+        party = Party(self._num_parties, requests[0].client)
         for request in requests:
             assert request.num_computed == 0, "a request is added once, before anything of it has run"
             assert request.prompt_ids, "an empty prompt has no row to sample from"
-            self._party_of[request] = self._num_parties
+            assert request.client == party.client, "a party belongs to one client"
+            self._party_of[request] = party
             self._single[request] = ScheduledChunk(request, 1)
-        self._waiting[self._num_parties] = deque(requests)
+        self._num_of_client[party.client] = self._num_of_client.get(party.client, 0) + len(requests)
+        self._line.join(party, requests)
+        self._full_with = None
 
     def remove(self, request: Request) -> bool:
-        """Forgets a finished or aborted request, queued or running. Returns whether it was known."""
+        """Forgets a finished or aborted request, queued or running, and takes back its memory. Returns whether it was
+        known."""
         party = self._party_of.pop(request, None)
         if party is None:
             return False
         del self._single[request]
         if request in self.running:
             self.running.remove(request)
-        else:
-            self._waiting[party].remove(request)
-            self._forget_if_empty(party)
+        self._line.leave(party, request)
+        self._num_of_client[party.client] -= 1
+        if not self._num_of_client[party.client]:
+            del self._num_of_client[party.client]
+            self._line.forget(party.client)
+        self._memory.end(request)
+        self._full_with = None
         return True
 
     def schedule(self) -> list[ScheduledChunk]:
-        """Plans the next step. Its requests stay in ``running`` until they are removed."""
+        """Plans the next step. Its requests stay in ``running`` until they are removed, or sent back."""
+        self._make_room()
         self._admit()
         chunks: list[ScheduledChunk] = []
-        unread: dict[int, list[Request]] = {}
+        unread: list[Request] = []
         for request in self.running:
-            if request.is_prefilling:
-                unread.setdefault(self._party_of[request], []).append(request)
+            if request.is_reading:
+                unread.append(request)
             else:
                 chunks.append(self._single[request])
-        parties = [unread[party] for party in sorted(unread)]
-        wanted = [sum(request.num_pending for request in party) for party in parties]
-        for party, share in zip(parties, share_tokens(self._max_prefill_tokens, wanted), strict=True):
-            for request in party:
-                num_tokens = min(share, request.num_pending)
-                share -= num_tokens
-                chunks += [ScheduledChunk(request, num_tokens)] if num_tokens else []
+        if unread:
+            chunks += self._read(unread)
         return chunks
 
-    def _admit(self) -> None:
-        """Gives free sequences to waiting parties."""
-        if not self._waiting:
-            return
-        num_running = Counter(self._party_of[request] for request in self.running)
-        while self._waiting and len(self.running) < self._max_num_seqs:
-            party = min(self._waiting, key=lambda number: (num_running[number], number))
-            if num_running[party] >= self._max_of_party:
-                return
-            self.running.append(self._waiting[party].popleft())
-            num_running[party] += 1
-            self._forget_if_empty(party)
+    @property
+    def is_short(self) -> bool:
+        """True if running requests need more blocks than are free: the next plan sends some back."""
+        num_needed = sum(request.needs_room for request in self.running)
+        return bool(num_needed) and num_needed > self._memory.free[1]
 
-    def _forget_if_empty(self, party: int) -> None:
-        if not self._waiting[party]:
-            del self._waiting[party]
+    def find_unfit(self) -> Request | None:
+        """Returns the request whose turn it is if it does not fit although nothing else runs: it never will."""
+        if self.running or self._full_with is None:
+            return None
+        turn = self._line.next(())
+        return None if turn is None else turn[1]
+
+    def _make_room(self) -> None:
+        """Gives running requests room for their next tokens, and sends others back for it where it must."""
+        short = [request for request in self.running if request.needs_room]
+        for request in sorted(short, key=lambda one: one.priority):
+            while request in self.running and not self._memory.extend(request):
+                self._send_back()
+
+    def _send_back(self) -> None:
+        """Preempts the running request that has to yield first."""
+        highest = max(request.priority for request in self.running)
+        victim = next(request for request in reversed(self.running) if request.priority == highest)
+        self.running.remove(victim)
+        self._memory.end(victim)
+        victim.num_computed = 0
+        self.num_preempted += 1
+        self._line.rejoin(self._party_of[victim], victim)
+
+    def _admit(self) -> None:
+        """Gives free sequences to waiting requests."""
+        while self._line and len(self.running) < self._max_num_seqs and self._full_with != self._memory.free:
+            turn = self._line.next([self._party_of[request] for request in self.running])
+            if turn is None:
+                return
+            party, request = turn
+            if not self._memory.begin(request, sum(one.may_grow for one in self.running)):
+                self._full_with = self._memory.free
+                return
+            self._line.begin(party)
+            self.running.append(request)
+
+    def _read(self, unread: Iterable[Request]) -> Iterator[ScheduledChunk]:
+        """Shares the prefill limit: by priority, then among clients, then among their parties."""
+        left = self._max_prefill_tokens
+        of_priority: dict[int, dict[str, dict[int, list[Request]]]] = {}
+        for request in sorted(unread, key=lambda one: self._party_of[one].number):
+            party = self._party_of[request]
+            clients = of_priority.setdefault(request.priority, {})
+            clients.setdefault(party.client, {}).setdefault(party.number, []).append(request)
+        for priority in sorted(of_priority):
+            clients = of_priority[priority]
+            wanted = [sum(map(_num_unread, parties.values())) for parties in clients.values()]
+            shares = share_tokens(left, wanted)
+            left -= sum(shares)
+            for parties, share in zip(clients.values(), shares, strict=True):
+                own = share_tokens(share, [_num_unread(party) for party in parties.values()])
+                for party_requests, party_share in zip(parties.values(), own, strict=True):
+                    yield from _read_in_order(party_requests, party_share)
+
+
+def _num_unread(requests: Iterable[Request]) -> int:
+    return sum(request.most_next for request in requests)
+
+
+def _read_in_order(requests: Iterable[Request], share: int) -> Iterator[ScheduledChunk]:
+    for request in requests:
+        num_tokens = min(share, request.most_next)
+        share -= num_tokens
+        if num_tokens:
+            yield ScheduledChunk(request, num_tokens)
 
 
 def share_tokens(limit: int, wanted: Sequence[int]) -> list[int]:
-    """Shares prompt tokens among parties, oldest first: to the first at least half of the limit, if it wants as many,
-    to the others equal shares of what is left, and the remainder to the oldest that want more."""
+    """Shares prompt tokens, oldest first: to the first at least half of the limit, if it wants as many, to the others
+    equal shares of what is left, and the remainder to the oldest that want more."""
     shares: list[int] = []
     for index, want in enumerate(wanted):
         left = limit - sum(shares)

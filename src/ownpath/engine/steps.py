@@ -1,28 +1,40 @@
 """Runs the steps that the engine schedules, and reports what each of them gave its requests.
 
 A step in which every request has one row goes to the decoder, if there is one; any other is one forward of the model.
+
+Graphs overlap with the host: a step is launched before the tokens of the one before are read, so that the device goes
+from one to the next while the host reads, reports and schedules. At most two are launched at a time. What holds:
+
+- Tokens are those of steps one by one: a row goes on from the token that the device chose, read or not.
+- A request that ended, was aborted or had to give its cache up while a step with its row ran hears nothing of that
+  step. Its slot and blocks are given back once no launched step has a row of it.
+- A request whose unread token is its last by ``max_tokens`` has no row more, so no row is beyond its memory.
+- A step is read at once if a report needs its logits, which the next one overwrites, and the next one waits for it if
+  rows' logits change by what was drawn. Steps by ``forward`` wait for all before them.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from time import perf_counter
 from typing import Protocol
 
 import torch
 
-from ownpath.cache.pools import SequenceCache
 from ownpath.config import ModelConfig
 from ownpath.engine.adjust import Adjuster
 from ownpath.engine.batch import LogitsShare, build_batch, decode_share
 from ownpath.engine.decoder import Decoder
 from ownpath.engine.flags import IndexFlags, tell_flagged
+from ownpath.engine.flight import Flight, StepTimes
+from ownpath.engine.memory import CachingModel
 from ownpath.engine.reports import Reporter
-from ownpath.engine.request import NonFinite, Request, ScoredToken, StepOutput, plain_output
+from ownpath.engine.request import Request, ScoredToken, StepOutput, plain_output
 from ownpath.engine.rows import step_rows
 from ownpath.engine.sampler import (
-    NON_FINITE,
     Drawn,
     NonFiniteIndexScores,
-    NonFiniteLogits,
+    RowFailed,
     choose_tokens,
+    no_token,
     sample_row,
     score_tokens,
 )
@@ -31,13 +43,11 @@ from ownpath.engine.tops import top_tokens, with_own
 from ownpath.model.batch import ForwardBatch
 
 
-class LanguageModel(Protocol):
+class LanguageModel(CachingModel, Protocol):
     """The model as the engine uses it."""
 
     @property
     def config(self) -> ModelConfig: ...
-
-    def new_cache(self) -> SequenceCache: ...
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor: ...
 
@@ -63,13 +73,62 @@ class StepRunner:
         self._model, self._decoder, self._device, self._num_vocab = model, decoder, device, num_vocab
         self._adjuster, self._reporter = adjuster, reporter
         self._flags = IndexFlags()
+        self._flights: list[Flight] = []
+        self._landing: Flight | None = None
+        self.times = StepTimes()
+
+    @property
+    def is_flying(self) -> bool:
+        """True while a step is launched and not read."""
+        return bool(self._flights)
 
     def step(self, chunks: Sequence[ScheduledChunk]) -> None:
-        """Runs the scheduled chunks: one forward, one token for each sequence that is due one."""
-        if self._decoder is not None and all(chunk.num_tokens == 1 for chunk in chunks):
-            self._decode(self._decoder, chunks)
+        """Runs the scheduled chunks: one forward, one token for each sequence that is due one.
+
+        A step that the decoder runs as a graph is only launched; the step before it is read meanwhile. Whoever ends
+        there has a row too many in this one, which nobody reads. Without chunks, reads what is left.
+        """
+        decoder = self._decoder
+        if decoder is not None and chunks and all(chunk.num_tokens == 1 for chunk in chunks):
+            self._decode(decoder, chunks)
             return
+        self.settle()
+        chunks = [chunk for chunk in chunks if chunk.request.cache is not None]
+        if chunks:
+            begun = perf_counter()
+            self._forward(chunks)
+            self.times.add(begun, perf_counter())
+
+    def settle(self) -> None:
+        """Reads the steps that are launched and reports them: every request is then where its cache is."""
+        while self._flights:
+            self._land()
+
+    def release(self, request: Request) -> None:
+        """Takes a request's cache from it, and gives it back as soon as no launched step writes to it."""
+        cache, request.cache = request.cache, None
+        if cache is not None and not any(cache in flight.caches for flight in self._flights):
+            cache.release()
+
+    def step_alone(self, chunk: ScheduledChunk) -> None:
+        """Runs one chunk, and reads it."""
+        self.step([chunk])
+        self.settle()
+
+    def abandon(self) -> list[ScheduledChunk]:
+        """Gives up the steps that are launched, because one has failed. Returns their chunks."""
+        flights = [*([self._landing] if self._landing else []), *self._flights]
+        self._landing, self._flights = None, []
+        if self._decoder is not None:
+            self._decoder.forget()
+        for flight in flights:
+            flight.release_left([])
+        return [chunk for flight in flights for chunk in flight.chunks]
+
+    def _forward(self, chunks: Sequence[ScheduledChunk]) -> None:
+        """Runs a step by the model's ``forward``."""
         batch, shares = build_batch(chunks, self._device)
+        self._adjuster.start(chunk.request for chunk in chunks if chunk.reaches_end)
         logits_RV = self._model.forward(batch)[:, : self._num_vocab]
         drawn = self._sample(logits_RV, shares)
         self._flags.note(batch.tables, [chunk.request for chunk in chunks])
@@ -79,24 +138,58 @@ class StepRunner:
             self._answer(share, one, logits_RV)
 
     def _decode(self, decoder: Decoder, chunks: Sequence[ScheduledChunk]) -> None:
-        """Runs a decode step, which chooses its tokens on the device.
+        """Launches a decode step, and reads the one before."""
+        if self._adjuster.waits_for_tokens(chunk.request for chunk in chunks):
+            self.settle()
+        ahead = self._flights[-1].rows() if self._flights else {}
+        chunks = [chunk for chunk in chunks if chunk.request.cache is not None and not _ends(chunk.request, ahead)]
+        num_flying = int(bool(chunks) and self._launch(decoder, chunks, ahead))
+        while len(self._flights) > num_flying:
+            self._land()
+
+    def _launch(self, decoder: Decoder, chunks: Sequence[ScheduledChunk], ahead: Mapping[Request, int]) -> bool:
+        """Launches a decode step. Returns True if it need not be read before the next one is launched."""
+        requests, begun_at = [chunk.request for chunk in chunks], perf_counter()
+        asks = [request.needs_logits for request in requests]
+        try:
+            begun = decoder.begin(step_rows(requests, ahead), self._adjuster.rows_of(requests))
+        except Exception:
+            self.settle()  # the step before is whole
+            raise
+        may_fly = decoder.has_graph(len(chunks)) and not any(asks)
+        self._flights.append(Flight(chunks, [request.caches for request in requests], asks, begun, begun_at))
+        return may_fly
+
+    def _land(self) -> None:
+        """Reads the oldest step and reports it.
 
         Most rows only extend an answer by a token, and are reported without a look at their logits.
         """
-        requests = [chunk.request for chunk in chunks]
-        done = decoder.step(step_rows(requests), self._adjuster.rows_of(requests))
+        assert self._decoder is not None
+        flight = self._landing = self._flights.pop(0)
+        done = self._decoder.finish(flight.begun)
+        self.times.add(flight.begun_at, perf_counter())
         self._flags.read()
-        tell_flagged(done.flagged, requests)
-        tops = top_tokens(done.logits_TV, wanted_tops(enumerate(requests)))
-        for row, (request, token_id) in enumerate(zip(requests, done.token_ids, strict=True)):
-            if token_id is None or request.needs_logits:
+        tell_flagged(done.flagged, [chunk.request for chunk in flight.chunks])
+        # Whoever ended while this step ran has another cache, or none.
+        live = [chunk.request.cache is cache for chunk, cache in zip(flight.chunks, flight.caches, strict=True)]
+        asking = [(row, chunk.request) for row, chunk in enumerate(flight.chunks) if live[row] and flight.asks[row]]
+        tops = top_tokens(done.logits_TV, wanted_tops(asking))
+        rows = zip(flight.chunks, live, flight.asks, done.token_ids, strict=True)
+        for row, (chunk, is_live, asks, token_id) in enumerate(rows):
+            request = chunk.request
+            if not is_live:
+                continue
+            if token_id is None or asks or request.flagged_layer is not None:
                 drawn = Drawn(token_id, float(done.logprobs_T[row]), tops.get(row, ()))
-                self._answer(decode_share(row, chunks[row]), drawn, done.logits_TV)
+                self._answer(decode_share(row, chunk), drawn, done.logits_TV)
             elif request.params.num_logprobs is None:
                 self._extend(request, token_id, plain_output(token_id))
             else:
                 token = ScoredToken(token_id, float(done.logprobs_T[row]))
                 self._extend(request, token_id, StepOutput(token=token))
+        flight.release_left(self._flights)
+        self._landing = None
 
     def _extend(self, request: Request, token_id: int, output: StepOutput) -> None:
         """Reports one more token of an answer."""
@@ -122,10 +215,8 @@ class StepRunner:
         request = share.chunk.request
         try:
             output = self._advance(share, drawn, logits_RV)
-        except NonFiniteLogits as error:
-            self._reporter.fail(request, str(error), NonFinite.LOGITS)
-        except NonFiniteIndexScores as error:
-            self._reporter.fail(request, str(error), NonFinite.INDEX_SCORES)
+        except RowFailed as error:
+            self._reporter.fail(request, str(error), error.non_finite)
         else:
             self._reporter.tell(request, output)
 
@@ -134,20 +225,26 @@ class StepRunner:
         if request.flagged_layer is not None:
             raise NonFiniteIndexScores(request.flagged_layer)
         if share.sample_row is not None and drawn.token_id is None:
-            raise NonFiniteLogits(NON_FINITE)
-        num_top = params.num_logprobs or 0
+            raise no_token(request)
+        scored, token = [], None
         if share.scored_ids:
             rows = logits_RV[share.start : share.start + len(share.scored_ids)]
-            request.scored_prompt += score_tokens(rows, share.scored_ids, num_top)
-        token = None
+            scored = score_tokens(rows, share.scored_ids, params.prompt_logprobs or 0)
         if share.sample_row is not None and drawn.token_id is not None:
-            request.output_ids.append(drawn.token_id)
             token = ScoredToken(drawn.token_id)
             if params.num_logprobs is not None:
                 top = with_own(drawn.top, drawn.token_id, drawn.logprob)
                 token = ScoredToken(drawn.token_id, drawn.logprob, top)
+        # All or nothing from here on: a step that fails before may be run again.
+        request.scored_prompt += scored
+        request.output_ids += [] if token is None else [token.token_id]
         request.num_computed += share.chunk.num_tokens
         prompt: tuple[ScoredToken, ...] = ()
-        if share.ends_prompt and params.prompt_logprobs:
+        if share.ends_prompt and params.prompt_logprobs is not None:
             prompt = (ScoredToken(request.prompt_ids[0]), *request.scored_prompt)
         return StepOutput(prompt, token)
+
+
+def _ends(request: Request, ahead: Mapping[Request, int]) -> bool:
+    """Returns True if the token that is still to be read is the last that a request may have."""
+    return request in ahead and len(request.output_ids) + 1 >= request.params.max_tokens

@@ -9,6 +9,7 @@ from math import prod
 import torch
 
 from ownpath.cache.pools import CacheSpec
+from ownpath.cache.snapshot import snapshot_bytes
 from ownpath.checkpoint.dtypes import TORCH_DTYPES
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.config import EngineConfig
@@ -28,6 +29,7 @@ KINDS = (Caps("cpu", "CPU"), Caps("cuda", "sm_90", 90, _PACKAGES), Caps("cuda", 
 @dataclass(frozen=True)
 class CacheMemory:
     """The caches in one format. token_bytes: of one more token. request_bytes: of windows and states, at any length.
+    snapshot_bytes: of a snapshot for later requests, at any length.
 
     refusal: why the model's keys do not fit the format.
     """
@@ -35,6 +37,7 @@ class CacheMemory:
     format: CacheFormat
     token_bytes: float = 0.0
     request_bytes: int = 0
+    snapshot_bytes: int = 0
     refusal: str = ""
 
 
@@ -83,7 +86,7 @@ def _cache_memory(plan: Plan, dtype: torch.dtype, cache_format: CacheFormat) -> 
     if lack:
         return CacheMemory(cache_format, refusal=lack)
     spec = _spec(plan, 0, dtype, cache_format)
-    return CacheMemory(cache_format, spec.token_bytes, spec.slot_bytes)
+    return CacheMemory(cache_format, spec.token_bytes, spec.slot_bytes, snapshot_bytes(spec))
 
 
 def _spec(plan: Plan, num_tokens: int, dtype: torch.dtype, cache_format: CacheFormat) -> CacheSpec:

@@ -158,7 +158,8 @@ def _memory_fact(memory: Memory) -> tuple[str, str]:
 def _cache_text(cache: CacheMemory) -> str:
     if cache.refusal:
         return f"{cache.format}: cannot be ({cache.refusal})"
-    return f"{cache.format}: {cache.token_bytes:,.0f} bytes a token and {size_text(cache.request_bytes)} a request"
+    fixed = f"{size_text(cache.request_bytes)} a request and {size_text(cache.snapshot_bytes)} a snapshot"
+    return f"{cache.format}: {cache.token_bytes:,.0f} bytes a token, {fixed}"
 
 
 def _problem_parts(inspection: Inspection) -> list[RenderableType]:

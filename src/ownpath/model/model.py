@@ -51,9 +51,9 @@ class Model:
         """The memory of all sequences' caches, allocated when the first sequence asks for its own."""
         return CachePool(self.cache_spec)
 
-    def new_cache(self) -> SequenceCache:
-        """Reserves empty caches for one sequence of up to ``cache_spec.max_tokens`` tokens. Errors: CacheFull."""
-        return self.caches.new_sequence()
+    def new_cache(self, num_tokens: int | None = None) -> SequenceCache:
+        """Takes empty caches for one sequence, see ``CachePool.new_sequence``. Errors: CacheFull."""
+        return self.caches.new_sequence(num_tokens)
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> torch.Tensor:

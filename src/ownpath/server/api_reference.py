@@ -26,6 +26,19 @@ _ERROR: Schema = {
     },
     "required": ["error"],
 }
+_MESSAGES_ERROR: Schema = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+            "required": ["type", "message"],
+        },
+        "request_id": {"type": ["string", "null"]},
+    },
+    "required": ["type", "error", "request_id"],
+}
 
 
 class ApiReference:
@@ -46,7 +59,7 @@ def description(*, has_debug: bool) -> Schema:
     for route in served_routes(has_debug=has_debug):
         path = route.path.replace(":path}", "}")
         paths.setdefault(path, {})[route.method.lower()] = _operation(route)
-    schemas = request_schemas() | {"Error": _ERROR}
+    schemas = request_schemas() | {"Error": _ERROR, "MessagesError": _MESSAGES_ERROR}
     version = versions().get("ownpath", "source")
     text = "HEAD is answered wherever GET is. Another path is 404, another method 405."
     return {
@@ -83,7 +96,7 @@ def _responses(route: RouteSpec) -> Schema:
     content: Schema = {route.answered.value: {"schema": schema}}
     if route.streams:
         content["text/event-stream"] = {"schema": {"type": "string"}}
-    error = {Answered.JSON.value: {"schema": {"$ref": "#/components/schemas/Error"}}}
+    error = {Answered.JSON.value: {"schema": {"$ref": f"#/components/schemas/{route.error}"}}}
     tells_status = ("status", "string") in route.answer
     responses = {}
     for status in sorted(route.statuses):

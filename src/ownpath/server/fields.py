@@ -23,7 +23,7 @@ LABEL_KINDS: dict[str, tuple[str, ...]] = {
     ),
     "hints for caches": (
         *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "cache_control", "cache_prompt"),
-        *("cache_salt", "id_slot"),
+        "id_slot",
     ),
     "what is the same for everyone here": ("store", "service_tier", "priority", "usage"),
     "a guess at the answer, to be faster": ("prediction",),
@@ -37,14 +37,10 @@ _COMMON: Neutral = {
     "allowed_token_ids": (),
     "spaces_between_special_tokens": (True,),
     "detokenize": (True,),
-    "prompt_logprobs": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "structured_outputs": (),
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
     "logits_processors": ([],),
     "vllm_xargs": ({},),
     "kv_transfer_params": (),
@@ -86,7 +82,6 @@ CHAT: Neutral = _COMMON | {
 }
 
 COMPLETION: Neutral = _COMMON | {
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
     "add_special_tokens": (),
     "prompt_embeds": (),
@@ -106,6 +101,13 @@ MESSAGE: Neutral = {
 """Fields that would change what a message says. Any other is a label."""
 
 STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,)}
+STRUCTURED_OUTPUTS: Neutral = {
+    "disable_fallback": (True, False),
+    "disable_any_whitespace": (False,),
+    "disable_additional_properties": (False,),
+    "whitespace_pattern": (),
+    "structural_tag": (),
+}
 TEMPLATE: Neutral = {"drop_thinking": (True,)}
 
 THINKING_LABELS = ("budget_tokens",)

@@ -10,11 +10,11 @@ from ownpath.chat.levels import LEVEL_OF_WORD
 from ownpath.engine.limits import MAX_STOP_TOKENS, MAX_TEMPERATURE, MAX_TOP_LOGPROBS, SEED_LIMIT, TOP_K_LIMIT
 from ownpath.engine.request import SamplingParams
 from ownpath.server import fields
-from ownpath.server.adjust_fields import AdjustingRequest
+from ownpath.server.cache_salt import MAX_SALT_CHARS
 from ownpath.server.conversation import (
     ROLES,
     ChatMessage,
-    ResponseFormat,
+    NamedTool,
     Strict,
     TemplateOptions,
     Thinking,
@@ -23,10 +23,12 @@ from ownpath.server.conversation import (
     Tools,
 )
 from ownpath.server.counts import MAX_ANSWERS, check_answers, check_counts
-from ownpath.server.errors import bad_request
+from ownpath.server.errors import bad_request, shorten
 from ownpath.server.fields import FieldTable
 from ownpath.server.history import plain_messages
 from ownpath.server.labels import Labels
+from ownpath.server.prompt_scores import ScoringRequest
+from ownpath.server.structured_fields import StructuredOutputs, StructuredRequest
 from ownpath.server.validation import validate
 from ownpath.server.value_forms import (
     MAX_ID,
@@ -51,9 +53,11 @@ class StreamOptions(Strict):
 _EXCESS = "clamped to what max_model_len leaves (--strict-limits refuses it); -1: as much as fits"
 
 
-class _GenerationRequest(AdjustingRequest):
+class _GenerationRequest(StructuredRequest, ScoringRequest):
     model: str | None = Field(None, description="a served name, or the path given to serve; another name is 404")
-    max_tokens: int | None = Field(None, ge=-1, description=f"{_EXCESS}; left out: {_DEFAULT_MAX_TOKENS}. 0 needs echo")
+    max_tokens: int | None = Field(
+        None, ge=-1, description=f"{_EXCESS}; left out: {_DEFAULT_MAX_TOKENS}. 0 only scores"
+    )
     n: int = Field(
         1,
         ge=1,
@@ -95,6 +99,12 @@ class _GenerationRequest(AdjustingRequest):
         description="include_usage: a last event with usage and no choices; needs stream. continuous_usage_stats: the "
         "usage so far in each event",
     )
+    cache_salt: str | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_SALT_CHARS,
+        description="only requests with the same salt share what the prefix cache holds",
+    )
     return_tokens_as_token_ids: bool = Field(
         False, description="tokens in logprobs are named token_id:N, N the id, instead of by their text"
     )
@@ -108,7 +118,7 @@ class _GenerationRequest(AdjustingRequest):
         return Shown(not self.skip_special_tokens, self.include_stop_str_in_output)
 
     def sampling(
-        self, max_tokens: int, num_logprobs: int | None, prompt_logprobs: bool = False, answer: int = 0
+        self, max_tokens: int, num_logprobs: int | None, prompt_logprobs: int | None = None, answer: int = 0
     ) -> SamplingParams:
         """Builds the parameters of one answer.
 
@@ -162,10 +172,11 @@ class ChatRequest(_GenerationRequest):
         None, ge=0, le=MAX_TOP_LOGPROBS, description="likeliest tokens in each entry; needs logprobs"
     )
     tools: Tools = Field(
-        default_factory=list, description="functions, names all different; strict: true is refused, nothing enforces it"
+        default_factory=list,
+        description="functions, names all different; the calls of strict ones fit their parameters",
     )
     tool_choice: ToolChoice = Field(
-        "auto", description='auto or none; "required" and a named function are refused: a call cannot be promised'
+        "auto", description="auto, none; required: the answer is calls; a named function: it is calls of that one"
     )
     parallel_tool_calls: bool = Field(True, description="false: the answer ends with its first whole call")
     thinking: Thinking | None = Field(None, description="whether the answer opens with reasoning; left out: no")
@@ -176,9 +187,6 @@ class ChatRequest(_GenerationRequest):
     )
     chat_template_kwargs: TemplateOptions = Field(
         TemplateOptions(), description="thinking, enable_thinking, reasoning_effort; must not contradict the others"
-    )
-    response_format: ResponseFormat | None = Field(
-        None, description="asks the model for JSON and does not check the answer; strict: true is refused"
     )
 
     @property
@@ -242,6 +250,11 @@ class CompletionRequest(_GenerationRequest):
         return self.echo or self.return_token_ids
 
     @property
+    def num_echoed_logprobs(self) -> int | None:
+        """The likeliest tokens at each token of the echoed prompt; None if they are not asked for."""
+        return self.logprobs if self.echo else None
+
+    @property
     def wanted_tokens(self) -> tuple[str | None, int]:
         """The limit on each answer's tokens and the field that gives it, None for the default."""
         return (None, _DEFAULT_MAX_TOKENS) if self.max_tokens is None else ("max_tokens", self.max_tokens)
@@ -253,6 +266,9 @@ _COMPLETION = FieldTable(CompletionRequest.model_fields.keys(), fields.COMPLETIO
 _NESTED = {
     "stream_options": FieldTable(StreamOptions.model_fields.keys(), fields.STREAM_OPTIONS),
     "thinking": FieldTable(Thinking.model_fields.keys(), {}, fields.THINKING_LABELS),
+    "structured_outputs": FieldTable(
+        [field.alias or name for name, field in StructuredOutputs.model_fields.items()], fields.STRUCTURED_OUTPUTS
+    ),
     "chat_template_kwargs": FieldTable(TemplateOptions.model_fields.keys(), fields.TEMPLATE),
 }
 _TOOL = FieldTable(Tool.model_fields.keys(), {}, fields.TOOL_LABELS)
@@ -289,10 +305,11 @@ def read_completion_request(body: dict[str, object], labels: Labels | None = Non
     check_counts(body)
     request = validate(CompletionRequest, known_fields(body, _COMPLETION, labels or Labels()))
     _check_stream_options(request)
+    _check_bound(request)
     request.check_minimum(*request.wanted_tokens)
     check_answers(request.n, request.best_of, len(request.prompt))
-    if request.max_tokens == 0 and not request.echo:
-        raise bad_request("max_tokens: 0 generates nothing; it needs echo", "max_tokens")
+    if request.max_tokens == 0 and not request.echo and request.prompt_logprobs is None:
+        raise bad_request("max_tokens: 0 generates nothing; it needs echo or prompt_logprobs", "max_tokens")
     return request
 
 
@@ -304,8 +321,8 @@ def _check_chat(request: ChatRequest) -> None:
         message.check(f"messages.{index}.")
     _check_thinking(request)
     _check_ending(request)
-    if request.response_format is not None:
-        request.response_format.check()
+    _check_bound(request)
+    _check_tool_choice(request)
     if request.top_logprobs and not request.logprobs:
         raise bad_request("top_logprobs: needs logprobs to be true", "top_logprobs")
     if 0 in (request.max_tokens, request.max_completion_tokens):
@@ -338,6 +355,21 @@ def _check_ending(request: ChatRequest) -> None:
         )
 
 
+def _check_bound(request: _GenerationRequest) -> None:
+    if request.response_format is not None:
+        request.response_format.check()
+    request.bound_by()
+
+
+def _check_tool_choice(request: ChatRequest) -> None:
+    choice = request.tool_choice
+    if choice == "required" and not request.tools:
+        raise bad_request("tool_choice: 'required' needs tools", "tool_choice", "invalid_value")
+    if isinstance(choice, NamedTool) and all(tool.function["name"] != choice.function.name for tool in request.tools):
+        text = f"tool_choice: there is no tool {shorten(choice.function.name)} in tools"
+        raise bad_request(text, "tool_choice.function.name", "invalid_value")
+
+
 def _check_thinking(request: ChatRequest) -> None:
     if request.thinking_values() >= {True, False}:
         raise bad_request("thinking, reasoning_effort and chat_template_kwargs contradict each other", "thinking")
@@ -347,6 +379,7 @@ def _check_thinking(request: ChatRequest) -> None:
 
 
 def _check_stream_options(request: _GenerationRequest) -> None:
+    request.check_scoring(stream=request.stream)
     if request.stream_options is not None and not request.stream:
         raise bad_request("stream_options: needs stream to be true", "stream_options")
     options = request.stream_options

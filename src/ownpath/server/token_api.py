@@ -107,10 +107,10 @@ class TokenApi:
         asked, segments = await api.bodies.read(request, CONVERSATION, read)
         api.called(asked.model)
         if isinstance(asked, TokenizeChatRequest):
-            _check_length(segments, "messages")
+            check_length(segments, "messages")
             ids = await chat_ids(segments, api.tokenizer)
         else:
-            _check_length([asked.prompt], "prompt")
+            check_length([asked.prompt], "prompt")
             ids = await text_ids(asked.prompt, api.tokenizer, add_special=asked.add_special_tokens)
         names = await _names(ids, api.tokenizer) if asked.return_token_strs else None
         limit = api.engine.config.max_model_len
@@ -155,7 +155,8 @@ class TokenApi:
         return Response(await to_json(answer), headers=labels.headers(), media_type="application/json")
 
 
-def _check_length(texts: Iterable[Segment], param: str) -> None:
+def check_length(texts: Iterable[Segment], param: str) -> None:
+    """Refuses texts that are too long to be tokenised for their own sake. Errors: ApiError 400."""
     num_chars = sum(len(text) for text in texts if isinstance(text, str))
     if num_chars > MAX_TEXT_CHARS:
         raise bad_request(f"{param}: {num_chars} characters; at most {MAX_TEXT_CHARS} are tokenised at once", param)

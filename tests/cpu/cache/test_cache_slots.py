@@ -1,10 +1,15 @@
-"""Slots and blocks: owned once or free, whatever comes and goes, and books that say when they are not."""
+"""Slots and blocks: held or free, whatever comes and goes, and books that say when they are not."""
 
 import random
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from ownpath.cache.layout import BLOCK_TOKENS
 from ownpath.cache.slots import CacheFull, Owned, Slots
 
 
@@ -76,13 +81,43 @@ def _nobodys_block(slots: Slots) -> None:
     slots.owned[2] = (0, 4)
 
 
+def _written_while_shared(slots: Slots) -> None:
+    slots.keep(slots.take(1).blocks)
+
+
+def _twice_in_a_table(slots: Slots) -> None:
+    slots.take(2)
+    slots.owned[3] = (6, 5, 6)
+
+
 @pytest.mark.parametrize(
     ("change", "faults"),
     [
-        (_shared_block, ["block 3 is missing", "block 4 is missing", "block 1 is there 2", "block 2 is there 2"]),
+        (
+            _shared_block,
+            [
+                "block 3 is missing",
+                "block 4 is missing",
+                *(f"block {number} has {found} holders, and 1" for number, found in ((1, 2), (2, 2), (3, 0), (4, 0))),
+            ],
+        ),
         (_too_long, ["slot 1 holds 513 tokens in 2 blocks"]),
-        (_lost_slot, ["slot 2 is missing", "block 3 is missing", "block 4 is missing"]),
-        (_nobodys_block, ["block 3 is missing", "block 0 does not exist"]),
+        (
+            _lost_slot,
+            [
+                "slot 2 is missing",
+                "block 3 is missing",
+                "block 4 is missing",
+                "block 3 has 0 holders",
+                "block 4 has 0 holders",
+            ],
+        ),
+        (
+            _nobodys_block,
+            ["block 3 is missing", "block 0 does not exist", "block 0 has 1 holders", "block 3 has 0 holders"],
+        ),
+        (_written_while_shared, ["slot 3 writes to block 5, which has 2 holders"]),
+        (_twice_in_a_table, ["block 6 has 2 holders, and 1 are counted", "slot 3 has a block twice"]),
     ],
 )
 def test_wrong_books_are_seen(change: Callable[[Slots], None], faults: list[str]) -> None:
@@ -94,3 +129,134 @@ def test_wrong_books_are_seen(change: Callable[[Slots], None], faults: list[str]
     found = slots.faults()
     assert len(found) == len(faults)
     assert all(one.startswith(expected) for one, expected in zip(found, faults, strict=True)), found
+
+
+def test_a_sequence_begins_with_blocks_of_another_one() -> None:
+    """It holds their tokens, and they stay when the first one ends; nobody else gets them meanwhile."""
+    slots = Slots(3, 4)
+    first = slots.take(2)
+    slots.lengths[first.slot] = 2 * BLOCK_TOKENS
+    second = slots.take(1, first.blocks)
+    assert second.blocks[:2] == first.blocks
+    assert slots.lengths[second.slot] == 2 * BLOCK_TOKENS
+    assert (slots.num_free_blocks, slots.num_free_slots) == (1, 1)
+    slots.give_back(first.slot)
+    assert slots.num_free_blocks == 1
+    assert slots.faults() == []
+    slots.give_back(second.slot)
+    assert (slots.num_free_blocks, slots.num_free_slots) == (4, 3)
+    assert slots.faults() == []
+
+
+def test_kept_blocks_outlive_their_sequence() -> None:
+    slots = Slots(1, 2)
+    owned = slots.take(1)
+    slots.lengths[owned.slot] = BLOCK_TOKENS
+    slots.keep(owned.blocks)
+    slots.give_back(owned.slot)
+    assert (slots.num_free_blocks, slots.num_holders(owned.blocks[0])) == (1, 1)
+    with pytest.raises(CacheFull, match="2 blocks are wanted, 1 of 2 are free"):
+        slots.take(2)
+    again = slots.take(0, owned.blocks)
+    slots.drop(owned.blocks)
+    assert slots.num_free_blocks == 1
+    slots.give_back(again.slot)
+    assert slots.num_free_blocks == 2
+    for wrong in (slots.drop, slots.keep):
+        with pytest.raises(AssertionError):
+            wrong(owned.blocks)
+    assert slots.faults() == []
+
+
+def test_a_sequence_that_cannot_grow_keeps_what_it_has() -> None:
+    slots = Slots(2, 4)
+    owned = slots.take(1)
+    slots.grow(owned.slot, 2)
+    grown = slots.owned[owned.slot]
+    assert (grown[0], len(grown)) == (owned.blocks[0], 3)
+    with pytest.raises(CacheFull, match="2 blocks are wanted, 1 of 4 are free"):
+        slots.grow(owned.slot, 2)
+    assert slots.owned[owned.slot] is grown
+    assert slots.faults() == []
+
+
+NUM_SLOTS, NUM_BLOCKS = 4, 10
+
+
+class Books(RuleBasedStateMachine):
+    """Any order of operations; the books balance after each, and agree with a second account of who holds what."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots = Slots(NUM_SLOTS, NUM_BLOCKS)
+        self.tables: dict[int, list[int]] = {}
+        self.kept: list[int] = []
+
+    @rule(num_blocks=st.integers(0, 4), pick=st.randoms(use_true_random=False))
+    def take(self, num_blocks: int, pick: random.Random) -> None:
+        full = [b for slot, table in self.tables.items() for b in table[: self.slots.lengths[slot] // BLOCK_TOKENS]]
+        shared = pick.sample(sorted({*full, *self.kept}), pick.randint(0, len({*full, *self.kept})))
+        try:
+            owned = self.slots.take(num_blocks, shared)
+        except CacheFull:
+            assert len(self.tables) == NUM_SLOTS or num_blocks > self.num_free
+            return
+        assert len(owned.blocks) == num_blocks + len(shared)
+        assert not {*owned.blocks[len(shared) :]} & self.held
+        self.tables[owned.slot] = list(owned.blocks)
+
+    @precondition(lambda self: self.tables)
+    @rule(num_blocks=st.integers(1, 3), num_tokens=st.integers(0, 700), pick=st.randoms(use_true_random=False))
+    def grow(self, num_blocks: int, num_tokens: int, pick: random.Random) -> None:
+        slot = pick.choice(sorted(self.tables))
+        try:
+            self.slots.grow(slot, num_blocks)
+        except CacheFull:
+            assert num_blocks > self.num_free
+        else:
+            assert not {*self.slots.owned[slot][len(self.tables[slot]) :]} & self.held
+            self.tables[slot] = list(self.slots.owned[slot])
+        room = BLOCK_TOKENS * len(self.tables[slot])
+        self.slots.lengths[slot] = min(self.slots.lengths[slot] + num_tokens, room)
+
+    @precondition(lambda self: self.tables)
+    @rule(pick=st.randoms(use_true_random=False))
+    def give_back(self, pick: random.Random) -> None:
+        slot = pick.choice(sorted(self.tables))
+        self.slots.give_back(slot)
+        del self.tables[slot]
+
+    @precondition(lambda self: self.tables)
+    @rule(pick=st.randoms(use_true_random=False))
+    def keep(self, pick: random.Random) -> None:
+        slot = pick.choice(sorted(self.tables))
+        full = self.tables[slot][: self.slots.lengths[slot] // BLOCK_TOKENS]
+        self.slots.keep(full)
+        self.kept += full
+
+    @precondition(lambda self: self.kept)
+    @rule(pick=st.randoms(use_true_random=False))
+    def drop(self, pick: random.Random) -> None:
+        gone = [self.kept.pop(pick.randrange(len(self.kept))) for _ in range(pick.randint(1, len(self.kept)))]
+        self.slots.drop(gone)
+
+    @property
+    def held(self) -> set[int]:
+        return {block for table in self.tables.values() for block in table} | {*self.kept}
+
+    @property
+    def num_free(self) -> int:
+        return NUM_BLOCKS - len(self.held)
+
+    @invariant()
+    def balance(self) -> None:
+        slots, numbers = self.slots, range(NUM_BLOCKS + 1)
+        counts = Counter(block for table in (*self.tables.values(), self.kept) for block in table)
+        assert slots.faults() == []
+        assert slots.num_free_blocks == self.num_free
+        assert [slots.num_holders(block) for block in numbers] == [counts[block] for block in numbers]
+        assert {slot: list(table) for slot, table in slots.owned.items()} == self.tables
+
+
+BooksTest = Books.TestCase
+BooksTest.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)

@@ -12,6 +12,7 @@ from ownpath.cache.pools import CachePool, CacheSpec, SequenceCache
 from ownpath.cache.slots import CacheFull
 from ownpath.cache.tables import StepTables
 from ownpath.config import ModelConfig
+from ownpath.model.batch import ForwardBatch
 
 WINDOW = SMALL["sliding_window"]
 
@@ -124,6 +125,28 @@ def test_memory_of_sequences_does_not_meet(device: torch.device) -> None:
     for member, tensor in pool.tensors.items():
         assert (tensor[: member.num_rows] == -1).all()
         assert (tensor[member.num_rows :] != -1).all()
+
+
+def test_a_sequence_has_room_for_what_it_took(device: torch.device) -> None:
+    """It grows block by block up to the longest sequence; tables of a step have one width whatever each row has."""
+    pool = make_pool(device, max_tokens=700, max_sequences=2)
+    first, second = pool.new_sequence(1), pool.new_sequence(257)
+    assert [(len(one.blocks), one.max_tokens) for one in (first, second)] == [(1, 256), (2, 512)]
+    with pytest.raises(ValueError, match="0 \\+ 257 tokens do not fit a cache of 256"):
+        ForwardBatch.of([([1] * 257, first)], device)
+    first.grow(700)
+    assert (len(first.blocks), first.max_tokens) == (3, 700)
+    tables = StepTables.of([second, first], (257, 600))
+    assert tables.blocks_RB.tolist() == [[*second.blocks, 0], list(first.blocks)]
+    small = CachePool(replace(pool.spec, cache_blocks=3))
+    assert small.slots.num_blocks == 3
+    one = small.new_sequence(513)
+    assert len(one.blocks) == 3
+    with pytest.raises(CacheFull, match="1 blocks are wanted, 0 of 3 are free"):
+        small.new_sequence(1)
+    assert {len(tensor) for member, tensor in small.tensors.items() if member.ratio == 4 and member.group.is_paged} == {
+        4 * BLOCK_TOKENS // 4
+    }
 
 
 def test_entries_are_read_back_in_order(device: torch.device) -> None:

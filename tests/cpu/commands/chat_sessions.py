@@ -55,7 +55,7 @@ def serve_session(patch: pytest.MonkeyPatch, model: FakeModel, folder: Path, led
     """Has every command load this model, whatever it is asked for."""
 
     @contextlib.contextmanager
-    def opened(args: argparse.Namespace, max_num_seqs: int) -> Iterator[Session]:
+    def opened(args: argparse.Namespace, max_num_seqs: int, _prefix: object = None) -> Iterator[Session]:
         engine = Engine(model, EngineConfig(max_model_len=model.max_model_len, max_num_seqs=1), NUM_TOKENS)
         engine.start()
         try:

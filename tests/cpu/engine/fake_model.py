@@ -5,6 +5,7 @@ ends, one logits row per ``logits_ids`` entry.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from support.checkpoints import SMALL
@@ -19,18 +20,18 @@ MAX_SEQUENCES = 16
 
 
 class FakeModel:
-    """``rule``: all tokens so far -> logits [vocab_size]."""
+    """``rule``: all tokens so far -> logits [vocab_size]. cache_blocks: of its caches; ``None``: enough for all."""
 
-    def __init__(self, rule: Rule, vocab_size: int, max_model_len: int = 256) -> None:
+    def __init__(self, rule: Rule, vocab_size: int, max_model_len: int = 256, cache_blocks: int | None = None) -> None:
         self.config = ModelConfig.from_dict(SMALL | {"vocab_size": vocab_size, "eos_token_id": EOS_ID})
         self.rule, self.max_model_len = rule, max_model_len
         spec = CacheSpec(self.config, max_model_len, torch.float32, torch.device("cpu"), max_sequences=MAX_SEQUENCES)
-        self.caches = CachePool(spec)
+        self.caches = CachePool(replace(spec, cache_blocks=cache_blocks))
         self.histories: dict[int, list[int]] = {}
         self.step_sizes: list[list[int]] = []
 
-    def new_cache(self) -> SequenceCache:
-        cache = self.caches.new_sequence()
+    def new_cache(self, num_tokens: int | None = None) -> SequenceCache:
+        cache = self.caches.new_sequence(num_tokens)
         self.histories[cache.slot] = []
         return cache
 
@@ -40,7 +41,8 @@ class FakeModel:
         rows = []
         for slot, start, own in zip(tables.slots, tables.starts, tables.rows, strict=True):
             history = self.histories[slot]
-            assert start == len(history) == tables.pool.slots.lengths[slot]
+            assert start == tables.pool.slots.lengths[slot] <= len(history)
+            del history[start:]  # rows that a failed step has written
             for token_id in batch.token_ids_T[own].tolist():
                 history.append(token_id)
                 rows.append(tuple(history))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import random_checkpoint
+from support.matchers import Every
 
 from ownpath.cache.tables import DecodeTables
 from ownpath.config import EngineConfig
@@ -65,7 +66,8 @@ def test_answers_are_those_of_forward(model: Model, config: EngineConfig) -> Non
 
 
 def test_adjusted_answers_are_those_of_forward(model: Model, config: EngineConfig) -> None:
-    """Rows with penalties, bias and a minimum come and go beside plain ones, whose steps carry on from the device."""
+    """Rows with penalties, bias, a minimum and masks come and go beside plain ones, whose steps carry on from the
+    device."""
     kinds: tuple[dict[str, Any], ...] = (
         {"repetition_penalty": 1.6, "presence_penalty": 0.5},
         {},
@@ -73,6 +75,7 @@ def test_adjusted_answers_are_those_of_forward(model: Model, config: EngineConfi
         {"logit_bias": ((7, 4.0), (VOCAB - 1, 3.0))},
         {"min_tokens": 4, "stop_token_ids": frozenset(range(40))},
     )
+    bound = {2: Every(7, VOCAB), 5: Every(3, VOCAB), 6: Every(5, VOCAB)}
 
     def said(decoder: Decoder | None, together: bool) -> list[list[int]]:
         engine = Engine(model, config, VOCAB, end_token_ids=(), decoder=decoder)
@@ -81,12 +84,15 @@ def test_adjusted_answers_are_those_of_forward(model: Model, config: EngineConfi
         for n in range(8):
             heard: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
             params = SamplingParams(4 + n, temperature=0.9 * (n % 2), seed=n, **kinds[n % len(kinds)])
-            engine.submit([Request([1 + n, *range(2, 3 + 5 * n)], params, heard.put)])
+            engine.submit([Request([1 + n, *range(2, 3 + 5 * n)], params, heard.put, matcher=bound.get(n))])
             waiting.append(heard)
             if not together:
                 found.append(tokens_of(heard))
         found = found or [tokens_of(heard) for heard in waiting]
         engine.stop()
+        for n, every in bound.items():
+            places = enumerate(found[n])
+            assert all(token_id % every.number == place % every.number for place, token_id in places), "each is allowed"
         return found
 
     by_forward = said(None, together=True)
@@ -103,8 +109,10 @@ def test_an_adjusted_step_goes_on_from_its_own_token(model: Model, monkeypatch: 
     adjuster.add(request)
     plain = Request([4], SamplingParams(9, temperature=0), lambda output: None)
     uploads: list[int] = []
-    upload = decoder._rows.upload
-    monkeypatch.setattr(decoder._rows, "upload", lambda rows: (uploads.append(rows.num_rows), upload(rows)))
+    stage = decoder._rows.stage
+    monkeypatch.setattr(
+        decoder._rows, "stage", lambda rows, turn: (uploads.append(rows.num_rows), stage(rows, turn))[1]
+    )
     for _ in range(3):
         found = decoder.step(StepRows.of(rows), adjuster.rows_of([plain, request])).token_ids
         assert found[1] == 70 != found[0]
@@ -130,10 +138,10 @@ class Told:
         return self.inner.decode(token_ids_T, tables)
 
 
-def started(model: Model, lengths: Sequence[int]) -> list[DecodeRow]:
+def started(model: Model, lengths: Sequence[int], room: int | None = None) -> list[DecodeRow]:
     rows = []
     for count in lengths:
-        cache = model.new_cache()
+        cache = model.new_cache(room)
         model.forward(ForwardBatch.of([([3] * count, cache)], model.cache_spec.device))
         rows.append(DecodeRow(cache, 4))
     return rows
@@ -143,8 +151,10 @@ def test_the_next_step_of_the_same_rows_uploads_nothing(model: Model, monkeypatc
     decoder = Decoder(model, MAX_ROWS, VOCAB)
     rows = started(model, (2, 9))
     uploads: list[int] = []
-    upload = decoder._rows.upload
-    monkeypatch.setattr(decoder._rows, "upload", lambda rows: (uploads.append(rows.num_rows), upload(rows)))
+    stage = decoder._rows.stage
+    monkeypatch.setattr(
+        decoder._rows, "stage", lambda rows, turn: (uploads.append(rows.num_rows), stage(rows, turn))[1]
+    )
     for _ in range(3):
         tokens = decoder.step(StepRows.of(rows)).token_ids
         rows = [DecodeRow(row.cache, token) for row, token in zip(rows, tokens, strict=True) if token is not None]
@@ -184,12 +194,13 @@ def test_a_new_sequence_in_an_old_slot_brings_its_own_blocks(model: Model, monke
     (row,) = started(model, (6,))
     token = decoder.step(StepRows.of([row])).token_ids[0]
     assert token is not None
+    old = row.cache.slot, row.cache.num_tokens, row.cache.blocks
     row.cache.release()
     free = model.caches.slots._free_blocks
     free.insert(0, free.pop())
     (other,) = started(model, (7,))
-    assert (other.cache.slot, other.cache.num_tokens) == (row.cache.slot, row.cache.num_tokens)
-    assert other.cache.blocks != row.cache.blocks
+    assert (other.cache.slot, other.cache.num_tokens) == old[:2]
+    assert other.cache.blocks != old[2]
     tables: list[list[int]] = []
     decode = model.decode
     monkeypatch.setattr(
@@ -200,6 +211,29 @@ def test_a_new_sequence_in_an_old_slot_brings_its_own_blocks(model: Model, monke
     other.cache.release()
 
 
+def test_a_row_that_grows_has_its_new_block_before_it_writes_there(model: Model) -> None:
+    """Across the end of a block: the tokens of a row that has room from the start, and its table on the device."""
+    with torch.inference_mode():
+        reserved, growing = (model.new_cache(count) for count in (None, 253))
+        found = []
+        for cache in (reserved, growing):
+            model.forward(ForwardBatch.of([([3] * 253, cache)], model.cache_spec.device))
+            decoder = Decoder(model, MAX_ROWS, VOCAB)
+            tokens: list[int | None] = [4]
+            for position in range(253, 260):
+                if cache is growing:
+                    cache.grow(position + 1)
+                tokens.append(decoder.step(StepRows.of([DecodeRow(cache, tokens[-1] or 0)])).token_ids[0])
+            found.append(tokens)
+            assert decoder._rows.columns.blocks[0].tolist() == list(cache.blocks)
+    assert found[0] == found[1]
+    assert len(growing.blocks) == 2
+    with pytest.raises(AssertionError, match="no room"):
+        decoder.step(StepRows.of([DecodeRow(started(model, (256,), 256)[0].cache, 4)]))
+    for cache in (reserved, growing):
+        cache.release()
+
+
 def test_an_upload_leaves_what_its_rows_say(model: Model) -> None:
     """Rows come, go, move and change their parameters; nothing of an earlier upload stays."""
     decoder, caches = Decoder(model, MAX_ROWS, VOCAB), [model.new_cache() for _ in range(MAX_ROWS)]
@@ -208,7 +242,7 @@ def test_an_upload_leaves_what_its_rows_say(model: Model) -> None:
     for step, picked in enumerate([(0, 1, 2), (2, 0), (), (4,), (0, 1, 2, 3, 4), (4, 3, 2, 1), (4, 3, 2, 1)]):
         params = SamplingParams(9, temperature=0.25 * step, top_p=0.25 * (step % 4) + 0.1)
         rows = [DecodeRow(caches[n], 10 * step + n, SampleRow(params, 2**62 + n, step + n)) for n in picked]
-        decoder._rows.upload(StepRows.of(rows))
+        decoder.upload(StepRows.of(rows))
         columns, some = decoder._rows.columns, slice(len(rows))
         assert columns.tokens[some].tolist() == [10 * step + n for n in picked]
         assert columns.positions[some].tolist() == [7 * caches[n].slot for n in picked]

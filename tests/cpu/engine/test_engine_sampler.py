@@ -104,20 +104,24 @@ def test_seeds() -> None:
 def test_a_warm_up_runs_every_variant_that_a_step_may_run(monkeypatch: pytest.MonkeyPatch) -> None:
     class Recorder(SampleReference):
         def __init__(self) -> None:
-            self.had: list[tuple[bool, bool]] = []
+            self.had: list[tuple[bool, bool, bool]] = []
 
         def run(
             self, logits_TV: torch.Tensor, rows: SampleRows, operand: None, *, out: Sampled | None = None
         ) -> Sampled:
-            self.had.append((rows.filters is not None, rows.penalties is not None))
+            self.had.append((rows.filters is not None, rows.penalties is not None, rows.mask_TW is not None))
             assert (rows.penalties is None) == (rows.bias is None)
-            assert rows.mask_TW is None
             return super().run(logits_TV, rows, operand, out=out)
 
     recorder = Recorder()
     monkeypatch.setattr("ownpath.engine.sampler.sampler_of", lambda device: (recorder, None))
     warm_up_sampler("cpu", 50)
-    assert [*dict.fromkeys(recorder.had)] == [(False, False), (True, False), (True, True)]
+    assert [*dict.fromkeys(recorder.had)] == [
+        (False, False, False),
+        (True, False, False),
+        (True, True, False),
+        (True, True, True),
+    ]
 
 
 def test_scores_are_the_models_own_log_probabilities(device: torch.device) -> None:

@@ -12,6 +12,26 @@ def make_request(num_prompt: int, max_tokens: int = 4) -> Request:
     return Request(list(range(num_prompt)), SamplingParams(max_tokens), lambda output: None)
 
 
+class Plenty:
+    """Memory that never ends."""
+
+    free = 1, 1
+
+    def begin(self, request: Request, num_spare: int) -> bool:
+        request.room = request.most_tokens
+        return True
+
+    def extend(self, request: Request) -> bool:
+        raise AssertionError("every request has all its room from the beginning")
+
+    def end(self, request: Request) -> None:
+        request.room = 0
+
+
+def make_scheduler(max_num_seqs: int, max_prefill_tokens: int) -> Scheduler:
+    return Scheduler(max_num_seqs, max_prefill_tokens, Plenty())
+
+
 def run_step(scheduler: Scheduler) -> list[tuple[Request, int]]:
     """Schedules, then pretends to have run: every chunk that reaches the end gains a token, or is finished."""
     chunks = scheduler.schedule()
@@ -27,7 +47,7 @@ def run_step(scheduler: Scheduler) -> list[tuple[Request, int]]:
 
 
 def test_the_worked_example() -> None:
-    scheduler = Scheduler(max_num_seqs=2, max_prefill_tokens=4)
+    scheduler = make_scheduler(max_num_seqs=2, max_prefill_tokens=4)
     a, b, c = make_request(6), make_request(3), make_request(1)
     for request in (a, b, c):
         scheduler.add(request)
@@ -41,7 +61,7 @@ def test_the_worked_example() -> None:
 
 def test_a_party_leaves_a_sequence_to_others() -> None:
     """A body of many prompts, and one prompt that comes while they run: it begins at once."""
-    scheduler = Scheduler(max_num_seqs=8, max_prefill_tokens=64)
+    scheduler = make_scheduler(max_num_seqs=8, max_prefill_tokens=64)
     many = [make_request(4, max_tokens=1000) for _ in range(20)]
     scheduler.add(*many)
     assert [request for request, _ in run_step(scheduler)] == many[:6]
@@ -53,7 +73,7 @@ def test_a_party_leaves_a_sequence_to_others() -> None:
 
 
 def test_a_free_sequence_goes_to_the_party_with_the_fewest() -> None:
-    scheduler = Scheduler(max_num_seqs=4, max_prefill_tokens=64)
+    scheduler = make_scheduler(max_num_seqs=4, max_prefill_tokens=64)
     many = [make_request(1, max_tokens=2 + n) for n in range(8)]
     scheduler.add(*many)
     run_step(scheduler)
@@ -64,7 +84,7 @@ def test_a_free_sequence_goes_to_the_party_with_the_fewest() -> None:
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
-    scheduler = Scheduler(max_num_seqs=4, max_prefill_tokens=64)
+    scheduler = make_scheduler(max_num_seqs=4, max_prefill_tokens=64)
     long, short = make_request(10_000), make_request(30)
     scheduler.add(long)
     run_step(scheduler)
@@ -85,7 +105,7 @@ def test_the_prefill_limit_is_shared_whole_and_fairly(limit: int, wanted: list[i
 
 
 def test_decoding_never_waits_for_a_newcomer() -> None:
-    scheduler = Scheduler(max_num_seqs=2, max_prefill_tokens=2)
+    scheduler = make_scheduler(max_num_seqs=2, max_prefill_tokens=2)
     old, new = make_request(1, max_tokens=100), make_request(50)
     scheduler.add(old)
     run_step(scheduler)
@@ -100,7 +120,7 @@ def test_decoding_never_waits_for_a_newcomer() -> None:
     st.integers(1, 16),
 )
 def test_limits_hold_and_everybody_ends(sizes: list[tuple[int, int]], max_num_seqs: int, max_prefill: int) -> None:
-    scheduler = Scheduler(max_num_seqs, max_prefill)
+    scheduler = make_scheduler(max_num_seqs, max_prefill)
     requests = [make_request(*size) for size in sizes]
     for request in requests:
         scheduler.add(request)
@@ -124,7 +144,7 @@ def test_limits_hold_and_everybody_ends(sizes: list[tuple[int, int]], max_num_se
 
 @pytest.mark.parametrize("is_running", [True, False])
 def test_removing_frees_the_place(is_running: bool) -> None:
-    scheduler = Scheduler(max_num_seqs=1, max_prefill_tokens=8)
+    scheduler = make_scheduler(max_num_seqs=1, max_prefill_tokens=8)
     first, second = make_request(2), make_request(2)
     scheduler.add(first)
     scheduler.add(second)
@@ -144,4 +164,4 @@ def test_chunks_say_whether_they_reach_the_end() -> None:
 @pytest.mark.parametrize("limits", [(0, 1), (1, 0)])
 def test_limits_must_be_positive(limits: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        Scheduler(*limits)
+        make_scheduler(*limits)

@@ -51,10 +51,12 @@ def poison(cache: SequenceCache, value: float, layer_idx: int = SECOND) -> None:
         indexer.entries[cache.blocks[0] * 64] = value
 
 
-def heal(cache: SequenceCache) -> None:
+def heal(model: Model) -> None:
     """Leaves no NaN in memory that a later test's sequence may take."""
     for layer_idx in (FIRST, SECOND):
-        poison(cache, 0.0, layer_idx)
+        indexer = model.caches.layers[layer_idx].indexer
+        assert indexer is not None
+        indexer.entries.zero_()
 
 
 def started(model: Model, lengths: Sequence[int]) -> list[DecodeRow]:
@@ -82,8 +84,7 @@ def test_a_decode_step_flags_its_row_alone(model: Model, value: float) -> None:
     assert found.flagged == {0: SECOND, 1: FIRST}
     assert found.token_ids[2] == clean.token_ids[2]
     assert None not in found.token_ids, "the logits are finite: nothing else would tell"
-    for row in rows[:2]:
-        heal(row.cache)
+    heal(model)
     assert decoder.step(StepRows.of(rows)).flagged == {}
     for row in rows:
         row.cache.release()
@@ -122,8 +123,8 @@ def answers(
 
     decoder = Decoder(model, MAX_ROWS, VOCAB) if with_decoder else None
     if decoder is not None:
-        step = decoder.step
-        decoder.step = lambda *rows: (before(), step(*rows))[1]  # type: ignore[method-assign]
+        begin = decoder.begin
+        decoder.begin = lambda *rows: (before(), begin(*rows))[1]  # type: ignore[method-assign]
     watched: Model = _Watched(model, before)  # type: ignore[assignment]
     engine = Engine(watched, config, VOCAB, end_token_ids=(), decoder=decoder)
     engine.start()
@@ -131,8 +132,7 @@ def answers(
     found = [_answer(one) for one in heard]
     engine.stop()
     assert len(held) == (spoiled is not None)
-    for cache in held:
-        heal(cache)
+    heal(model)
     assert not model.caches.slots.owned
     return found
 

@@ -15,6 +15,7 @@ from support.broken import Tensors, change_tensors
 from support.checkpoints import random_checkpoint
 from support.pages import self_test_text
 
+from ownpath.cache.pools import CachePool
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.config import EngineConfig
 from ownpath.engine.engine import Engine
@@ -88,8 +89,12 @@ class Faulty:
         self.config, self.inner, self.change = model.config, model, change
         self.slots: list[int] = []
 
-    def new_cache(self) -> Any:
-        cache = self.inner.new_cache()
+    @property
+    def caches(self) -> CachePool:
+        return self.inner.caches
+
+    def new_cache(self, num_tokens: int | None = None) -> Any:
+        cache = self.inner.new_cache(num_tokens)
         self.slots.append(cache.slot)
         return cache
 

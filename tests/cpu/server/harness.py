@@ -23,6 +23,7 @@ from ownpath.chat.messages import Message
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.config import EngineConfig
 from ownpath.engine.engine import Engine
+from ownpath.engine.prefix import PrefixCache, PrefixSettings
 from ownpath.model.batch import ForwardBatch
 from ownpath.server.app import Rules, create_app
 from ownpath.server.body import Limits
@@ -117,6 +118,20 @@ def error(response: httpx.Response, status: int) -> dict[str, Any]:
     return found
 
 
+def refusal(response: httpx.Response, status: int) -> dict[str, Any]:
+    """The error object of ``/v1/messages``; checks its shape, and that it tells nothing about the machine."""
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert list(body) == ["type", "error", "request_id"]
+    assert body["type"] == "error"
+    assert list(body["error"]) == ["type", "message"]
+    assert body["request_id"] == response.headers["request-id"] == response.headers["x-request-id"]
+    for leak in ("Traceback", ".py", "/home", "/root", "/tmp", "/usr", "0x"):
+        assert leak not in body["error"]["message"]
+    found: dict[str, Any] = body["error"]
+    return found
+
+
 def eventually(condition: Any) -> bool:
     end = time.monotonic() + WAIT_S
     while not condition():
@@ -138,11 +153,14 @@ def harness(
     rules: Rules | None = None,
     step_timeout_s: float = 60.0,
     policy: RequestPolicy | None = None,
+    num_snapshots: int = 0,
 ) -> Iterator[Harness]:
-    """Default model: reproducible random logits that never end an answer by themselves."""
+    """Default model: reproducible random logits that never end an answer by themselves. num_snapshots: of a prefix
+    cache; 0: there is none."""
     model = model or FakeModel(random_rule(VOCAB), VOCAB, max_model_len)
     config = EngineConfig(device, max_model_len=max_model_len, max_num_seqs=8, max_prefill_tokens=64)
-    engine = Engine(model, config, tokenizer.num_tokens, max_num_queued)
+    prefix = PrefixCache(model.caches, PrefixSettings(num_snapshots)) if num_snapshots else None
+    engine = Engine(model, config, tokenizer.num_tokens, max_num_queued, prefix=prefix)
     engine.start()
     try:
         vitals = Vitals(engine, step_timeout_s)

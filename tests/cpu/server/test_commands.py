@@ -289,7 +289,8 @@ def test_only_allow_unverified_serves_it_and_says_so(
     told = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("ran: ")]
     assert told[0] == warning
     assert told[1].startswith("release v4, guessed by the absence of ")
-    assert len(told) == 2
+    assert told[2].startswith("prefix cache: ")
+    assert len(told) == 3
 
 
 def test_a_model_that_passes_is_served_with_its_release_alone(
@@ -299,7 +300,8 @@ def test_a_model_that_passes_is_served_with_its_release_alone(
     monkeypatch.setattr("ownpath.server.run.run_server", lambda *_: 0)
     for options in ([], ["--allow-unverified"]):
         assert main(["serve", str(folder), "--max-model-len", "256", *options]) == 0
-        assert re.fullmatch(r"release v4, guessed [^\n]+\n", capsys.readouterr().err)
+        told = r"release v4, guessed [^\n]+\nprefix cache: 64 snapshots of [^\n]+ together\n"
+        assert re.fullmatch(told, capsys.readouterr().err)
 
 
 def test_the_embedded_model_is_asked_what_it_knows(

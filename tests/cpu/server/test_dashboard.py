@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ownpath.engine.engine import EngineLoad
+from ownpath.engine.load import EngineLoad
 from ownpath.server.metrics import Metrics
 
 DASHBOARD = Path(__file__).parents[3] / "deploy" / "grafana.json"
@@ -32,7 +32,7 @@ def names(texts: Iterator[str]) -> set[str]:
 def test_every_query_finds_its_series() -> None:
     metrics = Metrics()
     metrics.count_http({"path": "/health", "method": "GET"}, 200)
-    lines = [line for line in metrics.render(EngineLoad(0, 0, 0.0, 0, 0)).splitlines() if not line.startswith("#")]
+    lines = [line for line in metrics.render(EngineLoad()).splitlines() if not line.startswith("#")]
     page = {line.split("{")[0].split(" ")[0] for line in lines}
     asked = names(queries(json.loads(DASHBOARD.read_text(encoding="utf-8"))))
     assert asked - page == set()
@@ -43,7 +43,7 @@ def test_every_query_finds_its_series() -> None:
 def test_the_labels_of_queries_are_those_of_the_page() -> None:
     metrics = Metrics()
     metrics.count_http({"path": "/health", "method": "GET"}, 200)
-    text = metrics.render(EngineLoad(0, 0, 0.0, 0, 0))
+    text = metrics.render(EngineLoad())
     for query in queries(json.loads(DASHBOARD.read_text(encoding="utf-8"))):
         found = re.search(r"sum by \(([\w, ]+)\) .*?(ownpath_\w+)", query)
         for label in found[1].split(", ") if found else ():

@@ -18,6 +18,7 @@ from cpu.chat.small_tokenizer import small_tokenizer
 from cpu.server.harness import HELLO, MODEL_ID, Harness, answer, error, harness, listening
 from cpu.server.model_folder import write_model_folder
 
+from ownpath.cache.snapshot import snapshot_bytes
 from ownpath.cli import main
 from ownpath.config import EngineConfig
 from ownpath.engine.engine import Engine
@@ -242,7 +243,9 @@ def test_serve_takes_the_key(spelled: str, tmp_path: Path) -> None:
         cpu = found.memory[0]
         one = load_model(folder, EngineConfig(max_model_len=4096)).new_cache().num_bytes()
         sizes = {"weights_bytes": cpu.weights_bytes, "cache_bytes": 16 * one}
-        assert body["memory"] == sizes | {"requests": 16, "tokens_each": 4096}
+        spec = load_model(folder, EngineConfig(max_model_len=4096)).cache_spec
+        snapshots = {"snapshots": 64, "snapshot_bytes": 64 * snapshot_bytes(spec)}
+        assert body["memory"] == sizes | snapshots | {"requests": 16, "tokens_each": 4096}
     finally:
         process.terminate()
         assert KEY not in process.communicate()[1]

@@ -40,6 +40,7 @@ def test_an_answer_has_openais_shape(served: Harness) -> None:
         "prompt_tokens": num_prompt,
         "completion_tokens": 5,
         "total_tokens": num_prompt + 5,
+        "prompt_tokens_details": {"cached_tokens": 0},
         "completion_tokens_details": {"reasoning_tokens": 0},
     }
     history = chat_ids("hello")

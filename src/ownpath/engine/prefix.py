@@ -1,0 +1,166 @@
+"""Reuses what caches hold of earlier prompts and answers: requests begin with the blocks of those that began alike.
+
+The index says which blocks hold which tokens, the store holds what lies in slots; here is when. A request is named when
+it is submitted, by its caller's thread. When it begins it takes what is known of it. From then on, before each of its
+steps, blocks that have become full are taken up, and behind some of them a snapshot is taken: where its prompt parts
+from what was known, every ``interval`` tokens, behind the last full block of the prompt, and behind each further one of
+the answer, of which only the last is kept. Chunks of a prompt end there.
+
+Everything but the naming happens on the engine's thread, and copies are launched in the order of steps. So a block may
+be read, and a place written again, as soon as the step or copy before is launched.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ownpath.cache.layout import BLOCK_TOKENS
+from ownpath.cache.pools import CachePool, SequenceCache
+from ownpath.cache.prefix import ChainKey, PrefixChain, PrefixHit, PrefixIndex, chain_root
+from ownpath.cache.snapshot import SnapshotStore
+from ownpath.engine.load import EngineCounts
+from ownpath.engine.request import Request
+from ownpath.engine.request_prefix import RequestPrefix
+
+SNAPSHOT_INTERVAL = 4096
+_MOST_SHARE = 4
+"""At intervals one sequence takes at most a quarter of the places, so that a long prompt leaves others theirs."""
+
+
+@dataclass(frozen=True)
+class PrefixSettings:
+    """num_snapshots: places for them. interval: tokens between two of a long sequence. Errors: ValueError."""
+
+    num_snapshots: int
+    interval: int = SNAPSHOT_INTERVAL
+
+    def __post_init__(self) -> None:
+        if self.num_snapshots < 1:
+            raise ValueError(f"a prefix cache needs at least 1 snapshot, found {self.num_snapshots}")
+        if self.interval < 1 or self.interval % BLOCK_TOKENS:
+            raise ValueError(f"snapshots are taken at multiples of {BLOCK_TOKENS} tokens, found {self.interval}")
+
+    def interval_of(self, num_tokens: int) -> int:
+        """Returns the interval of a sequence of so many tokens: the setting, or a multiple that leaves others room."""
+        most = max(1, self.num_snapshots // _MOST_SHARE)
+        return self.interval * max(1, -(-num_tokens // (self.interval * most)))
+
+
+class PrefixCache:
+    """The prefix cache of one engine and its pool. Only ``name`` may be called from any thread.
+
+    model: what decides the keys beside tokens and the pool's formats: the checkpoint and the numerics.
+    """
+
+    def __init__(self, pool: CachePool, settings: PrefixSettings, model: str = "") -> None:
+        self.settings, self.counts = settings, EngineCounts()
+        self._pool = pool
+        self._root = (model, str(pool.spec.cache_format), str(pool.spec.dtype))
+        self.index = PrefixIndex(settings.num_snapshots)
+        self.store = SnapshotStore(pool, settings.num_snapshots)
+        pool.slots.reclaim = self.reclaim
+
+    def name(self, request: Request) -> None:
+        """Names the blocks of a request's prompt."""
+        chain = PrefixChain(chain_root(*self._root, request.salt), self._pool.spec.num_drafts)
+        chain.grow(len(request.prompt_ids), request.ids_between)
+        request.prefix = RequestPrefix(chain)
+
+    def begin(self, request: Request, room: int | None = None) -> SequenceCache:
+        """Takes a cache for a request, which begins with what is known of its tokens, and plans its snapshots.
+
+        room: as of ``CachePool.new_sequence``. Errors: CacheFull; no request has changed then.
+        """
+        prefix, num_tokens, slots = self._prefix_of(request), request.num_tokens, self._pool.slots
+        prefix.chain.grow(num_tokens, request.ids_between)
+        keys = prefix.chain.keys
+        found = self.index.find(keys)
+        hit = self._usable(request, keys, found)
+        slots.keep(hit.blocks)  # so that none of them goes while others are taken
+        try:
+            cache = self._pool.new_sequence(room, hit.blocks)
+        finally:
+            slots.drop(hit.blocks)
+        num_hit = BLOCK_TOKENS * len(hit.blocks)
+        if hit.snapshot is not None:
+            self.store.load(hit.snapshot, cache.slot)
+            self.index.use(keys[: len(hit.blocks)])
+        interval = self.settings.interval_of(num_tokens + request.params.max_tokens)
+        prefix.begin(num_hit, num_tokens, interval, BLOCK_TOKENS * found.num_known)
+        request.num_computed = num_hit
+        self.counts.num_prefix_queried += num_tokens
+        self.counts.num_prefix_hit += num_hit
+        self.counts.num_prefix_hits += num_hit > 0
+        return cache
+
+    def _usable(self, request: Request, keys: Sequence[ChainKey], found: PrefixHit) -> PrefixHit:
+        """Returns what of the found blocks leaves every row to compute whose logits are wanted."""
+        most = request.most_reused // BLOCK_TOKENS
+        return found if len(found.blocks) <= most else self.index.find(keys[:most])
+
+    def note(self, requests: Sequence[Request]) -> None:
+        """Takes up what requests have filled. Call before each step of theirs is launched."""
+        lengths = self._pool.slots.lengths
+        for request in requests:
+            num_tokens = lengths[request.caches.slot]
+            if num_tokens % BLOCK_TOKENS == 0:
+                self._note(request, num_tokens)
+
+    def _note(self, request: Request, num_tokens: int) -> None:
+        prefix = self._prefix_of(request)
+        if num_tokens <= prefix.num_noted or num_tokens > request.num_tokens:
+            return
+        prefix.chain.grow(request.num_tokens, request.ids_between)
+        keys = prefix.chain.keys[: num_tokens // BLOCK_TOKENS]
+        if BLOCK_TOKENS * len(keys) < num_tokens:
+            return  # a draft's last row depends on a token that is not known yet
+        prefix.num_noted = num_tokens
+        self._pool.slots.keep(self.index.add(keys, request.caches.blocks))
+        if prefix.wants_snapshot(num_tokens):
+            self._save(request, prefix, keys[-1])
+
+    def _save(self, request: Request, prefix: RequestPrefix, key: ChainKey) -> None:
+        """Takes a request's snapshot behind a block, unless there is one."""
+        if prefix.moving is not None:
+            self.index.forget_snapshot(prefix.moving)
+        before = self.index.num_evicted_snapshots
+        place = self.index.place_snapshot(key)
+        self.counts.num_snapshots_evicted += self.index.num_evicted_snapshots - before
+        prefix.moving = None
+        if place is not None:
+            self.store.save(request.caches.slot, place)
+            self.counts.num_snapshots_taken += 1
+            prefix.moving = None if prefix.stays(prefix.num_noted) else key
+
+    def end(self, request: Request) -> None:
+        """Takes up what a request leaves, before its cache is released. Of one that failed nothing stays."""
+        if request.cache is None or request.prefix is None:
+            return
+        if request.has_failed:
+            dropped = self.index.withdraw(request.prefix.chain.keys, request.cache.blocks)
+            self._pool.slots.drop(dropped)
+        else:
+            self.note([request])
+
+    def reclaim(self, count: int) -> None:
+        """Frees ``count`` blocks that no sequence reads, or as many as there are."""
+        slots, before = self._pool.slots, self.index.num_evicted_snapshots
+        dropped = self.index.evict(count, lambda block: slots.num_holders(block) == 1)
+        slots.drop(dropped)
+        self.counts.num_blocks_evicted += len(dropped)
+        self.counts.num_snapshots_evicted += self.index.num_evicted_snapshots - before
+
+    def clear(self) -> None:
+        """Forgets everything: what comes next is cold."""
+        self._pool.slots.drop(self.index.clear())
+
+    def faults(self) -> list[str]:
+        """Lists inconsistencies of the index and of the pool's books, a sentence each."""
+        kept = sorted(self.index.blocks())
+        books = [] if kept == sorted(self._pool.slots.kept()) else ["the index and the pool keep other blocks"]
+        return [*self.index.faults(), *self._pool.slots.faults(), *books]
+
+    def _prefix_of(self, request: Request) -> RequestPrefix:
+        if request.prefix is None:
+            self.name(request)
+        assert request.prefix is not None
+        return request.prefix

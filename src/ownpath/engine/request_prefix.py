@@ -1,0 +1,58 @@
+"""The prefix cache's knowledge of one request."""
+
+from bisect import bisect_right
+from dataclasses import dataclass
+
+from ownpath.cache.layout import BLOCK_TOKENS
+from ownpath.cache.prefix import ChainKey, PrefixChain
+
+
+@dataclass(eq=False)
+class RequestPrefix:
+    """A request's names, and its plan of snapshots, which each beginning makes anew.
+
+    num_cached: prompt tokens that it did not compute when it first began; ``None``: it has not begun.
+    num_begun: tokens that were known when it began. stops: positions among them, ascending, where a snapshot is to be
+    taken. interval: of those of its answer that stay. num_noted: tokens whose blocks are taken up. moving: the block
+    whose snapshot goes when the next one of the answer is taken.
+    """
+
+    chain: PrefixChain
+    num_cached: int | None = None
+    num_begun: int = 0
+    stops: tuple[int, ...] = ()
+    interval: int = 0
+    num_noted: int = 0
+    moving: ChainKey | None = None
+
+    def begin(self, num_hit: int, num_tokens: int, interval: int, num_known: int) -> None:
+        """Plans the snapshots of a request that begins with ``num_hit`` of its ``num_tokens`` tokens.
+
+        num_known: tokens whose blocks are known, with or without a snapshot behind them.
+        """
+        if self.num_cached is None:
+            self.num_cached = num_hit
+        self.num_begun, self.num_noted, self.moving = num_tokens, num_hit, None
+        self.interval = interval
+        self.stops = _stops(num_hit, num_tokens, interval, num_known)
+
+    def wants_snapshot(self, num_tokens: int) -> bool:
+        """True at a planned stop, and at each block's end of the answer."""
+        return num_tokens in self.stops or num_tokens > self.num_begun
+
+    def stays(self, num_tokens: int) -> bool:
+        """True for a snapshot that a later one of the same answer does not replace."""
+        return num_tokens in self.stops or num_tokens % self.interval == 0
+
+    def next_stop(self, num_tokens: int) -> int | None:
+        """Returns the next planned stop behind so many tokens; ``None``: there is none."""
+        index = bisect_right(self.stops, num_tokens)
+        return self.stops[index] if index < len(self.stops) else None
+
+
+def _stops(num_hit: int, num_tokens: int, interval: int, num_known: int) -> tuple[int, ...]:
+    """Returns where snapshots of a sequence's known tokens are taken: at every interval; where it parts from what is
+    known; at its last full block, and at the last one before its last token, which the same prompt needs."""
+    last = (num_tokens // BLOCK_TOKENS * BLOCK_TOKENS, (num_tokens - 1) // BLOCK_TOKENS * BLOCK_TOKENS)
+    wanted = {*range(interval, num_tokens + 1, interval), *last, num_known}
+    return tuple(sorted(stop for stop in wanted if num_hit < stop <= num_tokens))

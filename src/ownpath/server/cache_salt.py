@@ -1,0 +1,17 @@
+"""Salts of the prefix cache: who shares what it holds of earlier prompts.
+
+A hit is faster than a miss, so its time tells a client whether somebody has sent the same beginning before. Requests
+with different salts share nothing.
+"""
+
+from starlette.requests import Request
+
+from ownpath.server.gate import bearer_token, digest
+
+MAX_SALT_CHARS = 256
+
+
+def salt_of(request: Request, asked: str | None, *, is_per_key: bool) -> str:
+    """Returns the salt of a request. asked: its field ``cache_salt``. is_per_key: each API key has its own."""
+    key = bearer_token(request.headers.get("authorization", "")) if is_per_key else ""
+    return f"{digest(key).hex() if key else ''}:{asked or ''}"
