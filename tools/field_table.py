@@ -40,7 +40,7 @@ NOT_SERVED = {
         *("/update_weights", "/fault_tolerance/apply"),
     ),
 }
-"""Why -> paths that other servers have. Here they are 404."""
+"""Reason -> paths that other servers have. Here they are 404."""
 
 
 def fate_of(schema: dict[str, Any]) -> str:

@@ -33,7 +33,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Unit(StrEnum):
-    """What a strict tool leaves the model to choose from."""
+    """The units that a strict tool leaves the model to choose from."""
 
     CELSIUS = "celsius"
     KELVIN = "kelvin"
