@@ -28,7 +28,7 @@ from ownpath.server.errors import ApiError
 from ownpath.server.fields import LABELS
 from ownpath.server.labels import Labels
 from ownpath.server.policy import RequestPolicy
-from ownpath.server.protocol import read_chat_request
+from ownpath.server.reading import read_chat_request
 from ownpath.server.renaming import renaming
 from ownpath.server.request_schemas import request_schemas
 from ownpath.server.responses.items import ITEM_TYPES
