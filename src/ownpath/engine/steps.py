@@ -24,7 +24,8 @@ from ownpath.engine.adjust import Adjuster
 from ownpath.engine.batch import LogitsShare, build_batch, decode_share
 from ownpath.engine.decoder import Decoder
 from ownpath.engine.flags import IndexFlags, tell_flagged
-from ownpath.engine.flight import Flight, StepTimes
+from ownpath.engine.flight import Flight
+from ownpath.engine.load import StepTimes
 from ownpath.engine.memory import CachingModel
 from ownpath.engine.reports import Reporter
 from ownpath.engine.request import Request, ScoredToken, StepOutput, plain_output
