@@ -225,7 +225,7 @@ class Engine:
             with torch.inference_mode():
                 if self._scheduler.is_short:
                     self._runner.settle()  # who ends there makes room, and who is sent back has no row that runs
-                chunks = self._schedule()
+                chunks = self._runner.in_rows(self._schedule())
                 self._note(chunks)
                 self._runner.step(chunks)
         except Exception:
