@@ -11,6 +11,8 @@ from pathlib import Path
 from overloading.client import Unanswered, ask, request_bytes
 
 PERIOD_S = 0.5
+LIMITS = ("kv_cache_blocks", "kv_cache_slots")
+"""Series that say how much there is: without them, that nothing is held says nothing."""
 GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_blocks_used", "kv_cache_slots_used")
 """Series of ``/metrics`` that must be 0 where nothing runs."""
 
@@ -66,7 +68,9 @@ class Watch:
         """Reads what the engine holds."""
         _, body = await ask(self._port, request_bytes("GET", "/metrics"))
         found = re.findall(r"^ownpath_(\w+) ([-+.e\d]+)$", body.decode(), re.M)
-        return {name: float(value) for name, value in found if name in GAUGES}
+        values = {name: float(value) for name, value in found}
+        assert all(values[name] > 0 for name in LIMITS), "the server does not say how many blocks and slots it has"
+        return {name: values[name] for name in GAUGES}
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,13 @@ def add_limits(group: OptionHolder) -> None:
         help="requests that run together; others wait (default: 16)",
     )
     group.add_argument(
+        "--num-cache-blocks",
+        type=whole_number(1, 2**31),
+        metavar="N",
+        help="blocks of 256 tokens that the caches of all requests share; fewer take less memory, and requests that do "
+        "not fit wait (default: enough for --max-num-seqs requests of --max-model-len tokens)",
+    )
+    group.add_argument(
         "--max-connections", type=whole_number(1, 10**5), default=1024, metavar="N", help="(default: 1024)"
     )
     group.add_argument(

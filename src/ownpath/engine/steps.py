@@ -13,7 +13,7 @@ from one to the next while the host reads, reports and schedules. At most two ar
   rows' logits change by what was drawn. Steps by ``forward`` wait for all before them.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import perf_counter
 from typing import Protocol
 
@@ -24,7 +24,8 @@ from ownpath.engine.adjust import Adjuster
 from ownpath.engine.batch import LogitsShare, build_batch, decode_share
 from ownpath.engine.decoder import Decoder
 from ownpath.engine.flags import IndexFlags, tell_flagged
-from ownpath.engine.flight import Flight, StepTimes
+from ownpath.engine.flight import Flight
+from ownpath.engine.load import StepTimes
 from ownpath.engine.memory import CachingModel
 from ownpath.engine.reports import Reporter
 from ownpath.engine.request import Request, ScoredToken, StepOutput, plain_output
@@ -39,7 +40,7 @@ from ownpath.engine.sampler import (
     score_tokens,
 )
 from ownpath.engine.scheduler import ScheduledChunk
-from ownpath.engine.tops import top_tokens, with_own
+from ownpath.engine.tops import Top, top_tokens, with_own
 from ownpath.model.batch import ForwardBatch
 
 
@@ -141,24 +142,35 @@ class StepRunner:
         """Launches a decode step, and reads the one before."""
         if self._adjuster.waits_for_tokens(chunk.request for chunk in chunks):
             self.settle()
-        ahead = self._flights[-1].rows() if self._flights else {}
-        chunks = [chunk for chunk in chunks if chunk.request.cache is not None and not _ends(chunk.request, ahead)]
-        num_flying = int(bool(chunks) and self._launch(decoder, chunks, ahead))
+        last, num_flying = self._flights[-1] if self._flights else None, 0
+        if last is not None and last.repeats(chunks) and decoder.can_repeat:
+            self._launch(lambda at: last.repeated(decoder.repeat(), at))
+            num_flying = 1
+        else:
+            ahead = {} if last is None else last.rows()
+            chunks = [chunk for chunk in chunks if chunk.request.cache is not None and not _ends(chunk.request, ahead)]
+            if chunks:
+                flight = self._launch(lambda at: self._begun(decoder, chunks, ahead, at))
+                num_flying = int(decoder.has_graph(len(chunks)) and not flight.asks)
         while len(self._flights) > num_flying:
             self._land()
 
-    def _launch(self, decoder: Decoder, chunks: Sequence[ScheduledChunk], ahead: Mapping[Request, int]) -> bool:
-        """Launches a decode step. Returns True if it need not be read before the next one is launched."""
-        requests, begun_at = [chunk.request for chunk in chunks], perf_counter()
-        asks = [request.needs_logits for request in requests]
+    def _launch(self, launch: Callable[[float], Flight]) -> Flight:
+        """Launches a step. launch: is given the time."""
         try:
-            begun = decoder.begin(step_rows(requests, ahead), self._adjuster.rows_of(requests))
+            flight = launch(perf_counter())
         except Exception:
             self.settle()  # the step before is whole
             raise
-        may_fly = decoder.has_graph(len(chunks)) and not any(asks)
-        self._flights.append(Flight(chunks, [request.caches for request in requests], asks, begun, begun_at))
-        return may_fly
+        self._flights.append(flight)
+        return flight
+
+    def _begun(
+        self, decoder: Decoder, chunks: Sequence[ScheduledChunk], ahead: Mapping[Request, int], at: float
+    ) -> Flight:
+        requests = [chunk.request for chunk in chunks]
+        begun = decoder.begin(step_rows(requests, ahead), self._adjuster.rows_of(requests))
+        return Flight.of(chunks, ahead, begun, at)
 
     def _land(self) -> None:
         """Reads the oldest step and reports it.
@@ -170,19 +182,19 @@ class StepRunner:
         done = self._decoder.finish(flight.begun)
         self.times.add(flight.begun_at, perf_counter())
         self._flags.read()
-        tell_flagged(done.flagged, [chunk.request for chunk in flight.chunks])
-        # Whoever ended while this step ran has another cache, or none.
-        live = [chunk.request.cache is cache for chunk, cache in zip(flight.chunks, flight.caches, strict=True)]
-        asking = [(row, chunk.request) for row, chunk in enumerate(flight.chunks) if live[row] and flight.asks[row]]
-        tops = top_tokens(done.logits_TV, wanted_tops(asking))
-        rows = zip(flight.chunks, live, flight.asks, done.token_ids, strict=True)
-        for row, (chunk, is_live, asks, token_id) in enumerate(rows):
-            request = chunk.request
-            if not is_live:
-                continue
-            if token_id is None or asks or request.flagged_layer is not None:
+        if done.flagged:
+            tell_flagged(done.flagged, flight.requests)
+        rows = [*zip(flight.requests, flight.caches, done.token_ids, strict=True)]
+        tops: dict[int, Top] = {}
+        if flight.asks:
+            live = [(row, request) for row, (request, cache, _) in enumerate(rows) if request.cache is cache]
+            tops = top_tokens(done.logits_TV, wanted_tops(live))
+        for row, (request, cache, token_id) in enumerate(rows):
+            if request.cache is not cache:
+                continue  # it ended while this step ran
+            if token_id is None or request.flagged_layer is not None or (flight.asks and request.needs_logits):
                 drawn = Drawn(token_id, float(done.logprobs_T[row]), tops.get(row, ()))
-                self._answer(decode_share(row, chunk), drawn, done.logits_TV)
+                self._answer(decode_share(row, flight.chunks[row]), drawn, done.logits_TV)
             elif request.params.num_logprobs is None:
                 self._extend(request, token_id, plain_output(token_id))
             else:

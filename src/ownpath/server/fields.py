@@ -25,10 +25,12 @@ LABEL_KINDS: dict[str, tuple[str, ...]] = {
         *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "cache_control", "cache_prompt"),
         "id_slot",
     ),
-    "what is the same for everyone here": ("store", "service_tier", "priority", "usage"),
+    "what is the same for everyone here": ("store", "service_tier", "usage"),
     "a guess at the answer, to be faster": ("prediction",),
 }
 LABELS = tuple(name for names in LABEL_KINDS.values() for name in names)
+TOKEN_LABELS = (*LABELS, "priority")
+"""Of a text or tokens that only become the other."""
 
 _COMMON: Neutral = {
     "length_penalty": (1,),

@@ -8,6 +8,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ownpath.server.errors import ApiError, shorten
+from ownpath.server.sender import note_key
 
 PROBES = frozenset({"/health", "/ready"})
 """Paths that say nothing but whether the server works: supervisors ask them without a key, by the machine's address."""
@@ -54,6 +55,7 @@ class KeyGate:
     def _has_key(self, scope: Scope) -> bool:
         headers = Headers(scope=scope)
         given = digest(bearer_token(headers.get("authorization", "")) or headers.get("x-api-key", ""))
+        note_key(scope, given)
         # All are compared, so that the time does not tell which one fits.
         return sum(hmac.compare_digest(given, known) for known in self._digests) > 0
 

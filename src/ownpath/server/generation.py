@@ -27,6 +27,7 @@ from ownpath.server.errors import ApiError, bad_request, overloaded, unavailable
 from ownpath.server.mailbox import Inbox, Mailbox
 from ownpath.server.metrics import Metrics
 from ownpath.server.prompts import Prompt
+from ownpath.server.sender import ANYBODY, Sender
 from ownpath.server.timeline import Timeline
 
 _PATIENCE = 64
@@ -227,10 +228,14 @@ class Generation:
         return self.prompts[index * len(self.prompts) // len(self._choices)]
 
     def submit(
-        self, params: Sequence[SamplingParams], matchers: Sequence[Matcher | None] | None = None, salt: str = ""
+        self,
+        params: Sequence[SamplingParams],
+        matchers: Sequence[Matcher | None] | None = None,
+        salt: str = "",
+        sender: Sender = ANYBODY,
     ) -> None:
         """Submits all answers to the engine, each with its parameters and the grammar that it must fit. salt: of the
-        prefix cache.
+        prefix cache. sender: whose they are.
 
         Errors: ApiError 400 (does not fit), 429 (no room) or 503 (stopped).
         """
@@ -241,7 +246,8 @@ class Generation:
                 put(inbox, (index, output, time.monotonic()), is_last=output.finish_reason is not None)
 
             matcher = None if matchers is None else matchers[index]
-            return Request(self.prompt_of(index).ids, params[index], sink, salt=salt, matcher=matcher)
+            ids = self.prompt_of(index).ids
+            return Request(ids, params[index], sink, salt=salt, matcher=matcher, **sender._asdict())
 
         requests = [request(index) for index in range(self.num_choices)]
         try:
@@ -315,11 +321,20 @@ class Generation:
         """Tokens of the prompts that the first answer of each did not compute: the prefix cache held them."""
         return sum(request.num_cached for request in self._requests[:: len(self._choices) // len(self.prompts)])
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of all prompts, each prompt once."""
+        return sum(len(prompt.ids) for prompt in self.prompts)
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Tokens of all answers so far."""
+        return sum(choice.num_tokens for choice in self._choices)
+
     def usage(self) -> dict[str, object]:
         """Counts tokens so far: of each prompt once, of every answer. EOS and the tokens of a stop string count: they
         were generated."""
-        num_prompt = sum(len(prompt.ids) for prompt in self.prompts)
-        num_generated = sum(choice.num_tokens for choice in self._choices)
+        num_prompt, num_generated = self.num_prompt_tokens, self.num_generated_tokens
         return {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_generated,

@@ -108,12 +108,11 @@ def _generation_attributes(request: TracedRequest) -> Attributes:
     generating = request.generating
     if generating is None or request.model is None:
         return {}
-    usage = generating.usage()
     attributes: Attributes = {
         "gen_ai.request.model": request.model,
         "gen_ai.response.model": request.model,
-        "gen_ai.usage.input_tokens": int(str(usage["prompt_tokens"])),
-        "gen_ai.usage.output_tokens": int(str(usage["completion_tokens"])),
+        "gen_ai.usage.input_tokens": generating.num_prompt_tokens,
+        "gen_ai.usage.output_tokens": generating.num_generated_tokens,
         "gen_ai.response.finish_reasons": [timeline.reason or "" for timeline in generating.timelines],
         "gen_ai.request.choice.count": len(generating.timelines),
     }

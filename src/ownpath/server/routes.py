@@ -31,13 +31,9 @@ from ownpath.server.metrics import MEDIA_TYPE, Metrics
 from ownpath.server.policy import RequestPolicy
 from ownpath.server.prompt_scores import check_scores
 from ownpath.server.prompts import chat_prompt, chat_segments, completion_prompts, effort_level, missing_marker
-from ownpath.server.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    StreamOptions,
-    read_chat_request,
-    read_completion_request,
-)
+from ownpath.server.protocol import ChatRequest, CompletionRequest, StreamOptions
+from ownpath.server.reading import read_chat_request, read_completion_request
+from ownpath.server.sender import sender_of
 from ownpath.server.sse import EventStream, JsonObject, until_disconnect
 from ownpath.server.traces import note_generation
 from ownpath.server.vitals import Vitals
@@ -168,7 +164,8 @@ class Api:
         generation = Generation(
             self.engine, [prompt], answers, self.metrics, mailbox, self.request_timeout_s, is_whole=not asked.stream
         )
-        generation.submit(chat.sampling_params(asked, max_tokens), matchers, self._salt(request, asked))
+        sender = sender_of(request, asked.priority)
+        generation.submit(chat.sampling_params(asked, max_tokens), matchers, self._salt(request, asked), sender)
         note_generation(request.scope, self.called(asked.model), generation)
         return generation, level
 
@@ -200,7 +197,8 @@ class Api:
         generation = Generation(
             self.engine, prompts, answers, self.metrics, mailbox, self.request_timeout_s, is_whole=not asked.stream
         )
-        generation.submit(completions.sampling_params(asked, limits), matchers, self._salt(request, asked))
+        sender = sender_of(request, asked.priority)
+        generation.submit(completions.sampling_params(asked, limits), matchers, self._salt(request, asked), sender)
         note_generation(request.scope, self.called(asked.model), generation)
         chunks = completions.completion_chunks(asked, generation, self.tokenizer, source)
         told = Telling(chunks, completions.CompletionFold(), Generation.usage, self.headers_for(labels, adjustments))

@@ -20,7 +20,7 @@ from ownpath.server.errors import ApiError
 from ownpath.server.labels import Labels
 from ownpath.server.messages import events as of_events
 from ownpath.server.messages.request import read_count_request, read_messages_request
-from ownpath.server.protocol import read_chat_request
+from ownpath.server.reading import read_chat_request
 from ownpath.server.renaming import renaming
 
 PATH = "/v1/messages"
@@ -291,6 +291,13 @@ def test_the_answer_has_anthropics_shape() -> None:
     assert usage["input_tokens"] == num_tokens(read_messages_request(BODY).chat)
     assert usage["output_tokens_details"] == {"thinking_tokens": len("Hm.")}
     assert (usage["cache_creation_input_tokens"], usage["cache_read_input_tokens"]) == (0, 0)
+
+
+def test_tokens_that_a_cache_had_are_told_apart(served: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = {"prompt_tokens": 11, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 3}}
+    monkeypatch.setattr("ownpath.server.messages.events.chat_usage", lambda _: counted)
+    usage = whole_of(served, PATH, {"messages": HELLO, "max_tokens": 1})["usage"]
+    assert (usage["input_tokens"], usage["cache_read_input_tokens"]) == (8, 3)
 
 
 def test_reasoning_that_is_omitted_is_in_the_signature_alone() -> None:

@@ -28,7 +28,7 @@ from ownpath.server.errors import ApiError
 from ownpath.server.fields import LABELS
 from ownpath.server.labels import Labels
 from ownpath.server.policy import RequestPolicy
-from ownpath.server.protocol import read_chat_request
+from ownpath.server.reading import read_chat_request
 from ownpath.server.renaming import renaming
 from ownpath.server.request_schemas import request_schemas
 from ownpath.server.responses.items import ITEM_TYPES
@@ -369,6 +369,12 @@ def test_the_answer_holds_its_items_and_what_was_asked() -> None:
     assert usage["input_tokens_details"]["cached_tokens"] == 0
 
 
+def test_a_level_that_ran_otherwise_is_told_in_the_requests_words() -> None:
+    with answering("x", 1) as served:
+        response = served.post(PATH, input="hello", reasoning={"effort": "medium"}, max_output_tokens=1)
+    assert response.headers["X-Ownpath-Adjusted"] == "reasoning.effort=high"
+
+
 def test_a_summary_is_the_whole_reasoning_and_encrypted_content_carries_it() -> None:
     fields = {"reasoning": {"effort": "low", "summary": "auto"}, "include": ["reasoning.encrypted_content"]}
     whole, events = answered(TEXT, **fields)
@@ -409,6 +415,14 @@ def test_a_limit_makes_the_answer_incomplete(served: Harness) -> None:
     assert adjusted.headers["X-Ownpath-Adjusted"].startswith("max_output_tokens=")
 
 
+def test_tokens_that_a_cache_had_are_told(served: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = {"prompt_tokens": 11, "completion_tokens": 1, "total_tokens": 12}
+    counted |= {"prompt_tokens_details": {"cached_tokens": 3}}
+    monkeypatch.setattr("ownpath.server.responses.events.chat_usage", lambda _: counted)
+    usage = whole_of(served, PATH, {"input": "hello", "max_output_tokens": 1})["usage"]
+    assert (usage["input_tokens"], usage["input_tokens_details"]["cached_tokens"]) == (11, 3)
+
+
 def test_a_call_that_broke_is_marked() -> None:
     whole, _ = answered(f"{THINK_END}" + CALL[: CALL.index("rich</")], tools=[WEATHER])
     (call,) = [item for item in whole["output"] if item["type"] == "function_call"]
@@ -446,6 +460,7 @@ def test_a_coding_agents_request_is_read_whole() -> None:
         place = prompt.index(said, place)
     assert set(labels.names) == {
         *("store", "client_metadata", "tools.web_search", "tools.image_generation", "input.encrypted_content"),
+        "tools.description",
     }
     for name in ("exec_command", "helpers__wait_agent", "helpers__close_agent", "apply_patch"):
         assert f'"name": "{name}"' in prompt

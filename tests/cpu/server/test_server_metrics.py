@@ -262,15 +262,15 @@ def test_gauges_follow_what_runs() -> None:
 def test_the_engines_own_counts_are_on_the_page() -> None:
     """Written as the engine's thread writes them; a duration at a bound belongs to its bucket."""
     with harness(Gated()) as served:
-        counts = served.engine.counts
+        counts, times = served.engine.counts, served.engine.load().times
         counts.num_prefix_queried, counts.num_prefix_hit = 1000, 768
         counts.num_prefix_hits, counts.num_blocks_evicted = 4, 7
         counts.num_snapshots_taken, counts.num_snapshots_evicted = 6, 5
         counts.num_preempted, counts.num_step_retries = 3, 2
         for seconds in (0.0005, 0.003, 1000):
-            counts.step_times.observe(seconds)
+            times.busy.observe(seconds)
         for seconds in (4e-6, 25e-6, 30e-6, 31e-6):
-            counts.gap_times.observe(seconds)
+            times.gaps.observe(seconds)
         found = {name.removeprefix("ownpath_"): value for name, value in page(served).items()}
     assert (found["prefix_cache_queries_total"], found["prefix_cache_hits_total"]) == (1000, 768)
     assert (found["prefix_cache_hit_requests_total"], found["prefix_blocks_evicted_total"]) == (4, 7)

@@ -200,7 +200,7 @@ class MessageWriter:
 def message_usage(generation: Generation) -> JsonObject:
     """Counts tokens so far: of the prompt those that were computed apart from those that a cache had."""
     usage = chat_usage(generation)
-    cached = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
     return {
         "input_tokens": usage["prompt_tokens"] - cached,
         "cache_creation_input_tokens": 0,

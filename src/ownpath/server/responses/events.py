@@ -190,7 +190,7 @@ def _begun(asked: AskedResponse, source: AnswerSource) -> JsonObject:
 
 def _usage(generation: Generation) -> JsonObject:
     usage = chat_usage(generation)
-    cached = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
     return {
         "input_tokens": usage["prompt_tokens"],
         "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
