@@ -7,7 +7,6 @@ from typing import Protocol, TypeVar
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ownpath.chat.markers import Segment
 from ownpath.server.errors import ApiError
 from ownpath.server.excess import Adjustments
 from ownpath.server.generation import Generation
@@ -16,11 +15,11 @@ from ownpath.server.json_text import to_json
 from ownpath.server.labels import Labels
 from ownpath.server.messages.events import PING, PING_EVERY_S, MessageWriter
 from ownpath.server.messages.request import AskedMessage, read_count_request, read_messages_request
-from ownpath.server.prompts import chat_ids, chat_segments
+from ownpath.server.prompts import chat_ids
 from ownpath.server.renaming import renaming
 from ownpath.server.responses.events import ResponseWriter
 from ownpath.server.responses.request import AskedResponse, read_responses_request
-from ownpath.server.routes import Api
+from ownpath.server.routes import Api, WrittenChat
 from ownpath.server.sse import EventStream, JsonObject, until_disconnect, with_pings
 from ownpath.server.token_api import check_length
 from ownpath.server.token_naming import TokenNaming
@@ -50,10 +49,10 @@ class AgentApi:
     async def responses(self, request: Request) -> Response:
         """``POST /v1/responses``"""
         api, labels = self.api, Labels(self.api.policy.refuses_labels)
-        asked, segments = await self._read(request, labels, read_responses_request)
+        asked, written = await self._read(request, labels, read_responses_request)
         source, adjustments = api.source(asked.chat), Adjustments(api.policy.refuses_excess)
         with renaming(asked.names):
-            generation, _ = await api.begin_chat(asked.chat, segments, adjustments)
+            generation, _ = await api.begin_chat(request, written, adjustments)
         headers = api.headers_for(labels, adjustments.renamed(asked.names))
         writer = ResponseWriter(asked, generation, source, TokenNaming(api.tokenizer, by_id=False))
         if asked.own.stream:
@@ -64,10 +63,10 @@ class AgentApi:
     async def messages(self, request: Request) -> Response:
         """``POST /v1/messages``"""
         labels, adjustments = Labels(self.api.policy.refuses_labels), Adjustments(self.api.policy.refuses_excess)
-        asked, segments = await self._read(request, labels, read_messages_request)
+        asked, written = await self._read(request, labels, read_messages_request)
         api, source = self.api, self.api.source(asked.chat)
         with renaming(asked.names):
-            generation, _ = await api.begin_chat(asked.chat, segments, adjustments)
+            generation, _ = await api.begin_chat(request, written, adjustments)
         headers = api.headers_for(labels, adjustments.renamed(asked.names))
         writer = MessageWriter(
             source.model_id,
@@ -92,25 +91,25 @@ class AgentApi:
 
     async def _count(self, request: Request, read_body: BodyRead[AskedOther], answer: JsonObject) -> Response:
         labels = Labels(self.api.policy.refuses_labels)
-        asked, segments = await self._read(request, labels, read_body)
+        asked, written = await self._read(request, labels, read_body)
         self.api.called(asked.chat.model)
         with renaming(asked.names):
-            check_length(segments, "messages")
-            ids = await chat_ids(segments, self.api.tokenizer)
+            check_length(written.segments, "messages")
+            ids = await chat_ids(written.segments, self.api.tokenizer)
         headers = self.api.headers_for(labels, Adjustments())
         body = await to_json(answer | {"input_tokens": len(ids)})
         return Response(body, headers=headers, media_type="application/json")
 
     async def _read(
         self, request: Request, labels: Labels, read_body: BodyRead[AskedOther]
-    ) -> tuple[AskedOther, list[Segment]]:
+    ) -> tuple[AskedOther, WrittenChat]:
         """Reads a request and writes its prompt. Errors: ApiError."""
         self.api.refuse_while_ending()
 
-        def read(body: dict[str, object]) -> tuple[AskedOther, list[Segment]]:
+        def read(body: dict[str, object]) -> tuple[AskedOther, WrittenChat]:
             asked = read_body(body, labels)
             with renaming(asked.names):
-                return asked, chat_segments(asked.chat, self.api.release)
+                return asked, self.api.write_chat(asked.chat)
 
         return await self.api.bodies.read(request, CONVERSATION, read)
 

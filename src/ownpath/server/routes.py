@@ -40,6 +40,14 @@ Fold = chat.ChatFold | completions.CompletionFold
 
 
 @dataclass(frozen=True)
+class WrittenChat:
+    """A conversation that is to be answered. segments: it in the model's format."""
+
+    asked: ChatRequest
+    segments: Sequence[Segment]
+
+
+@dataclass(frozen=True)
 class Telling:
     """An answer on its way: its chunks, how they fold into one object, how usage is counted, and its headers."""
 
@@ -117,24 +125,32 @@ class Api:
         self.refuse_while_ending()
         labels, adjustments = Labels(self.policy.refuses_labels), Adjustments(self.policy.refuses_excess)
 
-        def read(body: dict[str, object]) -> tuple[ChatRequest, list[Segment]]:
-            asked = read_chat_request(body, labels)
-            return asked, chat_segments(asked, self.release)
+        def read(body: dict[str, object]) -> WrittenChat:
+            return self.write_chat(read_chat_request(body, labels))
 
-        asked, segments = await self.bodies.read(request, CONVERSATION, read)
+        written = await self.bodies.read(request, CONVERSATION, read)
+        asked = written.asked
         source = self.source(asked)
-        generation, level = await self.begin_chat(asked, segments, adjustments)
+        generation, level = await self.begin_chat(request, written, adjustments)
         chunks = chat.chat_chunks(asked, generation, self.tokenizer, source, level)
         headers = self.headers_for(labels, adjustments)
         return await self._answer(
             request, asked, generation, Telling(chunks, chat.ChatFold(), chat.chat_usage, headers)
         )
 
+    def write_chat(self, asked: ChatRequest) -> WrittenChat:
+        """Makes what an answer needs of its request. Its work grows with the body: for where that is read.
+
+        Errors: ApiError 400.
+        """
+        return WrittenChat(asked, chat_segments(asked, self.release))
+
     async def begin_chat(
-        self, asked: ChatRequest, segments: Sequence[Segment], adjustments: Adjustments
+        self, request: Request, written: WrittenChat, adjustments: Adjustments
     ) -> tuple[Generation, str | None]:
         """Submits the answers to a conversation. Returns them with the level of effort that runs; None without
         thinking. Errors: ApiError 400, 429 or 503."""
+        asked, segments = written.asked, written.segments
         max_model_len = self.engine.config.max_model_len
         answers = [self._chat_answer(asked) for _ in range(asked.n)]
         prompt = await chat_prompt(segments, self.tokenizer, max_model_len)
