@@ -196,7 +196,7 @@ def test_nothing_fits_false() -> None:
 
 
 def test_parameters_that_repeat_large_definitions_are_refused_before_they_fill_the_memory() -> None:
-    """A thousand parameters with a quarter of a megabyte of definitions each; a thousand tools with as much together."""
+    """A thousand parameters that repeat a quarter of a megabyte each; a thousand tools with as much together."""
     text = {"$ref": "#/$defs/d"}
     wide = {
         "properties": {f"p{n}": text for n in range(1000)},
