@@ -2,8 +2,9 @@
 
     PYTHONPATH=src python tools/serve_rate.py --device cuda --requests 1,8,32,64 --tokens 300 --out rates.jsonl
 
-Every request is submitted by itself, as a server does. The server's start is timed too, from the command to the first
-answer of /ready, with whatever the caches on disk hold: run it twice for a warm start.
+Every request is submitted by itself, as a server does, and none ends before it has all its tokens. The server's start
+is timed too, from the command to the first answer of /ready, with whatever the caches on disk hold: run it twice for a
+warm start.
 """
 
 import argparse
@@ -127,7 +128,7 @@ async def http_rate(port: int, count: int, num_tokens: int, stream: bool) -> flo
 
     async def tokens_of(idx: int) -> int:
         body: dict[str, object] = {"model": "tiny-v4", "prompt": prompt_of(idx), "max_tokens": num_tokens}
-        body |= {"temperature": 0}
+        body |= {"temperature": 0, "ignore_eos": True}
         if stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         answer = await exchange(port, "POST", "/v1/completions", body)

@@ -30,6 +30,7 @@ from ownpath.commands.serve_options import (
     tls_of,
 )
 from ownpath.commands.settings import add_config_argument, variable_of
+from ownpath.commands.start import starting
 from ownpath.server.access import AccessPolicy
 from ownpath.server.admin_key import admin_key
 from ownpath.terminal.console import tell, tell_page
@@ -119,7 +120,7 @@ class _Opened(NamedTuple):
 
 
 def _serve(args: argparse.Namespace, opened: _Opened) -> int:
-    with Progress("starting"):
+    with starting(args.device):
         from ownpath.commands.session import open_session
         from ownpath.server.app import create_app
         from ownpath.server.grammar_desk import GrammarDesk
