@@ -136,8 +136,8 @@ class Engine:
         taken = Usage(slots.num_slots - slots.num_free_slots, slots.num_slots)
         compiled, captured = self._made_before
         made = COMPILATIONS.count - compiled, COMPILATIONS.num_captured - captured
-        more = blocks, taken, self.counts, self._runner.times
-        return EngineLoad(len(running), self._scheduler.num_waiting, use, *made, *more)
+        waiting, counts = self._scheduler.num_waiting, self.counts
+        return EngineLoad(len(running), waiting, use, *made, blocks, taken, counts, self._runner.times)
 
     def check(self, request: Request) -> None:
         """Checks that the request could run here. Errors: RequestError with the numbers."""

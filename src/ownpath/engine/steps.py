@@ -107,7 +107,7 @@ class StepRunner:
             self._forward(chunks)
             self.times.add(begun, perf_counter())
 
-    def in_rows(self, chunks: Sequence[ScheduledChunk]) -> Sequence[ScheduledChunk]:
+    def in_rows(self, chunks: list[ScheduledChunk]) -> list[ScheduledChunk]:
         """Returns the chunks with one token each if a graph runs such a step and no request has many tokens to read;
         otherwise as they are."""
         longer = [chunk for chunk in chunks if chunk.num_tokens > 1]
