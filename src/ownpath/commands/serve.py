@@ -31,6 +31,8 @@ from ownpath.commands.serve_options import (
     tls_of,
 )
 from ownpath.commands.settings import add_config_argument, variable_of
+from ownpath.commands.start import starting
+from ownpath.commands.trace_options import add_traces, recorder_of
 from ownpath.server.access import AccessPolicy
 from ownpath.server.admin_key import admin_key
 from ownpath.terminal.console import tell, tell_page
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from ownpath.commands.session import Session
     from ownpath.server.debug import DebugPlan
     from ownpath.server.policy import RequestPolicy
+    from ownpath.server.traces import TraceRecorder
 
 
 _SETTINGS = (
@@ -65,7 +68,9 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     _add_request_group(parser.add_argument_group("requests"))
     add_address(parser.add_argument_group("server"))
     add_access(parser.add_argument_group("access"))
-    add_logs(parser.add_argument_group("logs"))
+    logs = parser.add_argument_group("logs and traces")
+    add_logs(logs)
+    add_traces(logs)
     add_config_argument(parser.add_argument_group("settings"))
     add_list_argument(parser, fields_of_server, "every request field, and the checks of the self-test")
     return parser
@@ -108,22 +113,24 @@ def run(args: argparse.Namespace) -> int:
     with take_port(args.host, args.port) as listener:
         access = access_of(args, listener)
         start_server_log(args)
-        return _serve(args, _Opened(listener, access, tls, key))
+        return _serve(args, _Opened(listener, access, tls, key, recorder_of(args)))
 
 
 class _Opened(NamedTuple):
-    """Settled before the model is loaded: the port, who may use it, and the admin key."""
+    """Settled before the model is loaded: the port, who may use it, the admin key, and what makes traces."""
 
     listener: socket.socket
     access: AccessPolicy
     tls: ssl.SSLContext | None
     admin_key: str | None
+    recorder: "TraceRecorder | None"
 
 
 def _serve(args: argparse.Namespace, opened: _Opened) -> int:
-    with Progress("starting"):
+    with starting(args.device):
         from ownpath.commands.session import open_session
         from ownpath.server.app import create_app
+        from ownpath.server.grammar_desk import GrammarDesk
         from ownpath.server.run import ENGINE_FAILED, run_server
         from ownpath.server.vitals import Vitals
 
@@ -138,7 +145,10 @@ def _serve(args: argparse.Namespace, opened: _Opened) -> int:
             tell("prefix cache", f": {session.engine.prefix.store}")
         debug = None if opened.admin_key is None else _debug_plan(session, opened.admin_key, model_id, release)
         vitals = Vitals(session.engine, args.step_timeout, failed)
-        app = create_app(vitals, session.tokenizer, model_id, rules_of(args, opened.access), release, debug, policy)
+        grammars = GrammarDesk(session.tokenizer, session.engine.end_token_ids)
+        grammars.warm_up()
+        rules = rules_of(args, opened.access, opened.recorder)
+        app = create_app(vitals, session.tokenizer, model_id, rules, release, debug, policy, grammars)
         code = run_server(app, vitals, opened.listener, model_id, settings_of(args, opened.tls))
         if code == ENGINE_FAILED:
             _leave(code)

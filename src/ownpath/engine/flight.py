@@ -1,4 +1,4 @@
-"""Steps that are launched and not read, and the time that steps take."""
+"""Steps that are launched and not read."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,26 +54,3 @@ class Flight:
         for request, cache in zip(self.requests, self.caches, strict=True):
             if request.cache is not cache and not any(cache in other.caches for other in others):
                 cache.release()
-
-
-@dataclass
-class StepTimes:
-    """Seconds since the start, on the host's clock. num_steps: steps read. busy_s: a step was launched and not read.
-    gap_s: none was, between two steps, although there was work."""
-
-    num_steps: int = 0
-    busy_s: float = 0.0
-    gap_s: float = 0.0
-    _read_at: float | None = None
-
-    def add(self, begun_at: float, read_at: float) -> None:
-        """Counts a step, launched and read at these times of the clock."""
-        self.num_steps += 1
-        since = begun_at if self._read_at is None else self._read_at
-        self.gap_s += max(begun_at - since, 0.0)
-        self.busy_s += read_at - max(begun_at, since)
-        self._read_at = read_at
-
-    def pause(self) -> None:
-        """Notes that there is no work: what follows is no gap."""
-        self._read_at = None

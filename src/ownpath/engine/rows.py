@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ownpath.cache.layout import BLOCK_TOKENS, NOBODY, aligned_rows
+from ownpath.cache.layout import NOBODY, aligned_rows
 from ownpath.cache.pools import CachePool, SequenceCache
 from ownpath.cache.tables import DecodeTables, first_flagged, new_flags
 from ownpath.engine.request import Request, SamplingParams
@@ -272,15 +272,15 @@ class ResidentRows(NamedTuple):
 class HeldRows:
     """The rows that the device goes on with, step by step. caches: theirs. first: the rows of the first step.
 
-    positions: of the next step. token_ids: what the last step drew; ``None``: nobody has read that yet.
+    positions: of the next step. num_left: steps until the first row's memory is full. token_ids: what the last step
+    drew; ``None``: nobody has read that yet.
     """
 
     def __init__(self, caches: Sequence[SequenceCache], first: ResidentRows) -> None:
         self.caches, self.first, self.positions = caches, first, first.positions
+        self.num_left = min(cache.max_tokens - at for cache, at in zip(caches, first.positions, strict=True))
         self.token_ids: list[int] | None = None
         self._num_steps = 0
-        rooms = [BLOCK_TOKENS * len(blocks) for blocks in first.blocks]
-        self._most_steps = min(room - at for room, at in zip(rooms, first.positions, strict=True))
 
     def are_those_of(self, pool: CachePool) -> bool:
         """Returns True if the caches have the block tables and lengths that the device has."""
@@ -288,9 +288,8 @@ class HeldRows:
         return blocks == self.first.blocks and [lengths[slot] for slot in self.first.slots] == self.positions
 
     def advance(self) -> None:
-        """Notes that a step is launched. Rows have blocks for it."""
-        assert self._num_steps < self._most_steps, "a row has no room"
-        self._num_steps, self.token_ids = self._num_steps + 1, None
+        """Notes that a step is launched."""
+        self._num_steps, self.num_left, self.token_ids = self._num_steps + 1, self.num_left - 1, None
         self.positions = [position + 1 for position in self.positions]
 
     def rows(self) -> ResidentRows:

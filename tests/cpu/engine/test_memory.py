@@ -285,7 +285,7 @@ def engine_model(num_blocks: int) -> FakeModel:
         {"temperature": 0.0},
         {"temperature": 0.9, "seed": 5},
         {"temperature": 0.7, "seed": 6, "presence_penalty": 1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.3},
-        {"temperature": 0.0, "min_tokens": 25, "num_logprobs": 2, "prompt_logprobs": True},
+        {"temperature": 0.0, "min_tokens": 25, "num_logprobs": 2, "prompt_logprobs": 0},
     ],
     ids=["greedy", "drawn", "penalties", "log-probs"],
 )
@@ -312,7 +312,7 @@ def test_a_preempted_request_answers_as_if_nothing_had_been(kind: dict[str, floa
 def test_a_prompt_that_is_read_again_is_not_scored_again(num_prompt: int, num_scored: int, sizes: list[int]) -> None:
     """Whatever its chunks, the rows of all together score what is missing, each from the token before it."""
     model, ids = engine_model(4), list(range(10, 10 + num_prompt))
-    request = Request(ids, SamplingParams(2, prompt_logprobs=True), lambda output: None)
+    request = Request(ids, SamplingParams(2, prompt_logprobs=0), lambda output: None)
     num_scored = min(num_scored, num_prompt - 1)
     request.scored_prompt += [ScoredToken(token_id, 0.0) for token_id in ids[1 : 1 + num_scored]]
     request.cache = model.new_cache()

@@ -74,5 +74,4 @@ def test_whatever_comes_together(with_prefix: bool) -> None:
         counts = served.engine.load().counts
         assert model.num_failed > 5
         assert counts.num_step_retries > 10
-        assert counts.num_preempted > 0
         assert (counts.num_prefix_hits > 0) == with_prefix
