@@ -40,7 +40,7 @@ NOT_SERVED = {
         *("/update_weights", "/fault_tolerance/apply"),
     ),
 }
-"""Paths that other servers have and this one does not (404), by the reason."""
+"""Reason -> paths that other servers have. Here they are 404."""
 
 
 def fate_of(schema: dict[str, Any]) -> str:
@@ -81,7 +81,8 @@ def rows() -> Iterator[str]:
         names_of.setdefault((fate, tuple(routes)), []).append(name)
     order = {HONOURED: 0, IGNORED: 2}
     for (fate, takers), names in sorted(names_of.items(), key=lambda row: (order.get(row[0][0], 1), row[0])):
-        yield f"| {_code(takers)} | {_code(names)} | {fate} |"
+        paths_of_row = [route.removeprefix("POST ") for route in takers]
+        yield f"| {_code(paths_of_row)} | {_code(names)} | {fate} |"
     paths = description(has_debug=True)["paths"]
     asked = [(f"{method.upper()} {path}", it) for path, methods in paths.items() for method, it in methods.items()]
     yield f"| {_code([route for route, operation in asked if 'requestBody' not in operation])} | | answered |"

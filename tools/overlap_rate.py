@@ -133,26 +133,6 @@ def _wait(decoder: Decoder) -> None:
         torch.cuda.synchronize(decoder.pool.spec.device)
 
 
-def _wait(decoder: Decoder) -> None:
-    if decoder.pool.spec.device.type == "cuda":
-        torch.cuda.synchronize(decoder.pool.spec.device)
-
-
-def _wait(decoder: Decoder) -> None:
-    if decoder.pool.spec.device.type == "cuda":
-        torch.cuda.synchronize(decoder.pool.spec.device)
-
-
-def _wait(decoder: Decoder) -> None:
-    if decoder.pool.spec.device.type == "cuda":
-        torch.cuda.synchronize(decoder.pool.spec.device)
-
-
-def _wait(decoder: Decoder) -> None:
-    if decoder.pool.spec.device.type == "cuda":
-        torch.cuda.synchronize(decoder.pool.spec.device)
-
-
 def graph_gaps(events: Iterable[TraceEvent]) -> list[float]:
     """Returns the microseconds from the last kernel of each graph to the first of the next, of a Chrome trace: kernels
     of one launch are a graph if they are many."""

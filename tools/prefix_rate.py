@@ -29,6 +29,7 @@ from ownpath.engine.prefix import PrefixCache, PrefixSettings
 from ownpath.engine.request import Request, SamplingParams, StepOutput
 from ownpath.formats import CacheFormat
 
+FORMATS = {str(one): one for one in CacheFormat}
 LIMIT_S = 500.0
 NUM_AGAIN = 7
 TARGET_S = 0.150
@@ -86,7 +87,7 @@ def running_engine(args: argparse.Namespace) -> tuple[Engine, PrefixCache]:
         dtype,
         max_model_len=max(args.tokens) + 256,
         max_num_seqs=2,
-        cache_format=next(one for one in CacheFormat if one == args.cache_format),
+        cache_format=FORMATS[args.cache_format],
         is_batch_invariant=args.batch_invariant,
         max_prefill_tokens=args.prefill_tokens,
     )
@@ -123,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--shape", choices=tuple(SHAPES), default="flash")
     parser.add_argument("--layers", type=int, help="the first ones only (default: all)")
     parser.add_argument("--expert-sets", type=int, default=24)
-    parser.add_argument("--cache-format", choices=[str(one) for one in CacheFormat], default=str(CacheFormat.FP8))
+    parser.add_argument("--cache-format", choices=tuple(FORMATS), default=str(CacheFormat.FP8))
     parser.add_argument("--batch-invariant", action="store_true")
     parser.add_argument("--prefill-tokens", type=int, default=512, help="prompt tokens of a step (default: 512)")
     parser.add_argument("--tokens", type=lambda text: [int(word) for word in text.split(",")], default=[32768, 32769])

@@ -25,6 +25,7 @@ from ownpath.formats import CacheFormat
 from ownpath.loading import default_model_dir, load_model
 from ownpath.model.model import Model
 
+FORMATS = {str(one): one for one in CacheFormat}
 LIMIT_S = 300.0
 NUM_MORE = 9
 """Tokens that the next turn adds."""
@@ -86,7 +87,7 @@ def records(args: argparse.Namespace) -> Iterator[dict[str, object]]:
         getattr(torch, args.dtype),
         max_model_len=max(args.lengths) + 2 * args.tokens + NUM_MORE,
         max_num_seqs=2,
-        cache_format=next(one for one in CacheFormat if one == args.cache_format),
+        cache_format=FORMATS[args.cache_format],
         rows_per_request=args.rows_per_request,
     )
     model = load_model(default_model_dir(), config)
@@ -105,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "float64", "bfloat16"), default="float32")
-    parser.add_argument("--cache-format", choices=[str(one) for one in CacheFormat], default=str(CacheFormat.BF16))
+    parser.add_argument("--cache-format", choices=tuple(FORMATS), default=str(CacheFormat.BF16))
     parser.add_argument("--rows-per-request", type=int, default=1)
     parser.add_argument("--lengths", type=read_range, default=range(255, 261))
     parser.add_argument("--tokens", type=int, default=6, help="of each answer (default: 6)")

@@ -180,6 +180,7 @@ def served_names(args: argparse.Namespace, folder: str) -> tuple[str, "RequestPo
 
 def _debug_plan(session: "Session", admin_key: str, model_id: str, release: Release) -> "DebugPlan":
     """Builds the data of ``/debug/plan``. The plan is made from the headers again; it is the one that was loaded."""
+    from ownpath.cache.pools import CacheSpec
     from ownpath.inspect.memory import cache_bytes, weights_bytes
     from ownpath.loading import planned
     from ownpath.plan.show import plan_dict
@@ -192,11 +193,11 @@ def _debug_plan(session: "Session", admin_key: str, model_id: str, release: Rele
     device = {"type": plan.caps.device_type, "name": plan.caps.name, "sm": plan.caps.sm}
     facts: dict[str, object] = {"model": model_id, "versions": versions(), "device": device, "plan": plan_dict(plan)}
     facts["release"] = asdict(release)
-    one = cache_bytes(plan, config.max_model_len, config.dtype, config.cache_format)
+    blocks, one = config.num_cache_blocks, cache_bytes(plan, config.max_model_len, config.dtype, config.cache_format)
     store = None if session.engine.prefix is None else session.engine.prefix.store
     facts["memory"] = {
         "weights_bytes": weights_bytes(plan, index),
-        "cache_bytes": one * config.max_num_seqs,
+        "cache_bytes": one * config.max_num_seqs if blocks is None else CacheSpec.of(plan.config, config).pool_bytes,
         "requests": config.max_num_seqs,
         "tokens_each": config.max_model_len,
         "snapshots": 0 if store is None else store.num_places,

@@ -168,29 +168,31 @@ class Decoder:
         lengths, slots = self.pool.slots.lengths, [cache.slot for cache in rows.caches]
         positions, held = [lengths[slot] for slot in slots], self._held
         wanted = ResidentRows(slots, [cache.blocks for cache in rows.caches], positions, *rows[1:])
+        next_held = HeldRows(rows.caches, wanted)
+        assert next_held.num_left > 0, "a row has no room"
         turn = self._take_turn()
         staged = self._rows.stage(rows, turn) if held is None or not wanted.continues(held.rows()) else None
-        return self._begin(HeldRows(rows.caches, wanted), turn, staged, adjusted)
+        return self._begin(next_held, turn, staged, adjusted)
 
     @property
     def can_repeat(self) -> bool:
         """True if the rows of the last step may run once more as they are."""
-        return self._held is not None and self._held.is_current
+        return self._held is not None and self._held.are_those_of(self.pool)
 
     def repeat(self) -> StepBegun:
         """Launches the rows of the last step once more, as ``begin`` does: each goes on from its own token."""
         assert self._held is not None
+        assert self._held.num_left > 0, "a row has no room"
         return self._begin(self._held, self._take_turn(), None, None)
 
     def _begin(self, held: HeldRows, turn: int, staged: Staged | None, adjusted: AdjustedRows | None) -> StepBegun:
         self._held = None  # until the step is launched: one that fails leaves rows that nobody knows
-        assert held.num_left > 0, "a row has no room"
         num_rows, lengths = len(held.caches), self.pool.slots.lengths
         begun, count = StepBegun(num_rows, turn), self._bucket_of(num_rows)
         self._marks[turn] = self._enqueue(lambda: self._launch_whole(begun, count, staged, adjusted), turn)
-        for slot in held.first.slots:
-            lengths[slot] += 1
         held.advance()
+        for slot, position in zip(held.first.slots, held.positions, strict=True):
+            lengths[slot] = position
         self._held, self._num_unread, self._last = held, self._num_unread + 1, begun
         return begun
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ownpath.cache.layout import BLOCK_TOKENS, NOBODY, aligned_rows
+from ownpath.cache.layout import NOBODY, aligned_rows
 from ownpath.cache.pools import CachePool, SequenceCache
 from ownpath.cache.tables import DecodeTables, first_flagged, new_flags
 from ownpath.engine.request import Request, SamplingParams
@@ -268,40 +268,35 @@ class ResidentRows(NamedTuple):
             one.greedy or own == other for one, own, other in zip(self.params, ours, theirs, strict=True)
         )
 
-    def advanced(self, num_steps: int, token_ids: list[int]) -> "ResidentRows":
-        """Returns the rows after so many steps, of which the last one chose these tokens."""
-        ahead = [position + num_steps for position in self.positions]
-        drawn = [count + num_steps for count in self.num_drawn]
-        return self._replace(positions=ahead, token_ids=token_ids, num_drawn=drawn)
-
 
 class HeldRows:
     """The rows that the device goes on with, step by step. caches: theirs. first: the rows of the first step.
 
-    num_left: steps until the first row's blocks are full. token_ids: what the last step drew; ``None``: nobody has
-    read that yet.
+    positions: of the next step. num_left: steps until the first row's memory is full. token_ids: what the last step
+    drew; ``None``: nobody has read that yet.
     """
 
     def __init__(self, caches: Sequence[SequenceCache], first: ResidentRows) -> None:
-        self.caches, self.first = caches, first
-        ends = (min(BLOCK_TOKENS * len(cache.blocks), cache.max_tokens) for cache in caches)
-        self.num_left = min(end - position for end, position in zip(ends, first.positions, strict=True))
+        self.caches, self.first, self.positions = caches, first, first.positions
+        self.num_left = min(cache.max_tokens - at for cache, at in zip(caches, first.positions, strict=True))
         self.token_ids: list[int] | None = None
         self._num_steps = 0
 
-    @property
-    def is_current(self) -> bool:
-        """True if the caches have the block tables that the device has."""
-        return [cache.blocks for cache in self.caches] == self.first.blocks
+    def are_those_of(self, pool: CachePool) -> bool:
+        """Returns True if the caches have the block tables and lengths that the device has."""
+        lengths, blocks = pool.slots.lengths, [cache.blocks for cache in self.caches]
+        return blocks == self.first.blocks and [lengths[slot] for slot in self.first.slots] == self.positions
 
     def advance(self) -> None:
         """Notes that a step is launched."""
         self._num_steps, self.num_left, self.token_ids = self._num_steps + 1, self.num_left - 1, None
+        self.positions = [position + 1 for position in self.positions]
 
     def rows(self) -> ResidentRows:
         """Returns the rows as the last step leaves them, with names of tokens that nobody has read."""
         names = [unread(row) for row in range(len(self.caches))] if self.token_ids is None else self.token_ids
-        return self.first.advanced(self._num_steps, names)
+        drawn = [count + self._num_steps for count in self.first.num_drawn]
+        return self.first._replace(positions=self.positions, token_ids=names, num_drawn=drawn)
 
 
 class StepResults:

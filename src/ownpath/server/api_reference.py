@@ -39,6 +39,11 @@ _MESSAGES_ERROR: Schema = {
     },
     "required": ["type", "error", "request_id"],
 }
+_KEYS: Schema = {
+    "key": {"type": "http", "scheme": "bearer"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
+}
+"""Ways to send a key."""
 
 
 class ApiReference:
@@ -66,14 +71,14 @@ def description(*, has_debug: bool) -> Schema:
         "openapi": "3.1.0",
         "info": {"title": "ownpath", "version": version, "description": text},
         "paths": paths,
-        "components": {"schemas": schemas, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "components": {"schemas": schemas, "securitySchemes": _KEYS},
     }
 
 
 def _operation(route: RouteSpec) -> Schema:
     operation: Schema = {"summary": route.summary, "responses": _responses(route)}
     # A key is asked for only where the server has some: none is a way too.
-    operation["security"] = [{"key": []}, {}] if route.wants_key else []
+    operation["security"] = [*({name: []} for name in _KEYS), {}] if route.wants_key else []
     names = re.findall(r"\{(\w+)", route.path)
     if names:
         operation["parameters"] = [

@@ -31,13 +31,8 @@ from ownpath.server.metrics import MEDIA_TYPE, Metrics
 from ownpath.server.policy import RequestPolicy
 from ownpath.server.prompt_scores import check_scores
 from ownpath.server.prompts import chat_prompt, chat_segments, completion_prompts, effort_level, missing_marker
-from ownpath.server.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    StreamOptions,
-    read_chat_request,
-    read_completion_request,
-)
+from ownpath.server.protocol import ChatRequest, CompletionRequest, StreamOptions
+from ownpath.server.reading import read_chat_request, read_completion_request
 from ownpath.server.sender import sender_of
 from ownpath.server.sse import EventStream, JsonObject, until_disconnect
 from ownpath.server.traces import note_generation

@@ -23,7 +23,8 @@ from ownpath.server.json_shape import CONVERSATION, PROMPTS
 from ownpath.server.json_text import to_json
 from ownpath.server.labels import Labels
 from ownpath.server.prompts import chat_ids, chat_segments, check_ids, text_ids
-from ownpath.server.protocol import ChatRequest, known_fields, read_conversation
+from ownpath.server.protocol import ChatRequest
+from ownpath.server.reading import known_fields, read_conversation
 from ownpath.server.routes import Api
 from ownpath.server.validation import validate
 from ownpath.server.value_forms import IDS_SCHEMA, MAX_ID

@@ -16,7 +16,7 @@ from ownpath.engine.adjust import Adjuster
 from ownpath.engine.decoder import Decoder, make_decoder, no_graph_of
 from ownpath.engine.engine import Engine
 from ownpath.engine.request import FinishReason, Request, SamplingParams, ScoredToken, StepOutput
-from ownpath.engine.rows import GREEDY, PADDED, DecodeRow, ResidentRows, StepRows
+from ownpath.engine.rows import GREEDY, PADDED, DecodeRow, HeldRows, ResidentRows, StepRows
 from ownpath.engine.sampler import SampleRow
 from ownpath.kernels.checks import VECTOR_BYTES
 from ownpath.loading import load_model
@@ -172,7 +172,10 @@ def test_what_a_row_draws_with_is_compared_where_it_draws(model: Model) -> None:
     drawing = SampleRow(SamplingParams(9, temperature=0.5), seed=3, num_drawn=2)
     for sample, others in ((GREEDY, []), (drawing, [drawing._replace(seed=4), drawing._replace(num_drawn=2)])):
         held = resident(row._replace(sample=sample))
-        after = held.advanced(1, [8])
+        going_on = HeldRows([row.cache], held)
+        going_on.advance()
+        going_on.token_ids = [8]
+        after = going_on.rows()
         ahead = sample._replace(num_drawn=sample.num_drawn + 1)
         assert resident(DecodeRow(row.cache, 8, ahead), 6).continues(after)
         assert not resident(DecodeRow(row.cache, 7, ahead), 6).continues(after)

@@ -403,6 +403,10 @@ def test_rows_move_while_their_tokens_are_unread() -> None:
     assert decoder.finish(last).token_ids == [one[7], two[6]]
     decoder.finish(more)
     assert decoder.num_uploads == num_uploads, "the host names the tokens that the device holds"
-    caches[0].blocks = caches[0].blocks[::-1]
+    caches[0].num_tokens -= 1
+    assert not decoder.can_repeat, "the device is one token ahead"
+    caches[0].num_tokens += 1
+    assert decoder.can_repeat
+    model.caches.slots.owned[caches[0].slot] = caches[0].blocks[::-1]
     assert not decoder.can_repeat, "the device has another table"
     device.end()

@@ -6,6 +6,7 @@ The model is exact, and reads of its caches all that V4 reads; test_prefix_model
 import random
 
 import pytest
+import torch
 from cpu.engine.served import Served
 from cpu.engine.stamp_model import VOCAB, StampModel, expected_answer
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from ownpath.engine.prefix import PrefixSettings
 from ownpath.engine.request import Request, SamplingParams
+from ownpath.model.batch import ForwardBatch
 
 BASE = [n * n % 89 for n in range(3000)]
 """Tokens that prompts begin with."""
@@ -148,22 +150,22 @@ def test_intervals_grow_with_the_sequence() -> None:
 
 
 def test_a_failed_request_leaves_nothing() -> None:
-    """Its numbers may be wrong: the same prompt is cold again, also one that shares its beginning."""
+    """Its numbers may be wrong: the same prompt is cold again."""
     model = StampModel()
-    forward, fails = model.forward, iter([False] * 4 + [True])
+    forward, steps = model.forward, iter(range(1000))
 
-    def failing(batch: object) -> object:
-        if next(fails, False):
-            raise ValueError("a step that fails")
-        return forward(batch)  # type: ignore[arg-type]
+    def failing(batch: ForwardBatch) -> torch.Tensor:
+        if next(steps) in (3, 4):
+            raise ValueError("a step that fails, by itself as well")
+        return forward(batch)
 
-    model.forward = failing  # type: ignore[method-assign,assignment]
+    model.forward = failing  # type: ignore[method-assign]
     with Served(model, PrefixSettings(8)) as served:
         asked = served.submit(BASE[:700], 30)
         while asked.next().finish_reason is None:
             pass
-        if asked.heard[-1].error is not None:
-            assert served.answer(BASE[:700]) == (expected_answer(BASE[:700], 4), 0)
+        assert asked.heard[-1].error is not None
+        assert served.answer(BASE[:700]) == (expected_answer(BASE[:700], 4), 0)
         assert served.answer(BASE[:700]) == (expected_answer(BASE[:700], 4), 512)
 
 
@@ -184,10 +186,10 @@ def test_ids_of_prompt_and_answer_are_one_sequence() -> None:
 @settings(max_examples=6, deadline=None)
 @given(st.integers(0, 2**32), st.sampled_from([1, 3, 32]), st.sampled_from([100, 256, 700]))
 def test_whatever_comes_and_goes(seed: int, num_snapshots: int, max_prefill_tokens: int) -> None:
-    """Prompts that share beginnings, turns of conversations, aborts of prompts and answers, over few blocks: every
+    """Prompts that share beginnings, turns of conversations, aborts, so few blocks that requests are sent back: every
     answer that ends is the right one, and all books balance."""
     chance = random.Random(seed)
-    model = StampModel(1024, max_sequences=3)
+    model = StampModel(1024, max_sequences=3, num_blocks=9)
     told: list[list[int]] = [[chance.randrange(VOCAB) for _ in range(600)]]
     with Served(model, PrefixSettings(num_snapshots, interval=256), max_prefill_tokens) as served:
         for _ in range(6):
@@ -205,3 +207,37 @@ def test_whatever_comes_and_goes(seed: int, num_snapshots: int, max_prefill_toke
                 assert tokens == expected_answer(ids, len(tokens))
                 told.append([*ids, *tokens])
             assert model.caches.slots.faults() == [] or served.engine.num_open
+
+
+def test_a_request_that_was_sent_back_goes_on_from_its_snapshot() -> None:
+    """Six blocks, and two requests that grow to four each: one is sent back, and finds what it had computed."""
+    model = StampModel(1024, max_sequences=3, num_blocks=6)
+    prompts = [[n, *BASE[:255]] for n in range(2)]
+    with Served(model, PrefixSettings(16)) as served:
+        asked = [served.submit(ids, 700) for ids in prompts]
+        assert [one.tokens() for one in asked] == [expected_answer(ids, 700) for ids in prompts]
+        assert [one.request.num_cached for one in asked] == [0, 0], "its own answer is not its prompt"
+        assert served.engine.counts.num_preempted > 0
+        assert served.engine.counts.num_prefix_hits > 0
+
+
+@pytest.mark.parametrize("failing_step", [2, 3, 5])
+def test_a_step_that_is_run_again_keeps_the_books(failing_step: int) -> None:
+    """The retry cuts its chunks and takes snapshots as the step would have; others lose nothing."""
+    model = StampModel()
+    forward, steps = model.forward, iter(range(1000))
+
+    def failing(batch: ForwardBatch) -> torch.Tensor:
+        found = forward(batch)
+        if next(steps) == failing_step:
+            raise ValueError("a step that fails once")
+        return found
+
+    model.forward = failing  # type: ignore[method-assign]
+    with Served(model, PrefixSettings(16), max_prefill_tokens=300) as served:
+        prompts = [BASE[:900], [5, *BASE[:400]]]
+        asked = [served.submit(ids, 8) for ids in prompts]
+        assert [one.tokens() for one in asked] == [expected_answer(ids, 8) for ids in prompts]
+        assert served.engine.counts.num_step_retries > 0
+        found = [served.answer(ids, 8) for ids in prompts]
+        assert found == [(expected_answer(ids, 8), hit) for ids, hit in zip(prompts, (768, 256), strict=True)]

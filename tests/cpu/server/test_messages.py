@@ -20,7 +20,7 @@ from ownpath.server.errors import ApiError
 from ownpath.server.labels import Labels
 from ownpath.server.messages import events as of_events
 from ownpath.server.messages.request import read_count_request, read_messages_request
-from ownpath.server.protocol import read_chat_request
+from ownpath.server.reading import read_chat_request
 from ownpath.server.renaming import renaming
 
 PATH = "/v1/messages"

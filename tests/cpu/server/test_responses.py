@@ -28,7 +28,7 @@ from ownpath.server.errors import ApiError
 from ownpath.server.fields import LABELS
 from ownpath.server.labels import Labels
 from ownpath.server.policy import RequestPolicy
-from ownpath.server.protocol import read_chat_request
+from ownpath.server.reading import read_chat_request
 from ownpath.server.renaming import renaming
 from ownpath.server.request_schemas import request_schemas
 from ownpath.server.responses.items import ITEM_TYPES
@@ -367,6 +367,12 @@ def test_the_answer_holds_its_items_and_what_was_asked() -> None:
     assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
     assert usage["output_tokens_details"]["reasoning_tokens"] == len("Hm.")
     assert usage["input_tokens_details"]["cached_tokens"] == 0
+
+
+def test_a_level_that_ran_otherwise_is_told_in_the_requests_words() -> None:
+    with answering("x", 1) as served:
+        response = served.post(PATH, input="hello", reasoning={"effort": "medium"}, max_output_tokens=1)
+    assert response.headers["X-Ownpath-Adjusted"] == "reasoning.effort=high"
 
 
 def test_a_summary_is_the_whole_reasoning_and_encrypted_content_carries_it() -> None:

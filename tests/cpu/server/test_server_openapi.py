@@ -23,7 +23,7 @@ from ownpath.server.debug import DebugPlan
 from ownpath.server.errors import ApiError
 from ownpath.server.labels import Labels
 from ownpath.server.messages.request import read_count_request, read_messages_request
-from ownpath.server.protocol import read_chat_request, read_completion_request
+from ownpath.server.reading import read_chat_request, read_completion_request
 from ownpath.server.responses.request import read_responses_request
 from ownpath.server.route_table import STATUSES
 from ownpath.server.token_api import read_detokenize_request, read_tokenize_request

@@ -12,13 +12,8 @@ from ownpath.cli import main
 from ownpath.server import fields
 from ownpath.server.conversation import CalledFunction, CallInMessage, ChatMessage, TemplateOptions
 from ownpath.server.errors import ApiError
-from ownpath.server.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    StreamOptions,
-    read_chat_request,
-    read_completion_request,
-)
+from ownpath.server.protocol import ChatRequest, CompletionRequest, StreamOptions
+from ownpath.server.reading import read_chat_request, read_completion_request
 from ownpath.server.value_forms import MAX_STOP_CHARS, MAX_STOPS
 
 CHAT: dict[str, Any] = {"messages": HELLO}

@@ -13,7 +13,8 @@ from ownpath.server.given import GivenObject
 from ownpath.server.labels import Labels
 from ownpath.server.messages.blocks import BLOCK_TYPES, MESSAGE_ROLES, read_conversation_of
 from ownpath.server.messages.tools import read_tool_choice, read_tools
-from ownpath.server.protocol import ChatRequest, read_chat_request
+from ownpath.server.protocol import ChatRequest
+from ownpath.server.reading import read_chat_request
 from ownpath.server.renaming import renaming
 from ownpath.server.sse import JsonObject
 from ownpath.server.transcript import Transcript

@@ -13,7 +13,8 @@ from ownpath.server.fields import LABELS, STREAM_OPTIONS, FieldTable, Neutral
 from ownpath.server.given import GivenObject
 from ownpath.server.labels import Labels
 from ownpath.server.offers import Offer
-from ownpath.server.protocol import ChatRequest, read_chat_request
+from ownpath.server.protocol import ChatRequest
+from ownpath.server.reading import read_chat_request
 from ownpath.server.renaming import renaming
 from ownpath.server.responses.items import INPUT_ROLES, ITEM_TYPES, check_end, read_input
 from ownpath.server.responses.tools import TOOL_TYPES, read_choice, read_offer
