@@ -4,6 +4,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -136,8 +137,8 @@ class Engine:
         taken = Usage(slots.num_slots - slots.num_free_slots, slots.num_slots)
         compiled, captured = self._made_before
         made = COMPILATIONS.count - compiled, COMPILATIONS.num_captured - captured
-        more = blocks, taken, self.counts, self._runner.times
-        return EngineLoad(len(running), self._scheduler.num_waiting, use, *made, *more)
+        load = EngineLoad(len(running), self._scheduler.num_waiting, use, *made, blocks, taken)
+        return replace(load, counts=self.counts, times=self._runner.times)
 
     def check(self, request: Request) -> None:
         """Checks that the request could run here. Errors: RequestError with the numbers."""
