@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,9 +71,11 @@ def running(folder: Path, max_model_len: int) -> Iterator[Served]:
             filter(None, (re.fullmatch(r"ownpath serves \S+ at (http://\S+)\n", line) for line in lines)), None
         )
         assert found, "the server did not start"
+        # It writes a line for each request, and waits where nobody reads them.
+        threading.Thread(target=lambda: [None for _ in lines], daemon=True).start()
         yield Served(found[1], str(model))
         process.send_signal(signal.SIGTERM)
         assert process.wait(WAIT_S) == 0
     finally:
         process.kill()
-        process.communicate()
+        process.wait()

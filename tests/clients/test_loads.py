@@ -45,7 +45,7 @@ def test_schemathesis_finds_no_fault_and_no_undeclared_status(served_small: Any,
     """Cases that the schema allows, and cases that it forbids; the seed makes them the same each time."""
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
     checks += ",unsupported_method,allow_header_conformance,negative_data_rejection"
-    options = ("--checks", checks, "--seed", "1", "--max-examples", "20", "--continue-on-failure", "--no-shrink")
+    options = ("--checks", checks, "--seed", "1", "--max-examples", "30", "--continue-on-failure", "--no-shrink")
     limits = ("--request-timeout", "120", "--suppress-health-check", "all")
     run_tool("schemathesis", "st", "run", f"{root_of(served_small)}/openapi.json", *options, *limits, cwd=tmp_path)
 

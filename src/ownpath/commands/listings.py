@@ -124,11 +124,12 @@ def fields_of_server() -> str:
 def _fields_of_surfaces() -> list[str]:
     """Lists the fields of the surfaces that are translated into chat requests."""
     from ownpath.server.messages import request as messages
+    from ownpath.server.passed import PASSED_EVERYWHERE
     from ownpath.server.responses import request as responses
 
     surfaces = (
         ("responses", responses.ResponsesRequest, responses.PASSED, responses.NEUTRAL),
-        ("messages", messages.MessagesRequest, messages.MESSAGES_PASSED, messages.MESSAGES_NEUTRAL),
+        ("messages", messages.MessagesRequest, PASSED_EVERYWHERE, messages.MESSAGES_NEUTRAL),
     )
     parts = []
     for name, model, passed, neutral in surfaces:

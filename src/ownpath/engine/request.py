@@ -290,7 +290,7 @@ class Request:
     @property
     def needs_room(self) -> bool:
         """True if its blocks do not hold its next tokens, see ``ROOM_AHEAD``."""
-        return self.num_computed + 1 + ROOM_AHEAD > self.room and self.may_grow
+        return self.num_computed >= self.room - ROOM_AHEAD and self.may_grow
 
     @property
     def is_prefilling(self) -> bool:
@@ -300,8 +300,8 @@ class Request:
     def is_reading(self) -> bool:
         """True while more is to be run than the last token of an answer: the prompt, and after it was sent back, the
         answer so far as well."""
-        num_prompt = len(self.prompt_ids)
-        return self.num_computed < max(num_prompt, num_prompt + len(self.output_ids) - 1)
+        num_drawn = len(self.output_ids)
+        return self.num_computed < len(self.prompt_ids) + num_drawn - (num_drawn > 0)
 
     @property
     def needs_logits(self) -> bool:

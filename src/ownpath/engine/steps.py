@@ -43,6 +43,13 @@ from ownpath.engine.scheduler import ScheduledChunk
 from ownpath.engine.tops import Top, top_tokens, with_own
 from ownpath.model.batch import ForwardBatch
 
+MOST_ALONE, MOST_BESIDE = 16, 64
+"""The most tokens of a request that are read a token a step, where requests read alone, and beside answers that go on.
+
+On an H200 a graph of the embedded model takes 0.25 ms, whatever its rows. A ``forward`` takes 8 ms with a short prompt,
+27 with 8 and 100 with 64, and answers beside them wait as long.
+"""
+
 
 class LanguageModel(CachingModel, Protocol):
     """The model as the engine uses it."""
@@ -99,6 +106,17 @@ class StepRunner:
             begun = perf_counter()
             self._forward(chunks)
             self.times.add(begun, perf_counter())
+
+    def in_rows(self, chunks: list[ScheduledChunk]) -> list[ScheduledChunk]:
+        """Returns the chunks with one token each if a graph runs such a step and no request has many tokens to read;
+        otherwise as they are."""
+        longer = [chunk for chunk in chunks if chunk.num_tokens > 1]
+        if self._decoder is None or not longer or not self._decoder.has_graph(len(chunks)):
+            return chunks
+        most = MOST_ALONE if all(chunk.request.is_reading for chunk in chunks) else MOST_BESIDE
+        if any(one.request.num_pending > most or one.request.params.prompt_logprobs is not None for one in longer):
+            return chunks
+        return [chunk if chunk.num_tokens == 1 else chunk._replace(num_tokens=1) for chunk in chunks]
 
     def settle(self) -> None:
         """Reads the steps that are launched and reports them: every request is then where its cache is."""

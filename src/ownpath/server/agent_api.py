@@ -19,7 +19,7 @@ from ownpath.server.prompts import chat_ids
 from ownpath.server.renaming import renaming
 from ownpath.server.responses.events import ResponseWriter
 from ownpath.server.responses.request import AskedResponse, read_responses_request
-from ownpath.server.routes import Api, AskedChat
+from ownpath.server.routes import Api, WrittenChat
 from ownpath.server.sse import EventStream, JsonObject, until_disconnect, with_pings
 from ownpath.server.token_api import check_length
 from ownpath.server.token_naming import TokenNaming
@@ -49,10 +49,10 @@ class AgentApi:
     async def responses(self, request: Request) -> Response:
         """``POST /v1/responses``"""
         api, labels = self.api, Labels(self.api.policy.refuses_labels)
-        asked, conversation = await self._read(request, labels, read_responses_request)
+        asked, written = await self._read(request, labels, read_responses_request)
         source, adjustments = api.source(asked.chat), Adjustments(api.policy.refuses_excess)
         with renaming(asked.names):
-            generation, _ = await api.begin_chat(request, conversation, adjustments)
+            generation, _ = await api.begin_chat(request, written, adjustments)
         headers = api.headers_for(labels, adjustments.renamed(asked.names))
         writer = ResponseWriter(asked, generation, source, TokenNaming(api.tokenizer, by_id=False))
         if asked.own.stream:
@@ -63,10 +63,10 @@ class AgentApi:
     async def messages(self, request: Request) -> Response:
         """``POST /v1/messages``"""
         labels, adjustments = Labels(self.api.policy.refuses_labels), Adjustments(self.api.policy.refuses_excess)
-        asked, conversation = await self._read(request, labels, read_messages_request)
+        asked, written = await self._read(request, labels, read_messages_request)
         api, source = self.api, self.api.source(asked.chat)
         with renaming(asked.names):
-            generation, _ = await api.begin_chat(request, conversation, adjustments)
+            generation, _ = await api.begin_chat(request, written, adjustments)
         headers = api.headers_for(labels, adjustments.renamed(asked.names))
         writer = MessageWriter(
             source.model_id,
@@ -91,25 +91,25 @@ class AgentApi:
 
     async def _count(self, request: Request, read_body: BodyRead[AskedOther], answer: JsonObject) -> Response:
         labels = Labels(self.api.policy.refuses_labels)
-        asked, (_, segments, _) = await self._read(request, labels, read_body)
+        asked, written = await self._read(request, labels, read_body)
         self.api.called(asked.chat.model)
         with renaming(asked.names):
-            check_length(segments, "messages")
-            ids = await chat_ids(segments, self.api.tokenizer)
+            check_length(written.segments, "messages")
+            ids = await chat_ids(written.segments, self.api.tokenizer)
         headers = self.api.headers_for(labels, Adjustments())
         body = await to_json(answer | {"input_tokens": len(ids)})
         return Response(body, headers=headers, media_type="application/json")
 
     async def _read(
         self, request: Request, labels: Labels, read_body: BodyRead[AskedOther]
-    ) -> tuple[AskedOther, AskedChat]:
+    ) -> tuple[AskedOther, WrittenChat]:
         """Reads a request and writes its prompt. Errors: ApiError."""
         self.api.refuse_while_ending()
 
-        def read(body: dict[str, object]) -> tuple[AskedOther, AskedChat]:
+        def read(body: dict[str, object]) -> tuple[AskedOther, WrittenChat]:
             asked = read_body(body, labels)
             with renaming(asked.names):
-                return asked, self.api.conversation(asked.chat)
+                return asked, self.api.write_chat(asked.chat)
 
         return await self.api.bodies.read(request, CONVERSATION, read)
 

@@ -11,6 +11,7 @@ from ownpath.server.counts import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS
 from ownpath.server.fields import Neutral
 from ownpath.server.history import TEXT_PARTS
 from ownpath.server.messages import request as of_messages
+from ownpath.server.passed import PASSED_EVERYWHERE
 from ownpath.server.protocol import ChatRequest, CompletionRequest
 from ownpath.server.responses import request as of_responses
 from ownpath.server.token_api import DetokenizeRequest, TokenizeChatRequest, TokenizeTextRequest
@@ -43,8 +44,8 @@ _TABLES: dict[str, tuple[Neutral, Collection[str] | None]] = {
 """Type -> the fields that are accepted beside its own: neutral ones, and labels (None: any other field)."""
 _PASSED = {
     "ResponsesRequest": of_responses.PASSED,
-    "MessagesRequest": of_messages.MESSAGES_PASSED,
-    "CountTokensRequest": of_messages.MESSAGES_PASSED,
+    "MessagesRequest": PASSED_EVERYWHERE,
+    "CountTokensRequest": PASSED_EVERYWHERE,
 }
 """Type -> the fields that it takes from a chat request."""
 _LIMITS = {"messages": MAX_MESSAGES, "tools": MAX_TOOLS, "tool_calls": MAX_PARTS}

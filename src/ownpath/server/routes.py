@@ -1,8 +1,7 @@
 """The endpoints."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -42,6 +41,15 @@ Fold = chat.ChatFold | completions.CompletionFold
 
 
 @dataclass(frozen=True)
+class WrittenChat:
+    """A conversation that is to be answered. segments: it in the model's format. grammar: what the answer must fit."""
+
+    asked: ChatRequest
+    segments: Sequence[Segment]
+    grammar: AnswerGrammar | None
+
+
+@dataclass(frozen=True)
 class Telling:
     """An answer on its way: its chunks, how they fold into one object, how usage is counted, and its headers."""
 
@@ -64,14 +72,6 @@ class Telling:
         """Folds the chunks as they come."""
         async for chunk in self.chunks:
             self.fold.add(chunk)
-
-
-class AskedChat(NamedTuple):
-    """A chat request, its prompt before tokenising, and the grammar that the answer must fit."""
-
-    asked: ChatRequest
-    segments: list[Segment]
-    grammar: AnswerGrammar | None
 
 
 @dataclass(frozen=True)
@@ -128,29 +128,32 @@ class Api:
         self.refuse_while_ending()
         labels, adjustments = Labels(self.policy.refuses_labels), Adjustments(self.policy.refuses_excess)
 
-        def read(body: dict[str, object]) -> AskedChat:
-            return self.conversation(read_chat_request(body, labels))
+        def read(body: dict[str, object]) -> WrittenChat:
+            return self.write_chat(read_chat_request(body, labels))
 
-        conversation = await self.bodies.read(request, CONVERSATION, read)
-        asked = conversation.asked
+        written = await self.bodies.read(request, CONVERSATION, read)
+        asked = written.asked
         source = self.source(asked)
-        generation, level = await self.begin_chat(request, conversation, adjustments)
+        generation, level = await self.begin_chat(request, written, adjustments)
         chunks = chat.chat_chunks(asked, generation, self.tokenizer, source, level)
         headers = self.headers_for(labels, adjustments)
         return await self._answer(
             request, asked, generation, Telling(chunks, chat.ChatFold(), chat.chat_usage, headers)
         )
 
-    def conversation(self, asked: ChatRequest) -> AskedChat:
-        """Returns what a chat request asks the model. Errors: ApiError 400."""
-        return AskedChat(asked, chat_segments(asked, self.release), chat_grammar(asked, self.tokenizer))
+    def write_chat(self, asked: ChatRequest) -> WrittenChat:
+        """Makes what an answer needs of its request. Its work grows with the body: for where that is read.
+
+        Errors: ApiError 400.
+        """
+        return WrittenChat(asked, chat_segments(asked, self.release), chat_grammar(asked, self.tokenizer))
 
     async def begin_chat(
-        self, request: Request, conversation: AskedChat, adjustments: Adjustments
+        self, request: Request, written: WrittenChat, adjustments: Adjustments
     ) -> tuple[Generation, str | None]:
         """Submits the answers to a conversation. Returns them with the level of effort that runs; None without
         thinking. Errors: ApiError 400, 429 or 503."""
-        asked, segments, grammar = conversation
+        asked, segments, grammar = written.asked, written.segments, written.grammar
         max_model_len = self.engine.config.max_model_len
         answers = [self._chat_answer(asked) for _ in range(asked.n)]
         prompt = await chat_prompt(segments, self.tokenizer, max_model_len)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ownpath.structured.errors import GrammarRefused
 from ownpath.structured.format_patterns import FORMAT_PATTERNS, LIBRARY_FORMATS
-from ownpath.structured.limits import MAX_SCHEMA_DEPTH, MAX_SCHEMA_NODES, WHITESPACE
+from ownpath.structured.limits import MAX_SCHEMA_CHARS, MAX_SCHEMA_DEPTH, MAX_SCHEMA_NODES, WHITESPACE
 from ownpath.structured.patterns import library_pattern
 
 SchemaObject = dict[str, Any]
@@ -58,10 +58,13 @@ class _Dialect:
 def check_size(schema: SchemaObject) -> None:
     """Refuses what is too large or too deep to look at. Errors: GrammarRefused."""
     pending: list[tuple[object, int]] = [(schema, 1)]
-    num_nodes = 0
+    num_nodes = num_chars = 0
     while pending:
         value, depth = pending.pop()
         num_nodes += 1
+        num_chars += len(value) if isinstance(value, str) else sum(map(len, value)) if isinstance(value, dict) else 0
+        if num_chars > MAX_SCHEMA_CHARS:
+            raise GrammarRefused(f"has texts of more than {MAX_SCHEMA_CHARS} characters")
         if depth > MAX_SCHEMA_DEPTH:
             raise GrammarRefused(f"is nested more than {MAX_SCHEMA_DEPTH} levels deep")
         if num_nodes > MAX_SCHEMA_NODES:

@@ -15,6 +15,7 @@ from cpu.engine.fake_model import EOS_ID, random_rule
 from cpu.engine.late_device import WAIT_S, LateDecoder, LateDevice, PagedModel
 
 from ownpath.config import EngineConfig
+from ownpath.engine import steps
 from ownpath.engine.decoder import StepBegun
 from ownpath.engine.engine import Engine
 from ownpath.engine.flight import Flight
@@ -39,6 +40,13 @@ OTHERS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.5, "num_logprobs": 3},
     {"temperature": 0.9, "logit_bias": ((9, 2.0), (2, 1.5))},
 )
+
+
+@pytest.fixture(autouse=True)
+def prompts_by_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of two tokens and more are read by ``forward`` here; ``test_prompts_in_rows`` has the others."""
+    monkeypatch.setattr(steps, "MOST_ALONE", 1)
+    monkeypatch.setattr(steps, "MOST_BESIDE", 1)
 
 
 @dataclass

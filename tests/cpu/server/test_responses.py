@@ -430,6 +430,13 @@ def test_a_call_that_broke_is_marked() -> None:
     assert whole["malformed"]
 
 
+def test_a_whole_call_stays_whole_though_the_markup_behind_it_broke() -> None:
+    whole, _ = answered(f"{THINK_END}" + CALL.removesuffix("</｜DSML｜tool_calls>"))
+    (call,) = [item for item in whole["output"] if item["type"] == "function_call"]
+    assert (call["status"], call["arguments"]) == ("completed", '{"city": "Zürich"}')
+    assert whole["malformed"]
+
+
 def test_a_failure_in_the_stream_ends_it_as_failed() -> None:
     body = {"input": "hello", "temperature": 0}
     with answering("abcdef", num_tokens(read_responses_request(body).chat), breaks_after=3) as served:

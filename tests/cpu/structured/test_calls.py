@@ -3,6 +3,7 @@ schema; what is followed at random is read back as such a call."""
 
 import json
 import random
+import time
 from functools import cache
 from typing import Any
 
@@ -160,3 +161,51 @@ def test_what_cannot_be_enforced_is_refused_of_strict_tools_alone(parameters: di
         matcher_of({"name": "g"}, function | {"strict": True})
     assert caught.value.place == f"1.function.parameters.{place}"
     assert fits(matcher_of({"name": "g"}, function), ("f", {"a": [1]})), "the call is enforced, its argument free"
+
+
+LOOP = {"d": {"anyOf": [{"$ref": "#/$defs/d"}] * 60}}
+TREE = {
+    f"{kind}{n}": {"anyOf": [{"$ref": f"#/$defs/{next}{n + 1}"} for next in "ab"]} for n in range(40) for kind in "ab"
+}
+ENDS = {f"{kind}40": {"type": "string"} for kind in "ab"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "definitions"),
+    [
+        ({"$ref": "#/$defs/d"}, LOOP),
+        ({"anyOf": [{"$ref": "#/$defs/d"}] * 900}, LOOP),
+        ({"$ref": "#/$defs/a0"}, TREE | ENDS),
+        ({"$ref": "#/$defs/d"}, {"d": {"$ref": "#/$defs/d"}}),
+    ],
+)
+def test_references_cost_no_more_however_they_branch(schema: Any, definitions: Any) -> None:
+    function = {"name": "f", "parameters": {"properties": {"a": schema}, "$defs": definitions}}
+    begun = time.process_time()
+    text = call_rules([(0, function)], MARKER, is_one=False).text()
+    assert time.process_time() - begun < 0.5
+    assert len(text) < 2**20
+
+
+def test_nothing_fits_false() -> None:
+    parameters = {"properties": {"a": {"anyOf": [False, NUMBER]}, "b": {"anyOf": [True, NUMBER]}}}
+    matcher = matcher_of({"name": "f", "parameters": parameters, "strict": True})
+    assert not fits(matcher, ("f", {"a": "x"}))
+    assert fits(matcher, ("f", {"a": 1, "b": "x"}))
+    assert fits(matcher, ("f", {"b": [1]}))
+
+
+def test_parameters_that_repeat_large_definitions_are_refused_before_they_fill_the_memory() -> None:
+    """A thousand parameters that repeat a quarter of a megabyte each; a thousand tools with as much together."""
+    text = {"$ref": "#/$defs/d"}
+    wide = {
+        "properties": {f"p{n}": text for n in range(1000)},
+        "$defs": {"d": {"enum": [f"{n:025}" for n in range(9000)]}},
+    }
+    begun = time.process_time()
+    with pytest.raises(GrammarRefused, match="characters"):
+        call_rules([(0, {"name": "f", "parameters": wide})], MARKER, is_one=False)
+    tools = [(n, {"name": f"f{n}", "parameters": {"properties": {"a": {"const": "x" * 1000}}}}) for n in range(1000)]
+    with pytest.raises(GrammarRefused, match="characters"):
+        call_rules(tools, MARKER, is_one=False)
+    assert time.process_time() - begun < 1

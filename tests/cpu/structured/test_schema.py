@@ -91,6 +91,8 @@ def test_sizes() -> None:
     assert "levels" in str(refusal(deep))
     library_schema(deep["items"])
     assert "values" in str(refusal({"enum": list(range(MAX_SCHEMA_NODES))}))
+    assert "texts" in str(refusal({"enum": ["x" * 1000] * 300}))
+    assert "texts" in str(refusal({"properties": {"x" * 1000 + str(n): True for n in range(300)}}))
     assert "characters" in str(refusal({"pattern": "a" * (MAX_PATTERN_CHARS + 1)}))
 
 

@@ -13,6 +13,7 @@ from ownpath.server.given import GivenObject
 from ownpath.server.labels import Labels
 from ownpath.server.messages.blocks import BLOCK_TYPES, MESSAGE_ROLES, read_conversation_of
 from ownpath.server.messages.tools import read_tool_choice, read_tools
+from ownpath.server.passed import PASSED_EVERYWHERE
 from ownpath.server.protocol import ChatRequest
 from ownpath.server.reading import read_chat_request
 from ownpath.server.renaming import renaming
@@ -80,13 +81,6 @@ _FORMAT_SCHEMA = {
 }
 _WantedFormat = Annotated[dict[str, object], WithJsonSchema(_FORMAT_SCHEMA)]
 
-MESSAGES_PASSED = (
-    *("model", "temperature", "top_p", "top_k", "min_p", "seed", "stop_token_ids", "ignore_eos", "min_tokens"),
-    *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "include_stop_str_in_output"),
-    "skip_special_tokens",
-)
-"""Fields that mean here what they mean in chat, whose request checks them; most are not Anthropic's."""
-
 
 class ThinkingOptions(Strict):
     """Turns reasoning on or off; adaptive is on. display: omitted leaves its text out, and the signature carries it."""
@@ -148,12 +142,12 @@ OWN_LABELS = (
     *("speed", "inference_geo", "diagnostics", "billing_policy", "fallback_credit_token", "user_profile_id"),
     *("workspace_id", "anthropic_version", "anthropic_beta", "betas"),
 )
-MESSAGES_LABELS = (*LABELS, *OWN_LABELS)
+MESSAGES_LABELS = tuple(sorted({*LABELS, *OWN_LABELS} - {*PASSED_EVERYWHERE}))
 THINKING_OPTIONS_LABELS = (*THINKING_LABELS, "block_binding")
 OUTPUT_LABELS = ("task_budget",)
 
 _OWN = tuple(MessagesRequest.model_fields)
-_TABLE = FieldTable((*_OWN, *MESSAGES_PASSED), MESSAGES_NEUTRAL, MESSAGES_LABELS)
+_TABLE = FieldTable((*_OWN, *PASSED_EVERYWHERE), MESSAGES_NEUTRAL, MESSAGES_LABELS)
 _NESTED = {
     "thinking": FieldTable(ThinkingOptions.model_fields.keys(), {}, THINKING_OPTIONS_LABELS),
     "output_config": FieldTable(OutputOptions.model_fields.keys(), {}, OUTPUT_LABELS),
@@ -198,7 +192,7 @@ def _read(model: type[CountTokensRequest], body: dict[str, object], labels: Labe
         value = kept.get(name)
         if isinstance(value, dict):
             kept[name] = labels.keep_fields(value, table, f"{name}.", f"{name}.")
-    passed = {name: kept.pop(name) for name in MESSAGES_PASSED if name in kept}
+    passed = {name: kept.pop(name) for name in PASSED_EVERYWHERE if name in kept}
     own = validate(model, kept)
     if own.context_management is not None:
         labels.accept("context_management", "context_management")

@@ -71,8 +71,6 @@ class ResponseWriter:
         for part in delta.parts:
             if isinstance(part, MalformedMarkup):
                 self.response["malformed"] = part.reason
-                if self._open is not None:
-                    self._open.is_broken = True
             elif isinstance(part, CallInReasoning):
                 self.response["call_in_reasoning"] = True
             else:
@@ -110,7 +108,7 @@ class ResponseWriter:
         if item is None:
             return
         yield from self._told(item.closing())
-        done = item.item("incomplete" if item.is_broken else status)
+        done = item.item(item.last_status(status))
         yield self._item_event("done", done)
         self.response["output"].append(done)
         self._open = None

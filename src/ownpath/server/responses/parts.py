@@ -1,5 +1,6 @@
 """The items of an answer of ``/v1/responses``, each with the events that open, fill and close it."""
 
+import json
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,11 +16,10 @@ Told = tuple[str, JsonObject]
 
 @dataclass
 class AnswerItem:
-    """An item that is being written. is_broken: its markup broke."""
+    """An item that is being written."""
 
     item_id: str
     pieces: list[str] = field(default_factory=list)
-    is_broken: bool = False
 
     @property
     def written(self) -> str:
@@ -29,6 +29,10 @@ class AnswerItem:
     def item(self, status: str) -> JsonObject:
         """Returns the item as it is now."""
         raise NotImplementedError
+
+    def last_status(self, of_response: str) -> str:
+        """Returns its status at its end. of_response: the response's, if it ends with the item."""
+        return of_response
 
     def opening(self) -> Iterator[Told]:
         """Yields what follows ``output_item.added``."""
@@ -115,11 +119,17 @@ class ReasoningItem(AnswerItem):
 
 
 class CallItem(AnswerItem):
-    """A call of a function."""
+    """A call of a function, complete if its arguments are whole."""
 
-    def __init__(self, key: ToolKey) -> None:
-        super().__init__(_new_id("fc"))
+    def __init__(self, key: ToolKey, kind: str = "fc") -> None:
+        super().__init__(_new_id(kind))
         self._key, self._call_id = key, _new_id("call")
+
+    def last_status(self, of_response: str) -> str:
+        try:
+            return "completed" if isinstance(json.loads(self.written), dict) else "incomplete"
+        except (ValueError, RecursionError):
+            return "incomplete"
 
     def item(self, status: str) -> JsonObject:
         called = {"call_id": self._call_id, "name": self._key.name}
@@ -135,12 +145,11 @@ class CallItem(AnswerItem):
         yield "function_call_arguments.done", {"name": self._key.name, "arguments": self.written}
 
 
-class CustomCallItem(AnswerItem):
+class CustomCallItem(CallItem):
     """A call of a custom tool. Its input is told once it is whole: until then it is a JSON string's beginning."""
 
     def __init__(self, key: ToolKey) -> None:
-        super().__init__(_new_id("ctc"))
-        self._key, self._call_id = key, _new_id("call")
+        super().__init__(key, "ctc")
 
     def item(self, status: str) -> JsonObject:
         text = input_of_arguments(self.written) if status != "in_progress" else ""

@@ -13,6 +13,7 @@ from ownpath.server.fields import LABELS, STREAM_OPTIONS, FieldTable, Neutral
 from ownpath.server.given import GivenObject
 from ownpath.server.labels import Labels
 from ownpath.server.offers import Offer
+from ownpath.server.passed import PASSED_EVERYWHERE
 from ownpath.server.protocol import ChatRequest
 from ownpath.server.reading import read_chat_request
 from ownpath.server.renaming import renaming
@@ -82,11 +83,7 @@ _STREAM_SCHEMA = {
 }
 _AnyValue = Annotated[object, WithJsonSchema(_CHOICE_SCHEMA)]
 
-PASSED = (
-    *("model", "parallel_tool_calls", "temperature", "top_p", "top_k", "min_p", "seed", "stop"),
-    *("stop_token_ids", "ignore_eos", "min_tokens", "include_stop_str_in_output", "skip_special_tokens"),
-    *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "thinking", "chat_template_kwargs"),
-)
+PASSED = (*PASSED_EVERYWHERE, "parallel_tool_calls", "stop", "thinking", "chat_template_kwargs")
 """Fields that mean here what they mean in chat, whose request checks them; most are not OpenAI's."""
 
 
@@ -164,7 +161,7 @@ NEUTRAL: Neutral = {
     "access_programs": ({},),
     "image": ({},),
 }
-RESPONSES_LABELS = tuple(sorted({*LABELS, "max_tool_calls"} - set(ResponsesRequest.model_fields)))
+RESPONSES_LABELS = tuple(sorted({*LABELS, "max_tool_calls"} - {*ResponsesRequest.model_fields, *PASSED}))
 REASONING_NEUTRAL: Neutral = {"context": ("auto",), "mode": ("standard",)}
 TEXT_NEUTRAL: Neutral = {"verbosity": ("medium",)}
 
