@@ -27,6 +27,7 @@ from ownpath.model.batch import ForwardBatch
 from ownpath.server.app import Rules, create_app
 from ownpath.server.body import Limits
 from ownpath.server.connection import ConnectionLimits
+from ownpath.server.grammar_desk import GrammarDesk
 from ownpath.server.listen import take_port
 from ownpath.server.policy import RequestPolicy
 from ownpath.server.run import SWITCH_S, ServerSettings, make_server
@@ -144,12 +145,15 @@ def harness(
     config = EngineConfig(device, max_model_len=max_model_len, max_num_seqs=8, max_prefill_tokens=64)
     engine = Engine(model, config, tokenizer.num_tokens, max_num_queued)
     engine.start()
+    grammars = GrammarDesk(tokenizer, engine.end_token_ids)
     try:
         vitals = Vitals(engine, step_timeout_s)
         rules = rules or Rules(limits or Limits())
-        app = create_app(vitals, tokenizer, MODEL_ID, rules, Release(release, "test"), policy=policy)
+        told = Release(release, "test")
+        app = create_app(vitals, tokenizer, MODEL_ID, rules, told, policy=policy, grammars=grammars)
         yield Harness(app, engine, model, tokenizer, vitals)
     finally:
+        grammars.close()
         engine.stop()
 
 
