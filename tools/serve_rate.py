@@ -2,8 +2,9 @@
 
     PYTHONPATH=src python tools/serve_rate.py --device cuda --requests 1,8,32,64 --tokens 300 --out rates.jsonl
 
-Every request is submitted by itself, as a server does. The server's start is timed too, from the command to the first
-answer of /ready, with whatever the caches on disk hold: run it twice for a warm start.
+Every request is submitted by itself, as a server does, and none ends before it has all its tokens. The server's start
+is timed too, from the command to the first answer of /ready, with whatever the caches on disk hold: run it twice for a
+warm start.
 """
 
 import argparse
@@ -81,16 +82,25 @@ def engine_rates(device: str, counts: Sequence[int], num_tokens: int) -> Iterato
 
 
 class Server:
-    """``ownpath serve`` of the embedded model on a free port. start_s: seconds from the command to readiness."""
+    """``ownpath serve`` of a model, named tiny-v4, on a free port. start_s: seconds from the command to readiness.
 
-    def __init__(self, device: str) -> None:
+    model: its folder; the embedded model without one. tree: a source tree to run instead of this one.
+    """
+
+    def __init__(
+        self, device: str, model: Path | None = None, max_model_len: int = 1024, tree: Path | None = None
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
-        command = [sys.executable, "-m", "ownpath", "serve", "--device", device, "--port", str(self.port)]
-        command += ["--max-model-len", "1024", "--max-num-seqs", str(MAX_NUM_SEQS)]
+        folder = [] if model is None else [str(model)]
+        command = [sys.executable, "-m", "ownpath", "serve", *folder, "--device", device]
+        command += ["--port", str(self.port), "--max-model-len", str(max_model_len)]
+        command += ["--max-num-seqs", str(MAX_NUM_SEQS), "--served-model-name", "tiny-v4", "--log-requests", "off"]
         start = time.perf_counter()
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        source = {} if tree is None else {"PYTHONPATH": str(tree.resolve() / "src")}
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | source)
+        self.pid = self._process.pid
         while not self._is_ready():
             assert self._process.poll() is None, "the server ended"
             assert time.perf_counter() - start < START_LIMIT_S, "the server did not start"
@@ -127,7 +137,7 @@ async def http_rate(port: int, count: int, num_tokens: int, stream: bool) -> flo
 
     async def tokens_of(idx: int) -> int:
         body: dict[str, object] = {"model": "tiny-v4", "prompt": prompt_of(idx), "max_tokens": num_tokens}
-        body |= {"temperature": 0}
+        body |= {"temperature": 0, "ignore_eos": True}
         if stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         answer = await exchange(port, "POST", "/v1/completions", body)

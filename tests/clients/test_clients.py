@@ -1,8 +1,8 @@
-"""Public clients against a real server, at their defaults; with the setting that turns ``strict`` off where tools need
-it. A client that is not installed is skipped, by name."""
+"""Public clients against a real server, at their defaults: what they promise their callers, strict tools and output by
+a schema, the server enforces. A client that is not installed is skipped, by name."""
 
-import contextlib
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,13 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
+class Unit(StrEnum):
+    """The units that a strict tool leaves the model to choose from."""
+
+    CELSIUS = "celsius"
+    KELVIN = "kelvin"
+
+
 class Weather:
     """A tool that remembers what it was asked."""
 
@@ -54,9 +61,10 @@ def weather() -> Weather:
     return Weather()
 
 
-def refusal(error: BaseException) -> str:
-    """Returns the words of the server, wherever the client keeps them."""
-    return f"{error} {getattr(error, 'body', '')}"
+@pytest.fixture
+def city() -> Any:
+    """The output that callers ask for: one field, a string."""
+    return pytest.importorskip("pydantic").create_model("City", capital=(str, ...))
 
 
 class TestOpenAI:
@@ -127,12 +135,33 @@ class TestOpenAI:
         second = client.chat.completions.create(model="tiny-v4", messages=again, reasoning_effort="minimal")
         assert second.choices[0].message.reasoning_content
 
-    def test_parse_is_refused_with_a_way_around(self, client: Any) -> None:
-        pydantic = pytest.importorskip("pydantic")
-        city = pydantic.create_model("City", city=(str, ...))
+    def test_parse(self, client: Any, city: Any) -> None:
         messages = [{"role": "user", "content": QUESTION}]
-        with pytest.raises(pytest.importorskip("openai").BadRequestError, match="create instead of parse"):
-            client.chat.completions.parse(model="tiny-v4", messages=messages, response_format=city)
+        answer = client.chat.completions.parse(model="tiny-v4", messages=messages, response_format=city, temperature=0)
+        assert isinstance(answer.choices[0].message.parsed, city)
+
+    def test_parse_of_a_stream(self, client: Any, city: Any) -> None:
+        messages = [{"role": "user", "content": QUESTION}]
+        asked = {"model": "tiny-v4", "messages": messages, "response_format": city, "temperature": 0}
+        with client.chat.completions.stream(**asked) as stream:
+            assert isinstance(stream.get_final_completion().choices[0].message.parsed, city)
+
+    def test_parse_of_strict_tools(self, client: Any) -> None:
+        openai, pydantic = pytest.importorskip("openai"), pytest.importorskip("pydantic")
+        arguments = pydantic.create_model("get_weather", city=(str, ...), unit=(Unit, ...))
+        tool = openai.pydantic_function_tool(arguments)
+        assert tool["function"]["strict"] is True
+        for choice in ("required", {"type": "function", "function": {"name": "get_weather"}}):
+            answer = client.chat.completions.parse(
+                model="tiny-v4",
+                messages=[{"role": "user", "content": WEATHER}],
+                tools=[tool],
+                tool_choice=choice,
+                temperature=0,
+            )
+            calls = answer.choices[0].message.tool_calls
+            assert calls
+            assert all(isinstance(call.function.parsed_arguments, arguments) for call in calls)
 
     def test_a_coding_agents_request(self, client: Any) -> None:
         fields = {name: value for name, value in AGENT.items() if value is not None}
@@ -165,17 +194,18 @@ class TestLangChain:
         history += [answer, messages.ToolMessage(RESULT, tool_call_id=call["id"], name="get_weather")]
         assert "degrees" in bound.invoke(history).content
 
-    def test_bind_tools_with_the_setting_that_the_refusal_names(self, chat: Any, weather: Weather) -> None:
-        with pytest.raises(Exception, match=r"strict=False \(LangChain"):
-            chat.bind_tools([weather.function()], strict=True).invoke(WEATHER)
-        assert chat.bind_tools([weather.function()], strict=False).invoke(WEATHER).tool_calls
+    @pytest.mark.parametrize("options", [{"strict": True}, {"tool_choice": "any"}, {"tool_choice": "get_weather"}])
+    def test_bound_tools_are_called_as_asked(self, chat: Any, weather: Weather, options: dict[str, Any]) -> None:
+        answer = chat.bind_tools([weather.function()], **options).invoke(WEATHER)
+        assert not answer.invalid_tool_calls
+        assert [call["name"] for call in answer.tool_calls] == ["get_weather"]
+        assert [list(call["args"]) for call in answer.tool_calls] == [["city"]]
 
-    def test_output_in_json_by_the_setting_that_the_refusal_names(self, chat: Any) -> None:
-        city = pytest.importorskip("pydantic").create_model("City", capital=(str, ...))
-        for method in ("json_schema", "function_calling"):
-            with pytest.raises(Exception, match="method='json_mode'"):
-                chat.with_structured_output(city, method=method).invoke(QUESTION)
-        assert chat.with_structured_output(city, method="json_mode", include_raw=True).invoke(QUESTION)["raw"].content
+    @pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+    def test_structured_output(self, chat: Any, city: Any, method: str) -> None:
+        """json_schema is the default."""
+        options = {} if method == "json_schema" else {"method": method}
+        assert isinstance(chat.with_structured_output(city, **options).invoke(QUESTION), city)
 
 
 class TestLiteLLM:
@@ -206,6 +236,10 @@ class TestLiteLLM:
         dumped = [*messages, message.model_dump(), again[-1]]
         assert "degrees" in complete(messages=dumped, tools=[TOOL]).choices[0].message.content
 
+    def test_output_by_a_schema(self, complete: Any, city: Any) -> None:
+        answer = complete(messages=[{"role": "user", "content": QUESTION}], response_format=city)
+        city.model_validate_json(answer.choices[0].message.content)
+
 
 class TestLlamaIndex:
     @pytest.fixture
@@ -228,6 +262,30 @@ class TestLlamaIndex:
         (call,) = model.get_tool_calls_from_response(answer)
         assert set(call.tool_kwargs) == {"city"}, "the model is small: which city is not asked here"
 
+    def test_structured_output(self, llm: Any, city: Any) -> None:
+        """By a tool, called because it is required, or by a schema."""
+        model = llm(is_chat_model=True, is_function_calling_model=True, temperature=0)
+        assert isinstance(model.as_structured_llm(city).complete(QUESTION).raw, city)
+        other = llm(is_chat_model=True, should_use_structured_outputs=True, temperature=0)
+        assert isinstance(other.as_structured_llm(city).complete(QUESTION).raw, city)
+
+
+class TestInstructor:
+    @pytest.mark.parametrize("mode", [None, "JSON_SCHEMA", "TOOLS_STRICT"])
+    def test_a_model_comes_back(self, served: Any, city: Any, mode: str | None) -> None:
+        """The default is a tool whose name the request gives."""
+        instructor = pytest.importorskip("instructor")
+        client = pytest.importorskip("openai").OpenAI(base_url=served.url, api_key="x")
+        options = {} if mode is None else {"mode": instructor.Mode[mode]}
+        found = instructor.from_openai(client, **options).chat.completions.create(
+            model="tiny-v4",
+            messages=[{"role": "user", "content": QUESTION}],
+            response_model=city,
+            temperature=0,
+            max_retries=0,
+        )
+        assert isinstance(found, city)
+
 
 class TestPydanticAI:
     @pytest.fixture
@@ -242,28 +300,18 @@ class TestPydanticAI:
         assert first.output == CAPITAL
         assert agent.run_sync(QUESTION, message_history=first.all_messages()).output
 
-    def test_with_tools_by_the_setting_that_the_refusal_names(self, model: Any, weather: Weather) -> None:
+    def test_with_tools(self, model: Any, weather: Weather) -> None:
         pydantic_ai = pytest.importorskip("pydantic_ai")
-        profile = pytest.importorskip("pydantic_ai.profiles.openai").OpenAIModelProfile(
-            openai_supports_strict_tool_definition=False
-        )
-        settings = {"temperature": 0}
-        tools = [weather.function()]
-        with pytest.raises(Exception, match="strict") as refused:
-            pydantic_ai.Agent(model(), tools=tools, model_settings=settings).run_sync(WEATHER)
-        assert "openai_supports_strict_tool_definition=False" in refusal(refused.value)
-        agent = pydantic_ai.Agent(model(profile=profile), tools=tools, model_settings=settings)
+        agent = pydantic_ai.Agent(model(), tools=[weather.function()], model_settings={"temperature": 0})
         assert "degrees" in agent.run_sync(WEATHER).output
         assert weather.cities == ["Rome"]
 
-    def test_output_in_json_by_the_setting_that_the_refusal_names(self, model: Any) -> None:
+    def test_output_of_a_type(self, model: Any, city: Any) -> None:
+        """By a tool, which is the default, and by a schema."""
         pydantic_ai = pytest.importorskip("pydantic_ai")
-        city = pytest.importorskip("pydantic").create_model("City", capital=(str, ...))
-        agent = pydantic_ai.Agent(
-            model(), output_type=pydantic_ai.PromptedOutput(city), model_settings={"temperature": 0}
-        )
-        with contextlib.suppress(pydantic_ai.UnexpectedModelBehavior):  # the model is small: its JSON may not be one
-            agent.run_sync(QUESTION)
+        for output_type in (city, pydantic_ai.NativeOutput(city)):
+            agent = pydantic_ai.Agent(model(), output_type=output_type, model_settings={"temperature": 0})
+            assert isinstance(agent.run_sync(QUESTION).output, city)
 
 
 class TestOpenAIAgents:
@@ -284,17 +332,20 @@ class TestOpenAIAgents:
     def test_without_tools(self, run: Any) -> None:
         assert run(QUESTION) == CAPITAL
 
-    def test_with_tools_by_the_setting_that_the_refusal_names(self, run: Any, weather: Weather) -> None:
+    def test_with_tools(self, run: Any, weather: Weather) -> None:
         agents = pytest.importorskip("agents")
-        with pytest.raises(Exception, match="strict_mode=False"):
-            run(WEATHER, tools=[agents.function_tool(weather.function())])
-        assert "degrees" in run(WEATHER, tools=[agents.function_tool(weather.function(), strict_mode=False)])
+        assert "degrees" in run(WEATHER, tools=[agents.function_tool(weather.function())])
         assert weather.cities == ["Rome"]
 
-    def test_output_in_json_by_the_setting_that_the_refusal_names(self, run: Any) -> None:
-        agents = pytest.importorskip("agents")
-        city = pytest.importorskip("pydantic").create_model("City", capital=(str, ...))
-        with pytest.raises(Exception, match="strict_json_schema=False"):
-            run(QUESTION, output_type=city)
-        with contextlib.suppress(agents.ModelBehaviorError):  # the model is small: its JSON may not be one
-            run(QUESTION, output_type=agents.AgentOutputSchema(city, strict_json_schema=False))
+    def test_output_of_a_type(self, run: Any, city: Any) -> None:
+        assert isinstance(run(QUESTION, output_type=city), city)
+
+
+class TestResponses:
+    @pytest.fixture
+    def client(self, served: Any) -> Any:
+        return pytest.importorskip("openai").OpenAI(base_url=served.url, api_key="x")
+
+    def test_parse(self, client: Any, city: Any) -> None:
+        answer = client.responses.parse(model="tiny-v4", input=QUESTION, text_format=city, temperature=0)
+        assert isinstance(answer.output_parsed, city)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import triton
 from support.kernel_configs import model_configs
+from support.matchers import Every
 
 from ownpath.cache.layout import BLOCK_TOKENS
 from ownpath.cache.pools import CachePool
@@ -280,7 +281,7 @@ def test_no_prompt_compiles_after_the_start(model: Model) -> None:
 
 def test_a_served_engine_compiles_and_captures_nothing(model: Model) -> None:
     """After a start as ``serve`` makes it, whatever requests come: alone and together, greedy, drawn, scored
-    and with adjusted logits."""
+    with adjusted logits and with masks."""
     engine = EngineConfig(model.cache_spec.device.type, torch.bfloat16, 1024, MAX_ROWS, max_prefill_tokens=512)
     warm_up(model, engine)
     warm_up_sampler(model.cache_spec.device, model.config.vocab_size)
@@ -295,10 +296,12 @@ def test_a_served_engine_compiles_and_captures_nothing(model: Model) -> None:
         kinds = (
             SamplingParams(5 + count, temperature=0.0),
             SamplingParams(5 + count, temperature=0.9, top_p=0.8, num_logprobs=0),
-            SamplingParams(5 + count, num_logprobs=3, prompt_logprobs=True),
+            SamplingParams(5 + count, num_logprobs=3, prompt_logprobs=3),
             SamplingParams(5 + count, repetition_penalty=1.2, logit_bias=((7, 2.0),), min_tokens=3),
         )
-        runs.submit([Request([5 + n] * (1 + 60 * n), kinds[n % 4], heard.put) for n in range(count)])
+        bound = [Every(5, model.config.vocab_size) if n % 3 == 1 else None for n in range(count)]
+        asked = [(kinds[n % 4], bound[n]) for n in range(count)]
+        runs.submit([Request([5 + n] * (1 + 60 * n), one, heard.put, matcher=it) for n, (one, it) in enumerate(asked)])
         num_ended = 0
         while num_ended < count:
             output = heard.get(timeout=60)

@@ -132,6 +132,19 @@ def test_the_engine_draws_alike_on_both(cuda: torch.device) -> None:
     assert choose_tokens(logits.to(cuda), rows).token_ids == choose_tokens(logits, rows).token_ids
 
 
+def test_a_seed_draws_the_cpus_tokens_alone_and_among_sixteen(cuda: torch.device) -> None:
+    """Successive draws of one request, beside 15 others with seeds and counts of their own, from equal logits."""
+    logits = torch.randn(16, VOCAB, generator=torch.Generator().manual_seed(6)) * 4
+    kinds = (SamplingParams(1), SamplingParams(1, 1.7, top_k=40), SamplingParams(1, top_p=0.9, min_p=0.001))
+    seeds = (0, -1, 2**63 - 1, -(2**63), *range(5, 17))
+    for num_drawn in range(5):
+        rows = [SampleRow(kinds[n % 3], seed, num_drawn + n * (n % 2)) for n, seed in enumerate(seeds)]
+        drawn = choose_tokens(logits, rows).token_ids
+        assert choose_tokens(logits.to(cuda), rows).token_ids == drawn
+        for n in (0, 3, 15):
+            assert choose_tokens(logits[n : n + 1].to(cuda), rows[n : n + 1]).token_ids == drawn[n : n + 1]
+
+
 def test_the_twin_gives_the_same_bits_on_the_device(cuda: torch.device) -> None:
     """Its numbers are single float32 operations and integers, which every device rounds alike."""
     words = torch.randint(2**32, (1 << 20,), generator=torch.Generator().manual_seed(4))

@@ -85,6 +85,15 @@ class Tokenizer:
             raise MissingMarkerError(text, self._source)
         return self._special_ids[text]
 
+    def has_special(self, text: str) -> bool:
+        """Tells whether this vocabulary has a special token of that name."""
+        return text in self._special_ids
+
+    @property
+    def marker_ids(self) -> frozenset[int]:
+        """The ids of all special tokens."""
+        return self._marker_ids
+
     def is_hidden(self, token_id: int) -> bool:
         """Tells whether a token is a marker that answers do not show."""
         return token_id in self._hidden_ids

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ownpath.bench.benches import BENCHES
 from ownpath.commands.arguments import device_here, file_to_write, number, whole_number
+from ownpath.commands.start import starting
 from ownpath.terminal.console import show
 from ownpath.terminal.progress import Progress
 
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     if args.tune is not None:
         return _tune(args)
     _check_names(args)
-    with Progress("starting"):
+    with starting(args.device):
         asked = _asked(args)
         measured = BENCHES[args.bench].load()
         from ownpath.bench.table import table_page

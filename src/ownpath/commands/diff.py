@@ -18,6 +18,7 @@ from ownpath.commands.arguments import (
     whole_number,
 )
 from ownpath.commands.listings import checks_of_diff
+from ownpath.commands.start import starting
 from ownpath.terminal.console import show, tell, write_data
 from ownpath.terminal.progress import Progress
 from ownpath.terminal.text import quoted
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         from ownpath.diff.server import first_model, open_server
 
         listed = first_model(client)  # before minutes of loading: is the server there?
-    with Progress("starting"):
+    with starting(args.device):
         from ownpath.commands.session import load_for
         from ownpath.diff.local_model import LocalModel
         from ownpath.diff.prompts import make_prompts, probe_prompt

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from ownpath.commands.arguments import add_engine_arguments, hub_name, model_folder
 from ownpath.commands.sampling_options import add_sampling_arguments, sampling_of
+from ownpath.commands.start import starting
 from ownpath.terminal.console import is_terminal, tell, write_data, write_prose
-from ownpath.terminal.progress import Progress
 
 if TYPE_CHECKING:
     from ownpath.commands.arguments import Subparsers
@@ -47,7 +47,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Prints the answer; returns 1 if the engine fails on the way. Errors: ValueError for what the user can cause."""
     args.model, prompt = _model_and_prompt(args.words)
-    with Progress("starting"):
+    with starting(args.device):
         from ownpath.commands.answers import GenerationFailed
         from ownpath.commands.session import open_session
 

@@ -93,6 +93,7 @@ def fields_of_server() -> str:
         parts += [f"/v1/{name}, honoured:", _entries(_honoured_fields(model)), ""]
         parts += [f"/v1/{name}, refused with 400 unless the value is one of these (null: not sent):"]
         parts += [_refusal(neutral), ""]
+    parts += _fields_of_surfaces()
     parts += ["/tokenize of a prompt, honoured:", _entries(_honoured_fields(TokenizeTextRequest)), ""]
     parts += ["/tokenize of messages: every field of /v1/chat/completions, and return_token_strs", ""]
     parts += ["/detokenize, honoured:", _entries(_honoured_fields(DetokenizeRequest)), ""]
@@ -118,6 +119,26 @@ def fields_of_server() -> str:
     parts += ["self-test:"]
     parts += [_entries((it.id, f"{it.message}: {it.allowed}", f"remedy: {it.remedy}") for it in all_checks())]
     return "\n".join(parts)
+
+
+def _fields_of_surfaces() -> list[str]:
+    """Lists the fields of the surfaces that are translated into chat requests."""
+    from ownpath.server.messages import request as messages
+    from ownpath.server.passed import PASSED_EVERYWHERE
+    from ownpath.server.responses import request as responses
+
+    surfaces = (
+        ("responses", responses.ResponsesRequest, responses.PASSED, responses.NEUTRAL),
+        ("messages", messages.MessagesRequest, PASSED_EVERYWHERE, messages.MESSAGES_NEUTRAL),
+    )
+    parts = []
+    for name, model, passed, neutral in surfaces:
+        parts += [f"/v1/{name}, honoured:", _entries(_honoured_fields(model)), ""]
+        parts += [f"/v1/{name}, honoured as in /v1/chat/completions:", _words(passed), ""]
+        parts += [f"/v1/{name}, refused with 400 unless the value is one of these (null: not sent):"]
+        parts += [_refusal(neutral), ""]
+    parts += ["of /v1/messages, labels beside those of all:", _words(messages.OWN_LABELS), ""]
+    return parts
 
 
 def _nested_fields(name: str, model: type["BaseModel"], neutral: "Neutral") -> list[str]:

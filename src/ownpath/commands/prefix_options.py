@@ -3,12 +3,13 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from ownpath.cache.layout import BLOCK_TOKENS
 from ownpath.commands.arguments import OptionHolder, whole_number
 
 if TYPE_CHECKING:
     from ownpath.engine.prefix import PrefixSettings
 
+BLOCK_TOKENS = 256
+"""As the caches' layout says, which imports torch; ``PrefixSettings`` checks it again."""
 SNAPSHOTS_PER_SEQUENCE = 4
 """Snapshots for each sequence that may run, unless a number is asked for."""
 _DEFAULT_INTERVAL = 4096

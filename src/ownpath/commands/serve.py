@@ -31,6 +31,8 @@ from ownpath.commands.serve_options import (
     tls_of,
 )
 from ownpath.commands.settings import add_config_argument, variable_of
+from ownpath.commands.start import starting
+from ownpath.commands.trace_options import add_traces, recorder_of
 from ownpath.server.access import AccessPolicy
 from ownpath.server.admin_key import admin_key
 from ownpath.terminal.console import tell, tell_page
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from ownpath.commands.session import Session
     from ownpath.server.debug import DebugPlan
     from ownpath.server.policy import RequestPolicy
+    from ownpath.server.traces import TraceRecorder
 
 
 _SETTINGS = (
@@ -65,7 +68,9 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     _add_request_group(parser.add_argument_group("requests"))
     add_address(parser.add_argument_group("server"))
     add_access(parser.add_argument_group("access"))
-    add_logs(parser.add_argument_group("logs"))
+    logs = parser.add_argument_group("logs and traces")
+    add_logs(logs)
+    add_traces(logs)
     add_config_argument(parser.add_argument_group("settings"))
     add_list_argument(parser, fields_of_server, "every request field, and the checks of the self-test")
     return parser
@@ -108,26 +113,28 @@ def run(args: argparse.Namespace) -> int:
     with take_port(args.host, args.port) as listener:
         access = access_of(args, listener)
         start_server_log(args)
-        return _serve(args, _Opened(listener, access, tls, key))
+        return _serve(args, _Opened(listener, access, tls, key, recorder_of(args)))
 
 
 class _Opened(NamedTuple):
-    """Settled before the model is loaded: the port, who may use it, and the admin key."""
+    """Settled before the model is loaded: the port, who may use it, the admin key, and what makes traces."""
 
     listener: socket.socket
     access: AccessPolicy
     tls: ssl.SSLContext | None
     admin_key: str | None
+    recorder: "TraceRecorder | None"
 
 
 def _serve(args: argparse.Namespace, opened: _Opened) -> int:
-    with Progress("starting"):
+    with starting(args.device):
         from ownpath.commands.session import open_session
         from ownpath.server.app import create_app
+        from ownpath.server.grammar_desk import GrammarDesk
         from ownpath.server.run import ENGINE_FAILED, run_server
         from ownpath.server.vitals import Vitals
 
-    with open_session(args, args.max_num_seqs, prefix_settings(args)) as session:
+    with open_session(args, args.max_num_seqs, prefix_settings(args), args.num_cache_blocks) as session:
         failed = _self_test(session, args.allow_unverified)
         if failed and not args.allow_unverified:
             return 1
@@ -138,7 +145,10 @@ def _serve(args: argparse.Namespace, opened: _Opened) -> int:
             tell("prefix cache", f": {session.engine.prefix.store}")
         debug = None if opened.admin_key is None else _debug_plan(session, opened.admin_key, model_id, release)
         vitals = Vitals(session.engine, args.step_timeout, failed)
-        app = create_app(vitals, session.tokenizer, model_id, rules_of(args, opened.access), release, debug, policy)
+        grammars = GrammarDesk(session.tokenizer, session.engine.end_token_ids)
+        grammars.warm_up()
+        rules = rules_of(args, opened.access, opened.recorder)
+        app = create_app(vitals, session.tokenizer, model_id, rules, release, debug, policy, grammars)
         code = run_server(app, vitals, opened.listener, model_id, settings_of(args, opened.tls))
         if code == ENGINE_FAILED:
             _leave(code)
@@ -170,6 +180,7 @@ def served_names(args: argparse.Namespace, folder: str) -> tuple[str, "RequestPo
 
 def _debug_plan(session: "Session", admin_key: str, model_id: str, release: Release) -> "DebugPlan":
     """Builds the data of ``/debug/plan``. The plan is made from the headers again; it is the one that was loaded."""
+    from ownpath.cache.pools import CacheSpec
     from ownpath.inspect.memory import cache_bytes, weights_bytes
     from ownpath.loading import planned
     from ownpath.plan.show import plan_dict
@@ -182,11 +193,11 @@ def _debug_plan(session: "Session", admin_key: str, model_id: str, release: Rele
     device = {"type": plan.caps.device_type, "name": plan.caps.name, "sm": plan.caps.sm}
     facts: dict[str, object] = {"model": model_id, "versions": versions(), "device": device, "plan": plan_dict(plan)}
     facts["release"] = asdict(release)
-    one = cache_bytes(plan, config.max_model_len, config.dtype, config.cache_format)
+    blocks, one = config.num_cache_blocks, cache_bytes(plan, config.max_model_len, config.dtype, config.cache_format)
     store = None if session.engine.prefix is None else session.engine.prefix.store
     facts["memory"] = {
         "weights_bytes": weights_bytes(plan, index),
-        "cache_bytes": one * config.max_num_seqs,
+        "cache_bytes": one * config.max_num_seqs if blocks is None else CacheSpec.of(plan.config, config).pool_bytes,
         "requests": config.max_num_seqs,
         "tokens_each": config.max_model_len,
         "snapshots": 0 if store is None else store.num_places,

@@ -15,6 +15,7 @@ from ownpath.server.admin_key import ADMIN_KEY_VARIABLE
 if TYPE_CHECKING:
     from ownpath.server.app import Rules
     from ownpath.server.run import ServerSettings
+    from ownpath.server.traces import TraceRecorder
 
 
 def add_limits(group: OptionHolder) -> None:
@@ -26,6 +27,13 @@ def add_limits(group: OptionHolder) -> None:
         default=16,
         metavar="N",
         help="requests that run together; others wait (default: 16)",
+    )
+    group.add_argument(
+        "--num-cache-blocks",
+        type=whole_number(1, 2**31),
+        metavar="N",
+        help="blocks of 256 tokens that the caches of all requests share; fewer take less memory, and requests that do "
+        "not fit wait (default: enough for --max-num-seqs requests of --max-model-len tokens)",
     )
     group.add_argument(
         "--max-connections", type=whole_number(1, 10**5), default=1024, metavar="N", help="(default: 1024)"
@@ -132,13 +140,13 @@ def tls_of(args: argparse.Namespace) -> ssl.SSLContext | None:
     return context
 
 
-def rules_of(args: argparse.Namespace, access: AccessPolicy) -> "Rules":
-    """Returns what holds for every request."""
+def rules_of(args: argparse.Namespace, access: AccessPolicy, recorder: "TraceRecorder | None") -> "Rules":
+    """Returns what holds for every request. recorder: makes traces."""
     from ownpath.server.app import Rules
     from ownpath.server.request_log import LogRequests
 
     log_requests = LogRequests(args.log_requests)
-    return Rules(access=access, log_requests=log_requests, timeout_s=args.request_timeout)
+    return Rules(access=access, log_requests=log_requests, timeout_s=args.request_timeout, recorder=recorder)
 
 
 def settings_of(args: argparse.Namespace, tls: ssl.SSLContext | None) -> "ServerSettings":

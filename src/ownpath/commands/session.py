@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ownpath.cache.layout import BLOCK_TOKENS, num_blocks
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.config import EngineConfig, ModelConfig
 from ownpath.end_tokens import FIELD, GENERATION_CONFIG, EndTokens, read_end_tokens
@@ -46,11 +47,18 @@ class LoadedModel:
     end_tokens: EndTokens
 
 
-def load_for(args: argparse.Namespace, max_num_seqs: int = EngineConfig.max_num_seqs) -> LoadedModel:
+def load_for(
+    args: argparse.Namespace, max_num_seqs: int = EngineConfig.max_num_seqs, num_cache_blocks: int | None = None
+) -> LoadedModel:
     """Loads the model that the arguments name (none: the embedded one), ready for its first step.
 
-    max_num_seqs: sequences that its caches have room for. Errors: ValueError naming the file or field.
+    max_num_seqs: sequences that its caches have room for. num_cache_blocks: as of ``EngineConfig``. Errors: ValueError
+    naming the file, field or option.
     """
+    least = num_blocks(args.max_model_len)
+    if num_cache_blocks is not None and num_cache_blocks < least:
+        length = f"a request of --max-model-len {args.max_model_len} tokens needs {least} blocks of {BLOCK_TOKENS}"
+        raise ValueError(f"--num-cache-blocks {num_cache_blocks}: {length}")
     folder = args.model or default_model_dir()
     device_caps(args.device)  # says that a device is not there before torch does
     leave_a_core()
@@ -59,7 +67,7 @@ def load_for(args: argparse.Namespace, max_num_seqs: int = EngineConfig.max_num_
     config = replace(config, is_batch_invariant=args.batch_invariant, official=args.numerics)
     config = replace(config, reference=frozenset(args.reference), graphs=not args.no_graphs)
     config = replace(config, cache_format=args.cache_format)
-    config = replace(config, max_num_seqs=max_num_seqs)
+    config = replace(config, max_num_seqs=max_num_seqs, num_cache_blocks=num_cache_blocks)
     with Progress("loading", in_bytes=True) as show_loaded:
         model = load_model(folder, config, show_loaded)
     for contradiction in model.contradictions:
@@ -79,13 +87,16 @@ def load_for(args: argparse.Namespace, max_num_seqs: int = EngineConfig.max_num_
 
 @contextlib.contextmanager
 def open_session(
-    args: argparse.Namespace, max_num_seqs: int, prefix: PrefixSettings | None = None
+    args: argparse.Namespace,
+    max_num_seqs: int,
+    prefix: PrefixSettings | None = None,
+    num_cache_blocks: int | None = None,
 ) -> Iterator[Session]:
     """Loads the model that the arguments name and runs its engine, for so many requests at a time.
 
-    prefix: of the prefix cache; ``None``: every prompt is computed. Errors: as ``load_for``.
+    prefix: of the prefix cache; ``None``: every prompt is computed. num_cache_blocks, errors: as of ``load_for``.
     """
-    loaded = load_for(args, max_num_seqs)
+    loaded = load_for(args, max_num_seqs, num_cache_blocks)
     model, tokenizer = loaded.model, loaded.tokenizer
     decoder = make_decoder(model, loaded.config, tokenizer.num_tokens)
     end_token_ids = loaded.end_tokens.ids

@@ -20,8 +20,8 @@ from ownpath.commands.arguments import (
     whole_number,
 )
 from ownpath.commands.listings import checks_of_verify
+from ownpath.commands.start import starting
 from ownpath.terminal.console import show, write_data
-from ownpath.terminal.progress import Progress
 from ownpath.terminal.text import listed, quoted
 from ownpath.verify.checks import STAGE_NAMES
 
@@ -64,7 +64,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the report. Errors: ValueError for no such layer or device."""
-    with Progress("starting"):
+    with starting(args.device):
         from dataclasses import replace
 
         from ownpath.config import EngineConfig

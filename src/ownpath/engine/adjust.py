@@ -1,4 +1,4 @@
-"""Changes of logits before a token is chosen: penalties on tokens seen, bias, end tokens that must wait.
+"""Changes of logits before a token is chosen: penalties on tokens seen, bias, end tokens that must wait, grammars.
 
 Most requests ask for none of it. Rows that do are drawn again, behind the step that has drawn for all rows alike.
 
@@ -13,6 +13,7 @@ import torch
 
 from ownpath.cache.layout import aligned_rows
 from ownpath.engine.limits import MAX_LOGIT_BIAS, MAX_STOP_TOKENS
+from ownpath.engine.masks import Masks
 from ownpath.engine.request import Request, RequestError, SamplingParams
 from ownpath.kernels.sample.numbers import LARGEST
 from ownpath.kernels.sample.types import IN_PROMPT, BiasRows, FilterRows, PenaltyRows, SampleRows
@@ -31,10 +32,17 @@ class AdjustedRows(NamedTuple):
     """Rows of a step that are drawn again.
 
     Shapes: where_S int64 [S], their places among the step's rows. rows: with filters, penalties and bias, all three.
+    masks, turns: the masks that are being filled, and whose they are, row by row; ``None``: no row has a grammar.
     """
 
     where_S: torch.Tensor
     rows: SampleRows
+    masks: Masks | None = None
+    turns: Sequence[tuple[Request, int]] = ()
+
+    def masked_rows(self) -> SampleRows:
+        """Returns the rows with their masks, once these are filled."""
+        return self.rows if self.masks is None else self.rows._replace(mask_TW=self.masks.of(self.turns))
 
 
 class CountTables:
@@ -91,6 +99,7 @@ class Adjuster:
         self._asking: set[Request] = set()
         self._places: dict[Request, tuple[bool, int, torch.Tensor]] = {}
         self.counts = CountTables(num_vocab, device)
+        self._masks = Masks(device, -(-num_vocab // 32))
 
     def check(self, params: SamplingParams) -> None:
         """Checks what depends on the model. Errors: RequestError with the field."""
@@ -104,7 +113,7 @@ class Adjuster:
 
     def add(self, request: Request) -> None:
         """Takes a request that may run from now on."""
-        if request.params.adjusts:
+        if request.adjusts:
             self._asking.add(request)
 
     def drop(self, request: Request) -> None:
@@ -114,9 +123,17 @@ class Adjuster:
             self._places.pop(request, None)
             self.counts.drop(request)
 
+    def start(self, requests: Iterable[Request]) -> None:
+        """Begins to fill the masks of a step in which these requests draw. To be called before the forward, which
+        then runs beside it."""
+        if not self._asking:
+            return
+        asking = [(_turn(one), one.matcher, one.output_ids) for one in requests if one in self._asking]
+        self._masks.start([(turn, matcher, ids) for turn, matcher, ids in asking if matcher is not None])
+
     def waits_for_tokens(self, requests: Iterable[Request]) -> bool:
         """Returns True if the rows of these requests cannot be made before the tokens of the step before are known:
-        penalties count them."""
+        penalties count them, and grammars go on from them."""
         return bool(self._asking) and any(one in self._asking and one.adjusts_now for one in requests)
 
     def rows_of(self, requests: Sequence[Request]) -> AdjustedRows | None:
@@ -139,7 +156,16 @@ class Adjuster:
             PenaltyRows(self.counts.tables_RV, table, presence, frequency, repetition),
             BiasRows(bias_2SK[0], bias_2SK[1].view(torch.float32), num_places),
         )
-        return AdjustedRows(whole[0], rows)
+        return AdjustedRows(whole[0], rows, *self._masks_of(chosen))
+
+    def _masks_of(self, chosen: Sequence[Request]) -> tuple[Masks | None, list[tuple[Request, int]]]:
+        """Returns the masks of these rows, which ``start`` has begun, or which begin now."""
+        if all(one.matcher is None for one in chosen):
+            return None, []
+        turns = [_turn(one) for one in chosen]
+        if not all(one.matcher is None or self._masks.has(turn) for one, turn in zip(chosen, turns, strict=True)):
+            self.start(chosen)
+        return self._masks, turns
 
     def _columns(
         self, requests: Sequence[Request], where: list[int], num_places: list[int]
@@ -179,3 +205,8 @@ class Adjuster:
         places[0, : len(ids)] = ids
         places[1].view(np.float32)[: len(ids)] = [biases[token_id] for token_id in ids]
         return torch.from_numpy(places).to(self._device)
+
+
+def _turn(request: Request) -> tuple[Request, int]:
+    """Returns whose mask it is, and for which token of the answer."""
+    return request, len(request.output_ids)

@@ -68,7 +68,7 @@ def _scored_rows(chunk: ScheduledChunk) -> range:
     """Returns those of the chunk's rows that predict a prompt token, if the request asks for log-probabilities of it
     and has none yet: a prompt that is read again is not scored again."""
     request = chunk.request
-    if not (request.params.prompt_logprobs and request.is_prefilling):
+    if request.params.prompt_logprobs is None or not request.is_prefilling:
         return range(0)
     start, known = request.num_computed, len(request.scored_prompt)
     stop = min(start + chunk.num_tokens, len(request.prompt_ids) - 1)

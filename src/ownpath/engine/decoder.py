@@ -26,7 +26,6 @@ from typing import Any, Protocol
 
 import torch
 
-from ownpath.cache.layout import BLOCK_TOKENS
 from ownpath.cache.pools import CachePool
 from ownpath.cache.tables import DecodeTables
 from ownpath.config import EngineConfig
@@ -34,13 +33,13 @@ from ownpath.engine.adjust import AdjustedRows
 from ownpath.engine.rows import (
     NO_ROWS,
     NUM_TURNS,
+    HeldRows,
     ResidentRows,
     RowArrays,
     Staged,
     StepResults,
     StepRows,
     StepTokens,
-    unread,
 )
 from ownpath.engine.sampler import draw_adjusted, sampler_of
 from ownpath.kernels.dsl.compilations import COMPILATIONS
@@ -117,7 +116,7 @@ class Decoder:
         self._marks = [Mark(device) for _ in range(NUM_TURNS)]
         self._turn = self._num_unread = 0
         self._last: StepBegun | None = None
-        self._resident: ResidentRows | None = None
+        self._held: HeldRows | None = None
         self._graphs: dict[int, _Captured] = {}
         self.num_replays = 0
         """Steps that a graph ran."""
@@ -166,21 +165,35 @@ class Decoder:
 
         adjusted: rows that are drawn again, behind the graph and before anything reads their tokens.
         """
-        assert self._num_unread < NUM_TURNS, "two steps are unread"
         lengths, slots = self.pool.slots.lengths, [cache.slot for cache in rows.caches]
-        positions = [lengths[slot] for slot in slots]
-        blocks = [cache.blocks for cache in rows.caches]
-        assert all(at < BLOCK_TOKENS * len(own) for at, own in zip(positions, blocks, strict=True)), "a row has no room"
-        wanted = ResidentRows(slots, blocks, positions, *rows[1:])
-        turn, count = self._take_turn(), self._bucket_of(rows.num_rows)
-        staged = None if wanted.continues(self._resident) else self._rows.stage(rows, turn)
-        self._resident = None  # until the step is launched: one that fails leaves rows that nobody knows
-        begun = StepBegun(rows.num_rows, turn)
+        positions, held = [lengths[slot] for slot in slots], self._held
+        wanted = ResidentRows(slots, [cache.blocks for cache in rows.caches], positions, *rows[1:])
+        next_held = HeldRows(rows.caches, wanted)
+        assert next_held.num_left > 0, "a row has no room"
+        turn = self._take_turn()
+        staged = self._rows.stage(rows, turn) if held is None or not wanted.continues(held.rows()) else None
+        return self._begin(next_held, turn, staged, adjusted)
+
+    @property
+    def can_repeat(self) -> bool:
+        """True if the rows of the last step may run once more as they are."""
+        return self._held is not None and self._held.are_those_of(self.pool)
+
+    def repeat(self) -> StepBegun:
+        """Launches the rows of the last step once more, as ``begin`` does: each goes on from its own token."""
+        assert self._held is not None
+        assert self._held.num_left > 0, "a row has no room"
+        return self._begin(self._held, self._take_turn(), None, None)
+
+    def _begin(self, held: HeldRows, turn: int, staged: Staged | None, adjusted: AdjustedRows | None) -> StepBegun:
+        self._held = None  # until the step is launched: one that fails leaves rows that nobody knows
+        num_rows, lengths = len(held.caches), self.pool.slots.lengths
+        begun, count = StepBegun(num_rows, turn), self._bucket_of(num_rows)
         self._marks[turn] = self._enqueue(lambda: self._launch_whole(begun, count, staged, adjusted), turn)
-        for slot, position in zip(slots, positions, strict=True):
-            lengths[slot] = position + 1
-        self._resident = wanted.advanced([unread(row) for row in range(rows.num_rows)])
-        self._num_unread, self._last = self._num_unread + 1, begun
+        held.advance()
+        for slot, position in zip(held.first.slots, held.positions, strict=True):
+            lengths[slot] = position
+        self._held, self._num_unread, self._last = held, self._num_unread + 1, begun
         return begun
 
     def finish(self, begun: StepBegun) -> StepTokens:
@@ -188,18 +201,19 @@ class Decoder:
         self._marks[begun.turn].wait()
         tokens, results = self._results.read(begun.turn, begun.logits_TV[: begun.num_rows])
         self._num_unread -= 1
-        if begun is self._last and self._resident is not None:
-            self._resident = self._resident._replace(token_ids=tokens)
+        if begun is self._last and self._held is not None:
+            self._held.token_ids = tokens
         return results
 
     def forget(self) -> None:
         """Gives unread steps up: nobody will read them, and nothing goes on from their rows."""
-        self._num_unread, self._resident = 0, None
+        self._num_unread, self._held = 0, None
+        self._rows.forget()
 
     def upload(self, rows: StepRows) -> None:
         """Uploads rows for ``launch`` and ``run``, whatever the device holds."""
         turn = self._take_turn()
-        self._resident, staged = None, self._rows.stage(rows, turn)
+        self._held, staged = None, self._rows.stage(rows, turn)
         self._marks[turn] = self._enqueue(lambda: self._rows.send(staged, self._results.drawn_R), turn)
 
     def _bucket_of(self, num_rows: int) -> int:
@@ -207,6 +221,7 @@ class Decoder:
 
     def _take_turn(self) -> int:
         """Returns whose buffers come next, once nothing reads or writes them any more."""
+        assert self._num_unread < NUM_TURNS, "two steps are unread"
         self._turn = (self._turn + 1) % NUM_TURNS
         self._marks[self._turn].wait()
         return self._turn

@@ -4,7 +4,6 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 
 import torch
 
@@ -137,8 +136,8 @@ class Engine:
         taken = Usage(slots.num_slots - slots.num_free_slots, slots.num_slots)
         compiled, captured = self._made_before
         made = COMPILATIONS.count - compiled, COMPILATIONS.num_captured - captured
-        times = replace(self._runner.times)
-        return EngineLoad(len(running), self._scheduler.num_waiting, use, *made, blocks, taken, self.counts, times)
+        waiting, counts = self._scheduler.num_waiting, self.counts
+        return EngineLoad(len(running), waiting, use, *made, blocks, taken, counts, self._runner.times)
 
     def check(self, request: Request) -> None:
         """Checks that the request could run here. Errors: RequestError with the numbers."""
@@ -226,7 +225,7 @@ class Engine:
             with torch.inference_mode():
                 if self._scheduler.is_short:
                     self._runner.settle()  # who ends there makes room, and who is sent back has no row that runs
-                chunks = self._schedule()
+                chunks = self._runner.in_rows(self._schedule())
                 self._note(chunks)
                 self._runner.step(chunks)
         except Exception:

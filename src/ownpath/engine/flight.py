@@ -1,6 +1,6 @@
-"""Steps that are launched and not read, and the time that steps take."""
+"""Steps that are launched and not read."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ownpath.cache.pools import SequenceCache
@@ -11,45 +11,46 @@ from ownpath.engine.scheduler import ScheduledChunk
 
 @dataclass(frozen=True)
 class Flight:
-    """A launched decode step. caches: those of its rows when it was launched. asks: rows whose reports need more than
-    the sampler's results."""
+    """A launched decode step.
+
+    requests: those of the chunks. caches: theirs when it was launched. asks: whether a report needs more than the
+    sampler's results. num_more: steps of the same rows that may follow before ``max_tokens`` ends an answer.
+    """
 
     chunks: Sequence[ScheduledChunk]
+    requests: Sequence[Request]
     caches: Sequence[SequenceCache]
-    asks: Sequence[bool]
+    asks: bool
+    num_more: int
     begun: StepBegun
     begun_at: float
 
+    @classmethod
+    def of(
+        cls, chunks: Sequence[ScheduledChunk], ahead: Mapping[Request, int], begun: StepBegun, at: float
+    ) -> "Flight":
+        """Notes a step launched at a time of the clock. ahead: requests whose last token was not read yet."""
+        requests = [chunk.request for chunk in chunks]
+        asks = any(request.needs_logits for request in requests)
+        known = min(request.params.max_tokens - len(request.output_ids) - (request in ahead) for request in requests)
+        return cls(chunks, requests, [request.caches for request in requests], asks, known - 1, begun, at)
+
+    def repeated(self, begun: StepBegun, at: float) -> "Flight":
+        """Returns the next step of the same rows."""
+        return Flight(self.chunks, self.requests, self.caches, self.asks, self.num_more - 1, begun, at)
+
+    def repeats(self, chunks: Sequence[ScheduledChunk]) -> bool:
+        """Returns True if these chunks are one more step of the same rows, none of which has had its last token."""
+        is_same = self.num_more > 0 and self.chunks == chunks
+        return is_same and [request.cache for request in self.requests] == self.caches
+
     def rows(self) -> dict[Request, int]:
         """Returns the rows of the requests that are still where this step leaves them."""
-        pairs = zip(self.chunks, self.caches, strict=True)
-        return {chunk.request: row for row, (chunk, cache) in enumerate(pairs) if chunk.request.cache is cache}
+        pairs = zip(self.requests, self.caches, strict=True)
+        return {request: row for row, (request, cache) in enumerate(pairs) if request.cache is cache}
 
     def release_left(self, others: "Sequence[Flight]") -> None:
         """Gives back the caches that requests have left since, except those in others' rows."""
-        for chunk, cache in zip(self.chunks, self.caches, strict=True):
-            if chunk.request.cache is not cache and not any(cache in other.caches for other in others):
+        for request, cache in zip(self.requests, self.caches, strict=True):
+            if request.cache is not cache and not any(cache in other.caches for other in others):
                 cache.release()
-
-
-@dataclass
-class StepTimes:
-    """Seconds since the start, on the host's clock. num_steps: steps read. busy_s: a step was launched and not read.
-    gap_s: none was, between two steps, although there was work."""
-
-    num_steps: int = 0
-    busy_s: float = 0.0
-    gap_s: float = 0.0
-    _read_at: float | None = None
-
-    def add(self, begun_at: float, read_at: float) -> None:
-        """Counts a step, launched and read at these times of the clock."""
-        self.num_steps += 1
-        since = begun_at if self._read_at is None else self._read_at
-        self.gap_s += max(begun_at - since, 0.0)
-        self.busy_s += read_at - max(begun_at, since)
-        self._read_at = read_at
-
-    def pause(self) -> None:
-        """Notes that there is no work: what follows is no gap."""
-        self._read_at = None

@@ -6,8 +6,6 @@ The engine's thread writes; any other may read a number at any time, and sees th
 from bisect import bisect_left
 from dataclasses import dataclass, field
 
-from ownpath.engine.flight import StepTimes
-
 STEP_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 50, 300)
 """Upper bounds of a step's buckets, from the fastest decode step to the default limit of the watchdog."""
 GAP_SECONDS = (5e-6, 1e-5, 2e-5, 3e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 5e-2, 0.25, 1)
@@ -28,6 +26,44 @@ class Durations:
         self.total_s += seconds
 
 
+@dataclass
+class StepTimes:
+    """Times of steps on the host's clock, in seconds.
+
+    busy: of each step, from its launch, or from the end of the step before it, until it was read. gaps: between two
+    steps in a row while there was work, in which none was launched; 0 where the next was launched before.
+    """
+
+    busy: Durations = field(default_factory=lambda: Durations(STEP_SECONDS))
+    gaps: Durations = field(default_factory=lambda: Durations(GAP_SECONDS))
+    num_steps: int = 0
+    _read_at: float | None = None
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds in which a step was launched and not read."""
+        return self.busy.total_s
+
+    @property
+    def gap_s(self) -> float:
+        """Seconds in which none was, although there was work."""
+        return self.gaps.total_s
+
+    def add(self, begun_at: float, read_at: float) -> None:
+        """Counts a step, launched and read at these times of the clock."""
+        self.num_steps += 1
+        since = begun_at
+        if self._read_at is not None:
+            since = max(begun_at, self._read_at)
+            self.gaps.observe(since - self._read_at)
+        self.busy.observe(read_at - since)
+        self._read_at = read_at
+
+    def pause(self) -> None:
+        """Notes that there is no work: what follows is no gap."""
+        self._read_at = None
+
+
 @dataclass(frozen=True)
 class Usage:
     """Something limited: how many are taken, and how many there are."""
@@ -43,10 +79,8 @@ class EngineCounts:
     num_preempted: times that a running request was sent back to wait. num_prefix_queried: prompt tokens looked up in
     the prefix cache; num_prefix_hit: of those, found there, so not computed again. num_prefix_hits: requests that found
     any. num_snapshots_taken, num_snapshots_evicted: of sequences, for later ones; num_blocks_evicted: whose keys were
-    kept for later ones until somebody needed their memory. num_step_retries: steps that failed
-    and were run again, request by request.
-    step_times: from a step's launch to the time when its tokens are known. gap_times: that the device waits between two
-    steps in a row, while there is work.
+    kept for later ones until somebody needed their memory. num_step_retries: steps that failed and were run again,
+    request by request.
     """
 
     num_preempted: int = 0
@@ -57,8 +91,6 @@ class EngineCounts:
     num_snapshots_evicted: int = 0
     num_blocks_evicted: int = 0
     num_step_retries: int = 0
-    step_times: Durations = field(default_factory=lambda: Durations(STEP_SECONDS))
-    gap_times: Durations = field(default_factory=lambda: Durations(GAP_SECONDS))
 
 
 @dataclass(frozen=True)
@@ -66,8 +98,8 @@ class EngineLoad:
     """num_running, num_waiting: requests. cache_use: share of the caches' tokens that running requests fill.
 
     Since the engine started: num_compiled, kernels that steps had to compile, or to take from Triton's cache;
-    num_captured, graphs that they had to capture. Both should stay 0.
-    ``counts`` has the rest, and goes on counting. times: of steps.
+    num_captured, graphs that they had to capture. Both should stay 0. ``counts`` and ``times`` have the rest, and go on
+    counting.
     blocks, slots: of the caches; a block that only the prefix cache holds counts as free, for whoever needs it gets it.
     """
 

@@ -5,6 +5,7 @@ than the caches could hold at their longest; when they do not fit any more, the 
 """
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -72,6 +73,7 @@ class RequestMemory:
             logger.exception("no cache for a request of %d tokens", request.num_tokens)
             return True
         self._note_room(request)
+        request.begun_at = request.begun_at or time.monotonic()
         return True
 
     def extend(self, request: Request) -> bool:

@@ -20,7 +20,7 @@ class Reporter:
         output = request.with_end(output, self._end_token_ids)
         if output.finish_reason is not None:
             self._close(request)
-        if output != StepOutput():
+        if output.token is not None or output.prompt or output.finish_reason is not None:
             self._deliver(request, output)
 
     def fail(self, request: Request, message: str, non_finite: NonFinite | None = None) -> None:

@@ -19,6 +19,7 @@ from ownpath.engine.limits import (
     SEED_LIMIT,
     TOP_K_LIMIT,
 )
+from ownpath.engine.masks import Matcher
 from ownpath.engine.request_prefix import RequestPrefix
 
 ROOM_AHEAD = 2
@@ -44,7 +45,7 @@ class SamplingParams:
     top_p: sample among the likeliest tokens that together reach this probability.
     seed: same seed, prompt and parameters: same tokens, whatever else runs. None draws a fresh one.
     num_logprobs: None reports no log-probabilities; n reports the token's own and the n likeliest.
-    prompt_logprobs: also report them for the prompt's tokens.
+    prompt_logprobs: the same for the prompt's tokens, each once the whole prompt has been read.
     top_k: sample among so many of the likeliest tokens; 0 among all.
     min_p: sample among tokens with at least this share of the likeliest one's probability.
     ignore_eos: the model's end tokens end nothing. stop_token_ids: tokens that end the answer beside them.
@@ -59,7 +60,7 @@ class SamplingParams:
     top_p: float = 1.0
     seed: int | None = None
     num_logprobs: int | None = None
-    prompt_logprobs: bool = False
+    prompt_logprobs: int | None = None
     top_k: int = 0
     min_p: float = 0.0
     ignore_eos: bool = False
@@ -88,10 +89,9 @@ class SamplingParams:
                 self.seed is None or -SEED_LIMIT <= self.seed < SEED_LIMIT,
                 "must be a 64-bit integer",
             ),
-            (
-                "num_logprobs",
-                self.num_logprobs is None or 0 <= self.num_logprobs <= MAX_TOP_LOGPROBS,
-                f"must be between 0 and {MAX_TOP_LOGPROBS}",
+            *(
+                (name, value is None or 0 <= value <= MAX_TOP_LOGPROBS, f"must be between 0 and {MAX_TOP_LOGPROBS}")
+                for name, value in (("num_logprobs", self.num_logprobs), ("prompt_logprobs", self.prompt_logprobs))
             ),
         )
         for name, holds, problem in checks:
@@ -166,11 +166,13 @@ class ScoredToken:
 
     Log-probabilities are the model's own, over the tokenizer's vocabulary, before temperature and top_p.
     ``None``: not asked for, or a prompt's first token, which nothing precedes.
+    rank: of a prompt's token, its place among all, from 1; of equal ones outside ``top_logprobs`` the last.
     """
 
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,8 @@ class Request:
     sink: called with every output, from the engine's thread; must not block.
     salt: only requests with the same one share what caches hold. prefix: what the prefix cache knows of this request.
     has_failed: its numbers are not to be trusted.
+    begun_at: when it first ran, as ``time.monotonic``; ``None`` while it waits.
+    matcher: the grammar that the answer must fit, at the state where ``output_ids`` leave it; ``None``: none.
     """
 
     prompt_ids: list[int]
@@ -226,6 +230,8 @@ class Request:
     salt: str = ""
     prefix: RequestPrefix | None = None
     has_failed: bool = False
+    begun_at: float | None = None
+    matcher: Matcher | None = None
 
     def __post_init__(self) -> None:
         fresh = secrets.randbelow(2 * SEED_LIMIT) - SEED_LIMIT
@@ -256,7 +262,7 @@ class Request:
         """The most tokens that need not be computed: not the last, whose logits are wanted, and none of a prompt that
         is still to be scored."""
         is_scored = len(self.scored_prompt) >= len(self.prompt_ids) - 1
-        return 0 if self.params.prompt_logprobs and not is_scored else self.num_tokens - 1
+        return 0 if self.params.prompt_logprobs is not None and not is_scored else self.num_tokens - 1
 
     @property
     def most_next(self) -> int:
@@ -284,7 +290,7 @@ class Request:
     @property
     def needs_room(self) -> bool:
         """True if its blocks do not hold its next tokens, see ``ROOM_AHEAD``."""
-        return self.num_computed + 1 + ROOM_AHEAD > self.room and self.may_grow
+        return self.num_computed >= self.room - ROOM_AHEAD and self.may_grow
 
     @property
     def is_prefilling(self) -> bool:
@@ -294,8 +300,8 @@ class Request:
     def is_reading(self) -> bool:
         """True while more is to be run than the last token of an answer: the prompt, and after it was sent back, the
         answer so far as well."""
-        num_prompt = len(self.prompt_ids)
-        return self.num_computed < max(num_prompt, num_prompt + len(self.output_ids) - 1)
+        num_drawn = len(self.output_ids)
+        return self.num_computed < len(self.prompt_ids) + num_drawn - (num_drawn > 0)
 
     @property
     def needs_logits(self) -> bool:
@@ -308,14 +314,21 @@ class Request:
         return len(self.output_ids) < self.params.min_tokens
 
     @property
+    def adjusts(self) -> bool:
+        """True if logits change before a token is chosen, in some step at least."""
+        return self.params.adjusts or self.matcher is not None
+
+    @property
     def adjusts_now(self) -> bool:
-        """True if the logits of the next token change before it is chosen."""
-        return self.params.has_penalties or bool(self.params.logit_bias) or self.must_go_on
+        """True if the logits of the next token change before it is chosen. How, depends on the token before it."""
+        params = self.params
+        return params.has_penalties or bool(params.logit_bias) or self.must_go_on or self.matcher is not None
 
     def with_end(self, output: StepOutput, end_token_ids: frozenset[int]) -> StepOutput:
         """Returns a step's output and why the answer ends with it, if it does. end_token_ids: the model's."""
         params, last = self.params, self.output_ids[-1] if self.output_ids else None
-        if last in end_token_ids and not params.ignore_eos:
+        # A grammar lets an end token through where nothing else may follow, even if end tokens are to be ignored.
+        if last in end_token_ids and (not params.ignore_eos or self.matcher is not None):
             return replace(output, finish_reason=FinishReason.STOP)
         if last in params.stop_token_ids:
             return replace(output, finish_reason=FinishReason.STOP, stop_token_id=last)

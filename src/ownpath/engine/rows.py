@@ -177,6 +177,10 @@ class RowArrays:
         columns = self.columns
         columns.tokens.addcmul_(drawn_R.index_select(0, columns.sources), columns.carries)
 
+    def forget(self) -> None:
+        """Sends every block table with the next rows: nobody knows which have arrived."""
+        self._held = [()] * len(self._held)
+
     def _stage_blocks(self, tables: Sequence[tuple[int, ...]], host: "_HostArrays") -> slice | None:
         """Writes the rows' block tables from the first that changes on the device to the last."""
         wanted = [*tables, *[None] * (len(self._held) - len(tables))]
@@ -264,11 +268,35 @@ class ResidentRows(NamedTuple):
             one.greedy or own == other for one, own, other in zip(self.params, ours, theirs, strict=True)
         )
 
-    def advanced(self, token_ids: list[int]) -> "ResidentRows":
-        """Returns the rows after a step that chooses these tokens."""
-        ahead = [position + 1 for position in self.positions]
-        drawn = [count + 1 for count in self.num_drawn]
-        return self._replace(positions=ahead, token_ids=token_ids, num_drawn=drawn)
+
+class HeldRows:
+    """The rows that the device goes on with, step by step. caches: theirs. first: the rows of the first step.
+
+    positions: of the next step. num_left: steps until the first row's memory is full. token_ids: what the last step
+    drew; ``None``: nobody has read that yet.
+    """
+
+    def __init__(self, caches: Sequence[SequenceCache], first: ResidentRows) -> None:
+        self.caches, self.first, self.positions = caches, first, first.positions
+        self.num_left = min(cache.max_tokens - at for cache, at in zip(caches, first.positions, strict=True))
+        self.token_ids: list[int] | None = None
+        self._num_steps = 0
+
+    def are_those_of(self, pool: CachePool) -> bool:
+        """Returns True if the caches have the block tables and lengths that the device has."""
+        lengths, blocks = pool.slots.lengths, [cache.blocks for cache in self.caches]
+        return blocks == self.first.blocks and [lengths[slot] for slot in self.first.slots] == self.positions
+
+    def advance(self) -> None:
+        """Notes that a step is launched."""
+        self._num_steps, self.num_left, self.token_ids = self._num_steps + 1, self.num_left - 1, None
+        self.positions = [position + 1 for position in self.positions]
+
+    def rows(self) -> ResidentRows:
+        """Returns the rows as the last step leaves them, with names of tokens that nobody has read."""
+        names = [unread(row) for row in range(len(self.caches))] if self.token_ids is None else self.token_ids
+        drawn = [count + self._num_steps for count in self.first.num_drawn]
+        return self.first._replace(positions=self.positions, token_ids=names, num_drawn=drawn)
 
 
 class StepResults:

@@ -13,7 +13,8 @@ import torch
 
 from ownpath.cache.layout import aligned_rows
 from ownpath.engine.adjust import AdjustedRows, Adjuster
-from ownpath.engine.request import Request, SamplingParams, ScoredToken
+from ownpath.engine.request import NonFinite, Request, SamplingParams, ScoredToken
+from ownpath.engine.tops import Top
 from ownpath.kernels.registry import KERNELS
 from ownpath.kernels.sample.types import FilterRows, Sampled, SampleKernel, SampleRows
 from ownpath.loading import device_caps
@@ -24,18 +25,34 @@ NAN_BITS = 0x7FC00000
 """A float32 NaN as an integer."""
 NUM_SAMPLED = len(Sampled._fields)
 """Rows of a step's results that the sampler writes."""
+_SCORED_TOGETHER = 256
+"""Rows: at 129,280 tokens, some 400 MB beside the logits."""
 NON_FINITE = "the model produced a logit that is not finite"
 
 
-class NonFiniteLogits(RuntimeError):
+class RowFailed(RuntimeError):
+    """A row without a token, which ends its request alone. non_finite: what was NaN or infinite, if that is why."""
+
+    non_finite: NonFinite | None = None
+
+
+class NonFiniteLogits(RowFailed):
     """A row of logits that holds NaN or infinity: no token can be chosen from it."""
 
+    non_finite = NonFinite.LOGITS
 
-class NonFiniteIndexScores(RuntimeError):
+
+class NonFiniteIndexScores(RowFailed):
     """An indexer's scores of a request's entries hold NaN or infinity: its answer may rest on the wrong entries."""
+
+    non_finite = NonFinite.INDEX_SCORES
 
     def __init__(self, layer_idx: int) -> None:
         super().__init__(f"the indexer of layer {layer_idx} produced a score that is not finite")
+
+
+class GrammarFailed(RowFailed):
+    """A grammar that cannot go on in the middle of an answer."""
 
 
 class SampleRow(NamedTuple):
@@ -51,14 +68,15 @@ class SampleRow(NamedTuple):
 
 class Drawn(NamedTuple):
     """A row's token, ``None`` if none is due or a logit is not finite, and its log-prob by the raw logits, before
-    temperature and filters: NaN if nobody asks for it."""
+    temperature and filters: NaN if nobody asks for it. top: the likeliest tokens that its request asks for."""
 
     token_id: int | None = None
     logprob: float = math.nan
+    top: Top = ()
 
 
 class Chosen(NamedTuple):
-    """Columns of ``Drawn``, a row each."""
+    """Tokens and log-probs of rows, as ``Drawn`` has them."""
 
     token_ids: list[int | None]
     logprobs: list[float]
@@ -67,6 +85,12 @@ class Chosen(NamedTuple):
 def sample_row(request: Request) -> SampleRow:
     """Returns how a request draws its next token."""
     return SampleRow(request.params, request.seed, len(request.output_ids))
+
+
+def no_token(request: Request) -> RowFailed:
+    """Returns why a row that was to draw has no token."""
+    problem = None if request.matcher is None else request.matcher.problem
+    return NonFiniteLogits(NON_FINITE) if problem is None else GrammarFailed(problem)
 
 
 def finite_rows(logits_RV: torch.Tensor) -> list[bool]:
@@ -92,25 +116,31 @@ def choose_tokens(logits_SV: torch.Tensor, rows: Sequence[SampleRow], adjusted: 
     kernel, operand = sampler_of(device)
     out = sampled_views(found, count)
     out = out if asks else out._replace(logprob_T=None)
-    kernel.run(logits_SV.float(), _sample_rows(rows, device), operand, out=out)
+    if adjusted is None or len(adjusted.where_S) < count:
+        kernel.run(logits_SV.float(), _sample_rows(rows, device), operand, out=out)
     if adjusted is not None:
-        draw_adjusted(logits_SV, adjusted, found)
+        draw_adjusted(logits_SV, adjusted, found, scores=asks)
     read = found.numpy(force=True)[:, :count]
     tokens, faults = read[:2].tolist()
     kept = [None if fault else token for token, fault in zip(tokens, faults, strict=True)]
     return Chosen(kept, read[2].view(np.float32).tolist())
 
 
-def draw_adjusted(logits_TV: torch.Tensor, adjusted: AdjustedRows, found: torch.Tensor) -> torch.Tensor:
+def draw_adjusted(
+    logits_TV: torch.Tensor, adjusted: AdjustedRows, found: torch.Tensor, *, scores: bool = True
+) -> torch.Tensor:
     """Draws the rows whose logits change, and writes them over what ``found``, int32 [3 or more, R], has of them.
 
-    Returns their tokens, int32 [S]. Does not wait. Every call has filters, penalties and bias: one variant.
+    scores: with log-probs. Returns their tokens, int32 [S]. Waits for the masks of grammars alone. Every call has
+    filters, penalties and bias: one variant, and another with masks.
     """
     kernel, operand = sampler_of(logits_TV.device)
     count = len(adjusted.where_S)
     drawn = torch.empty(NUM_SAMPLED, aligned_rows(count), dtype=torch.int32, device=logits_TV.device)
     out = sampled_views(drawn, count)
-    kernel.run(logits_TV[adjusted.where_S].float(), adjusted.rows, operand, out=out)
+    if not scores:
+        drawn[-1], out = NAN_BITS, out._replace(logprob_T=None)
+    kernel.run(logits_TV[adjusted.where_S].float(), adjusted.masked_rows(), operand, out=out)
     found[:NUM_SAMPLED].index_copy_(1, adjusted.where_S, drawn[:, :count])
     return out.token_T
 
@@ -122,7 +152,7 @@ def sampled_views(chosen: torch.Tensor, count: int) -> Sampled:
 
 
 def warm_up_sampler(device: torch.device | str, num_vocab: int) -> None:
-    """Draws from made-up logits with and without filters, and with adjusted logits, so that no later step
+    """Draws from made-up logits with and without filters, and with adjusted and masked logits, so that no later step
     compiles anything."""
     logits_SV = torch.zeros(2, num_vocab, device=device)
     for top_p in (1.0, 0.5):
@@ -130,7 +160,11 @@ def warm_up_sampler(device: torch.device | str, num_vocab: int) -> None:
     params = SamplingParams(1, repetition_penalty=1.5, logit_bias=((0, 1.0),), min_tokens=1)
     adjuster, request = Adjuster(num_vocab, logits_SV.device, frozenset()), Request([0], params, lambda _: None)
     adjuster.add(request)
-    choose_tokens(logits_SV[:1], [sample_row(request)], adjuster.rows_of([request]))
+    adjusted = adjuster.rows_of([request])
+    assert adjusted is not None
+    mask_TW = torch.full((1, -(-num_vocab // 32)), -1, dtype=torch.int32, device=logits_SV.device)
+    for rows in (adjusted.rows, adjusted.rows._replace(mask_TW=mask_TW)):
+        choose_tokens(logits_SV[:1], [sample_row(request)], adjusted._replace(rows=rows))
 
 
 @lru_cache(maxsize=16)
@@ -161,30 +195,35 @@ def _sample_rows(rows: Sequence[SampleRow], device: torch.device) -> SampleRows:
     )
 
 
-def with_top(token_id: int, logprob: float, logits_1V: torch.Tensor, num_top: int) -> ScoredToken:
-    """Returns a chosen token with its log-prob, as the sampler computed it, and with the ``num_top`` likeliest of its
-    row, which cost a pass of their own. Among those it keeps the sampler's number. Errors: NonFiniteLogits."""
-    if not num_top:
-        return ScoredToken(token_id, logprob)
-    (scored,) = score_tokens(logits_1V, [token_id], num_top)
-    tops = tuple((other, logprob if other == token_id else value) for other, value in scored.top_logprobs)
-    return ScoredToken(token_id, logprob, tops)
-
-
 def score_tokens(logits_RV: torch.Tensor, token_ids: Sequence[int], num_top: int) -> list[ScoredToken]:
-    """Returns the log-probability of one given token per row, and the ``num_top`` likeliest of the row.
+    """Returns the log-probability and rank of one given token per row, and the ``num_top`` likeliest of the row.
 
     Shapes: logits_RV float32 [R, V]; token_ids R ids.
     Errors: NonFiniteLogits.
     """
+    scored: list[ScoredToken] = []
+    for start in range(0, len(token_ids), _SCORED_TOGETHER):
+        stop = start + _SCORED_TOGETHER
+        scored += _score_some(logits_RV[start:stop], token_ids[start:stop], num_top)
+    return scored
+
+
+def _score_some(logits_RV: torch.Tensor, token_ids: Sequence[int], num_top: int) -> list[ScoredToken]:
     if not all(finite_rows(logits_RV)):
         raise NonFiniteLogits(NON_FINITE)
     logprobs_RV = torch.log_softmax(logits_RV.float(), dim=-1)
     ids_R1 = torch.tensor(list(token_ids), dtype=torch.int64, device=logits_RV.device).unsqueeze(-1)
-    own: list[float] = logprobs_RV.gather(-1, ids_R1).squeeze(-1).tolist()
+    own_R1 = logprobs_RV.gather(-1, ids_R1)
+    own: list[float] = own_R1.squeeze(-1).tolist()
+    ranks: list[int] = (logprobs_RV >= own_R1).sum(-1).tolist()
     top = logprobs_RV.topk(min(num_top, logprobs_RV.shape[-1]), dim=-1)
     tops = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return [
-        ScoredToken(token_id, logprob, tuple(zip(ids, values, strict=True)))
-        for token_id, logprob, (ids, values) in zip(token_ids, own, tops, strict=True)
+        ScoredToken(token_id, logprob, tuple(zip(ids, values, strict=True)), _place(ids, token_id, rank))
+        for token_id, logprob, rank, (ids, values) in zip(token_ids, own, ranks, tops, strict=True)
     ]
+
+
+def _place(likeliest: list[int], token_id: int, rank: int) -> int:
+    """Returns a token's rank: its place among the likeliest, where it is one of them."""
+    return likeliest.index(token_id) + 1 if token_id in likeliest else rank

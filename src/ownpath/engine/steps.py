@@ -13,7 +13,7 @@ from one to the next while the host reads, reports and schedules. At most two ar
   rows' logits change by what was drawn. Steps by ``forward`` wait for all before them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import perf_counter
 from typing import Protocol
 
@@ -24,23 +24,31 @@ from ownpath.engine.adjust import Adjuster
 from ownpath.engine.batch import LogitsShare, build_batch, decode_share
 from ownpath.engine.decoder import Decoder
 from ownpath.engine.flags import IndexFlags, tell_flagged
-from ownpath.engine.flight import Flight, StepTimes
+from ownpath.engine.flight import Flight
+from ownpath.engine.load import StepTimes
 from ownpath.engine.memory import CachingModel
 from ownpath.engine.reports import Reporter
-from ownpath.engine.request import NonFinite, Request, ScoredToken, StepOutput, plain_output
+from ownpath.engine.request import Request, ScoredToken, StepOutput, plain_output
 from ownpath.engine.rows import step_rows
 from ownpath.engine.sampler import (
-    NON_FINITE,
     Drawn,
     NonFiniteIndexScores,
-    NonFiniteLogits,
+    RowFailed,
     choose_tokens,
+    no_token,
     sample_row,
     score_tokens,
-    with_top,
 )
 from ownpath.engine.scheduler import ScheduledChunk
+from ownpath.engine.tops import Top, top_tokens, with_own
 from ownpath.model.batch import ForwardBatch
+
+MOST_ALONE, MOST_BESIDE = 16, 64
+"""The most tokens of a request that are read a token a step, where requests read alone, and beside answers that go on.
+
+On an H200 a graph of the embedded model takes 0.25 ms, whatever its rows. A ``forward`` takes 8 ms with a short prompt,
+27 with 8 and 100 with 64, and answers beside them wait as long.
+"""
 
 
 class LanguageModel(CachingModel, Protocol):
@@ -50,6 +58,11 @@ class LanguageModel(CachingModel, Protocol):
     def config(self) -> ModelConfig: ...
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor: ...
+
+
+def wanted_tops(rows: Iterable[tuple[int, Request]]) -> dict[int, int]:
+    """Returns the rows of logits, given with their requests, that likeliest tokens are wanted of, and how many."""
+    return {row: request.params.num_logprobs for row, request in rows if request.params.num_logprobs}
 
 
 class StepRunner:
@@ -94,6 +107,17 @@ class StepRunner:
             self._forward(chunks)
             self.times.add(begun, perf_counter())
 
+    def in_rows(self, chunks: list[ScheduledChunk]) -> list[ScheduledChunk]:
+        """Returns the chunks with one token each if a graph runs such a step and no request has many tokens to read;
+        otherwise as they are."""
+        longer = [chunk for chunk in chunks if chunk.num_tokens > 1]
+        if self._decoder is None or not longer or not self._decoder.has_graph(len(chunks)):
+            return chunks
+        most = MOST_ALONE if all(chunk.request.is_reading for chunk in chunks) else MOST_BESIDE
+        if any(one.request.num_pending > most or one.request.params.prompt_logprobs is not None for one in longer):
+            return chunks
+        return [chunk if chunk.num_tokens == 1 else chunk._replace(num_tokens=1) for chunk in chunks]
+
     def settle(self) -> None:
         """Reads the steps that are launched and reports them: every request is then where its cache is."""
         while self._flights:
@@ -123,6 +147,7 @@ class StepRunner:
     def _forward(self, chunks: Sequence[ScheduledChunk]) -> None:
         """Runs a step by the model's ``forward``."""
         batch, shares = build_batch(chunks, self._device)
+        self._adjuster.start(chunk.request for chunk in chunks if chunk.reaches_end)
         logits_RV = self._model.forward(batch)[:, : self._num_vocab]
         drawn = self._sample(logits_RV, shares)
         self._flags.note(batch.tables, [chunk.request for chunk in chunks])
@@ -135,24 +160,35 @@ class StepRunner:
         """Launches a decode step, and reads the one before."""
         if self._adjuster.waits_for_tokens(chunk.request for chunk in chunks):
             self.settle()
-        ahead = self._flights[-1].rows() if self._flights else {}
-        chunks = [chunk for chunk in chunks if chunk.request.cache is not None and not _ends(chunk.request, ahead)]
-        num_flying = int(bool(chunks) and self._launch(decoder, chunks, ahead))
+        last, num_flying = self._flights[-1] if self._flights else None, 0
+        if last is not None and last.repeats(chunks) and decoder.can_repeat:
+            self._launch(lambda at: last.repeated(decoder.repeat(), at))
+            num_flying = 1
+        else:
+            ahead = {} if last is None else last.rows()
+            chunks = [chunk for chunk in chunks if chunk.request.cache is not None and not _ends(chunk.request, ahead)]
+            if chunks:
+                flight = self._launch(lambda at: self._begun(decoder, chunks, ahead, at))
+                num_flying = int(decoder.has_graph(len(chunks)) and not flight.asks)
         while len(self._flights) > num_flying:
             self._land()
 
-    def _launch(self, decoder: Decoder, chunks: Sequence[ScheduledChunk], ahead: Mapping[Request, int]) -> bool:
-        """Launches a decode step. Returns True if it need not be read before the next one is launched."""
-        requests, begun_at = [chunk.request for chunk in chunks], perf_counter()
-        asks = [request.needs_logits for request in requests]
+    def _launch(self, launch: Callable[[float], Flight]) -> Flight:
+        """Launches a step. launch: is given the time."""
         try:
-            begun = decoder.begin(step_rows(requests, ahead), self._adjuster.rows_of(requests))
+            flight = launch(perf_counter())
         except Exception:
             self.settle()  # the step before is whole
             raise
-        may_fly = decoder.has_graph(len(chunks)) and not any(asks)
-        self._flights.append(Flight(chunks, [request.caches for request in requests], asks, begun, begun_at))
-        return may_fly
+        self._flights.append(flight)
+        return flight
+
+    def _begun(
+        self, decoder: Decoder, chunks: Sequence[ScheduledChunk], ahead: Mapping[Request, int], at: float
+    ) -> Flight:
+        requests = [chunk.request for chunk in chunks]
+        begun = decoder.begin(step_rows(requests, ahead), self._adjuster.rows_of(requests))
+        return Flight.of(chunks, ahead, begun, at)
 
     def _land(self) -> None:
         """Reads the oldest step and reports it.
@@ -164,15 +200,19 @@ class StepRunner:
         done = self._decoder.finish(flight.begun)
         self.times.add(flight.begun_at, perf_counter())
         self._flags.read()
-        tell_flagged(done.flagged, [chunk.request for chunk in flight.chunks])
-        rows = zip(flight.chunks, flight.caches, flight.asks, done.token_ids, strict=True)
-        for row, (chunk, cache, asks, token_id) in enumerate(rows):
-            request = chunk.request
+        if done.flagged:
+            tell_flagged(done.flagged, flight.requests)
+        rows = [*zip(flight.requests, flight.caches, done.token_ids, strict=True)]
+        tops: dict[int, Top] = {}
+        if flight.asks:
+            live = [(row, request) for row, (request, cache, _) in enumerate(rows) if request.cache is cache]
+            tops = top_tokens(done.logits_TV, wanted_tops(live))
+        for row, (request, cache, token_id) in enumerate(rows):
             if request.cache is not cache:
                 continue  # it ended while this step ran
-            if token_id is None or asks or request.flagged_layer is not None:
-                share, drawn = decode_share(row, chunk), Drawn(token_id, float(done.logprobs_T[row]))
-                self._answer(share, drawn, done.logits_TV)
+            if token_id is None or request.flagged_layer is not None or (flight.asks and request.needs_logits):
+                drawn = Drawn(token_id, float(done.logprobs_T[row]), tops.get(row, ()))
+                self._answer(decode_share(row, flight.chunks[row]), drawn, done.logits_TV)
             elif request.params.num_logprobs is None:
                 self._extend(request, token_id, plain_output(token_id))
             else:
@@ -195,8 +235,9 @@ class StepRunner:
             requests = [shares[n].chunk.request for n in due]
             rows, adjusted = [sample_row(one) for one in requests], self._adjuster.rows_of(requests)
             found = choose_tokens(logits_RV[list(due.values())], rows, adjusted)
-            for n, token_id, logprob in zip(due, *found, strict=True):
-                drawn[n] = Drawn(token_id, logprob)
+            tops = top_tokens(logits_RV, wanted_tops(zip(due.values(), requests, strict=True)))
+            for (n, row), token_id, logprob in zip(due.items(), *found, strict=True):
+                drawn[n] = Drawn(token_id, logprob, tops.get(row, ()))
         return drawn
 
     def _answer(self, share: LogitsShare, drawn: Drawn, logits_RV: torch.Tensor) -> None:
@@ -204,10 +245,8 @@ class StepRunner:
         request = share.chunk.request
         try:
             output = self._advance(share, drawn, logits_RV)
-        except NonFiniteLogits as error:
-            self._reporter.fail(request, str(error), NonFinite.LOGITS)
-        except NonFiniteIndexScores as error:
-            self._reporter.fail(request, str(error), NonFinite.INDEX_SCORES)
+        except RowFailed as error:
+            self._reporter.fail(request, str(error), error.non_finite)
         else:
             self._reporter.tell(request, output)
 
@@ -216,22 +255,22 @@ class StepRunner:
         if request.flagged_layer is not None:
             raise NonFiniteIndexScores(request.flagged_layer)
         if share.sample_row is not None and drawn.token_id is None:
-            raise NonFiniteLogits(NON_FINITE)
-        num_top, scored, token = params.num_logprobs or 0, [], None
+            raise no_token(request)
+        scored, token = [], None
         if share.scored_ids:
             rows = logits_RV[share.start : share.start + len(share.scored_ids)]
-            scored = score_tokens(rows, share.scored_ids, num_top)
+            scored = score_tokens(rows, share.scored_ids, params.prompt_logprobs or 0)
         if share.sample_row is not None and drawn.token_id is not None:
             token = ScoredToken(drawn.token_id)
             if params.num_logprobs is not None:
-                row = logits_RV[share.sample_row : share.sample_row + 1]
-                token = with_top(drawn.token_id, drawn.logprob, row, num_top)
+                top = with_own(drawn.top, drawn.token_id, drawn.logprob)
+                token = ScoredToken(drawn.token_id, drawn.logprob, top)
         # All or nothing from here on: a step that fails before may be run again.
         request.scored_prompt += scored
         request.output_ids += [] if token is None else [token.token_id]
         request.num_computed += share.chunk.num_tokens
         prompt: tuple[ScoredToken, ...] = ()
-        if share.ends_prompt and params.prompt_logprobs:
+        if share.ends_prompt and params.prompt_logprobs is not None:
             prompt = (ScoredToken(request.prompt_ids[0]), *request.scored_prompt)
         return StepOutput(prompt, token)
 

@@ -147,7 +147,7 @@ def _add_output(seen: PromptOutput, output: StepOutput) -> PromptOutput:
 
 
 def _params(max_tokens: int) -> SamplingParams:
-    return SamplingParams(max_tokens, temperature=0, num_logprobs=MAX_TOP_LOGPROBS, prompt_logprobs=True)
+    return SamplingParams(max_tokens, temperature=0, num_logprobs=MAX_TOP_LOGPROBS, prompt_logprobs=MAX_TOP_LOGPROBS)
 
 
 def _texts(tokenizer: Tokenizer, num_tokens: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -26,6 +26,24 @@ _ERROR: Schema = {
     },
     "required": ["error"],
 }
+_MESSAGES_ERROR: Schema = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+            "required": ["type", "message"],
+        },
+        "request_id": {"type": ["string", "null"]},
+    },
+    "required": ["type", "error", "request_id"],
+}
+_KEYS: Schema = {
+    "key": {"type": "http", "scheme": "bearer"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
+}
+"""Ways to send a key."""
 
 
 class ApiReference:
@@ -46,21 +64,21 @@ def description(*, has_debug: bool) -> Schema:
     for route in served_routes(has_debug=has_debug):
         path = route.path.replace(":path}", "}")
         paths.setdefault(path, {})[route.method.lower()] = _operation(route)
-    schemas = request_schemas() | {"Error": _ERROR}
+    schemas = request_schemas() | {"Error": _ERROR, "MessagesError": _MESSAGES_ERROR}
     version = versions().get("ownpath", "source")
     text = "HEAD is answered wherever GET is. Another path is 404, another method 405."
     return {
         "openapi": "3.1.0",
         "info": {"title": "ownpath", "version": version, "description": text},
         "paths": paths,
-        "components": {"schemas": schemas, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "components": {"schemas": schemas, "securitySchemes": _KEYS},
     }
 
 
 def _operation(route: RouteSpec) -> Schema:
     operation: Schema = {"summary": route.summary, "responses": _responses(route)}
     # A key is asked for only where the server has some: none is a way too.
-    operation["security"] = [{"key": []}, {}] if route.wants_key else []
+    operation["security"] = [*({name: []} for name in _KEYS), {}] if route.wants_key else []
     names = re.findall(r"\{(\w+)", route.path)
     if names:
         operation["parameters"] = [
@@ -83,7 +101,7 @@ def _responses(route: RouteSpec) -> Schema:
     content: Schema = {route.answered.value: {"schema": schema}}
     if route.streams:
         content["text/event-stream"] = {"schema": {"type": "string"}}
-    error = {Answered.JSON.value: {"schema": {"$ref": "#/components/schemas/Error"}}}
+    error = {Answered.JSON.value: {"schema": {"$ref": f"#/components/schemas/{route.error}"}}}
     tells_status = ("status", "string") in route.answer
     responses = {}
     for status in sorted(route.statuses):

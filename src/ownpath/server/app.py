@@ -1,5 +1,6 @@
 """The ASGI application: its paths, what every request passes on its way to them, and its error responses."""
 
+import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -17,23 +18,38 @@ from ownpath.chat.effort import DEFAULT, Release
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.server import errors
 from ownpath.server.access import AccessPolicy
+from ownpath.server.agent_api import AgentApi
 from ownpath.server.api_reference import ApiReference
 from ownpath.server.body import BodyReader, Limits
 from ownpath.server.debug import DebugPlan
 from ownpath.server.fingerprint import system_fingerprint
 from ownpath.server.gate import HostGate, KeyGate
+from ownpath.server.grammar_desk import GrammarDesk
 from ownpath.server.labels import LabelLog
 from ownpath.server.metrics import Metrics
 from ownpath.server.policy import RequestPolicy
 from ownpath.server.request_log import LogRequests, RequestLog
-from ownpath.server.route_table import DOCS_PATH, PAGE_PATH, served_routes
+from ownpath.server.route_table import (
+    COUNT_PATH,
+    DOCS_PATH,
+    INPUT_TOKENS_PATH,
+    MESSAGES_PATH,
+    PAGE_PATH,
+    RESPONSES_PATH,
+    served_routes,
+)
 from ownpath.server.routes import Api
 from ownpath.server.static_page import StaticPage
 from ownpath.server.token_api import TokenApi
+from ownpath.server.traces import TraceRecorder, TraceRequests
 from ownpath.server.vitals import Vitals
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 _DEBUG_PATH = "/debug/plan"
+_ANTHROPIC_HEADERS = (
+    *("X-Api-Key", "Anthropic-Version", "Anthropic-Beta"),
+    "Anthropic-Dangerous-Direct-Browser-Access",
+)
 _LIMITS, _OPEN = Limits(), AccessPolicy()
 
 
@@ -41,13 +57,15 @@ _LIMITS, _OPEN = Limits(), AccessPolicy()
 class Rules:
     """Rules that hold for every request.
 
-    limits: on its body. access: who may send it. timeout_s: from its prompt to the end of its answer.
+    limits: on its body. access: who may send it. timeout_s: from its prompt to the end of its answer. recorder: makes
+    traces; ``None``: there are none.
     """
 
     limits: Limits = _LIMITS
     access: AccessPolicy = _OPEN
     log_requests: LogRequests = LogRequests.OFF
     timeout_s: float = 3600.0
+    recorder: TraceRecorder | None = None
 
 
 def create_app(
@@ -58,12 +76,14 @@ def create_app(
     release: Release | None = None,
     debug: DebugPlan | None = None,
     policy: RequestPolicy | None = None,
+    grammars: GrammarDesk | None = None,
 ) -> Starlette:
     """Creates the application for one model. The engine must be started; the application stops it when it shuts down.
 
     vitals: of the engine that answers.
     release: the release whose ``reasoning_effort`` words the model knows; ``None``: the first.
     policy: what becomes of requests that ask for what is not there, and further names of the model.
+    grammars: compiles what answers must fit; ``None``: its own, which starts with the first such request.
     debug: the data behind ``/debug/plan``; without it there is no such path.
     """
     rules = rules or Rules()
@@ -79,13 +99,17 @@ def create_app(
         metrics,
         rules.timeout_s,
     )
-    api = Api(*base, policy or RequestPolicy(), system_fingerprint(vitals.engine.config), LabelLog())
+    desk = grammars or GrammarDesk(tokenizer, vitals.engine.end_token_ids)
+    api = Api(*base, policy or RequestPolicy(), system_fingerprint(vitals.engine.config), LabelLog(), desk)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
         vitals.engine.stop()
         bodies.close()
+        desk.close()
+        if rules.recorder is not None:
+            await asyncio.to_thread(rules.recorder.close)
 
     endpoints = _endpoints(api, debug)
     declared = served_routes(has_debug=debug is not None)
@@ -106,7 +130,7 @@ def create_app(
 
 def _endpoints(api: Api, debug: DebugPlan | None) -> dict[str, Mapping[str, Endpoint]]:
     """Returns each path with its methods."""
-    tokens, reference = TokenApi(api), ApiReference(has_debug=debug is not None)
+    tokens, agents, reference = TokenApi(api), AgentApi(api), ApiReference(has_debug=debug is not None)
     paths: dict[str, Mapping[str, Endpoint]] = {
         PAGE_PATH: {"GET": StaticPage("page.html").show},
         "/health": {"GET": api.health},
@@ -116,8 +140,13 @@ def _endpoints(api: Api, debug: DebugPlan | None) -> dict[str, Mapping[str, Endp
         "/v1/models/{model_id:path}": {"GET": api.model},
         "/v1/completions": {"POST": api.completions},
         "/v1/chat/completions": {"POST": api.chat_completions},
+        RESPONSES_PATH: {"POST": agents.responses},
+        INPUT_TOKENS_PATH: {"POST": agents.input_tokens},
+        MESSAGES_PATH: {"POST": agents.messages},
+        COUNT_PATH: {"POST": agents.count_tokens},
         "/tokenize": {"POST": tokens.tokenize},
         "/detokenize": {"POST": tokens.detokenize},
+        "/tokenizer_info": {"GET": tokens.tokenizer_info},
         "/version": {"GET": tokens.version},
         "/openapi.json": {"GET": reference.describe},
         DOCS_PATH: {"GET": StaticPage("docs.html").show},
@@ -128,7 +157,8 @@ def _endpoints(api: Api, debug: DebugPlan | None) -> dict[str, Mapping[str, Endp
 def _layers(rules: Rules, metrics: Metrics, open_paths: frozenset[str]) -> list[Middleware]:
     """Returns what a request passes, in order. A browser's preflight request carries no key: CORS comes before keys."""
     access = rules.access
-    layers = [Middleware(RequestLog, metrics=metrics, tells=rules.log_requests)]
+    layers = [] if rules.recorder is None else [Middleware(TraceRequests, recorder=rules.recorder)]
+    layers.append(Middleware(RequestLog, metrics=metrics, tells=rules.log_requests))
     if access.hosts:
         layers.append(Middleware(HostGate, hosts=access.hosts))
     if access.origins:
@@ -137,7 +167,7 @@ def _layers(rules: Rules, metrics: Metrics, open_paths: frozenset[str]) -> list[
                 CORSMiddleware,
                 allow_origins=access.origins,
                 allow_methods=("GET", "POST"),
-                allow_headers=("Authorization", "Content-Type", "X-Request-Id"),
+                allow_headers=("Authorization", "Content-Type", "X-Request-Id", *_ANTHROPIC_HEADERS),
                 expose_headers=("X-Request-Id", "Retry-After"),
             )
         )

@@ -1,5 +1,6 @@
 """``/v1/chat/completions``: one generator of chunks; the answer in one piece is those chunks folded."""
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -17,6 +18,7 @@ from ownpath.chat.tokenizer import Tokenizer
 from ownpath.engine.request import SamplingParams, ScoredToken
 from ownpath.server.fingerprint import AnswerSource
 from ownpath.server.generation import Generation
+from ownpath.server.prompt_scores import prompt_entries
 from ownpath.server.protocol import ChatRequest
 from ownpath.server.sse import JsonObject
 from ownpath.server.token_naming import TokenNaming
@@ -30,7 +32,8 @@ _MARKS = ("malformed", "call_in_reasoning", "empty_content", "stop_reason")
 def sampling_params(request: ChatRequest, max_tokens: int) -> list[SamplingParams]:
     """Builds the parameters of all answers. max_tokens: the limit once it is fitted to the context."""
     num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    return [request.sampling(max_tokens, num_logprobs, answer=answer) for answer in range(request.n)]
+    scored = [request.prompt_logprobs] + [None] * (request.n - 1)  # all have the same prompt
+    return [request.sampling(max_tokens, num_logprobs, num, answer) for answer, num in enumerate(scored)]
 
 
 async def chat_chunks(
@@ -69,11 +72,15 @@ async def chat_chunks(
         if delta.empty_content is not None:
             choice["empty_content"] = delta.empty_content.value
         if request.logprobs and delta.tokens:
-            entries = [_logprob_entry(token, naming) for token in delta.tokens]
+            entries = [logprob_entry(token, naming) for token in delta.tokens]
             choice["logprobs"] = {"content": entries, "refusal": None}
         if request.return_token_ids and delta.tokens:
             choice["token_ids"] = [token.token_id for token in delta.tokens]
-        if choice != _choice(delta.index, {}):
+        if delta.prompt:
+            # Many names are looked up off the event loop.
+            scores = await asyncio.to_thread(prompt_entries, delta.prompt, request.prompt_logprobs or 0, tokenizer)
+            yield {**head, "choices": [choice], "prompt_logprobs": scores}
+        elif choice != _choice(delta.index, {}):
             yield {**head, "choices": [choice]}
     yield {**head, "choices": [], "usage": chat_usage(generation)}
 
@@ -175,7 +182,9 @@ def _choice(index: int, delta: JsonObject, finish_reason: str | None = None) -> 
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
 
 
-def _logprob_entry(token: ScoredToken, naming: TokenNaming) -> JsonObject:
+def logprob_entry(token: ScoredToken, naming: TokenNaming) -> JsonObject:
+    """Returns a token with its log-probability and its likeliest rivals."""
+
     def entry(token_id: int, logprob: float | None) -> JsonObject:
         data = naming.tokenizer.token_bytes(token_id)
         return {"token": naming.name(token_id), "logprob": logprob, "bytes": list(data)}

@@ -10,20 +10,24 @@ from ownpath.chat.tokenizer import Tokenizer
 from ownpath.engine.request import SamplingParams, ScoredToken
 from ownpath.server.fingerprint import AnswerSource
 from ownpath.server.generation import Delta, Generation
+from ownpath.server.prompt_scores import prompt_entries
 from ownpath.server.prompts import Prompt
 from ownpath.server.protocol import CompletionRequest
 from ownpath.server.sse import JsonObject
 from ownpath.server.token_naming import TokenNaming
 
 _INLINE_TOKENS = 64
+_MARKS = ("prompt_logprobs", "empty_content", "stop_reason")
+"""Said once, with the chunk that brings them."""
 _LOGPROB_KEYS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 
 def sampling_params(request: CompletionRequest, limits: Sequence[int]) -> list[SamplingParams]:
     """Builds the parameters of all answers. limits: each prompt's ``max_tokens`` once it is fitted to the context."""
-    scores_prompt = request.echo and request.logprobs is not None
+    asked = [num for num in (request.num_echoed_logprobs, request.prompt_logprobs) if num is not None]
+    num_scored = max(asked, default=None)
     each = range(request.n)
-    return [request.sampling(limit, request.logprobs, scores_prompt, answer) for limit in limits for answer in each]
+    return [request.sampling(limit, request.logprobs, num_scored, answer) for limit in limits for answer in each]
 
 
 async def completion_chunks(
@@ -90,7 +94,7 @@ def _extend(choice: JsonObject, part: JsonObject) -> None:
             choice["logprobs"][key] += part["logprobs"][key]
     if "token_ids" in part:
         choice["token_ids"] += part["token_ids"]
-    choice |= {name: part[name] for name in ("empty_content", "stop_reason") if name in part}
+    choice |= {name: part[name] for name in _MARKS if name in part}
 
 
 class _ChoiceWriter:
@@ -118,6 +122,8 @@ class _ChoiceWriter:
             choice["token_ids"] = [token.token_id for token in delta.tokens]
             if self._is_first:
                 choice["prompt_token_ids"] = self._prompt.ids
+        if self._request.prompt_logprobs is not None and delta.prompt:
+            choice["prompt_logprobs"] = prompt_entries(delta.prompt, self._request.prompt_logprobs, self._tokenizer)
         says_something = text or choice["logprobs"] or choice.get("token_ids") or delta.finish_reason
         if not says_something:
             return None
@@ -127,8 +133,9 @@ class _ChoiceWriter:
     def _logprobs(self, delta: Delta) -> JsonObject | None:
         if self._request.logprobs is None:
             return None
-        tokens = [*delta.prompt, *delta.tokens]
-        offsets = self._prompt_offsets() if delta.prompt else []
+        prompt = delta.prompt if self._request.echo else ()
+        tokens = [*prompt, *delta.tokens]
+        offsets = self._prompt_offsets() if prompt else []
         offsets += [len(self._echo_text) + offset for offset in delta.text_offsets]
         return {
             "tokens": [self._naming.name(token.token_id) for token in tokens],
@@ -150,7 +157,7 @@ class _ChoiceWriter:
         if token.logprob is None:
             return None
         top: dict[str, float] = {}
-        for token_id, logprob in (*token.top_logprobs, (token.token_id, token.logprob)):
+        for token_id, logprob in (*token.top_logprobs[: self._request.logprobs], (token.token_id, token.logprob)):
             top.setdefault(self._naming.name(token_id), logprob)
         return top
 

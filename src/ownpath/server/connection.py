@@ -8,7 +8,8 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from ownpath.server.errors import bad_request
+from ownpath.server.errors import ApiError, bad_request
+from ownpath.server.farewell import LINGER_S, FarewellTransport
 from ownpath.server.roster import Roster
 
 MAX_HEAD_BYTES = 32 * 1024
@@ -34,17 +35,28 @@ class ConnectionLimits:
     write_s: float = 30.0
 
 
+_NOT_HTTP = bad_request("this is not a valid HTTP request", code="invalid_http")
+_OTHER_HTTP = ApiError(505, "this server speaks HTTP/1.1", code="http_version_not_supported")
+
+
 class _BoundedParser(h11.Connection):
-    """h11's parser of a server, which refuses a body that comes in very many pieces."""
+    """h11's parser of a server, which refuses other versions than 1, and a body that comes in very many pieces.
+
+    refusal: the answer to what it could not read.
+    """
 
     def __init__(self) -> None:
         super().__init__(h11.SERVER, MAX_HEAD_BYTES)
         self._num_pieces = 0
+        self.refusal = _NOT_HTTP
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         event = super().next_event()
         if isinstance(event, h11.Request):
             self._num_pieces = 0
+            if not event.http_version.startswith(b"1."):
+                self.refusal = _OTHER_HTTP
+                raise h11.RemoteProtocolError("another version of HTTP", 505)
         elif isinstance(event, h11.Data):
             self._num_pieces += 1
             if self._num_pieces > MAX_BODY_PIECES:
@@ -59,7 +71,8 @@ class HttpConnection(H11Protocol):
         self, config: Config, state: ServerState, app_state: dict[str, object], roster: Roster, limits: ConnectionLimits
     ) -> None:
         super().__init__(config, state, app_state)
-        self.conn = _BoundedParser()
+        self._parser = _BoundedParser()
+        self.conn = self._parser
         self.opening: asyncio.Task[object] | None = None
         """The task that makes the connection, a TLS handshake included."""
         self._roster, self._limits = roster, limits
@@ -68,16 +81,21 @@ class HttpConnection(H11Protocol):
         self._waits_since: float | None = now
         self._head_since: float | None = now
         self._write_since: float | None = None
+        self._ends_since: float | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._is_open = True
-        super().connection_made(transport)
+        self._transport = FarewellTransport(transport, self._client_is_sending)
+        super().connection_made(self._transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._roster.remove(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._transport.lingers:
+            self._transport.discard(len(data))
+            return
         if self._waits_since is not None and self._head_since is None:
             self._head_since = self.loop.time()
         super().data_received(data)
@@ -101,15 +119,17 @@ class HttpConnection(H11Protocol):
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
-        """Answers what is not HTTP in OpenAI's shape, and closes; after the first byte of an answer, only closes."""
+        """Answers what is not HTTP/1 in OpenAI's shape, and closes; after the first byte of an answer, only closes."""
         if self.cycle is not None:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.drop()
             return
-        response = bad_request("this is not a valid HTTP request", code="invalid_http").response()
-        head = h11.Response(status_code=400, headers=[*response.raw_headers, (b"connection", b"close")])
+        response = self._parser.refusal.response({})
+        head = h11.Response(
+            status_code=response.status_code, headers=[*response.raw_headers, (b"connection", b"close")]
+        )
         for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
@@ -127,6 +147,10 @@ class HttpConnection(H11Protocol):
             if self._waits_since is not None and now - self._waits_since > self._limits.head_s:
                 self.drop()
             return
+        if self._transport.lingers:
+            self._ends_since = now if self._ends_since is None else self._ends_since
+            if now - self._ends_since > LINGER_S:
+                self._transport.finish()
         if self.transport.is_closing() and self._write_since is None:
             self._write_since = now
         if self._write_since is not None:
@@ -137,6 +161,10 @@ class HttpConnection(H11Protocol):
                 self._time_out()
         elif self._waits_since is not None and self.cycle_is_over and now - self._waits_since > self._limits.idle_s:
             self.drop()
+
+    def _client_is_sending(self) -> bool:
+        """True if a body has not come whole, or if what came is no HTTP, so that its end is unknown."""
+        return self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
 
     @property
     def cycle_is_over(self) -> bool:

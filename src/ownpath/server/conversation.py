@@ -10,6 +10,7 @@ from pydantic import (
     ConfigDict,
     FailFast,
     Field,
+    ValidationError,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
     WithJsonSchema,
@@ -24,12 +25,6 @@ from ownpath.server.errors import bad_request, shorten
 ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
 _SPEECHLESS_ROLES = ("assistant", "tool")
 """They may have nothing to say: an answer of calls alone, a tool without a result."""
-
-_NOT_STRICT = (
-    "strict: true cannot be promised, nothing binds the model to the parameters yet; send false. It is turned off by "
-    "strict=False (LangChain's bind_tools), strict_mode=False (OpenAI Agents SDK's function_tool), "
-    "OpenAIModelProfile(openai_supports_strict_tool_definition=False) (pydantic-ai)"
-)
 
 
 @dataclass
@@ -156,7 +151,7 @@ FUNCTION_SCHEMA = {
         "name": {"type": "string", "pattern": '^[^"]+$'},
         "description": {"type": ["string", "null"]},
         "parameters": {"type": ["object", "null"]},
-        "strict": {"enum": [False, None]},
+        "strict": {"type": ["boolean", "null"]},
     },
     "required": ["name"],
 }
@@ -173,8 +168,6 @@ def _function(value: object) -> dict[str, object]:
             raise ValueError(f"unknown field {shorten(key)}")
         if not isinstance(item, _FUNCTION_TYPES[key]):
             raise ValueError(f"{key} is of the wrong type")
-    if function.get("strict"):
-        raise ValueError(_NOT_STRICT)
     _name(function.get("name", ""))
     return function
 
@@ -196,16 +189,49 @@ def _tools(tools: list[Tool]) -> list[Tool]:
 Tools = Annotated[list[Tool], FailFast(), AfterValidator(_tools)]
 
 
-def _tool_choice(value: object) -> str:
-    if value not in ("none", "auto"):
+class ChosenFunction(Strict):
+    """The function that must be called."""
+
+    name: Name
+
+
+class NamedTool(Strict):
+    """A choice of one tool."""
+
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+_CHOICES = ("none", "auto", "required")
+TOOL_CHOICE_SCHEMA = {
+    "anyOf": [
+        {"enum": list(_CHOICES)},
+        {
+            "type": "object",
+            "properties": {
+                "type": {"const": "function"},
+                "function": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]},
+            },
+            "required": ["type", "function"],
+        },
+    ]
+}
+"""The values that ``_tool_choice`` takes."""
+
+
+def _tool_choice(value: object) -> object:
+    """Reads a word, or the object that names a function. Errors: ValueError."""
+    if isinstance(value, str) and value in _CHOICES:
+        return value
+    try:
+        return NamedTool.model_validate(value)
+    except ValidationError:
         raise ValueError(
-            "only 'none' and 'auto' are supported yet: a call can be asked for, not promised. Send 'auto'; for "
-            "output in JSON, response_format (LangChain: method='json_mode', pydantic-ai: PromptedOutput)"
-        )
-    return str(value)
+            'must be "none", "auto", "required", or {"type": "function", "function": {"name": NAME}}'
+        ) from None
 
 
-ToolChoice = Annotated[str, BeforeValidator(_tool_choice), WithJsonSchema({"enum": ["none", "auto"]})]
+ToolChoice = Annotated[str | NamedTool, BeforeValidator(_tool_choice), WithJsonSchema(TOOL_CHOICE_SCHEMA)]
 
 
 class Thinking(Strict):
@@ -222,27 +248,17 @@ class TemplateOptions(Strict):
     reasoning_effort: str | None = None
 
 
-def _not_strict_schema(value: bool | None) -> bool | None:
-    if value:
-        raise ValueError(
-            "true cannot be promised, nothing binds the answer to the schema yet; send false. It is turned off by "
-            "AgentOutputSchema(..., strict_json_schema=False) (OpenAI Agents SDK), method='json_mode' (LangChain), "
-            "PromptedOutput (pydantic-ai), and by create instead of parse (OpenAI SDK)"
-        )
-    return value
-
-
 class JsonSchema(Strict):
-    """A schema for the answer. name: a label for the client's own use."""
+    """A schema for the answer. name: a label for the client's own use. strict: changes nothing, it binds anyway."""
 
     name: str | None = None
     # The name "schema" is taken by the base class.
     value: dict[str, object] = Field(alias="schema")
-    strict: Annotated[bool | None, AfterValidator(_not_strict_schema), WithJsonSchema({"enum": [False, None]})] = None
+    strict: bool | None = None
 
 
 class ResponseFormat(Strict):
-    """The format that the answer should have."""
+    """The format that the answer must have."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None

@@ -1,6 +1,6 @@
 """Fits ``max_tokens`` to what the context has left, and remembers what the request asked for differently."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ownpath.server.labels import ADJUSTED_HEADER
@@ -32,6 +32,10 @@ class Adjustments:
         if name is not None and min(limits) < wanted:
             self.values[name] = min(limits)
         return limits
+
+    def renamed(self, names: Mapping[str, str]) -> "Adjustments":
+        """Returns the same under other names of the fields."""
+        return Adjustments(self.refuses_excess, {names.get(name, name): it for name, it in self.values.items()})
 
     def headers(self) -> dict[str, str]:
         """Returns the header that names them with their values; none if there are none."""

@@ -25,10 +25,12 @@ LABEL_KINDS: dict[str, tuple[str, ...]] = {
         *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "cache_control", "cache_prompt"),
         "id_slot",
     ),
-    "what is the same for everyone here": ("store", "service_tier", "priority", "usage"),
+    "what is the same for everyone here": ("store", "service_tier", "usage"),
     "a guess at the answer, to be faster": ("prediction",),
 }
 LABELS = tuple(name for names in LABEL_KINDS.values() for name in names)
+TOKEN_LABELS = (*LABELS, "priority")
+"""Of a text or tokens that only become the other."""
 
 _COMMON: Neutral = {
     "length_penalty": (1,),
@@ -37,19 +39,27 @@ _COMMON: Neutral = {
     "allowed_token_ids": (),
     "spaces_between_special_tokens": (True,),
     "detokenize": (True,),
-    "prompt_logprobs": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "structured_outputs": (),
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
     "logits_processors": ([],),
     "vllm_xargs": ({},),
     "kv_transfer_params": (),
     "lora_path": (),
     "return_hidden_states": (False,),
+    "thinking_token_budget": (),
+    "truncation_side": (),
+    "logprob_token_ids": ([],),
+    "return_token_offsets": (False,),
+    "return_weight_versions": (False,),
+    "routed_experts_prompt_start": (0,),
+    "repetition_detection": (),
+    "stream_interval": (1,),
+    "watermarking": (False,),
+    "ec_transfer_params": (),
+    "mm_payload": ("tensors",),
+    "return_mm_kwargs": (False,),
 }
 
 CHAT: Neutral = _COMMON | {
@@ -59,11 +69,13 @@ CHAT: Neutral = _COMMON | {
     "include_reasoning": (True,),
     "separate_reasoning": (True,),
     "stream_reasoning": (True,),
-    "thinking_token_budget": (),
     "chat_template": (),
     "add_special_tokens": (False,),
     "documents": ([],),
     "mm_processor_kwargs": ({},),
+    "media_io_kwargs": ({},),
+    "return_prompt_text": (False,),
+    "moderation": (),
     "echo": (False,),
     "modalities": (["text"],),
     "audio": (),
@@ -72,7 +84,6 @@ CHAT: Neutral = _COMMON | {
 }
 
 COMPLETION: Neutral = _COMMON | {
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
     "add_special_tokens": (),
     "prompt_embeds": (),
@@ -92,6 +103,13 @@ MESSAGE: Neutral = {
 """Fields that would change what a message says. Any other is a label."""
 
 STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,)}
+STRUCTURED_OUTPUTS: Neutral = {
+    "disable_fallback": (True, False),
+    "disable_any_whitespace": (False,),
+    "disable_additional_properties": (False,),
+    "whitespace_pattern": (),
+    "structural_tag": (),
+}
 TEMPLATE: Neutral = {"drop_thinking": (True,)}
 
 THINKING_LABELS = ("budget_tokens",)

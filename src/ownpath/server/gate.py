@@ -8,6 +8,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ownpath.server.errors import ApiError, shorten
+from ownpath.server.sender import note_key
 
 PROBES = frozenset({"/health", "/ready"})
 """Paths that say nothing but whether the server works: supervisors ask them without a key, by the machine's address."""
@@ -25,14 +26,15 @@ class HostGate:
             if not any(_is_named(host, allowed) for allowed in self._hosts):
                 message = f"this server is not called {shorten(host)}; --allowed-hosts names what it may be called"
                 refusal = ApiError(403, message, code="host_not_allowed", headers={"Connection": "close"})
-                await refusal.response()(scope, receive, send)
+                await refusal.response(scope)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
 
 class KeyGate:
-    """Lets through only who has an API key. Every path needs one, also one that does not exist, except the probes.
+    """Lets through only who has an API key, as a bearer token or in ``X-Api-Key``, as Anthropic's clients send it.
 
+    Every path needs one, also one that does not exist, except the probes.
     open_paths: paths that hold nothing of the model, or check a key of their own.
     """
 
@@ -46,12 +48,14 @@ class KeyGate:
             message = "this server wants an API key, as Authorization: Bearer KEY"
             headers = {"WWW-Authenticate": "Bearer", "Connection": "close"}
             refusal = ApiError(401, message, code="invalid_api_key", headers=headers)
-            await refusal.response()(scope, receive, send)
+            await refusal.response(scope)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
     def _has_key(self, scope: Scope) -> bool:
-        given = digest(bearer_token(Headers(scope=scope).get("authorization", "")))
+        headers = Headers(scope=scope)
+        given = digest(bearer_token(headers.get("authorization", "")) or headers.get("x-api-key", ""))
+        note_key(scope, given)
         # All are compared, so that the time does not tell which one fits.
         return sum(hmac.compare_digest(given, known) for known in self._digests) > 0
 

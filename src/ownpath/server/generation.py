@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ownpath.chat.answer import Answer, content_of
 from ownpath.chat.parts import AnswerPart
 from ownpath.engine.engine import Engine, EngineOverloaded, EngineStopped
+from ownpath.engine.masks import Matcher
 from ownpath.engine.request import (
     FinishReason,
     Request,
@@ -26,6 +27,8 @@ from ownpath.server.errors import ApiError, bad_request, overloaded, unavailable
 from ownpath.server.mailbox import Inbox, Mailbox
 from ownpath.server.metrics import Metrics
 from ownpath.server.prompts import Prompt
+from ownpath.server.sender import ANYBODY, Sender
+from ownpath.server.timeline import Timeline
 
 _PATIENCE = 64
 """Reports that are read together where nobody waits for single ones: some 0.1 ms of the event loop."""
@@ -67,10 +70,19 @@ class _ChoiceStream:
 
     def __init__(self, index: int, answer: Answer, metrics: Metrics) -> None:
         self._index, self._answer, self._metrics = index, answer, metrics
-        self._begun = self._last_token = time.monotonic()
         self._watch = ContentWatch(answer)
-        self.num_tokens = self.num_reasoning_tokens = 0
-        self.is_finished = False
+        self.timeline = Timeline(time.monotonic())
+        self.num_reasoning_tokens = 0
+        self.request: Request | None = None
+        """The engine's, once it is submitted."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.timeline.num_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        return self.timeline.reason is not None
 
     def feed(self, reports: Sequence[Report]) -> Delta:
         """Turns reports into a delta; drops what comes after the end. Errors: ApiError 500 for the report of an error,
@@ -98,22 +110,20 @@ class _ChoiceStream:
 
     def _raise_error(self, output: StepOutput) -> None:
         if output.error is not None:
-            self.is_finished = True
-            self._metrics.count_finished("error")
+            self._end("error")
             if output.non_finite is not None:
                 self._metrics.count_corrupted()
             raise ApiError(500, output.error, code=output.non_finite)
 
     def _feed_text(self, reports: Sequence[Report]) -> tuple[list[AnswerPart], int]:
         """Feeds tokens that can only be more text, all at once. Returns the parts and how many reports these were."""
+        if reports[-1][1].finish_reason is not None:
+            reports = reports[:-1]
         ids = [
             output.token.token_id
             for _, output, _ in reports
             if output.token is not None and output.token.logprob is None and not output.prompt
         ]
-        if reports[-1][1].finish_reason is not None:
-            reports = reports[:-1]
-            ids = ids[: len(reports)]
         if len(reports) < 2 or len(ids) != len(reports) or not self._answer.is_text(ids):
             return [], 0
         self._time_tokens([told_at for _, _, told_at in reports])
@@ -143,21 +153,27 @@ class _ChoiceStream:
         return ends and not self._answer.shows_end_token
 
     def _finish(self, reason: str, output: StepOutput) -> EmptyContent | None:
-        self.is_finished = True
         empty = self._empty_content(output)
-        self._metrics.count_finished(reason, empty)
-        self._metrics.request_latency.observe(time.monotonic() - self._begun)
+        self._end(reason, empty)
+        self._metrics.observe_answer(self.timeline)
         return empty
+
+    def _end(self, reason: str, empty: EmptyContent | None = None) -> None:
+        self.timeline.ended, self.timeline.reason = time.monotonic(), reason
+        if self.request is not None:
+            self.timeline.begun = self.request.begun_at
+        self._metrics.count_finished(reason, empty)
 
     def _time_tokens(self, told_at: Sequence[float]) -> None:
         """Counts tokens. They are timed as the engine told them, so that reading several at once changes nothing."""
-        if not self.num_tokens:
-            self._metrics.time_to_first_token.observe(told_at[0] - self._begun)
-            self._last_token = told_at[0]
-        times = told_at if self.num_tokens else told_at[1:]
-        self._metrics.time_per_output_token.observe_between(self._last_token, times)
-        self._last_token = told_at[-1]
-        self.num_tokens += len(told_at)
+        line, times = self.timeline, told_at
+        if line.last_token is None:
+            line.first_token = line.last_token = told_at[0]
+            self._metrics.time_to_first_token.observe(told_at[0] - line.arrived)
+            times = told_at[1:]
+        self._metrics.time_per_output_token.observe_between(line.last_token, times)
+        line.last_token = told_at[-1]
+        line.num_tokens += len(told_at)
         self._metrics.count_tokens(len(told_at))
 
     def _empty_content(self, output: StepOutput) -> EmptyContent | None:
@@ -168,8 +184,7 @@ class _ChoiceStream:
 
     def abandon(self) -> None:
         """Ends the choice: nobody waits for the rest."""
-        self.is_finished = True
-        self._metrics.count_finished("abandoned")
+        self._end("abandoned")
 
 
 class Generation:
@@ -212,8 +227,15 @@ class Generation:
         """Returns the prompt that a choice answers."""
         return self.prompts[index * len(self.prompts) // len(self._choices)]
 
-    def submit(self, params: Sequence[SamplingParams], salt: str = "") -> None:
-        """Submits all answers to the engine, each with its parameters. salt: of the prefix cache.
+    def submit(
+        self,
+        params: Sequence[SamplingParams],
+        matchers: Sequence[Matcher | None] | None = None,
+        salt: str = "",
+        sender: Sender = ANYBODY,
+    ) -> None:
+        """Submits all answers to the engine, each with its parameters and the grammar that it must fit. salt: of the
+        prefix cache. sender: whose they are.
 
         Errors: ApiError 400 (does not fit), 429 (no room) or 503 (stopped).
         """
@@ -223,7 +245,9 @@ class Generation:
             def sink(output: StepOutput) -> None:
                 put(inbox, (index, output, time.monotonic()), is_last=output.finish_reason is not None)
 
-            return Request(self.prompt_of(index).ids, params[index], sink, salt=salt)
+            matcher = None if matchers is None else matchers[index]
+            ids = self.prompt_of(index).ids
+            return Request(ids, params[index], sink, salt=salt, matcher=matcher, **sender._asdict())
 
         requests = [request(index) for index in range(self.num_choices)]
         try:
@@ -236,6 +260,8 @@ class Generation:
         except EngineStopped as error:
             raise unavailable(str(error)) from None
         self._requests = requests
+        for choice, one in zip(self._choices, requests, strict=True):
+            choice.request = one
         # Who reads a stream with log-probabilities ties each to the text beside it.
         self._tells_apart = not self._is_whole and any(one.num_logprobs is not None for one in params)
         left_s = self._deadline - time.monotonic()
@@ -275,6 +301,17 @@ class Generation:
         self._requests = []
 
     @property
+    def timelines(self) -> list[Timeline]:
+        """The times of each answer."""
+        return [choice.timeline for choice in self._choices]
+
+    @property
+    def params(self) -> SamplingParams | None:
+        """The first answer's parameters; None before it is submitted."""
+        first = self._choices[0].request
+        return None if first is None else first.params
+
+    @property
     def num_reasoning_tokens(self) -> int:
         """Tokens of reasoning so far, without the markers around it and without calls in it."""
         return sum(choice.num_reasoning_tokens for choice in self._choices)
@@ -284,11 +321,20 @@ class Generation:
         """Tokens of the prompts that the first answer of each did not compute: the prefix cache held them."""
         return sum(request.num_cached for request in self._requests[:: len(self._choices) // len(self.prompts)])
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of all prompts, each prompt once."""
+        return sum(len(prompt.ids) for prompt in self.prompts)
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Tokens of all answers so far."""
+        return sum(choice.num_tokens for choice in self._choices)
+
     def usage(self) -> dict[str, object]:
         """Counts tokens so far: of each prompt once, of every answer. EOS and the tokens of a stop string count: they
         were generated."""
-        num_prompt = sum(len(prompt.ids) for prompt in self.prompts)
-        num_generated = sum(choice.num_tokens for choice in self._choices)
+        num_prompt, num_generated = self.num_prompt_tokens, self.num_generated_tokens
         return {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_generated,

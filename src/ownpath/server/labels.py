@@ -47,13 +47,14 @@ class Labels:
                     param = place + name
                     raise bad_request(f"{param} is not supported yet", param, "unsupported_parameter")
             elif table.is_label(name):
-                self._accept(place + name, kind + name)
+                self.accept(place + name, kind + name)
             else:
                 param = place + name
                 raise bad_request(f"unknown field {shorten(param)}", param[:100], "unknown_parameter")
         return kept
 
-    def _accept(self, param: str, name: str) -> None:
+    def accept(self, param: str, name: str) -> None:
+        """Notes a label. param, name: its path with and without the places of lists. Errors: ApiError 400."""
         if self.are_refused:
             text = f"{shorten(param)} changes nothing, and this server refuses such fields (--strict-fields)"
             raise bad_request(text, param[:100], "unsupported_parameter")

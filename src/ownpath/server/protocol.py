@@ -1,6 +1,6 @@
 """Requests as types: the fields that are read, their ranges, and the refusal of everything else."""
 
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 from pydantic import BeforeValidator, FailFast, Field, PlainValidator, WithJsonSchema
 
@@ -9,26 +9,20 @@ from ownpath.chat.encode import Ending
 from ownpath.chat.levels import LEVEL_OF_WORD
 from ownpath.engine.limits import MAX_STOP_TOKENS, MAX_TEMPERATURE, MAX_TOP_LOGPROBS, SEED_LIMIT, TOP_K_LIMIT
 from ownpath.engine.request import SamplingParams
-from ownpath.server import fields
-from ownpath.server.adjust_fields import AdjustingRequest
 from ownpath.server.cache_salt import MAX_SALT_CHARS
 from ownpath.server.conversation import (
     ROLES,
     ChatMessage,
-    ResponseFormat,
     Strict,
     TemplateOptions,
     Thinking,
-    Tool,
     ToolChoice,
     Tools,
 )
-from ownpath.server.counts import MAX_ANSWERS, check_answers, check_counts
-from ownpath.server.errors import bad_request
-from ownpath.server.fields import FieldTable
-from ownpath.server.history import plain_messages
-from ownpath.server.labels import Labels
-from ownpath.server.validation import validate
+from ownpath.server.counts import MAX_ANSWERS
+from ownpath.server.prompt_scores import ScoringRequest
+from ownpath.server.sender import read_priority
+from ownpath.server.structured_fields import StructuredRequest
 from ownpath.server.value_forms import (
     MAX_ID,
     MAX_STOP_CHARS,
@@ -52,9 +46,11 @@ class StreamOptions(Strict):
 _EXCESS = "clamped to what max_model_len leaves (--strict-limits refuses it); -1: as much as fits"
 
 
-class _GenerationRequest(AdjustingRequest):
+class GenerationRequest(StructuredRequest, ScoringRequest):
     model: str | None = Field(None, description="a served name, or the path given to serve; another name is 404")
-    max_tokens: int | None = Field(None, ge=-1, description=f"{_EXCESS}; left out: {_DEFAULT_MAX_TOKENS}. 0 needs echo")
+    max_tokens: int | None = Field(
+        None, ge=-1, description=f"{_EXCESS}; left out: {_DEFAULT_MAX_TOKENS}. 0 only scores"
+    )
     n: int = Field(
         1,
         ge=1,
@@ -102,6 +98,9 @@ class _GenerationRequest(AdjustingRequest):
         max_length=MAX_SALT_CHARS,
         description="only requests with the same salt share what the prefix cache holds",
     )
+    priority: Annotated[int, BeforeValidator(read_priority), WithJsonSchema({"type": "integer"})] = Field(
+        0, description="requests with a lower number run first, as vLLM's; what is no whole number is 0"
+    )
     return_tokens_as_token_ids: bool = Field(
         False, description="tokens in logprobs are named token_id:N, N the id, instead of by their text"
     )
@@ -115,7 +114,7 @@ class _GenerationRequest(AdjustingRequest):
         return Shown(not self.skip_special_tokens, self.include_stop_str_in_output)
 
     def sampling(
-        self, max_tokens: int, num_logprobs: int | None, prompt_logprobs: bool = False, answer: int = 0
+        self, max_tokens: int, num_logprobs: int | None, prompt_logprobs: int | None = None, answer: int = 0
     ) -> SamplingParams:
         """Builds the parameters of one answer.
 
@@ -142,7 +141,7 @@ class _GenerationRequest(AdjustingRequest):
         return (self.seed + answer + SEED_LIMIT) % (2 * SEED_LIMIT) - SEED_LIMIT
 
 
-class ChatRequest(_GenerationRequest):
+class ChatRequest(GenerationRequest):
     """``POST /v1/chat/completions``."""
 
     messages: Annotated[list[ChatMessage], FailFast()] = Field(
@@ -169,10 +168,11 @@ class ChatRequest(_GenerationRequest):
         None, ge=0, le=MAX_TOP_LOGPROBS, description="likeliest tokens in each entry; needs logprobs"
     )
     tools: Tools = Field(
-        default_factory=list, description="functions, names all different; strict: true is refused, nothing enforces it"
+        default_factory=list,
+        description="functions, names all different; the calls of strict ones fit their parameters",
     )
     tool_choice: ToolChoice = Field(
-        "auto", description='auto or none; "required" and a named function are refused: a call cannot be promised'
+        "auto", description="auto, none; required: the answer is calls; a named function: it is calls of that one"
     )
     parallel_tool_calls: bool = Field(True, description="false: the answer ends with its first whole call")
     thinking: Thinking | None = Field(None, description="whether the answer opens with reasoning; left out: no")
@@ -183,9 +183,6 @@ class ChatRequest(_GenerationRequest):
     )
     chat_template_kwargs: TemplateOptions = Field(
         TemplateOptions(), description="thinking, enable_thinking, reasoning_effort; must not contradict the others"
-    )
-    response_format: ResponseFormat | None = Field(
-        None, description="asks the model for JSON and does not check the answer; strict: true is refused"
     )
 
     @property
@@ -232,7 +229,7 @@ class ChatRequest(_GenerationRequest):
         return {by_type, options.thinking, options.enable_thinking, *by_word}
 
 
-class CompletionRequest(_GenerationRequest):
+class CompletionRequest(GenerationRequest):
     """``POST /v1/completions``. ``prompt`` holds texts or lists of token ids."""
 
     prompt: Annotated[list[str] | list[list[int]], PlainValidator(read_prompts), WithJsonSchema(PROMPTS_SCHEMA)] = (
@@ -249,138 +246,11 @@ class CompletionRequest(_GenerationRequest):
         return self.echo or self.return_token_ids
 
     @property
+    def num_echoed_logprobs(self) -> int | None:
+        """The likeliest tokens at each token of the echoed prompt; None if they are not asked for."""
+        return self.logprobs if self.echo else None
+
+    @property
     def wanted_tokens(self) -> tuple[str | None, int]:
         """The limit on each answer's tokens and the field that gives it, None for the default."""
         return (None, _DEFAULT_MAX_TOKENS) if self.max_tokens is None else ("max_tokens", self.max_tokens)
-
-
-Conversing = TypeVar("Conversing", bound=ChatRequest)
-
-_COMPLETION = FieldTable(CompletionRequest.model_fields.keys(), fields.COMPLETION, fields.LABELS)
-_NESTED = {
-    "stream_options": FieldTable(StreamOptions.model_fields.keys(), fields.STREAM_OPTIONS),
-    "thinking": FieldTable(Thinking.model_fields.keys(), {}, fields.THINKING_LABELS),
-    "chat_template_kwargs": FieldTable(TemplateOptions.model_fields.keys(), fields.TEMPLATE),
-}
-_TOOL = FieldTable(Tool.model_fields.keys(), {}, fields.TOOL_LABELS)
-
-
-def read_chat_request(body: dict[str, object], labels: Labels | None = None) -> ChatRequest:
-    """Validates a chat request, and notes its labels. Errors: ApiError 400 naming the field."""
-    request = read_conversation(ChatRequest, body, labels or Labels())
-    if request.thinks and request.ending is Ending.NOTHING:
-        text = "add_generation_prompt: false opens no answer, so none can begin with reasoning; turn thinking off"
-        raise bad_request(text, "add_generation_prompt")
-    return request
-
-
-def read_conversation(model: type[Conversing], body: dict[str, object], labels: Labels) -> Conversing:
-    """Validates a request that holds a conversation as chat requests do, and notes its labels.
-
-    Errors: ApiError 400 naming the field.
-    """
-    check_counts(body)
-    table = FieldTable(model.model_fields.keys(), fields.CHAT, fields.LABELS)
-    body = known_fields(body, table, labels)
-    body = body | {"messages": plain_messages(body.get("messages"), labels)} if "messages" in body else body
-    tools = body.get("tools")
-    if isinstance(tools, list):
-        body = body | {"tools": [_known_tool(tool, index, labels) for index, tool in enumerate(tools)]}
-    request = validate(model, body)
-    _check_chat(request)
-    return request
-
-
-def read_completion_request(body: dict[str, object], labels: Labels | None = None) -> CompletionRequest:
-    """Validates a completions request, and notes its labels. Errors: ApiError 400 naming the field."""
-    check_counts(body)
-    request = validate(CompletionRequest, known_fields(body, _COMPLETION, labels or Labels()))
-    _check_stream_options(request)
-    request.check_minimum(*request.wanted_tokens)
-    check_answers(request.n, request.best_of, len(request.prompt))
-    if request.max_tokens == 0 and not request.echo:
-        raise bad_request("max_tokens: 0 generates nothing; it needs echo", "max_tokens")
-    return request
-
-
-def _check_chat(request: ChatRequest) -> None:
-    _check_stream_options(request)
-    request.check_minimum(*request.wanted_tokens)
-    check_answers(request.n, request.best_of)
-    for index, message in enumerate(request.messages):
-        message.check(f"messages.{index}.")
-    _check_thinking(request)
-    _check_ending(request)
-    if request.response_format is not None:
-        request.response_format.check()
-    if request.top_logprobs and not request.logprobs:
-        raise bad_request("top_logprobs: needs logprobs to be true", "top_logprobs")
-    if 0 in (request.max_tokens, request.max_completion_tokens):
-        name = "max_tokens" if request.max_tokens == 0 else "max_completion_tokens"
-        raise bad_request(f"{name}: 0 generates nothing; an answer needs 1 or more, or -1", name, "invalid_value")
-    given = (request.max_tokens, request.max_completion_tokens)
-    if None not in given and given[0] != given[1]:
-        raise bad_request("max_tokens and max_completion_tokens contradict each other", "max_tokens")
-
-
-def _check_ending(request: ChatRequest) -> None:
-    *earlier, last = request.messages
-    for index, message in enumerate(earlier):
-        if message.prefix:
-            param = f"messages.{index}.prefix"
-            raise bad_request(f"{param}: only the last message is continued", param)
-    place = f"messages.{len(earlier)}"
-    name = f"{place}.prefix" if last.prefix else "continue_final_message"
-    if request.ending is Ending.REST and request.add_generation_prompt:
-        raise bad_request(f"{name} and add_generation_prompt: true contradict each other", name)
-    if request.ending is Ending.REST and last.role != "assistant":
-        raise bad_request(f"{name}: {place} is of role {last.role!r}; only an assistant's is continued", name)
-    if request.ending is Ending.REST and last.tool_calls:
-        raise bad_request(f"{name}: {place} has tool_calls, and nothing follows calls in a message", name)
-    if request.ending is Ending.ANSWER and last.role not in ("user", "developer", "tool"):
-        raise bad_request(
-            "messages: the last message must be the user's, a developer's or a tool's; continue_final_message: true "
-            "goes on with an assistant's",
-            "messages",
-        )
-
-
-def _check_thinking(request: ChatRequest) -> None:
-    if request.thinking_values() >= {True, False}:
-        raise bad_request("thinking, reasoning_effort and chat_template_kwargs contradict each other", "thinking")
-    if request.chat_template_kwargs.reasoning_effort not in (None, request.effort):
-        text = "reasoning_effort and chat_template_kwargs.reasoning_effort contradict each other"
-        raise bad_request(text, "reasoning_effort")
-
-
-def _check_stream_options(request: _GenerationRequest) -> None:
-    if request.stream_options is not None and not request.stream:
-        raise bad_request("stream_options: needs stream to be true", "stream_options")
-    options = request.stream_options
-    if options is not None and options.continuous_usage_stats and not options.include_usage:
-        param = "stream_options.continuous_usage_stats"
-        raise bad_request(f"{param}: needs include_usage to be true", param)
-
-
-def known_fields(body: dict[str, object], table: FieldTable, labels: Labels) -> dict[str, object]:
-    """Keeps the fields that are implemented, of the request and of the objects in it; notes the labels.
-
-    Errors: ApiError 400 naming the field.
-    """
-    kept = labels.keep_fields(body, table)
-    for name, nested in _NESTED.items():
-        value = kept.get(name)
-        if isinstance(value, dict):
-            kept[name] = labels.keep_fields(value, nested, f"{name}.", f"{name}.")
-    return kept
-
-
-def _known_tool(tool: object, index: int, labels: Labels) -> object:
-    if not isinstance(tool, dict):
-        return tool
-    kept = labels.keep_fields(tool, _TOOL, f"tools.{index}.", "tools.")
-    function = kept.get("function")
-    if isinstance(function, dict):
-        own = FieldTable(function.keys() - set(fields.TOOL_LABELS), {}, fields.TOOL_LABELS)
-        kept["function"] = labels.keep_fields(function, own, f"tools.{index}.function.", "tools.function.")
-    return kept

@@ -9,7 +9,7 @@ from enum import Enum
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ownpath.server.errors import ApiError
+from ownpath.server.errors import REQUEST_ID, ApiError, is_for_messages
 from ownpath.server.metrics import Metrics
 
 access_log = logging.getLogger("ownpath.access")
@@ -42,13 +42,15 @@ class RequestLog:
             await self._app(scope, receive, send)
             return
         note = _RequestNote(scope, receive, send, keeps_body=self._tells is LogRequests.BODIES)
+        scope[REQUEST_ID] = note.request_id
         try:
             await self._app(scope, note.receive, note.send)
         except Exception as error:
             logging.getLogger(__name__).exception("request %s: unexpected %s", note.request_id, type(error).__name__)
             if note.status is not None:
                 raise  # the answer has begun: the connection is cut
-            await ApiError(500, "the server failed while answering this request").response()(scope, receive, note.send)
+            failure = ApiError(500, "the server failed while answering this request")
+            await failure.response(scope)(scope, receive, note.send)
         finally:
             self._metrics.count_http(scope, note.status)
             if self._tells is not LogRequests.OFF:
@@ -82,6 +84,7 @@ class _RequestNote:
         self.status: int | None = None
         self.body = bytearray()
         self._receive, self._send, self._keeps_body = receive, send, keeps_body
+        self._is_for_messages = is_for_messages(scope)
 
     async def receive(self) -> Message:
         message = await self._receive()
@@ -92,5 +95,8 @@ class _RequestNote:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            MutableHeaders(scope=message)["x-request-id"] = self.request_id
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = self.request_id
+            if self._is_for_messages:
+                headers["request-id"] = self.request_id  # the name that Anthropic's clients read
         await self._send(message)

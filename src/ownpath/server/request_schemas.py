@@ -6,10 +6,14 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from ownpath.server import fields
+from ownpath.server.conversation import Strict
 from ownpath.server.counts import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS
 from ownpath.server.fields import Neutral
 from ownpath.server.history import TEXT_PARTS
+from ownpath.server.messages import request as of_messages
+from ownpath.server.passed import PASSED_EVERYWHERE
 from ownpath.server.protocol import ChatRequest, CompletionRequest
+from ownpath.server.responses import request as of_responses
 from ownpath.server.token_api import DetokenizeRequest, TokenizeChatRequest, TokenizeTextRequest
 
 Schema = dict[str, Any]
@@ -19,17 +23,31 @@ _TABLES: dict[str, tuple[Neutral, Collection[str] | None]] = {
     "ChatRequest": (fields.CHAT, fields.LABELS),
     "TokenizeChatRequest": (fields.CHAT, fields.LABELS),
     "CompletionRequest": (fields.COMPLETION, fields.LABELS),
-    "TokenizeTextRequest": ({}, fields.LABELS),
-    "DetokenizeRequest": ({}, fields.LABELS),
+    "TokenizeTextRequest": ({}, fields.TOKEN_LABELS),
+    "DetokenizeRequest": ({}, fields.TOKEN_LABELS),
+    "ResponsesRequest": (of_responses.NEUTRAL, of_responses.RESPONSES_LABELS),
+    "ReasoningOptions": (of_responses.REASONING_NEUTRAL, ()),
+    "TextOptions": (of_responses.TEXT_NEUTRAL, ()),
+    "MessagesRequest": (of_messages.MESSAGES_NEUTRAL, of_messages.MESSAGES_LABELS),
+    "CountTokensRequest": (of_messages.MESSAGES_NEUTRAL, of_messages.MESSAGES_LABELS),
+    "ThinkingOptions": ({}, of_messages.THINKING_OPTIONS_LABELS),
+    "OutputOptions": ({}, of_messages.OUTPUT_LABELS),
     "StreamOptions": (fields.STREAM_OPTIONS, ()),
     "Thinking": ({}, fields.THINKING_LABELS),
     "TemplateOptions": (fields.TEMPLATE, ()),
+    "StructuredOutputs": (fields.STRUCTURED_OUTPUTS, ()),
     "Tool": ({}, fields.TOOL_LABELS),
     "ChatMessage": (fields.MESSAGE, None),
     "CallInMessage": ({}, None),
     "CalledFunction": ({}, None),
 }
 """Type -> the fields that are accepted beside its own: neutral ones, and labels (None: any other field)."""
+_PASSED = {
+    "ResponsesRequest": of_responses.PASSED,
+    "MessagesRequest": PASSED_EVERYWHERE,
+    "CountTokensRequest": PASSED_EVERYWHERE,
+}
+"""Type -> the fields that it takes from a chat request."""
 _LIMITS = {"messages": MAX_MESSAGES, "tools": MAX_TOOLS, "tool_calls": MAX_PARTS}
 _RECORDING: Schema = {
     "type": "object",
@@ -41,9 +59,15 @@ _RECORDING: Schema = {
 
 def request_schemas() -> dict[str, Schema]:
     """Returns the schema of every request, and of the types in them, by name."""
-    types = (ChatRequest, CompletionRequest, TokenizeTextRequest, TokenizeChatRequest, DetokenizeRequest)
+    types: tuple[type[Strict], ...] = (
+        *(ChatRequest, CompletionRequest, TokenizeTextRequest, TokenizeChatRequest, DetokenizeRequest),
+        *(of_responses.ResponsesRequest, of_messages.MessagesRequest, of_messages.CountTokensRequest),
+    )
     _, made = models_json_schema([(it, "validation") for it in types], ref_template=_REF)
     schemas: dict[str, Schema] = made["$defs"]
+    for name, passed in _PASSED.items():
+        of_chat = schemas["ChatRequest"]["properties"]
+        schemas[name]["properties"] |= {it: of_chat[it] for it in passed}
     for name, (neutral, labels) in _TABLES.items():
         schemas[name] = _opened(schemas[name], neutral, labels)
     content = {"anyOf": [{"type": "string"}, {"type": "null"}, _parts()]}

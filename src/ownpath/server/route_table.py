@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from enum import Enum
 
 PAGE_PATH, DOCS_PATH = "/", "/docs"
+RESPONSES_PATH, MESSAGES_PATH = "/v1/responses", "/v1/messages"
+COUNT_PATH = f"{MESSAGES_PATH}/count_tokens"
+INPUT_TOKENS_PATH = f"{RESPONSES_PATH}/input_tokens"
 _ADMIN_PATH = "/debug/plan"
 
 STATUSES = {
@@ -20,11 +23,13 @@ STATUSES = {
     500: "the server failed; the request may be sent again",
     503: "the server runs no requests now",
     504: "the answer took too long",
+    505: "the request is of another HTTP than 1",
 }
 """Status -> its meaning. Errors have one shape, except that a connection may be closed with a bare 408 or 503."""
 
-_ANY = frozenset({200, 400, 403, 408, 500, 503})
-"""Of every path: a head that is no HTTP, or late; a name that is not the server's; a fault; no room to connect."""
+_ANY = frozenset({200, 400, 403, 408, 500, 503, 505})
+"""Of every path: a head that is no HTTP, another HTTP, or late; a name that is not the server's; a fault; no room to
+connect."""
 _KEYED = _ANY | {401}
 _BODY = _KEYED | {413, 415, 429}
 _MODEL_BODY = _BODY | {404}
@@ -44,6 +49,7 @@ class RouteSpec:
 
     statuses: all that it can answer with. body: names of the schemas that its body may have; none: it has no body.
     answer: fields of the answer, name -> JSON type. streams: server-sent events if ``stream`` is true.
+    error: name of the schema of its errors.
     """
 
     method: str
@@ -54,6 +60,7 @@ class RouteSpec:
     answer: tuple[tuple[str, str], ...] = ()
     answered: Answered = Answered.JSON
     streams: bool = False
+    error: str = "Error"
 
     @property
     def wants_key(self) -> bool:
@@ -81,6 +88,36 @@ ROUTES = (
         answer=_CHOICES,
         streams=True,
     ),
+    RouteSpec(
+        *("POST", RESPONSES_PATH, "answers a conversation, as OpenAI's Responses", _MODEL_BODY | {504}),
+        body=("ResponsesRequest",),
+        answer=(
+            *(("id", "string"), ("object", "string"), ("created_at", "integer"), ("model", "string")),
+            *(("status", "string"), ("output", "array"), ("usage", "object")),
+        ),
+        streams=True,
+    ),
+    RouteSpec(
+        *("POST", INPUT_TOKENS_PATH, "the number of a conversation's tokens, as OpenAI's Responses", _MODEL_BODY),
+        body=("ResponsesRequest",),
+        answer=(("object", "string"), ("input_tokens", "integer")),
+    ),
+    RouteSpec(
+        *("POST", MESSAGES_PATH, "answers a conversation, as Anthropic's Messages", _MODEL_BODY | {504}),
+        body=("MessagesRequest",),
+        answer=(
+            *(("id", "string"), ("type", "string"), ("role", "string"), ("model", "string")),
+            *(("content", "array"), ("stop_reason", "string"), ("usage", "object")),
+        ),
+        streams=True,
+        error="MessagesError",
+    ),
+    RouteSpec(
+        *("POST", COUNT_PATH, "the number of a conversation's tokens, as Anthropic's Messages", _MODEL_BODY),
+        body=("CountTokensRequest",),
+        answer=(("input_tokens", "integer"),),
+        error="MessagesError",
+    ),
     RouteSpec("GET", "/v1/models", "the model under each of its names", _KEYED, answer=(("data", "array"),)),
     RouteSpec(
         *("GET", "/v1/models/{model_id:path}", "the model under one name", _KEYED | {404}),
@@ -95,6 +132,10 @@ ROUTES = (
         *("POST", "/detokenize", "the text of token ids", _MODEL_BODY),
         body=("DetokenizeRequest",),
         answer=(("prompt", "string"),),
+    ),
+    RouteSpec(
+        *("GET", "/tokenizer_info", "names of the tokenizer's own tokens, and its sizes", _KEYED),
+        answer=(("eos_token", "string"), ("add_bos_token", "boolean"), ("model_max_length", "integer")),
     ),
     RouteSpec("GET", "/health", "200 while the engine runs requests", _ANY - {403}, answer=_STATUS),
     RouteSpec("GET", "/ready", "200 if requests should be sent here", _ANY - {403}, answer=_STATUS),

@@ -1,6 +1,6 @@
 """The endpoints."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from starlette.requests import Request
@@ -13,6 +13,7 @@ from ownpath.chat.parse import AnswerParser
 from ownpath.chat.tokenizer import MissingMarkerError, Tokenizer
 from ownpath.engine.engine import Engine
 from ownpath.server import chat, completions
+from ownpath.server.answer_grammars import AnswerGrammar, chat_grammar, text_grammar
 from ownpath.server.body import BodyReader
 from ownpath.server.cache_salt import salt_of
 from ownpath.server.counts import check_repeated
@@ -20,24 +21,32 @@ from ownpath.server.errors import ApiError, shorten, unavailable
 from ownpath.server.excess import Adjustments
 from ownpath.server.fingerprint import AnswerSource
 from ownpath.server.generation import Generation, Report
+from ownpath.server.grammar_desk import GrammarDesk
 from ownpath.server.json_shape import CONVERSATION, PROMPTS
 from ownpath.server.json_text import to_json
 from ownpath.server.labels import LabelLog, Labels
 from ownpath.server.mailbox import Mailroom
 from ownpath.server.metrics import MEDIA_TYPE, Metrics
 from ownpath.server.policy import RequestPolicy
+from ownpath.server.prompt_scores import check_scores
 from ownpath.server.prompts import chat_prompt, chat_segments, completion_prompts, effort_level, missing_marker
-from ownpath.server.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    StreamOptions,
-    read_chat_request,
-    read_completion_request,
-)
+from ownpath.server.protocol import ChatRequest, CompletionRequest, StreamOptions
+from ownpath.server.reading import read_chat_request, read_completion_request
+from ownpath.server.sender import sender_of
 from ownpath.server.sse import EventStream, JsonObject, until_disconnect
+from ownpath.server.traces import note_generation
 from ownpath.server.vitals import Vitals
 
 Fold = chat.ChatFold | completions.CompletionFold
+
+
+@dataclass(frozen=True)
+class WrittenChat:
+    """A conversation that is to be answered. segments: it in the model's format. grammar: what the answer must fit."""
+
+    asked: ChatRequest
+    segments: Sequence[Segment]
+    grammar: AnswerGrammar | None
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,7 @@ class Api:
     policy: RequestPolicy
     fingerprint: str
     label_log: LabelLog
+    grammars: GrammarDesk
     mailroom: Mailroom[Report] = field(default_factory=Mailroom[Report])
 
     @property
@@ -118,50 +128,81 @@ class Api:
         self.refuse_while_ending()
         labels, adjustments = Labels(self.policy.refuses_labels), Adjustments(self.policy.refuses_excess)
 
-        def read(body: dict[str, object]) -> tuple[ChatRequest, list[Segment]]:
-            asked = read_chat_request(body, labels)
-            return asked, chat_segments(asked, self.release)
+        def read(body: dict[str, object]) -> WrittenChat:
+            return self.write_chat(read_chat_request(body, labels))
 
-        asked, segments = await self.bodies.read(request, CONVERSATION, read)
-        source = self._source(asked)
-        max_model_len = self.engine.config.max_model_len
-        answers = [self._chat_answer(asked) for _ in range(asked.n)]
-        prompt = await chat_prompt(segments, self.tokenizer, max_model_len)
-        level = effort_level(asked, self.release)
-        if asked.effort not in (None, "none", level):
-            adjustments.values["reasoning_effort"] = level
-        (max_tokens,) = adjustments.fit(*asked.wanted_tokens, [prompt], max_model_len)
-        mailbox = self.mailroom.mailbox()
-        generation = Generation(
-            self.engine, [prompt], answers, self.metrics, mailbox, self.request_timeout_s, is_whole=not asked.stream
-        )
-        generation.submit(chat.sampling_params(asked, max_tokens), self._salt(request, asked))
+        written = await self.bodies.read(request, CONVERSATION, read)
+        asked = written.asked
+        source = self.source(asked)
+        generation, level = await self.begin_chat(request, written, adjustments)
         chunks = chat.chat_chunks(asked, generation, self.tokenizer, source, level)
         headers = self.headers_for(labels, adjustments)
         return await self._answer(
             request, asked, generation, Telling(chunks, chat.ChatFold(), chat.chat_usage, headers)
         )
 
+    def write_chat(self, asked: ChatRequest) -> WrittenChat:
+        """Makes what an answer needs of its request. Its work grows with the body: for where that is read.
+
+        Errors: ApiError 400.
+        """
+        return WrittenChat(asked, chat_segments(asked, self.release), chat_grammar(asked, self.tokenizer))
+
+    async def begin_chat(
+        self, request: Request, written: WrittenChat, adjustments: Adjustments
+    ) -> tuple[Generation, str | None]:
+        """Submits the answers to a conversation. Returns them with the level of effort that runs; None without
+        thinking. Errors: ApiError 400, 429 or 503."""
+        asked, segments, grammar = written.asked, written.segments, written.grammar
+        max_model_len = self.engine.config.max_model_len
+        answers = [self._chat_answer(asked) for _ in range(asked.n)]
+        prompt = await chat_prompt(segments, self.tokenizer, max_model_len)
+        level = effort_level(asked, self.release)
+        if asked.effort not in (None, "none", level):
+            adjustments.values["reasoning_effort"] = level
+        check_scores("prompt_logprobs", asked.prompt_logprobs, len(prompt.ids))
+        (max_tokens,) = adjustments.fit(*asked.wanted_tokens, [prompt], max_model_len)
+        matchers = await self.grammars.matchers(grammar, asked.n, asked.ignore_eos)
+        mailbox = self.mailroom.mailbox()
+        generation = Generation(
+            self.engine, [prompt], answers, self.metrics, mailbox, self.request_timeout_s, is_whole=not asked.stream
+        )
+        sender = sender_of(request, asked.priority)
+        generation.submit(chat.sampling_params(asked, max_tokens), matchers, self._salt(request, asked), sender)
+        note_generation(request.scope, self.called(asked.model), generation)
+        return generation, level
+
     async def completions(self, request: Request) -> Response:
         """``POST /v1/completions``"""
         self.refuse_while_ending()
         labels, adjustments = Labels(self.policy.refuses_labels), Adjustments(self.policy.refuses_excess)
-        asked = await self.bodies.read(request, PROMPTS, lambda body: read_completion_request(body, labels))
-        source = self._source(asked)
+
+        def read(body: dict[str, object]) -> tuple[CompletionRequest, AnswerGrammar | None]:
+            asked = read_completion_request(body, labels)
+            return asked, text_grammar(asked)
+
+        asked, grammar = await self.bodies.read(request, PROMPTS, read)
+        source = self.source(asked)
         max_model_len = self.engine.config.max_model_len
         prompts = await completion_prompts(asked, self.tokenizer, max_model_len)
         if asked.repeats_prompts:
             check_repeated(asked.n, sum(len(prompt.ids) for prompt in prompts))
+        num_repeated = asked.n * sum(len(prompt.ids) for prompt in prompts)
+        check_scores("logprobs", asked.num_echoed_logprobs, num_repeated)
+        check_scores("prompt_logprobs", asked.prompt_logprobs, num_repeated)
         answers = [
             Answer(self.tokenizer, asked.stop, min_tokens=asked.min_tokens, shown=asked.shown)
             for _ in range(asked.n * len(prompts))
         ]
         limits = adjustments.fit(*asked.wanted_tokens, prompts, max_model_len)
+        matchers = await self.grammars.matchers(grammar, len(answers), asked.ignore_eos)
         mailbox = self.mailroom.mailbox()
         generation = Generation(
             self.engine, prompts, answers, self.metrics, mailbox, self.request_timeout_s, is_whole=not asked.stream
         )
-        generation.submit(completions.sampling_params(asked, limits), self._salt(request, asked))
+        sender = sender_of(request, asked.priority)
+        generation.submit(completions.sampling_params(asked, limits), matchers, self._salt(request, asked), sender)
+        note_generation(request.scope, self.called(asked.model), generation)
         chunks = completions.completion_chunks(asked, generation, self.tokenizer, source)
         told = Telling(chunks, completions.CompletionFold(), Generation.usage, self.headers_for(labels, adjustments))
         return await self._answer(request, asked, generation, told)
@@ -210,7 +251,7 @@ class Api:
     def _salt(self, request: Request, asked: ChatRequest | CompletionRequest) -> str:
         return salt_of(request, asked.cache_salt, is_per_key=self.policy.salts_by_key)
 
-    def _source(self, asked: ChatRequest | CompletionRequest) -> AnswerSource:
+    def source(self, asked: ChatRequest | CompletionRequest) -> AnswerSource:
         """Returns who answers, under the name that was asked for. Errors: ApiError 404."""
         return AnswerSource(self.called(asked.model), self.fingerprint)
 

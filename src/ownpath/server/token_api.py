@@ -1,4 +1,4 @@
-"""``/tokenize``, ``/detokenize`` and ``/version``, in vLLM's shapes.
+"""``/tokenize``, ``/detokenize``, ``/tokenizer_info`` and ``/version``, in vLLM's shapes.
 
 The ids are those that a request with the same text or messages is computed from.
 """
@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ownpath.chat.markers import Segment
+from ownpath.chat.markers import BOS, EOS, Segment
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.server import fields
 from ownpath.server.conversation import Strict
@@ -23,7 +23,8 @@ from ownpath.server.json_shape import CONVERSATION, PROMPTS
 from ownpath.server.json_text import to_json
 from ownpath.server.labels import Labels
 from ownpath.server.prompts import chat_ids, chat_segments, check_ids, text_ids
-from ownpath.server.protocol import ChatRequest, known_fields, read_conversation
+from ownpath.server.protocol import ChatRequest
+from ownpath.server.reading import known_fields, read_conversation
 from ownpath.server.routes import Api
 from ownpath.server.validation import validate
 from ownpath.server.value_forms import IDS_SCHEMA, MAX_ID
@@ -69,8 +70,8 @@ class DetokenizeRequest(Strict):
     )
 
 
-_TEXT = FieldTable(TokenizeTextRequest.model_fields.keys(), {}, fields.LABELS)
-_TOKENS = FieldTable(DetokenizeRequest.model_fields.keys(), {}, fields.LABELS)
+_TEXT = FieldTable(TokenizeTextRequest.model_fields.keys(), {}, fields.TOKEN_LABELS)
+_TOKENS = FieldTable(DetokenizeRequest.model_fields.keys(), {}, fields.TOKEN_LABELS)
 
 
 def read_tokenize_request(body: dict[str, object], labels: Labels) -> TokenizeTextRequest | TokenizeChatRequest:
@@ -107,10 +108,10 @@ class TokenApi:
         asked, segments = await api.bodies.read(request, CONVERSATION, read)
         api.called(asked.model)
         if isinstance(asked, TokenizeChatRequest):
-            _check_length(segments, "messages")
+            check_length(segments, "messages")
             ids = await chat_ids(segments, api.tokenizer)
         else:
-            _check_length([asked.prompt], "prompt")
+            check_length([asked.prompt], "prompt")
             ids = await text_ids(asked.prompt, api.tokenizer, add_special=asked.add_special_tokens)
         names = await _names(ids, api.tokenizer) if asked.return_token_strs else None
         limit = api.engine.config.max_model_len
@@ -130,6 +131,22 @@ class TokenApi:
         text = await asyncio.to_thread(read) if is_long else read()
         return await self._answer({"prompt": text}, labels)
 
+    async def tokenizer_info(self, request: Request) -> Response:
+        """``GET /tokenizer_info``: what a client needs to know that tokenises by asking the server. chat_template is
+        null: prompts of chats are made here."""
+        tokenizer = self.api.tokenizer
+        return JSONResponse(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "add_bos_token": tokenizer.add_bos,
+                "bos_token": BOS if tokenizer.has_special(BOS) else None,
+                "eos_token": EOS,
+                "chat_template": None,
+                "model_max_length": self.api.engine.config.max_model_len,
+                "vocab_size": tokenizer.num_tokens,
+            }
+        )
+
     async def version(self, request: Request) -> Response:
         """``GET /version``: ownpath's; of a source tree that is not installed "source"."""
         return JSONResponse({"version": versions().get("ownpath", "source")})
@@ -139,7 +156,8 @@ class TokenApi:
         return Response(await to_json(answer), headers=labels.headers(), media_type="application/json")
 
 
-def _check_length(texts: Iterable[Segment], param: str) -> None:
+def check_length(texts: Iterable[Segment], param: str) -> None:
+    """Refuses texts that are too long to be tokenised for their own sake. Errors: ApiError 400."""
     num_chars = sum(len(text) for text in texts if isinstance(text, str))
     if num_chars > MAX_TEXT_CHARS:
         raise bad_request(f"{param}: {num_chars} characters; at most {MAX_TEXT_CHARS} are tokenised at once", param)

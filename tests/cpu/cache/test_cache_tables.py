@@ -140,6 +140,9 @@ def test_a_sequence_has_room_for_what_it_took(device: torch.device) -> None:
     assert tables.blocks_RB.tolist() == [[*second.blocks, 0], list(first.blocks)]
     small = CachePool(replace(pool.spec, cache_blocks=3))
     assert small.slots.num_blocks == 3
+    whole = sum(tensor.numel() * tensor.element_size() for tensor in small.tensors.values())
+    of_nobody = sum(member.num_rows * member.row_bytes(4, 4) for member in small.layout.members)
+    assert small.spec.pool_bytes == whole - of_nobody
     one = small.new_sequence(513)
     assert len(one.blocks) == 3
     with pytest.raises(CacheFull, match="1 blocks are wanted, 0 of 3 are free"):

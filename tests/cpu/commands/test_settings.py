@@ -53,12 +53,15 @@ def test_every_option_is_a_setting_in_both_places(tmp_path: Path) -> None:
     values = {
         "model": str(tmp_path / "model"), "served_model_name": "a", "release": "0731", "device": "cuda:1",
         "numerics": "official", "cache_format": "fp8", "reference": "layers.3", "max_model_len": "99",
-        "max_num_seqs": "3", "max_connections": "7", "request_timeout": "8", "step_timeout": "9",
-        "drain_timeout": "2", "host": "::1",
+        "max_num_seqs": "3", "num_cache_blocks": "70", "max_connections": "7", "request_timeout": "8",
+        "step_timeout": "9",
+        "drain_timeout": "2", "host": "::1", "prefix_snapshots": "4", "prefix_interval": "512",
         "port": "0", "tls_cert": "c.pem", "tls_key": "k.pem", "api_key_file": "keys", "admin_key": SECRET,
         "allowed_hosts": "h", "allowed_origins": "https://o", "log_requests": "off", "log_format": "json",
+        "otlp_traces_endpoint": "http://h/v1/traces",
     }  # fmt: skip
     switches = ["batch_invariant", "no_graphs", "allow_unverified", "strict_fields", "strict_limits", "insecure"]
+    switches += ["no_prefix_cache", "prefix_salt_per_key"]
     dests = {action.dest for action in serve_parser()._actions}
     assert dests == {*values, *switches, "help", "list", "config"}
     argv = [values["model"]]
@@ -162,7 +165,7 @@ def test_other_commands_take_no_settings() -> None:
 def test_help_is_grouped_by_topic(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--help"]) == 0
     text = capsys.readouterr().out
-    groups = ("model", "numerics and kernels", "limits", "requests", "server", "access", "logs", "settings")
+    groups = ("model", "numerics and kernels", "limits", "requests", "server", "access", "logs and traces", "settings")
     places = [text.index(f"\n{group}:\n") for group in groups]
     assert places == sorted(places)
     (others,) = (group for group in serve_parser()._action_groups if group.title == "options")

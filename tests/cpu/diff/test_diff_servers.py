@@ -189,12 +189,12 @@ def test_another_tokenizer_is_told_where_only_text_is_taken(
 
 
 def test_our_own_server_agrees(model: Model, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It takes token ids, echoes log-probs, and tells every id."""
+    """It takes token ids, scores prompts, and tells every id."""
     with harness(model) as served, listening(served) as url:
         code, report = diff(capsys, folder, url)
         assert served.settled()
     assert (code, found_in(report)) == (0, [])
-    assert (report["form"], report["sends_ids"], report["num_top"]) == ("echo", True, 20)
+    assert (report["form"], report["sends_ids"], report["num_top"]) == ("prompt_logprobs", True, 20)
     assert report["numbers"]["max_delta"] <= TOLERANCE
     assert [c["id"] for c in report["checks"] if c["verdict"] == "not asked"] == ["text-tokens"]
 

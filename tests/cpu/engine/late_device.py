@@ -17,7 +17,7 @@ from ownpath.cache.layout import BLOCK_TOKENS, NOBODY
 from ownpath.cache.tables import DecodeTables
 from ownpath.engine.adjust import AdjustedRows
 from ownpath.engine.decoder import Decoder, Mark, StepBegun
-from ownpath.engine.rows import PADDED, Staged, StepRows
+from ownpath.engine.rows import PADDED, Staged
 from ownpath.model.batch import ForwardBatch
 from ownpath.trace import Ledger
 
@@ -168,13 +168,10 @@ class LateDecoder(Decoder):
         logits_TV = self._logits_TV[:count]
         return logits_TV.copy_(super().launch(count))
 
-    def begin(self, rows: StepRows, adjusted: AdjustedRows | None = None) -> StepBegun:
-        self.num_behind += self._num_unread
-        return super().begin(rows, adjusted)
-
     def _launch_whole(self, begun: StepBegun, count: int, staged: Staged | None, adjusted: AdjustedRows | None) -> None:
         self.num_uploads += staged is not None
         super()._launch_whole(begun, count, staged, adjusted)
 
     def _enqueue(self, work: Work, turn: int) -> Mark:
+        self.num_behind += self._num_unread
         return self.late.put(work)

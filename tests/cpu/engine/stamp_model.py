@@ -30,17 +30,17 @@ def _stamp(before: int, token_id: int) -> int:
 
 
 class StampModel:
-    """Sequences of up to ``max_tokens``, of which ``max_sequences`` run. All memory is NaN at first."""
+    """Sequences of up to ``max_tokens``, of which ``max_sequences`` run, in ``cache_blocks`` blocks. All memory is NaN
+    at first."""
 
     def __init__(
-        self, max_tokens: int = 2048, max_sequences: int = 4, rows: int = 1, num_blocks: int | None = None
+        self, max_tokens: int = 2048, max_sequences: int = 4, rows: int = 1, cache_blocks: int | None = None
     ) -> None:
         sizes = {"num_hidden_layers": 2, "compress_ratios": list(RATIOS), "head_dim": 4, "qk_rope_head_dim": 2}
         self.config = ModelConfig.from_dict(SMALL | sizes | {"index_head_dim": 2, "vocab_size": 512})
         spec = CacheSpec(self.config, max_tokens, torch.float32, torch.device("cpu"))
-        self.caches = CachePool(
-            replace(spec, max_sequences=max_sequences, rows_per_request=rows, cache_blocks=num_blocks)
-        )
+        spec = replace(spec, max_sequences=max_sequences, rows_per_request=rows, cache_blocks=cache_blocks)
+        self.caches = CachePool(spec)
         for tensor in self.caches.tensors.values():
             tensor.fill_(torch.nan)
         self._of = {(m.group, m.ratio, m.part): (m, t.numpy()) for m, t in self.caches.tensors.items()}

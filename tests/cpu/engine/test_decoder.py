@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import random_checkpoint
+from support.matchers import Every
 
 from ownpath.cache.tables import DecodeTables
 from ownpath.config import EngineConfig
@@ -15,7 +16,7 @@ from ownpath.engine.adjust import Adjuster
 from ownpath.engine.decoder import Decoder, make_decoder, no_graph_of
 from ownpath.engine.engine import Engine
 from ownpath.engine.request import FinishReason, Request, SamplingParams, ScoredToken, StepOutput
-from ownpath.engine.rows import GREEDY, PADDED, DecodeRow, ResidentRows, StepRows
+from ownpath.engine.rows import GREEDY, PADDED, DecodeRow, HeldRows, ResidentRows, StepRows
 from ownpath.engine.sampler import SampleRow
 from ownpath.kernels.checks import VECTOR_BYTES
 from ownpath.loading import load_model
@@ -65,7 +66,8 @@ def test_answers_are_those_of_forward(model: Model, config: EngineConfig) -> Non
 
 
 def test_adjusted_answers_are_those_of_forward(model: Model, config: EngineConfig) -> None:
-    """Rows with penalties, bias and a minimum come and go beside plain ones, whose steps carry on from the device."""
+    """Rows with penalties, bias, a minimum and masks come and go beside plain ones, whose steps carry on from the
+    device."""
     kinds: tuple[dict[str, Any], ...] = (
         {"repetition_penalty": 1.6, "presence_penalty": 0.5},
         {},
@@ -73,6 +75,7 @@ def test_adjusted_answers_are_those_of_forward(model: Model, config: EngineConfi
         {"logit_bias": ((7, 4.0), (VOCAB - 1, 3.0))},
         {"min_tokens": 4, "stop_token_ids": frozenset(range(40))},
     )
+    bound = {2: Every(7, VOCAB), 5: Every(3, VOCAB), 6: Every(5, VOCAB)}
 
     def said(decoder: Decoder | None, together: bool) -> list[list[int]]:
         engine = Engine(model, config, VOCAB, end_token_ids=(), decoder=decoder)
@@ -81,12 +84,15 @@ def test_adjusted_answers_are_those_of_forward(model: Model, config: EngineConfi
         for n in range(8):
             heard: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
             params = SamplingParams(4 + n, temperature=0.9 * (n % 2), seed=n, **kinds[n % len(kinds)])
-            engine.submit([Request([1 + n, *range(2, 3 + 5 * n)], params, heard.put)])
+            engine.submit([Request([1 + n, *range(2, 3 + 5 * n)], params, heard.put, matcher=bound.get(n))])
             waiting.append(heard)
             if not together:
                 found.append(tokens_of(heard))
         found = found or [tokens_of(heard) for heard in waiting]
         engine.stop()
+        for n, every in bound.items():
+            places = enumerate(found[n])
+            assert all(token_id % every.number == place % every.number for place, token_id in places), "each is allowed"
         return found
 
     by_forward = said(None, together=True)
@@ -166,7 +172,10 @@ def test_what_a_row_draws_with_is_compared_where_it_draws(model: Model) -> None:
     drawing = SampleRow(SamplingParams(9, temperature=0.5), seed=3, num_drawn=2)
     for sample, others in ((GREEDY, []), (drawing, [drawing._replace(seed=4), drawing._replace(num_drawn=2)])):
         held = resident(row._replace(sample=sample))
-        after = held.advanced([8])
+        going_on = HeldRows([row.cache], held)
+        going_on.advance()
+        going_on.token_ids = [8]
+        after = going_on.rows()
         ahead = sample._replace(num_drawn=sample.num_drawn + 1)
         assert resident(DecodeRow(row.cache, 8, ahead), 6).continues(after)
         assert not resident(DecodeRow(row.cache, 7, ahead), 6).continues(after)
@@ -319,7 +328,7 @@ def test_log_probs_come_with_the_tokens(
 
     decoder = Decoder(model, MAX_ROWS, VOCAB)
     with_tops, silent = scored(3, decoder), scored(None, decoder)
-    monkeypatch.setattr("ownpath.engine.sampler.score_tokens", None)
+    monkeypatch.setattr("ownpath.engine.tops.start_tops", None)
     alone, by_forward = scored(0, decoder), scored(0, None)
     assert [one.logprob for one in silent] == [None] * 12
     for one, tops, plain, other in zip(alone, with_tops, silent, by_forward, strict=True):

@@ -169,7 +169,7 @@ def test_padding_rows_of_the_embedding_are_never_tokens() -> None:
 def test_prompt_scores_are_whole_whatever_the_chunks(max_prefill_tokens: int) -> None:
     model, prompt = random_model(), [3, 9, 4, 40, 41, 42, 7]
     with running(model, max_prefill_tokens=max_prefill_tokens) as engine:
-        params = SamplingParams(2, temperature=0, num_logprobs=3, prompt_logprobs=True)
+        params = SamplingParams(2, temperature=0, num_logprobs=3, prompt_logprobs=3)
         asked = Asked(prompt, params)
         engine.submit([asked.request])
         outputs = [output for output in asked.all() if output.prompt]
@@ -183,15 +183,15 @@ def test_prompt_scores_are_whole_whatever_the_chunks(max_prefill_tokens: int) ->
         assert len(scored[position].top_logprobs) == 3
 
 
-@pytest.mark.parametrize("prompt_logprobs", [True, False])
-def test_no_tokens_wanted_scores_the_prompt_only(prompt_logprobs: bool) -> None:
+@pytest.mark.parametrize("prompt_logprobs", [0, None])
+def test_no_tokens_wanted_scores_the_prompt_only(prompt_logprobs: int | None) -> None:
     with running(random_model()) as engine:
         asked = Asked([3, 4, 5], SamplingParams(0, num_logprobs=0, prompt_logprobs=prompt_logprobs))
         engine.submit([asked.request])
         (output,) = asked.all()
     assert output.finish_reason is FinishReason.LENGTH
     assert output.token is None
-    assert len(output.prompt) == (3 if prompt_logprobs else 0)
+    assert len(output.prompt) == (3 if prompt_logprobs is not None else 0)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -219,7 +219,7 @@ def test_a_prompt_score_that_is_not_finite_is_an_error_too() -> None:
         return torch.full((VOCAB,), float("nan") if len(history) == 2 else 0.0)
 
     with running(FakeModel(rule, VOCAB)) as engine:
-        asked = Asked([3, 4, 5, 6], SamplingParams(0, num_logprobs=0, prompt_logprobs=True))
+        asked = Asked([3, 4, 5, 6], SamplingParams(0, num_logprobs=0, prompt_logprobs=0))
         engine.submit([asked.request])
         assert asked.all()[-1].finish_reason is FinishReason.ERROR
 

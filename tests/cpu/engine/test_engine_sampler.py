@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ownpath.engine.request import Request, RequestError, SamplingParams, ScoredToken
+from ownpath.engine.request import Request, RequestError, SamplingParams
 from ownpath.engine.sampler import (
     NonFiniteLogits,
     SampleRow,
@@ -17,7 +17,6 @@ from ownpath.engine.sampler import (
     finite_rows,
     score_tokens,
     warm_up_sampler,
-    with_top,
 )
 from ownpath.kernels.sample.ref import SampleReference
 from ownpath.kernels.sample.types import Sampled, SampleRows
@@ -105,20 +104,24 @@ def test_seeds() -> None:
 def test_a_warm_up_runs_every_variant_that_a_step_may_run(monkeypatch: pytest.MonkeyPatch) -> None:
     class Recorder(SampleReference):
         def __init__(self) -> None:
-            self.had: list[tuple[bool, bool]] = []
+            self.had: list[tuple[bool, bool, bool]] = []
 
         def run(
             self, logits_TV: torch.Tensor, rows: SampleRows, operand: None, *, out: Sampled | None = None
         ) -> Sampled:
-            self.had.append((rows.filters is not None, rows.penalties is not None))
+            self.had.append((rows.filters is not None, rows.penalties is not None, rows.mask_TW is not None))
             assert (rows.penalties is None) == (rows.bias is None)
-            assert rows.mask_TW is None
             return super().run(logits_TV, rows, operand, out=out)
 
     recorder = Recorder()
     monkeypatch.setattr("ownpath.engine.sampler.sampler_of", lambda device: (recorder, None))
     warm_up_sampler("cpu", 50)
-    assert [*dict.fromkeys(recorder.had)] == [(False, False), (True, False), (True, True)]
+    assert [*dict.fromkeys(recorder.had)] == [
+        (False, False, False),
+        (True, False, False),
+        (True, True, False),
+        (True, True, True),
+    ]
 
 
 def test_scores_are_the_models_own_log_probabilities(device: torch.device) -> None:
@@ -152,19 +155,6 @@ def test_a_chosen_token_brings_its_log_probability(device: torch.device) -> None
     silent = choose_tokens(logits, [plain, drawn, drawn, plain]).logprobs
     assert len(silent) == 4
     assert device.type != "cpu" or all(math.isnan(logprob) for logprob in silent)
-
-
-def test_the_likeliest_tokens_agree_with_the_chosen_one(device: torch.device) -> None:
-    """A client may look the chosen token up among the likeliest: it finds the same number there."""
-    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(2)).to(device)
-    (scored,) = score_tokens(logits, [7], 50)
-    assert scored.logprob is not None
-    sampled = scored.logprob + 2**-22
-    found = with_top(7, sampled, logits, 50)
-    assert (found.token_id, found.logprob) == (7, sampled)
-    assert [one for one in found.top_logprobs if one[0] != 7] == [one for one in scored.top_logprobs if one[0] != 7]
-    assert dict(found.top_logprobs)[7] == sampled
-    assert with_top(7, sampled, logits * math.nan, 0) == ScoredToken(7, sampled), "no second look at the logits"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -1,23 +1,29 @@
 """Memory of requests: who waits for blocks, who gives them back, and that none is lost, whatever comes and goes."""
 
 import random
+import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 from cpu.engine.fake_model import FakeModel, random_rule
-from cpu.engine.test_engine_engine import NUM_TOKENS, VOCAB, Asked, expected_greedy, running
+from cpu.engine.test_engine_engine import NUM_TOKENS, VOCAB, Asked, expected_greedy, running, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from support.checkpoints import random_checkpoint
 
-from ownpath.cache.layout import BLOCK_TOKENS
+from ownpath.cache.layout import BLOCK_TOKENS, NAN_BYTE
 from ownpath.config import EngineConfig
 from ownpath.engine.batch import build_batch
 from ownpath.engine.engine import Engine
 from ownpath.engine.memory import RequestMemory
 from ownpath.engine.request import FinishReason, Request, RequestError, SamplingParams, ScoredToken
 from ownpath.engine.scheduler import ScheduledChunk, Scheduler
+from ownpath.loading import load_model
 
 MAX_MODEL_LEN = 4 * BLOCK_TOKENS
 
@@ -279,7 +285,7 @@ def engine_model(num_blocks: int) -> FakeModel:
         {"temperature": 0.0},
         {"temperature": 0.9, "seed": 5},
         {"temperature": 0.7, "seed": 6, "presence_penalty": 1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.3},
-        {"temperature": 0.0, "min_tokens": 25, "num_logprobs": 2, "prompt_logprobs": True},
+        {"temperature": 0.0, "min_tokens": 25, "num_logprobs": 2, "prompt_logprobs": 0},
     ],
     ids=["greedy", "drawn", "penalties", "log-probs"],
 )
@@ -306,7 +312,7 @@ def test_a_preempted_request_answers_as_if_nothing_had_been(kind: dict[str, floa
 def test_a_prompt_that_is_read_again_is_not_scored_again(num_prompt: int, num_scored: int, sizes: list[int]) -> None:
     """Whatever its chunks, the rows of all together score what is missing, each from the token before it."""
     model, ids = engine_model(4), list(range(10, 10 + num_prompt))
-    request = Request(ids, SamplingParams(2, prompt_logprobs=True), lambda output: None)
+    request = Request(ids, SamplingParams(2, prompt_logprobs=0), lambda output: None)
     num_scored = min(num_scored, num_prompt - 1)
     request.scored_prompt += [ScoredToken(token_id, 0.0) for token_id in ids[1 : 1 + num_scored]]
     request.cache = model.new_cache()
@@ -359,3 +365,58 @@ def test_the_load_tells_blocks_and_slots() -> None:
     assert (load.blocks.used, load.blocks.total, load.slots.used, load.slots.total) == (2, 7, 1, 16)
     held.release()
     assert engine.load().blocks.used == 0
+
+
+def test_a_thousand_requests_whose_clients_leave_lose_nothing() -> None:
+    """Aborted while they wait, read, answer or wait again, from another thread; the rest answer as if alone."""
+    chance, model = random.Random(11), engine_model(6)
+    with running(model, max_num_seqs=8, max_prefill_tokens=600, max_model_len=MAX_MODEL_LEN) as engine:
+        stay = [Asked([4 + n] * 250, SamplingParams(12, temperature=0)) for n in range(4)]
+        for wave in range(20):
+            leave = [Asked([3] * chance.choice((1, 5, 250)), SamplingParams(300)) for _ in range(50)]
+            for one in leave:
+                engine.submit([one.request])
+            if wave % 5 == 0:
+                engine.submit([stay[wave // 5].request])
+            chance.shuffle(leave)
+            for one in leave:
+                if chance.random() < 0.1:
+                    time.sleep(0.002)
+                engine.abort(one.request)
+        for n, one in enumerate(stay):
+            assert one.token_ids() == expected_greedy(model, [4 + n] * 250, 12)
+        until(lambda: engine.num_open == 0)
+        assert engine.load().blocks.used == 0
+
+
+def test_the_real_model_with_few_blocks_answers_as_with_many(tmp_path: Path) -> None:
+    """In float64, greedy and drawn: requests come, are sent back, are aborted, and fill blocks that others had."""
+    random_checkpoint(tmp_path, "full-nvfp4", seed=41)
+    found, num_preempted = [], []
+    for num_blocks in (None, 3):
+        config = EngineConfig(dtype=torch.float64, max_model_len=512, max_num_seqs=4, max_prefill_tokens=256)
+        config = replace(config, num_cache_blocks=num_blocks)
+        model = load_model(tmp_path, config)
+        for tensor in model.caches.tensors.values():
+            tensor.view(torch.uint8).fill_(NAN_BYTE)
+        engine = Engine(model, config, 96, end_token_ids=())
+        asked = [
+            Asked([(5 * n + 3 * i) % 90 for i in range(249 + n)], SamplingParams(9, temperature=n % 2, seed=n))
+            for n in range(3)
+        ]
+        gone = Asked([7] * 252, SamplingParams(100))
+        engine._open.update(one.request for one in (*asked, gone))
+        for one in (asked[0], asked[1], gone, asked[2]):
+            engine._add([one.request])
+        for step in range(100):
+            if step == 6:
+                engine._close(gone.request)
+            if engine._open:
+                engine._step_or_fail()
+            assert model.caches.slots.faults() == []
+        found.append([one.token_ids() for one in asked])
+        num_preempted.append(engine.counts.num_preempted)
+        assert not model.caches.slots.owned
+    assert num_preempted[0] == 0
+    assert num_preempted[1] > 0
+    assert found[0] == found[1]

@@ -15,9 +15,13 @@ from cpu.engine.fake_model import EOS_ID, random_rule
 from cpu.engine.late_device import WAIT_S, LateDecoder, LateDevice, PagedModel
 
 from ownpath.config import EngineConfig
+from ownpath.engine import steps
+from ownpath.engine.decoder import StepBegun
 from ownpath.engine.engine import Engine
+from ownpath.engine.flight import Flight
 from ownpath.engine.request import FinishReason, Request, SamplingParams, StepOutput
 from ownpath.engine.rows import DecodeRow, StepRows, unread
+from ownpath.engine.scheduler import ScheduledChunk
 from ownpath.model.batch import ForwardBatch
 
 VOCAB, MAX_ROWS = 64, 6
@@ -36,6 +40,13 @@ OTHERS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.5, "num_logprobs": 3},
     {"temperature": 0.9, "logit_bias": ((9, 2.0), (2, 1.5))},
 )
+
+
+@pytest.fixture(autouse=True)
+def prompts_by_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of two tokens and more are read by ``forward`` here; ``test_prompts_in_rows`` has the others."""
+    monkeypatch.setattr(steps, "MOST_ALONE", 1)
+    monkeypatch.setattr(steps, "MOST_BESIDE", 1)
 
 
 @dataclass
@@ -294,26 +305,36 @@ def test_a_device_that_fails_ends_the_requests_of_both_steps(lost: str | None, m
             assert ids_of(later.all()) == greedy([7], 20, ENDLESS)
 
 
+def test_likeliest_tokens_are_those_of_their_own_step() -> None:
+    """The next step's logits overwrite a step's, so it is read before."""
+    wanted = [([5, 6], SamplingParams(9, temperature=0)), ([7], SamplingParams(12, 0.8, seed=3, num_logprobs=3))]
+    expected = [alone(*one) for one in wanted]
+    with served() as running:
+        asked = running.start(*wanted)
+        assert [one.all() for one in asked] == expected
+
+
 @pytest.mark.parametrize("num_failures", [1, 2])
+@pytest.mark.parametrize("failing_step", [1, 2, 5])
 def test_a_step_that_cannot_be_launched_leaves_the_one_before_whole(
-    num_failures: int, monkeypatch: pytest.MonkeyPatch
+    failing_step: int, num_failures: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is launched once more; a request whose step fails again ends with an error."""
     with served(ENDLESS) as running:
-        begin, num_begun = running.decoder.begin, 0
+        enqueue, num_begun = running.decoder._enqueue, 0
 
-        def failing(*rows: Any) -> object:
+        def failing(*work: Any) -> object:
             nonlocal num_begun
             num_begun += 1
-            if 5 <= num_begun < 5 + num_failures:
+            if failing_step <= num_begun < failing_step + num_failures:
                 raise RuntimeError("out of memory")
-            return begin(*rows)
+            return enqueue(*work)
 
-        monkeypatch.setattr(running.decoder, "begin", failing)
+        monkeypatch.setattr(running.decoder, "_enqueue", failing)
         (asked,) = running.start(([5, 6], SamplingParams(30, temperature=0)))
         outputs = asked.all()
         assert outputs[-1].finish_reason is (FinishReason.LENGTH if num_failures == 1 else FinishReason.ERROR)
-        num_tokens = 30 if num_failures == 1 else 5  # one by the prompt's step, four by launched ones
+        num_tokens = 30 if num_failures == 1 else failing_step  # the first by the prompt's step
         assert ids_of(outputs) == greedy([5, 6], num_tokens, ENDLESS)
         assert running.engine.load().counts.num_step_retries == 1
         (later,) = running.start(([7], SamplingParams(20, temperature=0)))
@@ -332,6 +353,23 @@ def test_stopping_with_steps_in_flight_ends_open_requests() -> None:
         assert asked.all()[-1].error == "the engine has stopped"
 
 
+def test_rows_whose_cache_was_taken_are_no_repetition() -> None:
+    model = PagedModel(ENDLESS, VOCAB, device := LateDevice())
+    device.end()
+    asked = [Asked.of([5, 6], SamplingParams(limit)) for limit in (4, 9)]
+    for one in asked:
+        one.request.cache, one.request.num_computed = model.new_cache(), 2
+        one.request.output_ids.append(7)
+    chunks = [ScheduledChunk(one.request, 1) for one in asked]
+    flight = Flight.of(chunks, {asked[0].request: 0}, StepBegun(2, 0), 0.0)
+    assert flight.num_more == 1, "of four tokens one is read, one unread, one this step's"
+    assert flight.repeats(list(chunks))
+    assert not flight.repeats(chunks[:1])
+    assert not flight.repeated(StepBegun(2, 1), 0.0).repeats(chunks)
+    asked[1].request.cache = model.new_cache()
+    assert not flight.repeats(chunks)
+
+
 @torch.inference_mode()
 def test_rows_move_while_their_tokens_are_unread() -> None:
     """The decoder alone, its device held: rows leave, join and change places, and two uploads wait side by side."""
@@ -344,7 +382,7 @@ def test_rows_move_while_their_tokens_are_unread() -> None:
         ForwardBatch.of([(ids[:-1] or [4], cache) for ids, cache in zip(prompts, caches, strict=True)], "cpu")
     )
     histories = [ids if len(ids) > 1 else [4, *ids] for ids in prompts]
-    one, two, three = (greedy(ids, 5, ENDLESS) for ids in histories)
+    one, two, three = (greedy(ids, 8, ENDLESS) for ids in histories)
     a, b, c = (DecodeRow(cache, ids[-1]) for cache, ids in zip(caches, prompts, strict=True))
     device.hold()
     first = decoder.begin(StepRows.of([a, b]))
@@ -363,5 +401,20 @@ def test_rows_move_while_their_tokens_are_unread() -> None:
     num_uploads = decoder.num_uploads
     known = [a._replace(token_id=one[3]), b._replace(token_id=two[2])]
     assert decoder.step(StepRows.of(known)).token_ids == [one[4], two[3]]
+    again = decoder.begin(StepRows.of([a._replace(token_id=one[4]), b._replace(token_id=two[3])]))
+    once_more = decoder.begin(StepRows.of([a._replace(token_id=unread(0)), b._replace(token_id=unread(1))]))
+    decoder.finish(again)
+    assert decoder.can_repeat
+    last = decoder.repeat()
+    decoder.finish(once_more)
+    more = decoder.begin(StepRows.of([a._replace(token_id=unread(0)), b._replace(token_id=unread(1))]))
+    assert decoder.finish(last).token_ids == [one[7], two[6]]
+    decoder.finish(more)
     assert decoder.num_uploads == num_uploads, "the host names the tokens that the device holds"
+    caches[0].num_tokens -= 1
+    assert not decoder.can_repeat, "the device is one token ahead"
+    caches[0].num_tokens += 1
+    assert decoder.can_repeat
+    model.caches.slots.owned[caches[0].slot] = caches[0].blocks[::-1]
+    assert not decoder.can_repeat, "the device has another table"
     device.end()

@@ -111,11 +111,11 @@ def test_a_prompt_that_is_scored_is_computed() -> None:
     """Its log-probs need every row. What it computes serves others."""
     with Served(StampModel(), PLACES) as served:
         served.answer(BASE[:300])
-        asked = served.submit(BASE[:300], prompt_logprobs=True, num_logprobs=0)
+        asked = served.submit(BASE[:300], prompt_logprobs=0, num_logprobs=0)
         assert asked.tokens() == expected_answer(BASE[:300], 4)
         assert asked.request.num_cached == 0
         assert len(asked.prompt) == 300
-        scored = served.submit(BASE[:600], prompt_logprobs=True, num_logprobs=0)
+        scored = served.submit(BASE[:600], prompt_logprobs=2, num_logprobs=0)
         scored.tokens()
         assert served.answer(BASE[:600])[1] == 512
 

@@ -4,7 +4,7 @@ The model is in float64: what may differ is the order of sums alone.
 """
 
 from dataclasses import replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from ownpath.config import EngineConfig
 from ownpath.engine import steps
 from ownpath.engine.decoder import Decoder
 from ownpath.engine.engine import Engine
-from ownpath.engine.request import FinishReason, Request, SamplingParams, ScoredToken, StepOutput
+from ownpath.engine.request import FinishReason, Request, SamplingParams, StepOutput
 from ownpath.loading import load_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
@@ -92,7 +92,7 @@ class Run:
         self.engine = Engine(failing, CONFIG, MODEL_VOCAB, end_token_ids=(), decoder=decoder)
         self.outputs: list[list[StepOutput]] = [[] for _ in PROMPTS]
         self.caches: dict[tuple[int, int], list[torch.Tensor]] = {}
-        params = SamplingParams(NUM_TOKENS, temperature=0, num_logprobs=0, prompt_logprobs=True)
+        params = SamplingParams(NUM_TOKENS, temperature=0, num_logprobs=0, prompt_logprobs=0)
         requests = [
             Request([(7 * n + 3 * i) % 90 for i in range(count)], params, self.outputs[n].append)
             for n, count in enumerate(PROMPTS)
@@ -188,15 +188,15 @@ def test_who_was_told_already_is_not_told_twice(monkeypatch: pytest.MonkeyPatch)
     """The report of the second of three requests fails once, amid the reports of a step."""
     model = FakeModel(random_rule(VOCAB), VOCAB)
     failures = iter([True])
-    scores = steps.with_top
+    name = steps.with_own
 
-    def score_or_fail(token_id: int, *rest: object) -> ScoredToken:
+    def name_or_fail(*top: Any) -> object:
         is_amid = asked[0].request.num_tokens > asked[1].request.num_tokens
         if len(model.step_sizes) == 6 and is_amid and next(failures, False):
             raise RuntimeError("broken")
-        return scores(token_id, *rest)  # type: ignore[arg-type]
+        return name(*top)
 
-    monkeypatch.setattr(steps, "with_top", score_or_fail)
+    monkeypatch.setattr(steps, "with_own", name_or_fail)
     asked = [Asked([3 + n], SamplingParams(20, temperature=0, num_logprobs=0)) for n in range(3)]
     with running(model) as engine:
         engine.submit([one.request for one in asked])

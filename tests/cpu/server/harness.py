@@ -118,6 +118,20 @@ def error(response: httpx.Response, status: int) -> dict[str, Any]:
     return found
 
 
+def refusal(response: httpx.Response, status: int) -> dict[str, Any]:
+    """The error object of ``/v1/messages``; checks its shape, and that it tells nothing about the machine."""
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert list(body) == ["type", "error", "request_id"]
+    assert body["type"] == "error"
+    assert list(body["error"]) == ["type", "message"]
+    assert body["request_id"] == response.headers["request-id"] == response.headers["x-request-id"]
+    for leak in ("Traceback", ".py", "/home", "/root", "/tmp", "/usr", "0x"):
+        assert leak not in body["error"]["message"]
+    found: dict[str, Any] = body["error"]
+    return found
+
+
 def eventually(condition: Any) -> bool:
     end = time.monotonic() + WAIT_S
     while not condition():

@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from ownpath.server import validation
 from ownpath.server.errors import ApiError
-from ownpath.server.protocol import ChatRequest, CompletionRequest, read_chat_request, read_completion_request
+from ownpath.server.protocol import ChatRequest, CompletionRequest
+from ownpath.server.reading import read_chat_request, read_completion_request
 
 MOST_ERRORS = 10
 Read = Callable[[dict[str, object]], object]

@@ -213,14 +213,23 @@ def test_serve_says_where_and_ends_cleanly(
 def test_as_many_requests_run_together_as_are_asked_for(
     options: list[str], wanted: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def load(args: object, max_num_seqs: int) -> None:
-        raise ValueError(f"room for {max_num_seqs}")
+    def load(args: object, max_num_seqs: int, num_cache_blocks: int | None) -> None:
+        raise ValueError(f"room for {max_num_seqs} in {num_cache_blocks} blocks")
 
     monkeypatch.setattr(session, "load_for", load)
     assert main(["serve", str(folder), "--port", "0", *options]) == 2
-    assert f"room for {wanted} " in capsys.readouterr().err.replace("\n", " ")
+    assert f"room for {wanted} in None blocks" in capsys.readouterr().err.replace("\n", " ")
+    assert main(["serve", str(folder), "--port", "0", "--num-cache-blocks", "40", *options]) == 2
+    assert f"room for {wanted} in 40 blocks" in capsys.readouterr().err.replace("\n", " ")
     assert main(["serve", str(folder), "--port", "0", "--max-num-seqs", "0"]) == 2
     assert "--max-num-seqs" in capsys.readouterr().err
+
+
+def test_caches_that_cannot_hold_one_request_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--port", "0", "--num-cache-blocks", "3", "--max-model-len", "1000"]
+    assert main(["serve", str(folder), *options]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "--num-cache-blocks 3: a request of --max-model-len 1000 tokens needs 4 blocks of 256" in told
 
 
 def test_a_port_in_use_is_an_error(folder: Path) -> None:

@@ -80,8 +80,8 @@ def told(reports: Sequence[Report], cuts: Sequence[int], stops: list[str], max_c
         "offsets": [offset for delta in deltas for offset in delta.text_offsets],
         "end": (last.finish_reason, last.empty_content, last.stop_reason),
         "numbers": (stream.num_tokens, stream.num_reasoning_tokens, metrics._num_tokens),
-        "times": (metrics.time_per_output_token._counts, metrics.time_per_output_token._sum),
-        "firsts": sum(metrics.time_to_first_token._counts),
+        "times": (metrics.time_per_output_token.counts, metrics.time_per_output_token.total_s),
+        "firsts": sum(metrics.time_to_first_token.counts),
     }
 
 

@@ -293,23 +293,3 @@ def test_the_fingerprint_is_that_of_the_settings() -> None:
     assert system_fingerprint(same) == system_fingerprint(EngineConfig(max_model_len=64))
     assert system_fingerprint(same) != system_fingerprint(other)
     assert system_fingerprint(same).startswith("ownpath-")
-
-
-@pytest.mark.parametrize(
-    ("fields", "setting"),
-    [
-        ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "strict_mode=False"),
-        ({"tools": [TOOL], "tool_choice": "required"}, "PromptedOutput"),
-        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}}, "json_mode"),
-        (
-            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": {}}}},
-            "strict_json_schema=False",
-        ),
-    ],
-)
-def test_what_only_constrained_decoding_could_promise_names_the_way_around(
-    served: Harness, fields: dict[str, Any], setting: str
-) -> None:
-    message = error(served.post(CHAT, messages=HELLO, **fields), 400)["message"]
-    assert setting in message
-    assert not message.endswith("..."), "the advice is not cut off"

@@ -21,7 +21,7 @@ from ownpath.server.fields import MESSAGE
 from ownpath.server.labels import IGNORED_HEADER, Labels
 from ownpath.server.policy import RequestPolicy
 from ownpath.server.prompts import chat_prompt, chat_segments
-from ownpath.server.protocol import read_chat_request
+from ownpath.server.reading import read_chat_request
 
 PATH = "/v1/chat/completions"
 LONG = 4096

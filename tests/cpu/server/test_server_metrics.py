@@ -25,6 +25,7 @@ from cpu.server.harness import (
 
 from ownpath.kernels.dsl.compilations import COMPILATIONS
 from ownpath.server.empty_content import EmptyContent
+from ownpath.server.timeline import Timeline
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 USER_ID = 2
@@ -256,3 +257,67 @@ def test_gauges_follow_what_runs() -> None:
                 model.permits.release()
         pending.result(WAIT_S)
         assert eventually(lambda: page(served)["ownpath_num_requests_running"] == 0)
+
+
+def test_the_engines_own_counts_are_on_the_page() -> None:
+    """Written as the engine's thread writes them; a duration at a bound belongs to its bucket."""
+    with harness(Gated()) as served:
+        counts, times = served.engine.counts, served.engine.load().times
+        counts.num_prefix_queried, counts.num_prefix_hit = 1000, 768
+        counts.num_prefix_hits, counts.num_blocks_evicted = 4, 7
+        counts.num_snapshots_taken, counts.num_snapshots_evicted = 6, 5
+        counts.num_preempted, counts.num_step_retries = 3, 2
+        for seconds in (0.0005, 0.003, 1000):
+            times.busy.observe(seconds)
+        for seconds in (4e-6, 25e-6, 30e-6, 31e-6):
+            times.gaps.observe(seconds)
+        found = {name.removeprefix("ownpath_"): value for name, value in page(served).items()}
+    assert (found["prefix_cache_queries_total"], found["prefix_cache_hits_total"]) == (1000, 768)
+    assert (found["prefix_cache_hit_requests_total"], found["prefix_blocks_evicted_total"]) == (4, 7)
+    assert (found["prefix_snapshots_taken_total"], found["prefix_snapshots_evicted_total"]) == (6, 5)
+    assert (found["num_preemptions_total"], found["step_retries_total"]) == (3, 2)
+    assert [found[f'step_time_seconds_bucket{{le="{bound}"}}'] for bound in ("0.0005", "0.0025", "0.005", "300")] == [
+        *(1, 1, 2, 2)
+    ]
+    assert found["step_time_seconds_count"] == 3
+    assert found["step_time_seconds_sum"] == pytest.approx(1000.0035)
+    assert [found[f'step_gap_seconds_bucket{{le="{bound}"}}'] for bound in ("5e-06", "2e-05", "3e-05", "5e-05")] == [
+        *(1, 1, 3, 4)
+    ]
+    assert found["step_gap_seconds_sum"] == pytest.approx(90e-6)
+
+
+def test_an_answers_phases_add_up() -> None:
+    """A prompt that waits for another one's slots: its time is the queue's until it begins."""
+    model = Gated()
+    with harness(model) as served, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(served.complete, prompt=[[20, 21, 22]] * 8, max_tokens=2)
+        try:
+            assert eventually(lambda: page(served)["ownpath_num_requests_waiting"] == 2), "a body runs 6 of 8 at most"
+        finally:
+            for _ in range(100):
+                model.permits.release()
+        first.result(WAIT_S)
+        error(served.post(COMPLETIONS, prompt=[20, TOKENIZER.num_tokens]), 400)
+        found = page(served)
+    sums = [found[f"ownpath_request_{phase}_time_seconds_sum"] for phase in ("queue", "prefill", "decode")]
+    counts = [found[f"ownpath_request_{phase}_time_seconds_count"] for phase in ("queue", "prefill", "decode")]
+    assert counts == [8, 8, 8]
+    assert sum(sums[:2]) == pytest.approx(found["ownpath_time_to_first_token_seconds_sum"], abs=1e-6)
+    assert sums[2] == pytest.approx(found["ownpath_time_per_output_token_seconds_sum"], abs=1e-6)
+    assert sum(sums) <= found["ownpath_e2e_request_latency_seconds_sum"]
+
+
+@pytest.mark.parametrize(
+    ("points", "phases"),
+    [
+        ({"ended": 9.0}, {"queue": (1.0, 9.0)}),
+        ({"begun": 2.0, "ended": 9.0}, {"queue": (1.0, 2.0), "prefill": (2.0, 9.0)}),
+        (
+            {"begun": 2.0, "first_token": 4.0, "last_token": 8.0, "ended": 9.0},
+            {"queue": (1.0, 2.0), "prefill": (2.0, 4.0), "decode": (4.0, 8.0)},
+        ),
+    ],
+)
+def test_phases_end_where_the_answer_was_cut(points: dict[str, float], phases: dict[str, tuple[float, float]]) -> None:
+    assert Timeline(1.0, **points).phases() == phases  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from cpu.server.harness import HELLO, MODEL_ID, Harness, answer, error, harness, listening
+from cpu.server.harness import HELLO, MODEL_ID, Harness, answer, error, harness, listening, refusal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.routing import Route
@@ -22,7 +22,9 @@ from ownpath.server.body import Limits
 from ownpath.server.debug import DebugPlan
 from ownpath.server.errors import ApiError
 from ownpath.server.labels import Labels
-from ownpath.server.protocol import read_chat_request, read_completion_request
+from ownpath.server.messages.request import read_count_request, read_messages_request
+from ownpath.server.reading import read_chat_request, read_completion_request
+from ownpath.server.responses.request import read_responses_request
 from ownpath.server.route_table import STATUSES
 from ownpath.server.token_api import read_detokenize_request, read_tokenize_request
 from ownpath.trace import Ledger
@@ -35,12 +37,19 @@ READERS: dict[str, Any] = {
     "TokenizeTextRequest": (read_tokenize_request, {"prompt": "a"}),
     "TokenizeChatRequest": (read_tokenize_request, {"messages": HELLO}),
     "DetokenizeRequest": (read_detokenize_request, {"tokens": [1]}),
+    "ResponsesRequest": (read_responses_request, {"input": "hello"}),
+    "MessagesRequest": (read_messages_request, {"messages": HELLO, "max_tokens": 1}),
+    "CountTokensRequest": (read_count_request, {"messages": HELLO}),
 }
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": HELLO, "max_tokens": 1},
     "/v1/completions": {"prompt": "a", "max_tokens": 1},
     "/tokenize": {"prompt": "a"},
     "/detokenize": {"tokens": [1]},
+    "/v1/responses": {"input": "hello", "max_output_tokens": 1},
+    "/v1/responses/input_tokens": {"input": "hello"},
+    "/v1/messages": {"messages": HELLO, "max_tokens": 1},
+    "/v1/messages/count_tokens": {"messages": HELLO},
     "/debug/plan": {"recording": False},
 }
 
@@ -140,7 +149,18 @@ def test_declared_fields_are_read_and_no_others(whole: Harness, name: str) -> No
         read(good | {"undeclared": 1}, Labels())
 
 
+ASKED_BY = {
+    "ReasoningOptions": (read_responses_request, lambda it: {"input": "a", "reasoning": it}),
+    "TextOptions": (read_responses_request, lambda it: {"input": "a", "text": it}),
+    "ThinkingOptions": (read_count_request, lambda it: {"messages": HELLO, "thinking": it}),
+    "OutputOptions": (read_count_request, lambda it: {"messages": HELLO, "output_config": it}),
+}
+"""Type -> how the request around it is read, where that is not a chat request's."""
 NESTED: dict[str, Any] = {
+    "ReasoningOptions": ({}, ASKED_BY["ReasoningOptions"][1]),
+    "TextOptions": ({}, ASKED_BY["TextOptions"][1]),
+    "ThinkingOptions": ({"type": "adaptive"}, ASKED_BY["ThinkingOptions"][1]),
+    "OutputOptions": ({}, ASKED_BY["OutputOptions"][1]),
     "ChatMessage": ({"role": "assistant"}, lambda it: {"messages": [it, *HELLO]}),
     "CallInMessage": ({"function": {"name": "f"}}, lambda it: {"messages": [calling(it), *HELLO]}),
     "CalledFunction": ({"name": "f"}, lambda it: {"messages": [calling({"function": it}), *HELLO]}),
@@ -149,13 +169,19 @@ NESTED: dict[str, Any] = {
     "TemplateOptions": ({}, lambda it: {"messages": HELLO, "chat_template_kwargs": it}),
     "Tool": ({"type": "function", "function": {"name": "f"}}, lambda it: {"messages": HELLO, "tools": [it]}),
     "ResponseFormat": ({"type": "text"}, lambda it: {"messages": HELLO, "response_format": it}),
+    "StructuredOutputs": ({}, lambda it: {"messages": HELLO, "structured_outputs": binding(it)}),
     "JsonSchema": ({"schema": {}}, lambda it: {"messages": HELLO, "response_format": with_schema(it)}),
 }
-"""Type -> the least of it, and a chat request around it."""
+"""Type -> the least of it, and a request around it."""
 
 
 def calling(call: dict[str, Any]) -> dict[str, Any]:
     return {"role": "assistant", "tool_calls": [call]}
+
+
+def binding(fields: dict[str, Any]) -> dict[str, Any]:
+    """It needs one field that binds."""
+    return {"regex": "a"} | {name: value for name, value in fields.items() if value is not None}
 
 
 def with_schema(schema: dict[str, Any]) -> dict[str, Any]:
@@ -165,22 +191,27 @@ def with_schema(schema: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("name", NESTED)
 def test_declared_fields_of_objects_in_a_request_are_read(whole: Harness, name: str) -> None:
     least, around = NESTED[name]
+    read = ASKED_BY[name][0] if name in ASKED_BY else read_chat_request
     schema = described(whole)["components"]["schemas"][name]
     assert set(schema.get("required", [])) == set(least)
     for field, told in schema["properties"].items():
         taken = [] if field in schema.get("required", []) else [None]
         for value in taken + ([] if field in ("role", "type") else told.get("enum", [])):
-            read_chat_request(around(least | {field: value}))
+            read(around(least | {field: value}))
     undeclared = around(least | {"undeclared": 1})
     if schema["additionalProperties"]:
-        read_chat_request(undeclared)
+        read(undeclared)
     else:
         with pytest.raises(ApiError, match="undeclared"):
-            read_chat_request(undeclared)
+            read(undeclared)
 
 
 def test_every_declared_type_is_held_to_the_server(whole: Harness) -> None:
-    assert set(described(whole)["components"]["schemas"]) == {*READERS, *NESTED, "RecordingRequest", "Error"}
+    assert set(described(whole)["components"]["schemas"]) == {
+        *READERS,
+        *NESTED,
+        *("RecordingRequest", "Error", "MessagesError"),
+    }
 
 
 JSON = st.recursive(
@@ -236,7 +267,7 @@ def objects_of(draw: st.DrawFn, schema: dict[str, Any], schemas: dict[str, Any])
     return more | {name: draw(values_of(fields[name], schemas)) for name in [*required, *chosen]}
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", *list(BODIES)[2:-1]])
 def test_random_bodies_of_the_schema_get_declared_statuses(whole: Harness, path: str) -> None:
     """And no failure of the server: most are answered, the others contradict themselves."""
     api = described(whole)
@@ -247,17 +278,19 @@ def test_random_bodies_of_the_schema_get_declared_statuses(whole: Harness, path:
     @settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(values_of(schema, api["components"]["schemas"]), st.booleans())
     def run(body: dict[str, Any], is_plain: bool) -> None:
-        if "completions" in path:
-            body = {"max_tokens": 2} | body
-            body |= {"max_tokens": 2} if body["max_tokens"] == -1 else {}  # long answers are others' tests
-        if "messages" in body and is_plain:  # random messages seldom make a conversation
-            body["messages"] = HELLO
+        limit = "max_output_tokens" if "responses" in path else "max_tokens"
+        if path.startswith("/v1"):
+            body = {limit: 2} | body
+            body |= {limit: 2} if body[limit] in (-1, None) else {}  # long answers are others' tests
+        for name in ("messages", "input"):
+            if name in body and is_plain:  # random messages seldom make a conversation
+                body[name] = HELLO
         response = whole.post(path, **body)
         statuses.append(response.status_code)
         assert str(response.status_code) in told["responses"], response.text
         assert response.status_code < 500, response.text
         if response.status_code != 200:
-            error(response, response.status_code)
+            (refusal if "/messages" in path else error)(response, response.status_code)
 
     run()
     assert 200 in statuses

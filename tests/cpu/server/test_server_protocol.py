@@ -12,13 +12,8 @@ from ownpath.cli import main
 from ownpath.server import fields
 from ownpath.server.conversation import CalledFunction, CallInMessage, ChatMessage, TemplateOptions
 from ownpath.server.errors import ApiError
-from ownpath.server.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    StreamOptions,
-    read_chat_request,
-    read_completion_request,
-)
+from ownpath.server.protocol import ChatRequest, CompletionRequest, StreamOptions
+from ownpath.server.reading import read_chat_request, read_completion_request
 from ownpath.server.value_forms import MAX_STOP_CHARS, MAX_STOPS
 
 CHAT: dict[str, Any] = {"messages": HELLO}
@@ -61,8 +56,8 @@ def test_an_object_of_nulls_asks_for_nothing() -> None:
         ("function_call", {"name": "f"}), ("verbosity", "low"),
         ("functions", [{}]), ("reasoning", {"effort": "high"}),
         ("chat_template", "{{x}}"), ("echo", True), ("web_search_options", {}), ("verbosity", "high"),
-        ("modalities", ["text", "audio"]), ("guided_json", {}), ("thinking_token_budget", 5), ("lora_path", "x"),
-        ("prompt_logprobs", 1), ("spaces_between_special_tokens", False),
+        ("modalities", ["text", "audio"]), ("thinking_token_budget", 5), ("lora_path", "x"),
+        ("spaces_between_special_tokens", False),
     ],
 )  # fmt: skip
 def test_what_is_not_supported_is_refused_by_name(name: str, value: Any) -> None:
@@ -245,11 +240,16 @@ def tool(**function: Any) -> list[dict[str, Any]]:
         ({"tools": tool(name='a"b')}, "tools.0.function"),
         ({"tools": tool(typo=1)}, "tools.0.function"),
         ({"tools": tool(parameters=[])}, "tools.0.function"),
-        ({"tools": tool(strict=True)}, "tools.0.function"),
+        ({"tools": tool(strict=1)}, "tools.0.function"),
         ({"tools": [TOOL, TOOL]}, "tools"),
         ({"tools": "f"}, "tools"),
-        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
-        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice"),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "x"}}},
+            "tool_choice.function.name",
+        ),
         ({"tools": [TOOL], "parallel_tool_calls": 0}, "parallel_tool_calls"),
         ({"thinking": {"type": "auto"}}, "thinking.type"),
         ({"thinking": {"type": "enabled", "typo": 5}}, "thinking.typo"),
@@ -267,9 +267,22 @@ def tool(**function: Any) -> list[dict[str, Any]]:
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": {"type": "json_object", "json_schema": {"schema": {}}}}, "response_format.json_schema"),
         (
-            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "strict": True}}},
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "strict": 1}}},
             "response_format.json_schema.strict",
         ),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"json_object": False}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": ""}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"choice": ["a", ""]}}, "structured_outputs.choice.1"),
+        ({"structured_outputs": {"typo": 1}}, "structured_outputs.typo"),
+        ({"structured_outputs": {"regex": "a", "structural_tag": "{}"}}, "structured_outputs.structural_tag"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json": "[]"}}, "structured_outputs.json"),
+        ({"guided_json": "{"}, "guided_json"),
+        ({"guided_json": {}, "guided_regex": "a"}, "guided_regex"),
+        ({"response_format": {"type": "json_object"}, "guided_choice": ["a"]}, "guided_choice"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "description": "a"}}},
             "response_format.json_schema.description",

@@ -66,6 +66,19 @@ def test_a_conversation_has_the_tokens_of_its_prompt(fields: dict[str, Any]) -> 
         assert found["tokens"] == served.chat(max_tokens=1, return_token_ids=True, **fields)["prompt_token_ids"]
 
 
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_clients_that_tokenise_by_asking_learn_the_names_of_both_ends(add_bos: bool) -> None:
+    with harness(tokenizer=Tokenizer(tokenizer_spec(), add_bos=add_bos)) as served:
+        found = answer(served.ask("GET", "/tokenizer_info"))
+        assert (found["bos_token"], found["eos_token"], found["add_bos_token"]) == (BOS, EOS, add_bos)
+        assert (found["vocab_size"], found["model_max_length"]) == (NUM_TOKENS, MAX_MODEL_LEN)
+        ends = [
+            tokenized(served, prompt=found[name], add_special_tokens=False)["tokens"]
+            for name in ("bos_token", "eos_token")
+        ]
+        assert ends == [[TOKENIZER.special_id(BOS)], [TOKENIZER.special_id(EOS)]]
+
+
 def test_a_conversation_may_open_no_answer_while_it_thinks(served: Harness) -> None:
     """Nothing is generated, so nothing has to be read back."""
     found = tokenized(served, messages=HELLO, add_generation_prompt=False, thinking={"type": "enabled"})

@@ -13,8 +13,10 @@ from ownpath.kernels.attend.types import WINDOW_ROWS, DecodeKeys, DecodeRows
 
 SELECTED_BLOCK = 64
 """Entries of a block where a row's come as a list of rows."""
-MOST_SPLIT_PROGRAMS, SPLIT_CTAS = 16, 72
+FEW_PROGRAMS, FEW_CTAS = 8, 72
 """Up to so many CTAs without splits, keys are split among CTAs that write partial sums: so many in all."""
+MOST_SPLIT_PROGRAMS, MOST_SPLIT_PROGRAMS_FP8, MOST_SPLITS = 16, 32, 8
+"""Up to so many CTAs without splits, of keys in BF16 and in FP8 pages, there are as many as SMs: the most of a row."""
 MOST_MERGED = 3
 """CTAs of a cluster that merges its sums."""
 INVARIANT_SPLITS = {0: 1, 4: 2, 128: 2}
@@ -49,18 +51,22 @@ def most_tiles(keys: DecodeKeys, rows: DecodeRows) -> int:
     return -(-num_keys // TILE_KEYS)
 
 
-def choose_plan(num_rows: int, num_heads: int, tiles: int, num_sms: int) -> AttendPlan:
+def choose_plan(num_rows: int, num_heads: int, tiles: int, num_sms: int, *, is_fp8: bool) -> AttendPlan:
     """Chooses from the number of rows and the longest row's tiles, never from positions, as measured on an H200.
 
-    With few rows a second launch merges the sums of up to ``SPLIT_CTAS`` CTAs; more only wait for each other. With many
-    rows a cluster of two or three merges its own. Two tiles are soonest done by one CTA.
-    tiles: of the longest row that the arrays allow.
+    With few rows a second launch merges the sums of up to ``FEW_CTAS`` CTAs; more only wait for each other. With more
+    rows one CTA on each SM has the fewest tiles. From there a cluster of two or three merges its own; FP8 pages, whose
+    tiles take longer, gain by the splits for longer. Two tiles are soonest done by one CTA.
+    tiles: of the longest row that the arrays allow. is_fp8: keys lie in FP8 pages.
     """
     programs = num_rows * -(-num_heads // TILE_HEADS)
     if tiles <= WINDOW_ROWS // TILE_KEYS:
         return WHOLE
-    if programs <= MOST_SPLIT_PROGRAMS:
-        return AttendPlan(_even(tiles, min(SPLIT_CTAS // programs, MAX_SPLITS)), False)
+    if programs <= FEW_PROGRAMS:
+        return AttendPlan(_even(tiles, min(FEW_CTAS // programs, MAX_SPLITS)), False)
+    splits = min(tiles, num_sms // programs, MOST_SPLITS)
+    if programs <= MOST_SPLIT_PROGRAMS or (is_fp8 and programs <= MOST_SPLIT_PROGRAMS_FP8 and tiles >= 2 * splits):
+        return AttendPlan(splits, False)
     wanted = min(MOST_MERGED, num_sms // programs)
     return WHOLE if wanted < 2 or tiles < 2 * wanted else AttendPlan(wanted, True)
 

@@ -109,7 +109,8 @@ class CuteAttend:
         if self._is_invariant:
             return invariant_plan(keys.ratio)
         num_rows, num_heads, _ = q_TNH.shape
-        return choose_plan(max(num_rows, 1), num_heads, most_tiles(keys, rows), num_sms(q_TNH.get_device()))
+        sms, tiles = num_sms(q_TNH.get_device()), most_tiles(keys, rows)
+        return choose_plan(max(num_rows, 1), num_heads, tiles, sms, is_fp8=keys.is_fp8)
 
     def variant(self, q_TNH: Tensor, keys: DecodeKeys, rows: DecodeRows, operand: CuteAttendOperand) -> str:
         """Returns the variant's name."""

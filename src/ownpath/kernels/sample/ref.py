@@ -109,8 +109,12 @@ def adjusted(logits_TV: torch.Tensor, rows: SampleRows) -> torch.Tensor:
     """Returns the logits after penalties, then bias, then mask; what the mask forbids is -infinity."""
     if rows.penalties is None and rows.bias is None and rows.mask_TW is None:
         return logits_TV
-    x_TV = logits_TV if rows.penalties is None else _penalized(logits_TV, rows.penalties)
-    x_TV = (x_TV if rows.bias is None else _biased(x_TV, rows.bias)).clamp(-LARGEST, LARGEST)
+    x_TV = logits_TV
+    if rows.penalties is not None and (rows.penalties.table_T >= 0).any():
+        x_TV = _penalized(x_TV, rows.penalties)
+    if rows.bias is not None and rows.bias.counts_T.any():
+        x_TV = _biased(x_TV, rows.bias)
+    x_TV = x_TV.clamp(-LARGEST, LARGEST)
     if rows.mask_TW is None:
         return x_TV
     places = torch.arange(32, dtype=torch.int32, device=x_TV.device)
@@ -211,11 +215,15 @@ def _in_nucleus(exponents_DV: torch.Tensor, before_DV: torch.Tensor, top_p_D: to
     return (top_p_D >= 1) | (excess_D < 0)
 
 
+def _filter_any(filters: FilterRows) -> bool:
+    return bool(((filters.top_k_T > 0) | (filters.top_p_T < 1) | (filters.min_p_T > 0)).any())
+
+
 def _drawn(x_DV: torch.Tensor, rows: SampleRows) -> torch.Tensor:
     """Draws among all tokens until one is kept. What ranks behind a token that is out is out too."""
     draws, filters = _start(x_DV, rows), rows.filters
     token_D = _winners(draws)
-    if filters is None:
+    if filters is None or not _filter_any(filters):
         return token_D
     left = torch.arange(len(token_D), device=x_DV.device)
     while True:

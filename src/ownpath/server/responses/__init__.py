@@ -1,0 +1,1 @@
+"""OpenAI's ``/v1/responses``, translated into chat requests and back."""

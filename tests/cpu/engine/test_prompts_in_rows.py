@@ -1,0 +1,74 @@
+"""Short prompts that are read by graphs, a token a step: the same answers, and answers beside them do not wait."""
+
+import random
+from typing import Any
+
+import pytest
+from cpu.engine.test_overlap import PLAIN, Served, alone, ids_of, served
+
+from ownpath.engine.request import SamplingParams
+from ownpath.engine.steps import MOST_ALONE, MOST_BESIDE
+
+NUM_TOKENS = 5
+
+
+def prompt_of(count: int) -> list[int]:
+    return [4 + 7 * count % 50, *[3 + idx % 55 for idx in range(count - 1)]]
+
+
+def count_forwards(running: Served) -> list[int]:
+    """Returns a list that grows by the number of tokens of each forward."""
+    sizes: list[int] = []
+    forward = running.model.forward
+
+    def counting(batch: Any) -> Any:
+        sizes.append(len(batch.token_ids_T))
+        return forward(batch)
+
+    running.model.forward = counting  # type: ignore[method-assign]
+    return sizes
+
+
+@pytest.mark.parametrize("params", PLAIN, ids=str)
+@pytest.mark.parametrize(("count", "num_forwards"), [(2, 0), (MOST_ALONE, 0), (MOST_ALONE + 1, 1)])
+def test_a_prompt_alone(count: int, num_forwards: int, params: dict[str, Any]) -> None:
+    asked_for = prompt_of(count), SamplingParams(NUM_TOKENS, seed=5, **params)
+    with served(max_prefill_tokens=64) as running:
+        sizes = count_forwards(running)
+        (asked,) = running.start(asked_for)
+        assert asked.all() == alone(*asked_for)
+        assert len(sizes) == num_forwards
+
+
+@pytest.mark.parametrize(("count", "num_forwards"), [(MOST_BESIDE, 0), (MOST_BESIDE + 1, 1)])
+def test_a_prompt_beside_an_answer(count: int, num_forwards: int) -> None:
+    params = SamplingParams(300, temperature=0.9, seed=3, ignore_eos=True)
+    with served(max_prefill_tokens=128) as running:
+        (first,) = running.start(([5], params))
+        first.outputs.get(timeout=20)
+        sizes = count_forwards(running)
+        asked_for = prompt_of(count), SamplingParams(NUM_TOKENS, temperature=0)
+        (asked,) = running.start(asked_for)
+        assert asked.all() == alone(*asked_for)
+        assert len(sizes) == num_forwards
+        assert len(first.all()) == params.max_tokens - 1, "the first output was taken"
+
+
+def test_a_prompt_that_is_scored_is_read_at_once() -> None:
+    asked_for = prompt_of(9), SamplingParams(NUM_TOKENS, temperature=0, prompt_logprobs=0)
+    with served() as running:
+        sizes = count_forwards(running)
+        (asked,) = running.start(asked_for)
+        assert asked.all() == alone(*asked_for)
+        assert sizes == [9]
+
+
+def test_many_prompts_that_come_and_go() -> None:
+    random_numbers = random.Random(4)
+    wanted = [
+        (prompt_of(random_numbers.randint(1, 20)), SamplingParams(random_numbers.randint(1, 9), seed=n, **PLAIN[n % 4]))
+        for n in range(40)
+    ]
+    with served() as running:
+        asked = [running.start(one)[0] for one in wanted]
+        assert [ids_of(one.all()) for one in asked] == [ids_of(alone(*one)) for one in wanted]
