@@ -189,7 +189,7 @@ def test_whatever_comes_and_goes(seed: int, num_snapshots: int, max_prefill_toke
     """Prompts that share beginnings, turns of conversations, aborts, so few blocks that requests are sent back: every
     answer that ends is the right one, and all books balance."""
     chance = random.Random(seed)
-    model = StampModel(1024, max_sequences=3, num_blocks=9)
+    model = StampModel(1024, max_sequences=3, cache_blocks=9)
     told: list[list[int]] = [[chance.randrange(VOCAB) for _ in range(600)]]
     with Served(model, PrefixSettings(num_snapshots, interval=256), max_prefill_tokens) as served:
         for _ in range(6):
@@ -211,7 +211,7 @@ def test_whatever_comes_and_goes(seed: int, num_snapshots: int, max_prefill_toke
 
 def test_a_request_that_was_sent_back_goes_on_from_its_snapshot() -> None:
     """Six blocks, and two requests that grow to four each: one is sent back, and finds what it had computed."""
-    model = StampModel(1024, max_sequences=3, num_blocks=6)
+    model = StampModel(1024, max_sequences=3, cache_blocks=6)
     prompts = [[n, *BASE[:255]] for n in range(2)]
     with Served(model, PrefixSettings(16)) as served:
         asked = [served.submit(ids, 700) for ids in prompts]
