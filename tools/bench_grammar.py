@@ -67,16 +67,25 @@ def report(
     """Prints the rates of ``count`` requests, free and bound in turn."""
     masks, prompt = FreeMasks(compiler.vocabulary), tokenizer.encode_raw(PROMPT)
     rates: dict[bool, list[float]] = {False: [], True: []}
+    worked: dict[bool, list[float]] = {False: [], True: []}
     for round_number in range(args.rounds + 1):
         for is_bound in (False, True):
             matchers = [
                 AnswerMatcher(masks, compiler.matcher(grammar), (), True) if is_bound else None for _ in range(count)
             ]
+            begun = time.process_time()
             seconds = run(engine, prompt, matchers, args.tokens)
+            processor_ms = (time.process_time() - begun) * 1000
             if round_number:  # the first warms up
                 rates[is_bound].append(count * args.tokens / seconds)
+                worked[is_bound].append(processor_ms / args.tokens)
     free, bound = (statistics.median(rates[it]) for it in (False, True))
-    print(f"{count} requests: free {free:.1f}, bound {bound:.1f} tokens/s: {100 * (1 - bound / free):+.1f} % slower")
+    before, after = (statistics.median(worked[it]) for it in (False, True))
+    print(
+        f"{count} requests: free {free:.1f}, bound {bound:.1f} tokens/s: {100 * (1 - bound / free):+.1f} % slower; ",
+        end="",
+    )
+    print(f"a step's processor time {before:.1f} and {after:.1f} ms: {100 * (after / before - 1):+.1f} %")
 
 
 def run(engine: Engine, prompt: list[int], matchers: Sequence[AnswerMatcher | None], num_tokens: int) -> float:

@@ -6,12 +6,11 @@ with different salts share nothing.
 
 from starlette.requests import Request
 
-from ownpath.server.gate import bearer_token, digest
+from ownpath.server.sender import noted_key
 
 MAX_SALT_CHARS = 256
 
 
 def salt_of(request: Request, asked: str | None, *, is_per_key: bool) -> str:
     """Returns the salt of a request. asked: its field ``cache_salt``. is_per_key: each API key has its own."""
-    key = bearer_token(request.headers.get("authorization", "")) if is_per_key else ""
-    return f"{digest(key).hex() if key else ''}:{asked or ''}"
+    return f"{noted_key(request.scope) if is_per_key else ''}:{asked or ''}"

@@ -30,10 +30,16 @@ def note_key(scope: Scope, digest: bytes) -> None:
     scope[_KEY] = digest.hex()
 
 
+def noted_key(scope: Scope) -> str:
+    """Returns that digest in hexadecimal; empty on a server without keys."""
+    key: str = scope.get(_KEY, "")
+    return key
+
+
 def sender_of(request: Request, priority: int) -> Sender:
     """Returns whose request it is."""
     address = "" if request.client is None else site_of(request.client.host)
-    return Sender(request.scope.get(_KEY) or address, priority)
+    return Sender(noted_key(request.scope) or address, priority)
 
 
 def read_priority(value: object) -> int:

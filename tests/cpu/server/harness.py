@@ -28,6 +28,7 @@ from ownpath.model.batch import ForwardBatch
 from ownpath.server.app import Rules, create_app
 from ownpath.server.body import Limits
 from ownpath.server.connection import ConnectionLimits
+from ownpath.server.grammar_desk import GrammarDesk
 from ownpath.server.listen import take_port
 from ownpath.server.policy import RequestPolicy
 from ownpath.server.run import SWITCH_S, ServerSettings, make_server
@@ -162,12 +163,15 @@ def harness(
     prefix = PrefixCache(model.caches, PrefixSettings(num_snapshots)) if num_snapshots else None
     engine = Engine(model, config, tokenizer.num_tokens, max_num_queued, prefix=prefix)
     engine.start()
+    grammars = GrammarDesk(tokenizer, engine.end_token_ids)
     try:
         vitals = Vitals(engine, step_timeout_s)
         rules = rules or Rules(limits or Limits())
-        app = create_app(vitals, tokenizer, MODEL_ID, rules, Release(release, "test"), policy=policy)
+        told = Release(release, "test")
+        app = create_app(vitals, tokenizer, MODEL_ID, rules, told, policy=policy, grammars=grammars)
         yield Harness(app, engine, model, tokenizer, vitals)
     finally:
+        grammars.close()
         engine.stop()
 
 

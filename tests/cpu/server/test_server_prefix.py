@@ -77,13 +77,15 @@ def test_a_salt_is_a_text(served: Harness, salt: object) -> None:
     assert found["param"] == "cache_salt"
 
 
+@pytest.mark.parametrize("form", ["Authorization: Bearer {}", "X-Api-Key: {}"])
 @pytest.mark.parametrize("salts_by_key", [False, True])
-def test_keys_share_unless_they_are_salts(salts_by_key: bool) -> None:
+def test_keys_share_unless_they_are_salts(salts_by_key: bool, form: str) -> None:
+    """However a client sends its key."""
     rules, policy = Rules(access=AccessPolicy(KEYS)), RequestPolicy(salts_by_key=salts_by_key)
     with harness(StampModel(1024), max_model_len=1024, num_snapshots=16, rules=rules, policy=policy) as served:
         hits = []
         for key in (*KEYS, *KEYS):
-            headers = {"Authorization": f"Bearer {key}"}
+            headers = dict([form.format(key).split(": ")])
             body = {"prompt": [7] * 300, "max_tokens": 1}
             response = served.ask("POST", "/v1/completions", json=body, headers=headers)
             hits.append(cached(response.json()["usage"]))
