@@ -27,9 +27,9 @@ from ownpath.model.model import Model
 MODEL_VOCAB = 96
 TOLERANCE = 1e-9
 """As in ``test_incremental``."""
-PROMPTS, NUM_TOKENS = (258, 5, 140), 6
-"""Past the sliding window, windows of both ratios, and a block."""
-IN_PROMPT, IN_CHUNKS, DECODING, NO_LAYER = 1, 6, 9, 99
+PROMPTS, NUM_TOKENS = (200, 5), 6
+"""Past the sliding window and windows of both ratios."""
+IN_PROMPT, IN_CHUNKS, DECODING, NO_LAYER = 1, 3, 6, 99
 """Steps: the first chunks; chunks that replace rows of the rings which they read; one row of each request."""
 CONFIG = EngineConfig(dtype=torch.float64, max_model_len=512, max_num_seqs=3, max_prefill_tokens=64)
 
@@ -127,7 +127,6 @@ def told(outputs: list[StepOutput]) -> tuple[list[int], torch.Tensor]:
         (IN_PROMPT, 2, False),
         (IN_CHUNKS, 2, False),
         (IN_CHUNKS, NO_LAYER, False),
-        (DECODING, 2, False),
         (DECODING, 2, True),
         (DECODING, NO_LAYER, True),
     ],
@@ -143,8 +142,8 @@ def test_a_step_that_failed_leaves_what_one_run_does(
         assert other_ids == ids
         torch.testing.assert_close(other, logprobs, rtol=0, atol=TOLERANCE)
     common = clean.caches.keys() & found.caches.keys()
-    assert {number for number, _ in common} == {0, 1, 2}
-    assert {PROMPTS[n] + NUM_TOKENS - 2 for n in range(3)} <= {count for _, count in common}, "up to the last steps"
+    assert {number for number, _ in common} == {0, 1}
+    assert {PROMPTS[n] + NUM_TOKENS - 2 for n in range(2)} <= {count for _, count in common}, "up to the last steps"
     for place in common:
         for one, other_one in zip(clean.caches[place], found.caches[place], strict=True):
             torch.testing.assert_close(other_one, one, rtol=0, atol=TOLERANCE)
