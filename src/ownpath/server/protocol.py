@@ -47,6 +47,8 @@ _EXCESS = "clamped to what max_model_len leaves (--strict-limits refuses it); -1
 
 
 class GenerationRequest(StructuredRequest, ScoringRequest):
+    """The fields that chat requests and completions share: what is generated, how much of it, and how it is told."""
+
     model: str | None = Field(None, description="a served name, or the path given to serve; another name is 404")
     max_tokens: int | None = Field(
         None, ge=-1, description=f"{_EXCESS}; left out: {_DEFAULT_MAX_TOKENS}. 0 only scores"

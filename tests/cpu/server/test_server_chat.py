@@ -245,7 +245,7 @@ def test_a_model_that_breaks_in_the_middle(stream: bool) -> None:
     class Breaking:
         def __init__(self) -> None:
             self.inner = saying("abcdef", chat_ids("hello"))
-            self.config, self.new_cache = self.inner.config, self.inner.new_cache
+            self.config, self.caches, self.new_cache = self.inner.config, self.inner.caches, self.inner.new_cache
 
         def forward(self, batch: Any) -> torch.Tensor:
             logits = self.inner.forward(batch)
