@@ -17,7 +17,7 @@ demo: $(VENV)/.base
 
 test: lint
 	$(MAKE) --jobs 2 --output-sync=target aot type interpret
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
