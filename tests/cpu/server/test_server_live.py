@@ -146,13 +146,16 @@ def test_nothing_is_generated_after_a_stop_string(live: tuple[Harness, str]) -> 
 @pytest.mark.parametrize("path", CONVERSATIONS)
 @pytest.mark.parametrize("is_stream", [True, False])
 def test_who_leaves_is_not_generated_for(live: tuple[Harness, str], is_stream: bool, path: str) -> None:
-    """T17: an answer of 250 tokens takes half a second here; after the client is gone it ends within a few steps."""
+    """T17: an answer of 250 tokens takes half a second here; after the client is gone it ends within a few steps, or
+    before the first: other streams than chat's tell of an answer before it is begun."""
     served, url = live
     assert served.settled()
     before = served.model.num_steps
     leave_after_asking(url, is_stream, 200 if is_stream else 0, path)
     assert served.settled()
-    assert 0 < served.model.num_steps - before < 150
+    num_steps = served.model.num_steps - before
+    assert num_steps < 150
+    assert num_steps > 0 or (is_stream and "chat" not in path)
     assert not served.engine._scheduler.has_work
 
 
