@@ -427,7 +427,7 @@ SAID = (
         "Count its lines.",
         "I count its lines.",
     ),
-    *("wc -l notes.txt", "/work/notes.txt", "<tool_result>12 notes.txt", "<tool_result>1\tfirst", "Be quick."),
+    *("wc -l notes.txt", "/home/ada/notes.txt", "<tool_result>12 notes.txt", "<tool_result>1\tfirst", "Be quick."),
     *("It has 12 lines.", "And in words?"),
 )
 SCRAP = st.none() | st.booleans() | st.integers(-1, 1) | st.sampled_from(["", "a", "t1", "user", "text", "weather"])
