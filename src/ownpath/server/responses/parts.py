@@ -2,6 +2,7 @@
 
 import json
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ Told = tuple[str, JsonObject]
 
 
 @dataclass
-class AnswerItem:
+class AnswerItem(ABC):
     """An item that is being written."""
 
     item_id: str
@@ -26,9 +27,9 @@ class AnswerItem:
         """The text so far."""
         return "".join(self.pieces)
 
+    @abstractmethod
     def item(self, status: str) -> JsonObject:
         """Returns the item as it is now."""
-        raise NotImplementedError
 
     def last_status(self, of_response: str) -> str:
         """Returns its status at its end. of_response: the response's, if it ends with the item."""
@@ -38,13 +39,13 @@ class AnswerItem:
         """Yields what follows ``output_item.added``."""
         yield from ()
 
+    @abstractmethod
     def more(self, text: str, logprobs: list[JsonObject]) -> Iterator[Told]:
         """Takes more text. logprobs: of its tokens, if they were asked for."""
-        raise NotImplementedError
 
+    @abstractmethod
     def closing(self) -> Iterator[Told]:
         """Yields what comes before ``output_item.done``."""
-        raise NotImplementedError
 
 
 def _new_id(kind: str) -> str:
