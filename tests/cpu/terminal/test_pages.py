@@ -6,7 +6,6 @@ import pty
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 from rich.cells import cell_len
@@ -14,20 +13,11 @@ from support.terminals import SGR, Terminal
 
 from ownpath.loading import default_model_dir, plan_model
 from ownpath.plan.show import plan_page, plan_rows
-from ownpath.terminal import console
 from ownpath.terminal.console import SafeFormatter, plain_text, show, tell, wrapped, write_prose
 from ownpath.terminal.page import Listing, fact, facts, line
 
 HOSTILE = "w\x1b]8;;http://evil\x07[red]x[/red][link=http://evil]y[/link]\r\n\u202e\x9b31m:smile:"
 ESCAPED = r"w\x1b]8;;http://evil\x07[red]x[/red][link=http://evil]y[/link]\r\n\u202e\x9b31m:smile:"
-
-
-@pytest.fixture(autouse=True)
-def consoles() -> Iterator[None]:
-    """Consoles keep the width of when they were made: those of other tests, and of these, are not to be met again."""
-    console._console.cache_clear()
-    yield
-    console._console.cache_clear()
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -89,6 +79,7 @@ def test_names_from_files_are_never_acted_on(is_terminal: bool, monkeypatch: pyt
     monkeypatch.setattr("sys.stdout", out)
     monkeypatch.setattr("sys.stderr", out)
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "xterm")  # a dumb one has 80
     parts = [line(HOSTILE), fact(HOSTILE, HOSTILE), facts([(HOSTILE, HOSTILE)]), Listing(("a", "b"), [(HOSTILE, "x")])]
     show(*parts)
     tell("warning", f": {HOSTILE}")
