@@ -5,17 +5,27 @@ import os
 import pytest
 import torch
 
-from ownpath.terminal import progress
+from ownpath.terminal import console, progress
 
 # Torch's threads spin while they wait; on a machine with two busy cores one thread is the faster choice.
 torch.set_num_threads(1)
 # On a busy machine a command takes seconds and says so on stderr, which tests compare with what they expect.
 progress.FIRST_LINE_S = 600.0
+# The terminal that the tests are started from is not what they are about.
+for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):
+    os.environ.pop(name, None)
+os.environ["TERM"] = "xterm"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="torch device for the tests that take `device` (default: cpu)")
     parser.addoption("--compile-only", action="store_true", help="compile what the tests launch, and run none of them")
+
+
+@pytest.fixture(autouse=True)
+def consoles() -> None:
+    """A console keeps the width of when it was made: no test meets another's."""
+    console._console.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -79,7 +79,6 @@ def test_names_from_files_are_never_acted_on(is_terminal: bool, monkeypatch: pyt
     monkeypatch.setattr("sys.stdout", out)
     monkeypatch.setattr("sys.stderr", out)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("TERM", "xterm")  # a dumb one has 80
     parts = [line(HOSTILE), fact(HOSTILE, HOSTILE), facts([(HOSTILE, HOSTILE)]), Listing(("a", "b"), [(HOSTILE, "x")])]
     show(*parts)
     tell("warning", f": {HOSTILE}")
