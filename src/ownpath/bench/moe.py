@@ -16,6 +16,7 @@ from ownpath.bench.floor import moe_work
 from ownpath.bench.measure import Round, Settings, describe, measure, without_time
 from ownpath.bench.operands import MoeOperands, random_activations, random_moe
 from ownpath.bench.ours import OwnMoe, own_kernels
+from ownpath.bench.peers.flashinfer import FlashinferMoe
 from ownpath.bench.peers.humming import HummingMoe
 from ownpath.bench.request import BenchRequest
 from ownpath.bench.rotation import num_calls
@@ -29,7 +30,7 @@ from ownpath.ops import OpKind
 def measured(asked: BenchRequest) -> Iterator[Row]:
     """Measures shape by shape, so that only one shape's weights are in memory."""
     shapes = [moe_shape(name) for name in asked.shapes or ("v4-flash",)]
-    everyone: list[MoeContender] = [OwnMoe(), HummingMoe()]
+    everyone: list[MoeContender] = [OwnMoe(), HummingMoe(), FlashinferMoe()]
     named: list[MoeContender] = [OwnMoe(kernel) for kernel in own_kernels(OpKind.MOE, NVFP4, asked.settings.device)]
     contenders = chosen(everyone, named, asked.contenders)
     for shape in shapes:

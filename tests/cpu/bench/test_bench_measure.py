@@ -16,6 +16,7 @@ from ownpath.bench.measure import Settings
 from ownpath.bench.moe import run_moe
 from ownpath.bench.ours import OwnFp8Linear, OwnMoe, OwnNvfp4Linear
 from ownpath.bench.peers.cublas import CublasNvfp4
+from ownpath.bench.peers.flashinfer import FlashinferMoe
 from ownpath.bench.peers.humming import HummingMoe, HummingNvfp4
 from ownpath.bench.peers.quack import QuackNvfp4
 from ownpath.bench.shapes import linear_shape, moe_shape
@@ -82,8 +83,8 @@ def test_peers_that_cannot_run_here_have_a_row_each() -> None:
     absent = [row for row in rows if row.is_peer]
     assert len(absent) == 6
     assert {(row.status, row.reason) for row in absent} == {("not applicable", "needs a CUDA device")}
-    moe = list(run_moe(SETTINGS, MOE, [1], [HummingMoe()]))
-    assert [row.status for row in moe] == ["not applicable"]
+    moe = list(run_moe(SETTINGS, MOE, [1], [HummingMoe(), FlashinferMoe()]))
+    assert [row.status for row in moe] == ["not applicable"] * 2
 
 
 def test_a_package_that_is_not_there_is_named() -> None:

@@ -11,6 +11,7 @@ import torch
 
 from ownpath.bench.kernel import NotApplicable
 from ownpath.bench.peers.deepgemm import DeepGemm
+from ownpath.bench.peers.flashinfer import interleave
 from ownpath.bench.peers.flashmla import FlashMla
 from ownpath.bench.scores import ScoresInputs, draw_keys, draw_rows
 from ownpath.conformance.attend import AttendInputs, make_attend_inputs
@@ -120,3 +121,29 @@ def test_deepgemm_is_called_as_its_signature_says(monkeypatch: pytest.MonkeyPatc
     for keys in (KeyFormat.BF16, KeyFormat.FP4):
         with pytest.raises(NotApplicable, match="FP8 keys only"):
             DeepGemm().bind([scores_inputs(keys)])
+
+
+def _interleaved_lane_by_lane(weight: torch.Tensor) -> torch.Tensor:
+    """FlashInfer 0.7.4's order for FP8 products, written as its sixteen lanes write it. weight: uint8 [N, K/2]."""
+    num_rows, num_bytes = weight.shape
+    words = weight.view(torch.int16).to(torch.int64) & 0xFFFF
+    out = torch.zeros(num_rows, num_bytes // 2, dtype=torch.int64)
+    for block in range(num_rows // 2):
+        row = block // 8 * 16 + block % 8
+        for part in range(num_bytes // 32):
+            for lane in range(16):
+                pair = int(words[row, 16 * part + lane]) | int(words[row + 8, 16 * part + lane]) << 16
+                signs = [pair >> bit & 1 for bit in range(3, 32, 4)]
+                pair &= 0x77777777
+                for place, sign in zip((7, 15, 23, 31, 3, 11, 19, 27), signs, strict=True):
+                    pair |= sign << place
+                place = 16 * part + lane // 8 * 8 + lane % 4 * 2
+                out[row + lane % 8 // 4 * 8, place] = pair & 0xFFFF
+                out[row + lane % 8 // 4 * 8, place + 1] = pair >> 16
+    return out.to(torch.int32).to(torch.int16).view(torch.uint8)
+
+
+def test_flashinfers_order_of_codes() -> None:
+    weight = torch.randint(0, 256, (2, 32, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    expected = torch.stack([_interleaved_lane_by_lane(one) for one in weight])
+    assert torch.equal(interleave(weight), expected)
