@@ -6,6 +6,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Exactly these files, whatever the index offers. torch is not among them: each machine has its own build of it.
 LOCKED := $(PIP) --no-deps --require-hashes --requirement
 
+# What Python compiles is kept, whatever the shell says: tests start processes of their own, and some run at once.
+unexport PYTHONDONTWRITEBYTECODE
+
 # The tests that run something on a device; the others do the same on any machine.
 ON_A_DEVICE := tests/gpu tests/cpu/verify/test_oracle_block.py $(addprefix tests/cpu/,model numerics kernels \
 	checkpoint/test_reader_writer.py engine selftest test_startup.py test_launches.py test_full_layer.py)

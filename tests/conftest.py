@@ -16,6 +16,9 @@ for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):
     os.environ.pop(name, None)
 os.environ["TERM"] = "xterm"
 
+LONG_FILES = ("test_mutations.py", "test_diff_servers.py")
+"""Begun first. A file is one process's: a long one that is last has the other process wait."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="torch device for the tests that take `device` (default: cpu)")
@@ -44,7 +47,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On a device, leaves out tests that do not take ``device``: they would repeat, on its host, what CPU tests did."""
+    """Long files first. On a device, leaves out tests that do not take ``device``: they would repeat, on its host, what
+    CPU tests did."""
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
     if config.getoption("--device") == "cpu":
         return
     repeated = [item for item in items if "device" not in getattr(item, "fixturenames", ())]

@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 from support.checkpoints import random_checkpoint
+from support.fresh_interpreter import Told, run_steps
 
 from ownpath.checkpoint.writer import write_checkpoint
 
@@ -19,7 +18,6 @@ SUFFIXES = {
     "input_scale": "input_factor",
 }
 WITH_TOY = """
-import sys
 from ownpath.checkpoint import schema
 from ownpath.checkpoint.schema import Encoding, PartSpec
 from ownpath.formats import NVFP4
@@ -32,8 +30,7 @@ parts = (
 )
 schema.ENCODINGS = (*schema.ENCODINGS, Encoding("toy-nvfp4", NVFP4, parts, "toy"))
 """
-MAIN = f"{WITH_TOY}\nfrom ownpath.cli import main\nsys.exit(main(sys.argv[1:]))"
-RUN = f"""{WITH_TOY}
+SAME_BITS = """
 from pathlib import Path
 import torch
 from ownpath.config import EngineConfig
@@ -41,18 +38,11 @@ from ownpath.loading import load_model
 from ownpath.model.batch import ForwardBatch
 
 found = []
-for folder in sys.argv[1:]:
+for folder in {folders!r}:
     model = load_model(Path(folder), EngineConfig(max_model_len=64))
     found.append(model.forward(ForwardBatch.of([([5, 6, 7], model.new_cache())], "cpu")))
-assert torch.equal(*found)
+print(torch.equal(*found))
 """
-
-
-def output_of(code: str, *arguments: str, fails: bool = False) -> str:
-    """Returns the output of a fresh interpreter that knows the toy."""
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == fails, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -72,24 +62,40 @@ def _toy_key(key: str, keys: set[str]) -> str:
     return f"{module}.{SUFFIXES[suffix]}" if f"{module}.weight_scale_2" in keys else key
 
 
-def test_it_is_planned_and_listed(folders: tuple[Path, Path]) -> None:
-    plan = json.loads(output_of(MAIN, "plan", str(folders[1]), "--json"))
+@pytest.fixture(scope="module")
+def told(folders: tuple[Path, Path]) -> dict[str, Told]:
+    """What an interpreter that knows the toy says."""
+    other, toy = map(str, folders)
+    stages = ("--layers", "1", "--stages", "file,load,kernels", "--keep-going", "--json", "-")
+    steps = {
+        "plan": ("plan", toy, "--json"),
+        "list": ("inspect", "--list"),
+        "plan of the other": ("plan", other, "--json"),
+        "bits": SAME_BITS.format(folders=(other, toy)),
+        "verify": ("verify", toy, *stages),
+    }
+    return dict(zip(steps, run_steps(WITH_TOY, list(steps.values())), strict=True))
+
+
+def test_it_is_planned_and_listed(told: dict[str, Told]) -> None:
+    plan = json.loads(told["plan"].out)
     assert not plan["contradictions"]
     stored = {(op["encoding"], op["format"], op["kernel"]) for op in plan["ops"]}
     assert {("toy-nvfp4", "NVFP4", "ref.nvfp4_linear"), ("toy-nvfp4", "NVFP4", "ref.nvfp4_moe")} < stored
     assert "modelopt-nvfp4" not in {encoding for encoding, _, _ in stored}
-    assert "toy-nvfp4 (NVFP4)" in output_of(MAIN, "inspect", "--list")
-    (contradiction,) = json.loads(output_of(MAIN, "plan", str(folders[0]), "--json"))["contradictions"]
+    assert "toy-nvfp4 (NVFP4)" in told["list"].out
+    (contradiction,) = json.loads(told["plan of the other"].out)["contradictions"]
     assert "quant_method is 'toy', but no tensor is stored as toy-nvfp4" in contradiction
+    assert [told[name].code for name in ("plan", "list", "plan of the other")] == [0, 0, 0]
 
 
-def test_it_runs_to_the_same_bits(folders: tuple[Path, Path]) -> None:
-    output_of(RUN, *map(str, folders))
+def test_it_runs_to_the_same_bits(told: dict[str, Told]) -> None:
+    assert told["bits"].out == "True\n"
 
 
-def test_verify_reads_it(folders: tuple[Path, Path]) -> None:
-    stages = ("--layers", "1", "--stages", "file,load,kernels", "--keep-going", "--json", "-")
-    report = json.loads(output_of(MAIN, "verify", str(folders[1]), *stages, fails=True))
+def test_verify_reads_it(told: dict[str, Told]) -> None:
+    assert told["verify"].code == 1
+    report = json.loads(told["verify"].out)
     found = [finding for stage in report["stages"] for finding in stage["findings"]]
     assert {finding["id"] for finding in found if finding["verdict"] == "fail"} == {"F12"}, "there is no tokenizer"
     assert {"F03", "F04", "F05", "L01", "L02", "L03", "K01"} <= {it["id"] for it in found if it["verdict"] == "pass"}

@@ -1,9 +1,7 @@
 """The commands without the packages that only extras or the tests bring, as ``make demo`` and most people have them."""
 
-import subprocess
-import sys
-
 import pytest
+from support.fresh_interpreter import Told, run_steps
 
 ABSENT = (
     "triton",
@@ -21,29 +19,26 @@ import importlib.machinery, sys
 finder = importlib.machinery.PathFinder
 find = finder.find_spec
 finder.find_spec = classmethod(lambda cls, name, *rest: None if name.split(".")[0] in {ABSENT!r} else find(name, *rest))
-from ownpath.cli import main
 """
-SERVE = "import ownpath.commands.session, ownpath.commands.serve, ownpath.server.app; sys.exit(0)"
+IS_HIDDEN = "import importlib.util\nprint(importlib.util.find_spec('triton') is None)"
+STEPS: dict[str, str | tuple[str, ...]] = {
+    "hidden": IS_HIDDEN,
+    "plan": ("plan", "--device", "sm_90"),
+    "verify": ("verify", "--stages", "environment"),
+    "generate": ("generate", "2 + 2 =", "--max-tokens", "2"),
+    "serve": "import ownpath.commands.session, ownpath.commands.serve, ownpath.server.app",
+}
 
 
-def run(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", WITHOUT + code], capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def told() -> dict[str, Told]:
+    return dict(zip(STEPS, run_steps(WITHOUT, list(STEPS.values())), strict=True))
 
 
-def test_a_package_is_hidden() -> None:
-    assert run("import importlib.util; sys.exit(importlib.util.find_spec('triton') is not None)").returncode == 0
+def test_a_package_is_hidden(told: dict[str, Told]) -> None:
+    assert told["hidden"].out == "True\n"
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        'sys.exit(main(["generate", "2 + 2 =", "--max-tokens", "2"]))',
-        'sys.exit(main(["plan", "--device", "sm_90"]))',
-        'sys.exit(main(["verify", "--stages", "environment"]))',
-        SERVE,
-    ],
-    ids=["generate", "plan", "verify", "serve"],
-)
-def test_a_command_runs(code: str) -> None:
-    found = run(code)
-    assert found.returncode == 0, found.stderr
+@pytest.mark.parametrize("name", ["plan", "verify", "generate", "serve"])
+def test_a_command_runs(name: str, told: dict[str, Told]) -> None:
+    assert told[name].code == 0

@@ -1,12 +1,10 @@
 """A kernel is one folder: a toy that nothing else knows of is planned, run, counted, verified and measured."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from support.fresh_interpreter import Told, run_steps
 
 NAME = "torch.toy_linear"
 SPEC = """
@@ -35,6 +33,9 @@ from ownpath.kernels.reference import Reference
 from ownpath.kernels.shards import fuse_nvfp4
 from ownpath.numerics import decode_nvfp4_blocks
 from ownpath.qtensor import QuantTensor
+
+
+FACTOR = 1.0  # what a wrong kernel is off by
 
 
 def toy_linear(x, weight):
@@ -68,14 +69,10 @@ class ToyLinear(Reference):
 TOY_LINEAR = ToyLinear()
 """
 WITH_TOY = """
-import sys
 import ownpath.kernels
-ownpath.kernels.__path__.append(sys.argv.pop(1))
+ownpath.kernels.__path__.append({folder!r})
 """
-COMMAND = "from ownpath.cli import main\nsys.exit(main(sys.argv[1:]))"
-MAIN = f"{WITH_TOY}\n{COMMAND}"
-BENCH = f"{WITH_TOY}\nfrom ownpath.bench import rotation\nrotation.COLD_BYTES = 1_000_000\n{COMMAND}"
-RUN = f"""{WITH_TOY}
+RECORDED = """
 import json
 from ownpath.config import EngineConfig
 from ownpath.loading import default_model_dir, load_model
@@ -87,20 +84,25 @@ with model.ledger.observe(Records()) as records:
     logits = model.forward(ForwardBatch.of([([5, 6, 7], model.new_cache())], "cpu"))
 assert bool(logits.isfinite().all())
 slot = "layers.0.attn.wq_b"
-used = {{(it.use.runner, it.use.kernel, it.use.layout, it.variant) for it in records if it.slot == slot}}
+used = {(it.use.runner, it.use.kernel, it.use.layout, it.variant) for it in records if it.slot == slot}
 print(json.dumps([model.ledger.calls[slot], sorted(used)]))
 """
+SMALL_COPIES = "from ownpath.bench import rotation\nrotation.COLD_BYTES = 1_000_000"
+BREAK = "from ownpath.kernels.toy import ref\nref.FACTOR = 1.001"
+VERIFY = ("verify", "--layers", "0", "--experts", "1", "--json", "-", "--stages")
+BENCH = ("bench", "linear", "--device", "cpu", "--shape", "tiny", "--tokens", "1", "--seconds", "0", "--contenders")
+STEPS: dict[str, str | tuple[str, ...]] = {
+    "plan": ("plan", "--json"),
+    "list": ("plan", "--list"),
+    "records": RECORDED,
+    "verify": (*VERIFY, "environment,load,kernels,ledger"),
+    "small copies": SMALL_COPIES,
+    "bench": (*BENCH, f"{NAME},ownpath"),
+    "break": BREAK,
+    "verify the broken": (*VERIFY, "kernels"),
+}
 SLOTS = {"attn.wqa_wkv", "attn.wq_b", "attn.wo_b", "ffn.shared_experts.w13", "ffn.shared_experts.w2"}
 """The NVFP4 linears of a layer of the embedded model."""
-
-
-def write_toy(folder: Path, factor: float = 1.0) -> Path:
-    """The one folder. factor: what a wrong kernel is off by."""
-    toy = folder / "toy"
-    toy.mkdir()
-    for name, text in (("__init__", ""), ("spec", SPEC), ("ref", f"FACTOR = {factor}\n{REF}")):
-        (toy / f"{name}.py").write_text(text, encoding="utf-8")
-    return folder
 
 
 def findings_of(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -108,53 +110,48 @@ def findings_of(report: dict[str, Any]) -> list[dict[str, Any]]:
     return [finding for stage in report["stages"] for finding in stage["findings"]]
 
 
-def output_of(code: str, folder: Path, *arguments: str, fails: bool = False) -> str:
-    """Returns the output of a fresh interpreter in which the folder is one of ``ownpath.kernels``."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder), *arguments], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == fails, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_toy(tmp_path_factory.mktemp("kernels"))
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Told]:
+    """What an interpreter says in which the folder is one of ``ownpath.kernels``."""
+    folder = tmp_path_factory.mktemp("kernels")
+    toy = folder / "toy"
+    toy.mkdir()
+    for name, text in (("__init__", ""), ("spec", SPEC), ("ref", REF)):
+        (toy / f"{name}.py").write_text(text, encoding="utf-8")
+    return dict(zip(STEPS, run_steps(WITH_TOY.format(folder=str(folder)), list(STEPS.values())), strict=True))
 
 
-def test_the_plan_chooses_it(toy: Path) -> None:
-    plan = json.loads(output_of(MAIN, toy, "plan", "--json"))
+def test_the_plan_chooses_it(told: dict[str, Told]) -> None:
+    assert (told["plan"].code, told["list"].code) == (0, 0)
+    plan = json.loads(told["plan"].out)
     ops = [op for op in plan["ops"] if op["kernel"] == NAME]
     assert {op["slot"].split(".", 2)[2] for op in ops} == SLOTS
     assert {(op["runner"], op["layout"], op["why"]) for op in ops} == {
         ("ToyLinear", "toy_decoded", "a toy: decoded once, float64 sums")
     }
     assert all(op["kernel"] == NAME for op in plan["ops"] if op["kind"] == "linear" and op["format"] == "NVFP4")
-    listed = output_of(MAIN, toy, "plan", "--list")
-    assert f"linear: {NAME}\n  runner ToyLinear; layout toy_decoded; formats NVFP4\n" in listed
+    assert f"linear: {NAME}\n  runner ToyLinear; layout toy_decoded; formats NVFP4\n" in told["list"].out
 
 
-def test_its_runner_runs_and_the_records_name_it(toy: Path) -> None:
-    used = ["ToyLinear", NAME, "toy_decoded", "toy_variant"]
-    assert json.loads(output_of(RUN, toy)) == [1, [used]]
+def test_its_runner_runs_and_the_records_name_it(told: dict[str, Told]) -> None:
+    assert json.loads(told["records"].out) == [1, [["ToyLinear", NAME, "toy_decoded", "toy_variant"]]]
 
 
-def test_verify_judges_it(toy: Path, tmp_path: Path) -> None:
-    arguments = ("verify", "--layers", "0", "--experts", "1", "--json", "-", "--stages")
-    report = json.loads(output_of(MAIN, toy, *arguments, "environment,load,kernels,ledger"))
+def test_verify_judges_it(told: dict[str, Told]) -> None:
+    assert told["verify"].code == 0
+    report = json.loads(told["verify"].out)
     judged = {finding["id"] for finding in findings_of(report) if NAME in finding["kernel"]}
     assert judged == {"E02", "K01", "K02", "K04", "K06", "K10"}
     assert report["kernels"][NAME] == 20
-    wrong = write_toy(tmp_path, factor=1.001)
-    report = json.loads(output_of(MAIN, wrong, *arguments, "kernels", fails=True))
+    assert told["verify the broken"].code == 1
+    report = json.loads(told["verify the broken"].out)
     failed = [finding for finding in findings_of(report) if finding["verdict"] == "fail"]
     assert {finding["kernel"].split()[0] for finding in failed} == {NAME}
     found = {finding["where"] for finding in failed if finding["id"] == "K01"}
     assert found == {f"layers.0.{slot}" for slot in SLOTS}
 
 
-def test_bench_measures_it(toy: Path) -> None:
-    arguments = ("bench", "linear", "--device", "cpu", "--shape", "tiny", "--tokens", "1", "--seconds", "0")
-    out = output_of(BENCH, toy, *arguments, "--contenders", f"{NAME},ownpath")
-    assert NAME in out.splitlines()[2]
-    assert "WRONG" not in out
+def test_bench_measures_it(told: dict[str, Told]) -> None:
+    assert told["bench"].code == 0
+    assert NAME in told["bench"].out.splitlines()[2]
+    assert "WRONG" not in told["bench"].out
