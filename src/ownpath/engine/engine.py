@@ -14,6 +14,7 @@ from ownpath.engine.decoder import Decoder
 from ownpath.engine.device import device_problem
 from ownpath.engine.load import EngineCounts, EngineLoad, Usage
 from ownpath.engine.memory import RequestMemory
+from ownpath.engine.places import WaitingPlaces
 from ownpath.engine.prefix import PrefixCache
 from ownpath.engine.reports import Reporter
 from ownpath.engine.request import FinishReason, Request, RequestError, StepOutput
@@ -29,10 +30,6 @@ _STOPPED = "the engine has stopped"
 _NO_MEMORY = "there is no memory for this request"
 
 
-class EngineOverloaded(RuntimeError):
-    """Too many requests are open; none of this call was accepted."""
-
-
 class EngineStopped(RuntimeError):
     """The engine runs no more requests."""
 
@@ -41,7 +38,7 @@ class Engine:
     """Runs requests together, each with its own parameters, random stream and reports.
 
     num_vocab: ids below it are tokens; embedding rows from there on are padding, never chosen or scored.
-    max_num_queued: requests that may wait beyond those that run.
+    max_num_queued: requests of a client that may wait beyond those that run, if no other client's do (``places``).
     end_token_ids: tokens that end an answer; ``None``: those of the model's config.json alone.
     decoder: runs the steps in which every request has one row; ``None``: the model's ``forward`` runs all steps.
     prefix: what the model's caches hold of earlier requests; ``None``: every request computes its whole prompt.
@@ -63,7 +60,7 @@ class Engine:
         self.num_vocab = num_vocab
         self.end_token_ids = frozenset(model.config.eos_token_id if end_token_ids is None else end_token_ids)
         self._adjuster = Adjuster(num_vocab, torch.device(config.device), self.end_token_ids)
-        self._max_num_open = config.max_num_seqs + max_num_queued
+        self._places = WaitingPlaces(config.max_num_seqs, max_num_queued)
         self._reporter = Reporter(self.end_token_ids, self._close)
         self._runner = StepRunner(model, decoder, config.device, num_vocab, self._adjuster, self._reporter)
         self._memory = RequestMemory(model, self._runner.release, prefix)
@@ -167,8 +164,7 @@ class Engine:
         with self._lock:
             if self._stopping or not self._thread.is_alive():
                 raise EngineStopped(self._why_stopped())
-            if len(self._open) + len(requests) > self._max_num_open:
-                raise EngineOverloaded(f"{len(self._open)} of at most {self._max_num_open} requests are open")
+            self._places.check(self._open, requests)
             self._open.update(requests)
             taken = tuple(requests)
             # One message: requests submitted together are admitted in one step, if they fit.

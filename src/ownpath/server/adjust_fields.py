@@ -10,10 +10,15 @@ from ownpath.server.conversation import Strict
 from ownpath.server.errors import bad_request
 
 BIAS_SCHEMA = {
-    "type": "object",
-    "additionalProperties": {"type": "number", "minimum": -LARGEST_BIAS, "maximum": LARGEST_BIAS},
-    "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,9})$"},
-    "maxProperties": MAX_LOGIT_BIAS,
+    "anyOf": [
+        {
+            "type": "object",
+            "additionalProperties": {"type": ["number", "null"], "minimum": -LARGEST_BIAS, "maximum": LARGEST_BIAS},
+            "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,9})$"},
+            "maxProperties": MAX_LOGIT_BIAS,
+        },
+        {"type": "array", "maxItems": 0},
+    ]
 }
 """The values that ``read_bias`` takes."""
 _MAX_DIGITS = 10

@@ -39,6 +39,12 @@ _MESSAGES_ERROR: Schema = {
     },
     "required": ["type", "error", "request_id"],
 }
+_EVENT: Schema = {
+    "type": "object",
+    "description": "each event",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
 _KEYS: Schema = {
     "key": {"type": "http", "scheme": "bearer"},
     "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
@@ -100,7 +106,7 @@ def _responses(route: RouteSpec) -> Schema:
     schema = shape if route.answered is Answered.JSON else {"type": "string"}
     content: Schema = {route.answered.value: {"schema": schema}}
     if route.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": _EVENT}
     error = {Answered.JSON.value: {"schema": {"$ref": f"#/components/schemas/{route.error}"}}}
     tells_status = ("status", "string") in route.answer
     responses = {}

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from ownpath.chat.answer import Answer, content_of
 from ownpath.chat.parts import AnswerPart
-from ownpath.engine.engine import Engine, EngineOverloaded, EngineStopped
+from ownpath.engine.engine import Engine, EngineStopped
 from ownpath.engine.masks import Matcher
+from ownpath.engine.places import EngineOverloaded
 from ownpath.engine.request import (
     FinishReason,
     Request,

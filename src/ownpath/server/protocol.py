@@ -19,7 +19,7 @@ from ownpath.server.conversation import (
     ToolChoice,
     Tools,
 )
-from ownpath.server.counts import MAX_ANSWERS
+from ownpath.server.counts import MAX_ANSWERS, MAX_MESSAGES
 from ownpath.server.prompt_scores import ScoringRequest
 from ownpath.server.sender import read_priority
 from ownpath.server.structured_fields import StructuredRequest
@@ -100,7 +100,7 @@ class GenerationRequest(StructuredRequest, ScoringRequest):
         max_length=MAX_SALT_CHARS,
         description="only requests with the same salt share what the prefix cache holds",
     )
-    priority: Annotated[int, BeforeValidator(read_priority), WithJsonSchema({"type": "integer"})] = Field(
+    priority: Annotated[int, BeforeValidator(read_priority), WithJsonSchema({})] = Field(
         0, description="requests with a lower number run first, as vLLM's; what is no whole number is 0"
     )
     return_tokens_as_token_ids: bool = Field(
@@ -148,8 +148,8 @@ class ChatRequest(GenerationRequest):
 
     messages: Annotated[list[ChatMessage], FailFast()] = Field(
         min_length=1,
-        description=f"roles {', '.join(ROLES)}; ends with user, developer or tool, unless the two fields "
-        "below say otherwise",
+        description=f"at most {MAX_MESSAGES}, roles {', '.join(ROLES)}; ends with user, developer or tool, unless the "
+        "two fields below say otherwise",
     )
     add_generation_prompt: bool | None = Field(
         None,

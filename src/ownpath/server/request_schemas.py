@@ -7,7 +7,7 @@ from pydantic.json_schema import models_json_schema
 
 from ownpath.server import fields
 from ownpath.server.conversation import Strict
-from ownpath.server.counts import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS
+from ownpath.server.counts import MAX_PARTS, MAX_TOOLS
 from ownpath.server.fields import Neutral
 from ownpath.server.history import TEXT_PARTS
 from ownpath.server.messages import request as of_messages
@@ -48,7 +48,8 @@ _PASSED = {
     "CountTokensRequest": PASSED_EVERYWHERE,
 }
 """Type -> the fields that it takes from a chat request."""
-_LIMITS = {"messages": MAX_MESSAGES, "tools": MAX_TOOLS, "tool_calls": MAX_PARTS}
+_LIMITS = {"tools": MAX_TOOLS, "tool_calls": MAX_PARTS}
+"""Field -> the most entries that it has. That of ``messages`` is none of these: so many may not fit a body (413)."""
 _RECORDING: Schema = {
     "type": "object",
     "properties": {"recording": {"type": "boolean"}},

@@ -2,8 +2,11 @@
 
 A parameter's text is written as it is (``string="true"``), any other value as JSON, so a schema that allows both has
 two forms. Text with a pattern or a format is JSON too (``string="false"``), because the library knows these inside
-JSON. Parameters come in the order of ``properties``. A tool without named properties takes at most one parameter of any
-name, because no grammar can keep a name from coming twice.
+JSON. Parameters come in the order of ``properties``. A tool without ``parameters``, or with empty ``properties``, takes
+none. One whose schema names no property and allows any takes at most one, because no grammar can keep a name from
+coming twice.
+
+Source of what a function without ``parameters`` is: OpenAI's reference, "an empty parameter list".
 
 Source: ``ownpath.chat.dsml`` for the markup.
 """
@@ -70,7 +73,8 @@ def _rules_of(number: int, function: Mapping[str, Any], room: int) -> dict[str, 
     """
     place = f"{number}.function.parameters"
     try:
-        parameters = _parameters(function.get("parameters") or {})
+        given = function.get("parameters")
+        parameters = [] if given is None else _parameters(given)
     except GrammarRefused as error:
         if function.get("strict"):
             raise GrammarRefused(str(error), f"{place}.{error.place}".removesuffix(".")) from None
@@ -135,7 +139,8 @@ def _parameters(schema: SchemaObject) -> list[_Parameter]:
         for name, item in named.items()
         if item is not False
     ]
-    if not named and others is not False:
+    is_open = "additionalProperties" in checked or "properties" not in checked
+    if not named and is_open and others is not False:
         parameters.append(_Parameter(None, _with_definitions(others, around), False))
     return parameters
 

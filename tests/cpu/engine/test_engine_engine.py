@@ -12,7 +12,8 @@ from cpu.engine.fake_model import EOS_ID, FakeModel, random_rule, script_rule
 
 from ownpath.cache.pools import SequenceCache
 from ownpath.config import EngineConfig
-from ownpath.engine.engine import Engine, EngineOverloaded, EngineStopped
+from ownpath.engine.engine import Engine, EngineStopped
+from ownpath.engine.places import EngineOverloaded
 from ownpath.engine.request import FinishReason, Request, RequestError, SamplingParams, StepOutput
 from ownpath.model.batch import ForwardBatch
 
@@ -321,7 +322,7 @@ def test_the_queue_is_bounded_and_submission_is_all_or_nothing() -> None:
             engine.submit([one.request for one in asked])
         assert engine.num_open == 0
         engine.submit([one.request for one in asked[:3]])
-        with pytest.raises(EngineOverloaded, match="3 of at most 3"):
+        with pytest.raises(EngineOverloaded, match="3 requests of this client are open"):
             engine.submit([asked[3].request])
         for _ in range(4):
             model.permits.release()

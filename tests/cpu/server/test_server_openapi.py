@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import pytest
 from cpu.server.harness import HELLO, MODEL_ID, Harness, answer, error, harness, listening, refusal
 from hypothesis import HealthCheck, given, settings
@@ -149,6 +150,48 @@ def test_declared_fields_are_read_and_no_others(whole: Harness, name: str) -> No
         read(good | {"undeclared": 1}, Labels())
 
 
+WRONG_VALUES = (True, 7, -7, 1.5, 1e9, "x", "", [], [1], ["x"], [[]], [{}], {}, {"a": 1})
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_what_the_schema_forbids_is_refused(whole: Harness, name: str) -> None:
+    """Of every field: a value that the schema does not allow is not taken."""
+    read, good = READERS[name]
+    forbidden = forbidden_values(whole, name, good)
+    assert forbidden
+    assert [one for one in forbidden if is_taken(read, good | dict([one]))] == []
+
+
+def forbidden_values(served: Harness, name: str, good: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Fields with values that a type's schema does not allow them."""
+    components = described(served)["components"]
+    judge = jsonschema.Draft202012Validator({"$ref": f"#/components/schemas/{name}", "components": components})
+    assert judge.is_valid(good)
+    pairs = itertools.product(components["schemas"][name]["properties"], WRONG_VALUES)
+    return [(field, value) for field, value in pairs if not judge.is_valid(good | {field: value})]
+
+
+def is_taken(read: Any, body: dict[str, Any]) -> bool:
+    try:
+        read(body, Labels())
+    except ApiError:
+        return False
+    return True
+
+
+def test_the_events_of_streams_are_those_declared(whole: Harness) -> None:
+    for method, path, told in operations(described(whole)):
+        schema = told["responses"]["200"]["content"].get("text/event-stream", {}).get("schema")
+        if schema is None:
+            continue
+        response = whole.ask(method, path, json=BODIES[path] | {"stream": True})
+        assert response.headers["content-type"].startswith("text/event-stream")
+        events = [dict(line.split(": ", 1) for line in it.split("\n")) for it in response.text.split("\n\n") if it]
+        assert len(events) > 1
+        for event in events:
+            jsonschema.validate(event, schema)
+
+
 ASKED_BY = {
     "ReasoningOptions": (read_responses_request, lambda it: {"input": "a", "reasoning": it}),
     "TextOptions": (read_responses_request, lambda it: {"input": "a", "text": it}),
@@ -204,6 +247,14 @@ def test_declared_fields_of_objects_in_a_request_are_read(whole: Harness, name: 
     else:
         with pytest.raises(ApiError, match="undeclared"):
             read(undeclared)
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_what_the_schema_of_an_object_in_a_request_forbids_is_refused(whole: Harness, name: str) -> None:
+    least, around = NESTED[name]
+    read = ASKED_BY[name][0] if name in ASKED_BY else read_chat_request
+    taken = [one for one in forbidden_values(whole, name, least) if is_taken(read, around(least | dict([one])))]
+    assert taken == []
 
 
 def test_every_declared_type_is_held_to_the_server(whole: Harness) -> None:

@@ -1,10 +1,11 @@
 """Priorities and clients, as the engine hears of them: how urgent a request is, and whose."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from cpu.engine.fake_model import FakeModel, random_rule
-from cpu.server.harness import VOCAB, Harness, harness
+from cpu.server.harness import VOCAB, WAIT_S, Gated, Harness, error, eventually, harness
 
 from ownpath.engine.request import Request
 from ownpath.server.access import AccessPolicy
@@ -53,3 +54,26 @@ def test_a_client_is_a_key_or_an_address(keys: tuple[str, ...], monkeypatch: pyt
     assert len({*clients}) == (2 if keys else 1)
     assert all(clients)
     assert not any(key in client for key in KEYS for client in clients), "a key is not kept"
+
+
+def test_a_client_with_many_requests_leaves_others_places_to_wait_in() -> None:
+    """The first key has all that it may: its next request is turned away, the second key's waits and is answered."""
+    model = Gated()
+    first, second = ({"Authorization": f"Bearer {key}"} for key in KEYS)
+
+    def ask(headers: dict[str, str], count: int) -> Any:
+        body = {"prompt": ["a"] * count, "max_tokens": 1}
+        return served.ask("POST", "/v1/completions", json=body, headers=headers)
+
+    with harness(model, max_num_queued=8, rules=Rules(access=AccessPolicy(KEYS))) as served:
+        with ThreadPoolExecutor(2) as pool:
+            greedy = pool.submit(ask, first, 16)
+            assert eventually(lambda: served.engine.num_open == 16)
+            refused = error(ask(first, 1), 429)
+            assert "others" in refused["message"]
+            assert refused["code"] == "overloaded"
+            modest = pool.submit(ask, second, 2)
+            assert eventually(lambda: served.engine.num_open == 18)
+            model.permits.release(99)
+            assert [it.result(WAIT_S).status_code for it in (greedy, modest)] == [200, 200]
+        assert ask(first, 16).status_code == 200

@@ -163,6 +163,27 @@ def test_what_cannot_be_enforced_is_refused_of_strict_tools_alone(parameters: di
     assert fits(matcher_of({"name": "g"}, function), ("f", {"a": [1]})), "the call is enforced, its argument free"
 
 
+@pytest.mark.parametrize(
+    ("parameters", "takes"),
+    [
+        (None, False),
+        ({"type": "object", "properties": {}}, False),
+        ({"properties": {}, "additionalProperties": False}, False),
+        ({}, True),
+        ({"type": "object"}, True),
+        ({"properties": {}, "additionalProperties": True}, True),
+        ({"properties": {}, "additionalProperties": {"type": "string"}}, True),
+    ],
+)
+@pytest.mark.parametrize("is_strict", [False, True])
+def test_a_tool_without_parameters_takes_none(parameters: Any, takes: bool, is_strict: bool) -> None:
+    """A model that has to call it must not make some up, which its client's function would not take."""
+    for own in ({}, {"parameters": None}) if parameters is None else ({"parameters": parameters},):
+        matcher = matcher_of({"name": "f", "strict": is_strict, **own})
+        assert fits(matcher, ("f", {}))
+        assert fits(matcher, ("f", {"a": "b"})) == takes
+
+
 LOOP = {"d": {"anyOf": [{"$ref": "#/$defs/d"}] * 60}}
 TREE = {
     f"{kind}{n}": {"anyOf": [{"$ref": f"#/$defs/{next}{n + 1}"} for next in "ab"]} for n in range(40) for kind in "ab"

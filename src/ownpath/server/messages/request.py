@@ -46,7 +46,6 @@ _SYSTEM_SCHEMA = {
 _MESSAGES_SCHEMA = {
     "type": "array",
     "minItems": 1,
-    "maxItems": MAX_MESSAGES,
     "items": {
         "type": "object",
         "properties": {
@@ -100,8 +99,8 @@ class CountTokensRequest(Strict):
     """``POST /v1/messages/count_tokens``: a request whose prompt is counted and not answered."""
 
     messages: Annotated[object, WithJsonSchema(_MESSAGES_SCHEMA)] = Field(
-        description="blocks: text, tool_use, tool_result, thinking and redacted_thinking; a last message of the "
-        "assistant goes on"
+        description=f"at most {MAX_MESSAGES}; blocks: text, tool_use, tool_result, thinking and redacted_thinking; a "
+        "last message of the assistant goes on"
     )
     system: Annotated[object, WithJsonSchema(_SYSTEM_SCHEMA)] = Field(None, description="a text or text blocks")
     max_tokens: int | None = Field(
@@ -213,7 +212,7 @@ def _translated(own: CountTokensRequest, transcript: Transcript, labels: Labels)
     fields["stop"] = own.stop_sequences
     if messages[-1]["role"] == "assistant":
         fields["continue_final_message"] = True
-    wanted = own.output_config.format or own.output_format
+    wanted = own.output_format if own.output_config.format is None else own.output_config.format
     if wanted is not None:
         fields["response_format"] = _format(wanted)
     return fields | _reasoning(own, labels)

@@ -36,7 +36,6 @@ _ITEMS_SCHEMA = {
         {
             "type": "array",
             "minItems": 1,
-            "maxItems": MAX_MESSAGES,
             "items": {
                 "type": "object",
                 "properties": {
@@ -105,7 +104,8 @@ class ResponsesRequest(Strict):
     """The fields of ``POST /v1/responses`` that have a meaning of their own here."""
 
     input: Annotated[object, WithJsonSchema(_ITEMS_SCHEMA)] = Field(
-        description=f"a text, or items: {', '.join(ITEM_TYPES)}; the whole conversation, since nothing is kept"
+        description=f"a text, or up to {MAX_MESSAGES} items: {', '.join(ITEM_TYPES)}; the whole conversation, since "
+        "nothing is kept"
     )
     instructions: str | None = Field(None, description="the system's text, before the input")
     max_output_tokens: int | None = Field(
