@@ -27,26 +27,27 @@ def attention(run: OracleRun, layer: Layer, x_TD: Tensor, forced_mask_TC: Tensor
     qr, kv = both.split((config.q_lora_rank, config.head_dim), -1)
     qr = run.norm(f"{name}.q_norm", qr, f"{name}.q_norm.weight")
     q = run.linear(f"{name}.wq_b", qr, f"{name}.wq_b").unflatten(-1, (config.num_attention_heads, config.head_dim))
-    q = run.record(f"{name}.q", rotate_to(_head_norm(run, f"{name}.q_head_norm", q), positions, config, ratio))
+    q = run.record(f"{name}.q", rotate_to(norm_heads(run, f"{name}.q_head_norm", q), positions, config, ratio))
     kv = run.norm(f"{name}.kv_norm", kv, f"{name}.kv_norm.weight")
     keys = run.record(f"{name}.kv", _quantize_kv(run, run.arithmetic.round(rotate_to(kv, positions, config, ratio))))
     if Step.KV in run.arithmetic.official:
         run.record(f"{name}.key_quantizer", keys)
-    keys = _in_cache(run, keys)
+    keys = in_cache(run, keys)
     age = positions[:, None] - positions
     visible = (age >= 0) & (age < config.sliding_window)
     if ratio:
-        entries = _in_cache(run, _quantize_kv(run, _compress(run, f"{name}.compressor", x_TD, ratio)))
+        entries = in_cache(run, _quantize_kv(run, _compress(run, f"{name}.compressor", x_TD, ratio)))
         keys = torch.cat((keys, run.record(f"{name}.entries", entries)))
         seen = torch.arange(len(entries), device=x_TD.device) < ((positions + 1) // ratio)[:, None]
         if ratio == CSA_RATIO:
             seen = _select(run, f"{name}.indexer", (x_TD, qr), seen, forced_mask_TC)
         visible = torch.cat((visible, seen), 1)
-    o = run.record(f"{name}.core", _attend(run, q, keys, visible, run.stored.param(f"{name}.attn_sink")))
-    return _project(run, name, run.record(f"{name}.o", rotate_to(o, positions, config, ratio, inverse=True)))
+    o = run.record(f"{name}.core", attend(run, q, keys, visible, run.stored.param(f"{name}.attn_sink")))
+    o = run.record(f"{name}.o", rotate_to(o, positions, config, ratio, inverse=True))
+    return run.linear(f"{name}.wo_b", project_groups(run, name, o).flatten(1), f"{name}.wo_b")
 
 
-def _head_norm(run: OracleRun, slot: str, q: Tensor) -> Tensor:
+def norm_heads(run: OracleRun, slot: str, q: Tensor) -> Tensor:
     """Norms query heads, without a weight; official numerics round after every operation."""
     if Step.Q_HEAD_NORM not in run.arithmetic.official:
         return run.record(slot, rms(q, run.config.rms_norm_eps))
@@ -64,7 +65,7 @@ def _quantize_kv(run: OracleRun, kv: Tensor) -> Tensor:
     return torch.cat((fp8(plain, _KV_BLOCK).to(kv.dtype), rotary), -1)
 
 
-def _in_cache(run: OracleRun, keys: Tensor) -> Tensor:
+def in_cache(run: OracleRun, keys: Tensor) -> Tensor:
     """Rounds keys as the caches hold them: in FP8 pages rotary channels are BF16, all others E4M3."""
     if not run.arithmetic.cache_format.in_pages:
         return keys
@@ -84,7 +85,7 @@ def _in_index_cache(run: OracleRun, keys: Tensor) -> Tensor:
     return (nearest(blocks.double() / scale, codes) * scale).flatten(-2).to(keys.dtype)
 
 
-def _attend(run: OracleRun, q_TNH: Tensor, keys_KH: Tensor, visible_TK: Tensor, sink_N: Tensor) -> Tensor:
+def attend(run: OracleRun, q_TNH: Tensor, keys_KH: Tensor, visible_TK: Tensor, sink_N: Tensor) -> Tensor:
     """Attends to the visible keys, with the sink in the softmax, which adds nothing: [T, N, H]."""
     round_, parts = run.arithmetic.round, []
     for start in range(0, len(q_TNH), QUERIES_AT_ONCE):
@@ -95,20 +96,26 @@ def _attend(run: OracleRun, q_TNH: Tensor, keys_KH: Tensor, visible_TK: Tensor, 
     return torch.cat(parts)
 
 
-def _project(run: OracleRun, name: str, o_TNH: Tensor) -> Tensor:
-    """Projects each group of heads by its own matrix, then all together: [T, D]."""
+def project_groups(run: OracleRun, name: str, o_TNH: Tensor) -> Tensor:
+    """Projects each group of heads by its own matrix of ``wo_a``: [T, groups, rank]."""
     groups, rank = run.config.o_groups, run.config.o_lora_rank
     grouped = o_TNH.flatten(1).unflatten(-1, (groups, -1))
     wo_a = run.matrix(f"{name}.wo_a").view(groups, rank, -1)
-    y = run.record(f"{name}.wo_a", torch.einsum("tgi,gri->tgr", grouped, wo_a))
-    return run.linear(f"{name}.wo_b", y.flatten(1), f"{name}.wo_b")
+    return run.record(f"{name}.wo_a", torch.einsum("tgi,gri->tgr", grouped, wo_a))
 
 
 def _compress(run: OracleRun, name: str, x_TD: Tensor, ratio: int) -> Tensor:
-    """Computes one entry for every ``ratio`` complete tokens, rotated at the first one's position: [C, H]."""
-    num_windows = len(x_TD) // ratio
-    both = run.wide_linear(f"{name}.wkv_wgate", x_TD, f"{name}.wkv", f"{name}.wgate")
-    both = both[: num_windows * ratio].unflatten(0, (num_windows, ratio))
+    """Computes a sequence's entries from its hidden rows."""
+    return entries_of(run, name, run.wide_linear(f"{name}.wkv_wgate", x_TD, f"{name}.wkv", f"{name}.wgate"), ratio)
+
+
+def entries_of(run: OracleRun, name: str, both_TH: Tensor, ratio: int) -> Tensor:
+    """Computes one entry for every ``ratio`` complete tokens, rotated at the first one's position: [C, H].
+
+    both: the compressor's two products of a sequence's rows from position 0 on, side by side.
+    """
+    num_windows = len(both_TH) // ratio
+    both = both_TH[: num_windows * ratio].unflatten(0, (num_windows, ratio))
     kv, score = both.chunk(2, -1)
     score = score + run.stored.param(f"{name}.ape")
     if ratio == CSA_RATIO:
@@ -121,7 +128,7 @@ def _compress(run: OracleRun, name: str, x_TD: Tensor, ratio: int) -> Tensor:
     entries = rms(round_((kv * score.softmax(1)).sum(1)), run.config.rms_norm_eps) * run.stored.param(
         f"{name}.norm.weight"
     )
-    starts = torch.arange(num_windows, device=x_TD.device) * ratio
+    starts = torch.arange(num_windows, device=both_TH.device) * ratio
     return round_(rotate_to(round_(entries), starts, run.config, ratio))
 
 

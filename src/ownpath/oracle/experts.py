@@ -19,20 +19,26 @@ def feed_forward(
 ) -> Tensor:
     """Maps x [T, D] -> [T, D]. forced_ids: the experts each token goes to, instead of the router's choice."""
     name = f"{layer.name}.ffn"
-    ids_TK, weights_TK = _route(run, layer, x_TD, token_ids_T, forced_ids_TK)
+    logits_TE = run.wide_linear(f"{name}.gate", x_TD, f"{name}.gate")
+    ids_TK, weights_TK = route(run, layer, logits_TE, token_ids_T, forced_ids_TK)
+    y_TD = run.record(f"{name}.experts", routed_experts(run, name, x_TD, ids_TK, weights_TK))
+    return run.arithmetic.round(y_TD + _shared_expert(run, name, x_TD))
+
+
+def routed_experts(run: OracleRun, ffn: str, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """Sums the chosen experts' weighted outputs: [T, D]."""
     y_TD = torch.zeros_like(x_TD)
     for expert, rows, slots in _rows_by_expert(ids_TK):
-        y_SD = _routed_expert(run, f"{name}.experts.{expert}", x_TD[rows], weights_TK[rows, slots, None])
+        y_SD = _routed_expert(run, f"{ffn}.experts.{expert}", x_TD[rows], weights_TK[rows, slots, None])
         y_TD.index_add_(0, rows, y_SD)
-    return run.arithmetic.round(run.record(f"{name}.experts", y_TD) + _shared_expert(run, name, x_TD))
+    return y_TD
 
 
-def _route(
-    run: OracleRun, layer: Layer, x_TD: Tensor, token_ids_T: Tensor, forced_ids_TK: Tensor | None
+def route(
+    run: OracleRun, layer: Layer, logits_TE: Tensor, token_ids_T: Tensor, forced_ids_TK: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Returns expert ids and weights [T, K]; records ``router.scores``, by which they are chosen."""
     config, name = run.config, f"{layer.name}.ffn"
-    logits_TE = run.wide_linear(f"{name}.gate", x_TD, f"{name}.gate")
     scores_TE = expert_scores(logits_TE)
     if layer.is_hash:
         ranked_TE = scores_TE
@@ -41,7 +47,7 @@ def _route(
         ranked_TE = scores_TE + run.stored.param(f"{name}.gate.bias")
         ids_TK = top_indices(ranked_TE, config.num_experts_per_tok)
     if forced_ids_TK is not None:
-        ids_TK = forced_ids_TK.to(x_TD.device, torch.int64)
+        ids_TK = forced_ids_TK.to(logits_TE.device, torch.int64)
     weights_TK = routing_weights(scores_TE, ids_TK, config.routed_scaling_factor)
     run.record_wide(f"{name}.router.scores", ranked_TE)
     run.record_wide(f"{name}.router.ids", ids_TK)
