@@ -65,8 +65,9 @@ def test_rows_as_the_engine_adjusts_them() -> None:
         requests.append(request)
     adjusted = adjuster.rows_of(requests)
     assert adjusted is not None
-    assert adjusted.where_S.tolist() == [0, 1, 2, 3, 4]
-    found = compare(logits, adjusted.rows).token_T.tolist()
+    assert adjusted.place_T is not None
+    assert adjusted.place_T.tolist() == [0, 1, 2, 3, 4]
+    found = compare(logits, adjusted).token_T.tolist()
     assert not {found[0], found[4]} & ends
     assert found[1] == 1
     assert found[4] != 1

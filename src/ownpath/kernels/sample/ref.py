@@ -270,9 +270,11 @@ def sample(logits_TV: torch.Tensor, rows: SampleRows, out: Sampled | None = None
 
 
 def _sample_placed(logits_RV: torch.Tensor, rows: SampleRows, place_T: torch.Tensor, out: Sampled) -> Sampled:
-    found = Sampled(*(None if part is None else part.index_select(0, place_T) for part in out))
-    for part, whole in zip(sample(logits_RV.index_select(0, place_T), rows, found), out, strict=True):
-        if part is not None and whole is not None:
+    logprob_T = None if out.logprob_T is None else out.logprob_T[place_T]
+    found = Sampled(out.token_T[place_T], out.fault_T[place_T], logprob_T)
+    sample(logits_RV[place_T], rows, found)
+    for whole, part in zip(out, found, strict=True):
+        if whole is not None and part is not None:
             whole.index_copy_(0, place_T, part)
     return out
 
