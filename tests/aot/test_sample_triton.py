@@ -15,23 +15,25 @@ NUM_ROWS, NUM_VOCAB = 32, 129280
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
-    """Launches of plain rows, a decode step's, and rows with everything; one row compiles to the same code."""
+    """Launches of plain rows, a decode step's, and rows with everything, in places too; one row compiles to the same
+    code."""
     g = torch.Generator().manual_seed(0)
     everything = mixed_rows(NUM_ROWS, NUM_VOCAB, g)
+    placed = everything._replace(place_T=torch.arange(NUM_ROWS, dtype=torch.int32))
     with pytest.MonkeyPatch.context() as patch, recorded_launches() as launches:
         patch.setattr(launch, "check_rank", lambda name, tensor, rank, runs_on_cpu: None)  # refuses what is on CPU
         patch.setattr(launch, "num_sms", lambda device: 132)
         logits, (token, fault) = torch.empty(NUM_ROWS, NUM_VOCAB), torch.empty(2, NUM_ROWS, dtype=torch.int64)
         out, plain = Sampled(token, fault, torch.empty(NUM_ROWS)), plain_rows(NUM_ROWS)
         launch.SAMPLE.run(logits, plain, launch.SAMPLE.prepare(), out=out._replace(logprob_T=None))
-        for rows in (plain._replace(filters=everything.filters), everything):
+        for rows in (plain._replace(filters=everything.filters), everything, placed):
             launch.SAMPLE.run(logits, rows, launch.SAMPLE.prepare(), out=out)
     folder = tmp_path_factory.mktemp("cubins")
     return [compile_launch(one, 90, folder) for one in launches]
 
 
 def test_nothing_spills(compiled: list[Compiled]) -> None:
-    assert len(compiled) == 3
+    assert len(compiled) == 4
     assert {one.launch.name for one in compiled} == {"sample_kernel"}
     assert not [one.launch.constants for one in compiled if one.stack_bytes]
 

@@ -268,7 +268,7 @@ def test_no_prompt_compiles_after_the_start(model: Model) -> None:
     tries."""
     engine = EngineConfig(model.cache_spec.device.type, torch.bfloat16, 1024, 2 * MAX_ROWS, max_prefill_tokens=512)
     warm_up(model, engine)
-    warm_up_sampler(model.cache_spec.device, model.config.vocab_size)
+    warm_up_sampler(model.cache_spec.device, model.config.vocab_size, model.config.vocab_size)
     with torch.inference_mode():
         eager(model).warm_up(lambda *_: None)  # prompts of one token each are a decode step, too
     before = COMPILATIONS.count
@@ -284,7 +284,7 @@ def test_a_served_engine_compiles_and_captures_nothing(model: Model) -> None:
     with adjusted logits and with masks."""
     engine = EngineConfig(model.cache_spec.device.type, torch.bfloat16, 1024, MAX_ROWS, max_prefill_tokens=512)
     warm_up(model, engine)
-    warm_up_sampler(model.cache_spec.device, model.config.vocab_size)
+    warm_up_sampler(model.cache_spec.device, model.config.vocab_size, model.config.vocab_size)
     before = COMPILATIONS.num_captured
     decoder = make_decoder(model, engine, model.config.vocab_size)
     assert decoder is not None

@@ -29,6 +29,8 @@ def compare(logits: torch.Tensor, rows: SampleRows, kernel: TritonSample = SAMPL
     assert found.logprob_T is not None
     assert wanted.logprob_T is not None
     sound = wanted.fault_T == 0
+    if rows.place_T is not None:
+        sound &= torch.zeros_like(sound).index_fill_(0, rows.place_T.long(), True)
     assert torch.allclose(found.logprob_T[sound], wanted.logprob_T[sound], rtol=0, atol=32 * 2**-20)
     return found
 
@@ -63,11 +65,29 @@ def test_rows_as_the_engine_adjusts_them() -> None:
         requests.append(request)
     adjusted = adjuster.rows_of(requests)
     assert adjusted is not None
-    assert adjusted.where_S.tolist() == [0, 1, 2, 3, 4]
-    found = compare(logits, adjusted.rows).token_T.tolist()
+    assert adjusted.place_T is not None
+    assert adjusted.place_T.tolist() == [0, 1, 2, 3, 4]
+    found = compare(logits, adjusted).token_T.tolist()
     assert not {found[0], found[4]} & ends
     assert found[1] == 1
     assert found[4] != 1
+
+
+@pytest.mark.parametrize("places", [[4, 0, 2], [1], [0, 1, 2, 3, 4, 5]])
+def test_rows_with_places_leave_the_others_as_they_are(places: list[int]) -> None:
+    """Each has its own parameters, and the token that it has without places."""
+    g, num_vocab = torch.Generator().manual_seed(len(places)), 1100
+    logits, rows = torch.randn(6, num_vocab, generator=g) * 2, mixed_rows(len(places), num_vocab, g)
+    placed = rows._replace(place_T=torch.tensor(places, dtype=torch.int32))
+    found, alone = compare(logits, placed), compare(logits[places], rows)
+    others = [row for row in range(6) if row not in places]
+    assert found.logprob_T is not None
+    assert found.logprob_T[others].isnan().all()
+    for part, own in zip(found[:2], alone[:2], strict=True):
+        assert part is not None
+        assert own is not None
+        assert part[places].tolist() == own.tolist()
+        assert part[others].tolist() == [-7] * len(others)
 
 
 def test_programs_share_a_row() -> None:
@@ -133,12 +153,13 @@ def replaced(rows: SampleRows, name: str, value: torch.Tensor) -> SampleRows:
         ("values_TK", torch.zeros(2, 8)),
         ("counts_T", torch.zeros(2)),
         ("mask_TW", torch.zeros(2, 3, dtype=torch.int32)),
+        ("place_T", torch.zeros(2, dtype=torch.int64)),
     ],
 )
 def test_wrong_rows_are_refused_by_name(name: str, value: torch.Tensor) -> None:
     rows = replaced(mixed_rows(2, 10, torch.Generator().manual_seed(0)), name, value)
     with pytest.raises(ValueError, match=name):
-        SAMPLE.run(torch.zeros(2, 10), rows, SAMPLE.prepare())
+        SAMPLE.run(torch.zeros(2, 10), rows, SAMPLE.prepare(), out=outputs(2))
 
 
 @pytest.mark.parametrize("logits", [torch.zeros(2, 10).double(), torch.zeros(2, 20)[:, ::2], torch.zeros(10)])

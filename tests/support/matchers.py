@@ -1,8 +1,9 @@
-"""Matchers whose masks are known without any grammar."""
+"""Matchers whose masks are known without any grammar, filled row by row."""
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 
@@ -16,8 +17,20 @@ def write_mask(allowed: Sequence[int], row_W: MaskWords) -> None:
         row_W[token_id // 32] |= np.int32(np.uint32(1 << token_id % 32).astype(np.int32))
 
 
+class EachByItself:
+    """Fills one row after the other."""
+
+    def fill(self, output_ids: Sequence[int], row_W: MaskWords) -> None:
+        raise NotImplementedError
+
+    @classmethod
+    def fill_all(cls, fills: Sequence[tuple[int, Self, Sequence[int]]], rows_SW: MaskWords) -> None:
+        for row, one, output_ids in fills:
+            one.fill(output_ids, rows_SW[row])
+
+
 @dataclass(eq=False)
-class Every:
+class Every(EachByItself):
     """The token at place p of the answer is p modulo a number. It has no state, so answers may share it."""
 
     number: int
@@ -29,7 +42,7 @@ class Every:
 
 
 @dataclass(eq=False)
-class Script:
+class Script(EachByItself):
     """Allows these tokens, step by step; then the last of them. fails_at: the step in which it cannot go on.
 
     seen: the tokens that each step knew. delay_s: time that each mask takes.

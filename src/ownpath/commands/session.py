@@ -81,7 +81,7 @@ def load_for(
         tell("warning", f": {where} has {token_id}, which is no token of this model")
     if torch.device(args.device).type == "cuda":
         warm_up(model, config)
-        warm_up_sampler(args.device, tokenizer.num_tokens)
+        warm_up_sampler(args.device, tokenizer.num_tokens, model.config.vocab_size)
     return LoadedModel(folder, tokenizer, model, config, end_tokens)
 
 

@@ -1,6 +1,8 @@
 """Changes of logits before a token is chosen: penalties on tokens seen, bias, end tokens that must wait, grammars.
 
-Most requests ask for none of it. Rows that do are drawn again, behind the step that has drawn for all rows alike.
+Most requests ask for none of it. Rows that do are drawn again, behind the step that has drawn for all rows alike. What
+changes depends on the token before: the step is launched before that is read, and its rows are made when it is, while
+the device runs the step. What stayed as it was in the step before is not made again.
 
 Legend: S rows with changes, R tables, V vocabulary, K places of a row's bias.
 """
@@ -11,12 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ownpath.cache.layout import aligned_rows
+from ownpath.engine.adjust_arrays import AdjustArrays
 from ownpath.engine.limits import MAX_LOGIT_BIAS, MAX_STOP_TOKENS
-from ownpath.engine.masks import Masks
+from ownpath.engine.masks import Fill, Masks, fill_rows
 from ownpath.engine.request import Request, RequestError, SamplingParams
 from ownpath.kernels.sample.numbers import LARGEST
-from ownpath.kernels.sample.types import IN_PROMPT, BiasRows, FilterRows, PenaltyRows, SampleRows
+from ownpath.kernels.sample.types import IN_PROMPT, SampleRows
 
 NUM_PLACES = 512
 """Tokens of a row that may have a bias: always so many, as each number of places is a kernel of its own."""
@@ -26,23 +28,8 @@ LEAST_REPETITION = 1e-30
 """A smaller repetition penalty counts as this one: its inverse would not be a float32."""
 BARRED = -LARGEST
 """The bias of a token that must not be chosen: the sampler's range ends there, so no other logit is lower."""
-
-
-class AdjustedRows(NamedTuple):
-    """Rows of a step that are drawn again.
-
-    Shapes: where_S int64 [S], their places among the step's rows. rows: with filters, penalties and bias, all three.
-    masks, turns: the masks that are being filled, and whose they are, row by row; ``None``: no row has a grammar.
-    """
-
-    where_S: torch.Tensor
-    rows: SampleRows
-    masks: Masks | None = None
-    turns: Sequence[tuple[Request, int]] = ()
-
-    def masked_rows(self) -> SampleRows:
-        """Returns the rows with their masks, once these are filled."""
-        return self.rows if self.masks is None else self.rows._replace(mask_TW=self.masks.of(self.turns))
+_FEWEST_ROWS = 32
+"""Rows that there is room for from the first on."""
 
 
 class CountTables:
@@ -91,6 +78,26 @@ class CountTables:
         return table
 
 
+class _Picked(NamedTuple):
+    """Rows of a step whose logits change. waits: whether their end tokens must wait."""
+
+    places: list[int]
+    requests: list[Request]
+    waits: list[bool]
+
+    @classmethod
+    def of(cls, requests: Sequence[Request | None], asking: set[Request]) -> "_Picked":
+        pairs = [(row, one) for row, one in enumerate(requests) if one in asking and one.adjusts_now]
+        chosen = [one for _, one in pairs]
+        waits = [one.params.min_tokens > 0 and one.must_go_on for one in chosen]
+        return cls([row for row, _ in pairs], chosen, waits)
+
+    def fills(self) -> list[Fill]:
+        """Returns the masks to fill, each in its row."""
+        pairs = enumerate(self.requests)
+        return [(row, one.matcher, one.output_ids) for row, one in pairs if one.matcher is not None]
+
+
 class Adjuster:
     """The running requests whose logits change. end_token_ids: the model's own."""
 
@@ -99,7 +106,11 @@ class Adjuster:
         self._asking: set[Request] = set()
         self._places: dict[Request, tuple[bool, int, torch.Tensor]] = {}
         self.counts = CountTables(num_vocab, device)
-        self._masks = Masks(device, -(-num_vocab // 32))
+        self._masks = Masks()
+        self._begun: tuple[_Picked, list[int]] | None = None
+        self._arrays = AdjustArrays(0, 0, device)
+        self._no_bias_2SK = torch.zeros(2, 0, NUM_PLACES, dtype=torch.int32, device=device)
+        self._written: tuple[_Picked, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def check(self, params: SamplingParams) -> None:
         """Checks what depends on the model. Errors: RequestError with the field."""
@@ -122,74 +133,92 @@ class Adjuster:
             self._asking.discard(request)
             self._places.pop(request, None)
             self.counts.drop(request)
+            self._written = None
 
-    def start(self, requests: Iterable[Request]) -> None:
-        """Begins to fill the masks of a step in which these requests draw. To be called before the forward, which
-        then runs beside it."""
-        if not self._asking:
-            return
-        asking = [(_turn(one), one.matcher, one.output_ids) for one in requests if one in self._asking]
-        self._masks.start([(turn, matcher, ids) for turn, matcher, ids in asking if matcher is not None])
-
-    def waits_for_tokens(self, requests: Iterable[Request]) -> bool:
-        """Returns True if the rows of these requests cannot be made before the tokens of the step before are known:
-        penalties count them, and grammars go on from them."""
+    def may_change(self, requests: Iterable[Request]) -> bool:
+        """Returns True if logits of these requests may change in a step that begins now, whatever tokens are still to
+        be read."""
         return bool(self._asking) and any(one in self._asking and one.adjusts_now for one in requests)
 
-    def rows_of(self, requests: Sequence[Request]) -> AdjustedRows | None:
-        """Returns the rows, among those of these requests, whose logits change in this step; ``None``: nobody's do."""
+    def start(self, requests: Sequence[Request | None]) -> None:
+        """Begins to fill the masks of a step in which these requests draw, all of whose tokens are known. To be called
+        before a forward that needs the engine's thread."""
+        picked = _Picked.of(requests, self._asking)
+        fills = picked.fills()
+        if fills:
+            self._make_room(len(picked.requests))
+            self._masks.start(fills, self._arrays.masks)
+            self._begun = picked, [len(one.output_ids) for one in picked.requests]
+
+    def rows_of(self, requests: Sequence[Request | None]) -> SampleRows | None:
+        """Returns the rows, among those of these requests, whose logits change in this step, each with its place;
+        ``None``: nobody's do. All tokens before must be known. The rows are valid until the next call.
+
+        requests: those of the step's rows; ``None``: a row that nobody hears of.
+        """
         if not self._asking:
             return None
-        picked = [(row, one) for row, one in enumerate(requests) if one in self._asking and one.adjusts_now]
-        if not picked:
+        picked = _Picked.of(requests, self._asking)
+        count = len(picked.requests)
+        if not count:
             return None
-        chosen = [one for _, one in picked]
-        self.counts.update(one for one in chosen if one.params.has_penalties)
-        places = [self._places_of(one) for one in chosen]
-        bias_2SK = torch.stack([tensor for _, tensor in places], dim=1)
-        whole, parts = self._columns(chosen, [row for row, _ in picked], [count for count, _ in places])
-        top_p, min_p, temperature, presence, frequency, repetition = parts[4:].view(torch.float32)
-        index, top_k, table, num_places = parts[:4]
-        rows = SampleRows(
-            *(temperature, whole[1], index),
-            FilterRows(top_k, top_p, min_p),
-            PenaltyRows(self.counts.tables_RV, table, presence, frequency, repetition),
-            BiasRows(bias_2SK[0], bias_2SK[1].view(torch.float32), num_places),
-        )
-        return AdjustedRows(whole[0], rows, *self._masks_of(chosen))
+        with_masks = self._fill_masks(picked)
+        self.counts.update(one for one in picked.requests if one.params.has_penalties)
+        if self._written is None or self._written[0] != picked:
+            self._written = picked, self._write(picked)
+        self._arrays.integers[1, :count] = [len(one.output_ids) for one in picked.requests]
+        return self._arrays.send(count, self.counts.tables_RV, self._written[1], with_masks)
 
-    def _masks_of(self, chosen: Sequence[Request]) -> tuple[Masks | None, list[tuple[Request, int]]]:
-        """Returns the masks of these rows, which ``start`` has begun, or which begin now."""
-        if all(one.matcher is None for one in chosen):
-            return None, []
-        turns = [_turn(one) for one in chosen]
-        if not all(one.matcher is None or self._masks.has(turn) for one, turn in zip(chosen, turns, strict=True)):
-            self.start(chosen)
-        return self._masks, turns
+    def _fill_masks(self, picked: _Picked) -> bool:
+        """Fills the masks of these rows, or waits for them if they were begun. Returns whether there are any."""
+        begun, self._begun = self._begun, None
+        self._masks.wait()
+        self._make_room(len(picked.requests))
+        fills = picked.fills()
+        if not fills:
+            return False
+        if begun is None or begun != (picked, [len(one.output_ids) for one in picked.requests]):
+            fill_rows(fills, self._arrays.masks)
+        if len(fills) < len(picked.requests):
+            free = [row for row, one in enumerate(picked.requests) if one.matcher is None]
+            self._arrays.masks[free] = -1
+        return True
 
-    def _columns(
-        self, requests: Sequence[Request], where: list[int], num_places: list[int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Uploads the rows' numbers: places and seeds int64 [2, S]; 4 columns of int32, 6 of float32 as int32."""
-        count, params = len(requests), [one.params for one in requests]
-        whole = np.zeros((2, aligned_rows(count)), np.int64)
-        parts = np.zeros((10, aligned_rows(count)), np.int32)
-        whole[:, :count] = where, [one.seed for one in requests]
-        tables = [self.counts.table_of(one) for one in requests]
-        parts[:4, :count] = [len(one.output_ids) for one in requests], [one.top_k for one in params], tables, num_places
+    def _make_room(self, num_rows: int) -> None:
+        if num_rows > self._arrays.num_rows:
+            self._masks.wait()
+            count, num_words = max(2 * self._arrays.num_rows, num_rows, _FEWEST_ROWS), -(-self._num_vocab // 32)
+            self._arrays, self._written = AdjustArrays(count, num_words, self._device), None
+            shape = 2, self._arrays.num_rows, NUM_PLACES
+            self._no_bias_2SK = torch.zeros(shape, dtype=torch.int32, device=self._device)
+
+    def _write(self, picked: _Picked) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes the rows' numbers but those that change with every token. Returns the biased tokens and their values,
+        [S, K] each, on the device."""
+        _, requests, _ = picked
+        count, params, arrays = len(requests), [one.params for one in requests], self._arrays
+        places = [self._places_of(one) for one in requests]
+        arrays.seeds[:count] = [one.seed for one in requests]
+        arrays.integers[0, :count] = picked.places
+        arrays.integers[2, :count] = [one.top_k for one in params]
+        arrays.integers[3, :count] = [self.counts.table_of(one) for one in requests]
+        arrays.integers[4, :count] = [num_places for num_places, _ in places]
         repetitions = [max(one.repetition_penalty, LEAST_REPETITION) for one in params]
-        filters = [(one.top_p, one.min_p, one.temperature) for one in params]
+        filters = [(one.temperature, one.top_p, one.min_p) for one in params]
         penalties = [(one.presence_penalty, one.frequency_penalty) for one in params]
-        parts[4:].view(np.float32)[:, :count] = np.column_stack((filters, penalties, repetitions)).T
-        return (
-            torch.from_numpy(whole).to(self._device)[:, :count],
-            torch.from_numpy(parts).to(self._device)[:, :count],
-        )
+        arrays.floats[:, :count] = np.column_stack((filters, penalties, repetitions)).T
+        bias_2SK = self._no_bias_2SK[:, :count]
+        if any(num_places for num_places, _ in places):
+            none = self._no_bias_2SK[:, 0]
+            bias_2SK = torch.stack([none if tensor is None else tensor for _, tensor in places], dim=1)
+        return bias_2SK[0], bias_2SK[1].view(torch.float32)
 
-    def _places_of(self, request: Request) -> tuple[int, torch.Tensor]:
+    def _places_of(self, request: Request) -> tuple[int, torch.Tensor | None]:
         """Returns how many places a request's bias has, and ids and values as int32 [2, K]; uploaded once, and again
         when its end tokens are free."""
         waits = request.must_go_on
+        if not waits and not request.params.logit_bias:
+            return 0, None
         known = self._places.get(request)
         if known is None or known[0] != waits:
             biases = dict(request.params.logit_bias)
@@ -205,8 +234,3 @@ class Adjuster:
         places[0, : len(ids)] = ids
         places[1].view(np.float32)[: len(ids)] = [biases[token_id] for token_id in ids]
         return torch.from_numpy(places).to(self._device)
-
-
-def _turn(request: Request) -> tuple[Request, int]:
-    """Returns whose mask it is, and for which token of the answer."""
-    return request, len(request.output_ids)

@@ -15,6 +15,14 @@ in. Example, rows A and B, of which A has ended:
     begin C B           upload; B's token is the one that row 1 of graph 2 draws; graph 3
     finish the second   only B's token is of use
 
+Where logits change before a token is chosen (``adjust``), the step is begun like any other. Its rows are drawn again
+(``redraw``) when the tokens before it are known, while its graph runs:
+
+    begin A B           graph 1
+    begin A B           graph 2
+    finish the first    A's and B's tokens, from which A's grammar goes on
+    redraw              behind graph 2; the next graph goes on from what this draws
+
 Without graphs the same step runs eagerly, in the same buckets, with the same bits.
 
 Legend: T rows of a step, V vocabulary.
@@ -29,7 +37,6 @@ import torch
 from ownpath.cache.pools import CachePool
 from ownpath.cache.tables import DecodeTables
 from ownpath.config import EngineConfig
-from ownpath.engine.adjust import AdjustedRows
 from ownpath.engine.rows import (
     NO_ROWS,
     NUM_TURNS,
@@ -41,9 +48,10 @@ from ownpath.engine.rows import (
     StepRows,
     StepTokens,
 )
-from ownpath.engine.sampler import draw_adjusted, sampler_of
+from ownpath.engine.sampler import sampler_of
 from ownpath.kernels.dsl.compilations import COMPILATIONS
 from ownpath.kernels.registry import spec_of
+from ownpath.kernels.sample.types import SampleRows
 from ownpath.terminal.console import tell
 from ownpath.terminal.progress import Progress
 from ownpath.trace import Ledger
@@ -78,10 +86,14 @@ class _Captured:
 
 @dataclass
 class StepBegun:
-    """A step that is launched and not read. turn: the buffers of its results; its logits are there once it is."""
+    """A step that is launched and not read. turn: the buffers of its results; its logits are there once it is.
+
+    is_open: its rows are still to be drawn again.
+    """
 
     num_rows: int
     turn: int
+    is_open: bool = False
     logits_TV: torch.Tensor = field(init=False)
 
 
@@ -151,19 +163,22 @@ class Decoder:
         COMPILATIONS.num_captured += 1
         return _Captured(graph, logits_TV, self._model.ledger.captured(calls))
 
-    def step(self, rows: StepRows, adjusted: AdjustedRows | None = None) -> StepTokens:
-        """Runs a step of at least one row and extends the rows' caches by one token; see ``begin``."""
-        return self.finish(self.begin(rows, adjusted))
+    def step(self, rows: StepRows, adjusted: SampleRows | None = None) -> StepTokens:
+        """Runs a step of at least one row and extends the rows' caches by one token; see ``begin`` and ``redraw``."""
+        begun = self.begin(rows, adjusted is not None)
+        if begun.is_open:
+            self.redraw(begun, adjusted)
+        return self.finish(begun)
 
     def has_graph(self, num_rows: int) -> bool:
         """Returns True if steps of so many rows are graphs, so that ``begin`` is back long before they have run."""
         return self._bucket_of(num_rows) in self._graphs
 
-    def begin(self, rows: StepRows, adjusted: AdjustedRows | None = None) -> StepBegun:
+    def begin(self, rows: StepRows, is_open: bool = False) -> StepBegun:
         """Launches a step of at least one row and extends the rows' caches by one token. Does not wait; at most one
         other step may be unread.
 
-        adjusted: rows that are drawn again, behind the graph and before anything reads their tokens.
+        is_open: ``redraw`` follows, before this step is finished and before another one is begun.
         """
         lengths, slots = self.pool.slots.lengths, [cache.slot for cache in rows.caches]
         positions, held = [lengths[slot] for slot in slots], self._held
@@ -172,24 +187,32 @@ class Decoder:
         assert next_held.num_left > 0, "a row has no room"
         turn = self._take_turn()
         staged = self._rows.stage(rows, turn) if held is None or not wanted.continues(held.rows()) else None
-        return self._begin(next_held, turn, staged, adjusted)
+        return self._begin(next_held, turn, staged, is_open)
 
     @property
     def can_repeat(self) -> bool:
         """True if the rows of the last step may run once more as they are."""
         return self._held is not None and self._held.are_those_of(self.pool)
 
-    def repeat(self) -> StepBegun:
+    def repeat(self, is_open: bool = False) -> StepBegun:
         """Launches the rows of the last step once more, as ``begin`` does: each goes on from its own token."""
         assert self._held is not None
         assert self._held.num_left > 0, "a row has no room"
-        return self._begin(self._held, self._take_turn(), None, None)
+        return self._begin(self._held, self._take_turn(), None, is_open)
 
-    def _begin(self, held: HeldRows, turn: int, staged: Staged | None, adjusted: AdjustedRows | None) -> StepBegun:
+    def redraw(self, begun: StepBegun, adjusted: SampleRows | None) -> None:
+        """Draws rows of an open step again, behind its graph and before anything reads their tokens. Does not wait.
+        adjusted: these rows, with their places in the step; ``None``: none of them, after all."""
+        assert begun.is_open
+        begun.is_open = False
+        self._marks[begun.turn] = self._enqueue(lambda: self._launch_redraw(begun, adjusted), begun.turn)
+
+    def _begin(self, held: HeldRows, turn: int, staged: Staged | None, is_open: bool) -> StepBegun:
         self._held = None  # until the step is launched: one that fails leaves rows that nobody knows
         num_rows, lengths = len(held.caches), self.pool.slots.lengths
-        begun, count = StepBegun(num_rows, turn), self._bucket_of(num_rows)
-        self._marks[turn] = self._enqueue(lambda: self._launch_whole(begun, count, staged, adjusted), turn)
+        assert self._last is None or not self._last.is_open or not self._num_unread, "the step before is open"
+        begun, count = StepBegun(num_rows, turn, is_open), self._bucket_of(num_rows)
+        self._marks[turn] = self._enqueue(lambda: self._launch_whole(begun, count, staged), turn)
         held.advance()
         for slot, position in zip(held.first.slots, held.positions, strict=True):
             lengths[slot] = position
@@ -198,6 +221,7 @@ class Decoder:
 
     def finish(self, begun: StepBegun) -> StepTokens:
         """Waits for the oldest unread step and returns its results."""
+        assert not begun.is_open
         self._marks[begun.turn].wait()
         tokens, results = self._results.read(begun.turn, begun.logits_TV[: begun.num_rows])
         self._num_unread -= 1
@@ -231,14 +255,20 @@ class Decoder:
         work()
         return self._marks[turn].set()
 
-    def _launch_whole(self, begun: StepBegun, count: int, staged: Staged | None, adjusted: AdjustedRows | None) -> None:
-        """Launches all of a step: upload, bucket, second draw, copy of the results."""
+    def _launch_whole(self, begun: StepBegun, count: int, staged: Staged | None) -> None:
+        """Launches a step: upload, bucket, and copy of the results, unless rows are still to be drawn again."""
         if staged is not None:
             self._rows.send(staged, self._results.drawn_R)
-        begun.logits_TV = logits_TV = self.launch(count)
+        begun.logits_TV = self.launch(count)
+        if not begun.is_open:
+            self._results.copy(begun.turn)
+
+    def _launch_redraw(self, begun: StepBegun, adjusted: SampleRows | None) -> None:
+        """Launches the second draw, and the copy of the results."""
         if adjusted is not None:
-            tokens_S = draw_adjusted(logits_TV, adjusted, self._results.on_device)
-            self._rows.columns.tokens.index_copy_(0, adjusted.where_S, tokens_S)
+            drawn, columns = self._results.sampled(len(begun.logits_TV)), self._rows.columns
+            self._sampler.run(begun.logits_TV.float(), adjusted, self._sampler_operand, out=drawn)
+            torch.bitwise_or(self._results.drawn_R, columns.pads, out=columns.tokens)
         self._results.copy(begun.turn)
 
     def launch(self, count: int) -> torch.Tensor:

@@ -49,6 +49,15 @@ class Flight:
         pairs = zip(self.requests, self.caches, strict=True)
         return {request: row for row, (request, cache) in enumerate(pairs) if request.cache is cache}
 
+    def drawing(self) -> list[Request | None]:
+        """Returns the requests of the rows, of which all tokens before this step are read; ``None`` where a row's
+        request has left, or has more to read before it draws."""
+        pairs = zip(self.requests, self.caches, strict=True)
+        living = [one if one.cache is cache else None for one, cache in pairs]
+        if not self.asks:  # nobody reads a prompt
+            return living
+        return [None if one is None or one.num_pending > 1 else one for one in living]
+
     def release_left(self, others: "Sequence[Flight]") -> None:
         """Gives back the caches that requests have left since, except those in others' rows."""
         for request, cache in zip(self.requests, self.caches, strict=True):

@@ -1,18 +1,18 @@
-"""The tokens that may follow in answers that must fit a grammar: a row of bits for each, filled while the forward runs.
+"""The tokens that may follow in answers that must fit a grammar: a row of bits for each, filled while a forward runs.
 
-A step's masks are one job on one thread. It is given before the forward and waited for behind it, so that requests
-without a grammar wait for nothing but the slowest row of a step, whose work its grammar's limits bound.
+Masks of decode steps are filled at once, by the engine's thread: it has launched the forward, which the device runs
+meanwhile. Where the forward needs the engine's thread itself, another thread fills them beside it. Either way matchers
+of one kind fill theirs together, so that they may share cores and go without Python's lock.
 
 Legend: S rows of a step with changed logits, W words of a mask: bit i of word w allows token 32 w + i.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 MaskWords = npt.NDArray[np.int32]
 
@@ -26,56 +26,45 @@ class Matcher(Protocol):
     @property
     def problem(self) -> str | None: ...
 
-    def fill(self, output_ids: Sequence[int], row_W: MaskWords) -> None:
-        """Reads the tokens that are new since the last call, and writes which may be next. With a problem: none may."""
+    @classmethod
+    def fill_all(cls, fills: "Sequence[tuple[int, Self, Sequence[int]]]", rows_SW: MaskWords) -> None:
+        """Fills rows for several answers: the row's number, the matcher, and the tokens of its answer so far.
+
+        Each matcher reads the tokens that are new since the last call, and writes which may be next. With a problem:
+        none may.
+        """
+
+
+Fill = tuple[int, Matcher, Sequence[int]]
+"""The row of a mask, whose it is, and the answer so far."""
 
 
 class Masks:
-    """The masks of one step, being filled. The row behind them allows all tokens."""
+    """Fills the masks of one step after the other."""
 
-    def __init__(self, device: torch.device, num_words: int) -> None:
-        self._device, self._num_words = device, num_words
-        self._host = torch.full((1, num_words), -1, dtype=torch.int32)
-        self._rows: dict[Hashable, int] = {}
+    def __init__(self) -> None:
         self._job: Future[None] | None = None
         self._thread: ThreadPoolExecutor | None = None
 
-    def start(self, asked: Sequence[tuple[Hashable, Matcher, Sequence[int]]]) -> None:
-        """Begins to fill a row for each of these; ``asked``: whose next token it is for, grammar, tokens so far."""
-        self.wait()
-        self._rows = {owner: row for row, (owner, _, _) in enumerate(asked)}
-        if not asked:
-            return
+    def start(self, fills: Sequence[Fill], rows_SW: MaskWords) -> None:
+        """Begins to fill these rows on a thread of their own. What was begun before and never waited for is over then,
+        and nobody hears how it went: the step that it was for has failed."""
+        if self._job is not None:
+            self._job.exception()
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "ownpath-masks")
-        if len(self._host) <= len(asked):
-            shape = 2 * len(asked) + 1, self._num_words
-            self._host = torch.full(shape, -1, dtype=torch.int32, pin_memory=self._device.type == "cuda")
-        self._host[len(asked)] = -1
-        fills = [(matcher, output_ids) for _, matcher, output_ids in asked]
-        self._job = self._thread.submit(_fill_all, fills, self._host.numpy())
+        self._job = self._thread.submit(fill_rows, fills, rows_SW)
 
     def wait(self) -> None:
-        """Waits until the rows are filled."""
+        """Waits until the rows that were begun are filled."""
         job, self._job = self._job, None
         if job is not None:
             job.result()
 
-    def has(self, owner: Hashable) -> bool:
-        """True if there is a row for this."""
-        return owner in self._rows
 
-    def of(self, owners: Sequence[Hashable]) -> torch.Tensor:
-        """Waits, and returns these masks on the device, int32 [S, W]; of who has none, all tokens are allowed."""
-        self.wait()
-        count = len(self._rows)
-        mask_SW = self._host[: count + 1].to(self._device, non_blocking=True)
-        places = [self._rows.get(owner, count) for owner in owners]
-        if places == list(range(count)):
-            return mask_SW[:count]
-        return mask_SW[torch.tensor(places, device=self._device)]
-
-
-def _fill_all(fills: Sequence[tuple[Matcher, Sequence[int]]], rows_SW: MaskWords) -> None:
-    for row, (matcher, output_ids) in enumerate(fills):
-        matcher.fill(output_ids, rows_SW[row])
+def fill_rows(fills: Sequence[Fill], rows_SW: MaskWords) -> None:
+    """Fills these rows, those of one kind of matcher together."""
+    kinds = {type(matcher) for _, matcher, _ in fills}
+    for kind in kinds:
+        own = fills if len(kinds) == 1 else [fill for fill in fills if type(fill[1]) is kind]
+        kind.fill_all(own, rows_SW)

@@ -322,7 +322,7 @@ class Request:
     def adjusts_now(self) -> bool:
         """True if the logits of the next token change before it is chosen. How, depends on the token before it."""
         params = self.params
-        return params.has_penalties or bool(params.logit_bias) or self.must_go_on or self.matcher is not None
+        return self.matcher is not None or params.has_penalties or bool(params.logit_bias) or self.must_go_on
 
     def with_end(self, output: StepOutput, end_token_ids: frozenset[int]) -> StepOutput:
         """Returns a step's output and why the answer ends with it, if it does. end_token_ids: the model's."""

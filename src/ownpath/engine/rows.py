@@ -311,15 +311,15 @@ class StepResults:
         pinned = device.type == "cuda"
         self._copies = [torch.zeros(shape, dtype=torch.int32, pin_memory=pinned) for _ in range(NUM_TURNS)]
         self._integers = [copy.numpy() for copy in self._copies]
-
-    @property
-    def drawn_R(self) -> torch.Tensor:
+        self._sampled: dict[int, Sampled] = {}
+        self.drawn_R = self.on_device[0]
         """The tokens that the last step drew, int32 [R]."""
-        return self.on_device[0]
 
     def sampled(self, count: int) -> Sampled:
         """Returns where the sampler writes."""
-        return sampled_views(self.on_device, count)
+        if count not in self._sampled:
+            self._sampled[count] = sampled_views(self.on_device, count)
+        return self._sampled[count]
 
     def flags(self, count: int) -> torch.Tensor:
         """Returns where selections write: int32 [L, count]."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ownpath.cache.layout import aligned_rows
-from ownpath.engine.adjust import AdjustedRows, Adjuster
+from ownpath.engine.adjust import Adjuster
 from ownpath.engine.request import NonFinite, Request, SamplingParams, ScoredToken
 from ownpath.engine.tops import Top
 from ownpath.kernels.registry import KERNELS
@@ -99,12 +99,12 @@ def finite_rows(logits_RV: torch.Tensor) -> list[bool]:
     return finite
 
 
-def choose_tokens(logits_SV: torch.Tensor, rows: Sequence[SampleRow], adjusted: AdjustedRows | None = None) -> Chosen:
+def choose_tokens(logits_SV: torch.Tensor, rows: Sequence[SampleRow], adjusted: SampleRows | None = None) -> Chosen:
     """Chooses one token id per row, with its log-prob in the same pass.
 
     A GPU always computes log-probs, so that one kernel serves all; a CPU where a row asks.
     Shapes: logits_SV float32 [S, V], cut to the tokenizer's vocabulary, so that every id is a token.
-    adjusted: rows that are drawn again, from other logits.
+    adjusted: rows, with their places, that are drawn from other logits.
     """
     device, count = logits_SV.device, len(rows)
     asks = device.type != "cpu" or any(row.params.num_logprobs is not None for row in rows)
@@ -116,33 +116,14 @@ def choose_tokens(logits_SV: torch.Tensor, rows: Sequence[SampleRow], adjusted: 
     kernel, operand = sampler_of(device)
     out = sampled_views(found, count)
     out = out if asks else out._replace(logprob_T=None)
-    if adjusted is None or len(adjusted.where_S) < count:
+    if adjusted is None or len(adjusted.seed_T) < count:
         kernel.run(logits_SV.float(), _sample_rows(rows, device), operand, out=out)
     if adjusted is not None:
-        draw_adjusted(logits_SV, adjusted, found, scores=asks)
+        kernel.run(logits_SV.float(), adjusted, operand, out=out)
     read = found.numpy(force=True)[:, :count]
     tokens, faults = read[:2].tolist()
     kept = [None if fault else token for token, fault in zip(tokens, faults, strict=True)]
     return Chosen(kept, read[2].view(np.float32).tolist())
-
-
-def draw_adjusted(
-    logits_TV: torch.Tensor, adjusted: AdjustedRows, found: torch.Tensor, *, scores: bool = True
-) -> torch.Tensor:
-    """Draws the rows whose logits change, and writes them over what ``found``, int32 [3 or more, R], has of them.
-
-    scores: with log-probs. Returns their tokens, int32 [S]. Waits for the masks of grammars alone. Every call has
-    filters, penalties and bias: one variant, and another with masks.
-    """
-    kernel, operand = sampler_of(logits_TV.device)
-    count = len(adjusted.where_S)
-    drawn = torch.empty(NUM_SAMPLED, aligned_rows(count), dtype=torch.int32, device=logits_TV.device)
-    out = sampled_views(drawn, count)
-    if not scores:
-        drawn[-1], out = NAN_BITS, out._replace(logprob_T=None)
-    kernel.run(logits_TV[adjusted.where_S].float(), adjusted.masked_rows(), operand, out=out)
-    found[:NUM_SAMPLED].index_copy_(1, adjusted.where_S, drawn[:, :count])
-    return out.token_T
 
 
 def sampled_views(chosen: torch.Tensor, count: int) -> Sampled:
@@ -151,20 +132,21 @@ def sampled_views(chosen: torch.Tensor, count: int) -> Sampled:
     return Sampled(token_T, fault_T, logprob_T.view(torch.float32))
 
 
-def warm_up_sampler(device: torch.device | str, num_vocab: int) -> None:
+def warm_up_sampler(device: torch.device | str, num_vocab: int, row_size: int) -> None:
     """Draws from made-up logits with and without filters, and with adjusted and masked logits, so that no later step
-    compiles anything."""
-    logits_SV = torch.zeros(2, num_vocab, device=device)
-    for top_p in (1.0, 0.5):
-        choose_tokens(logits_SV, [SampleRow(SamplingParams(1, top_p=top_p), seed, 0) for seed in range(2)])
+    compiles anything. row_size: elements from one row of a decode step's logits to the next."""
     params = SamplingParams(1, repetition_penalty=1.5, logit_bias=((0, 1.0),), min_tokens=1)
-    adjuster, request = Adjuster(num_vocab, logits_SV.device, frozenset()), Request([0], params, lambda _: None)
-    adjuster.add(request)
-    adjusted = adjuster.rows_of([request])
-    assert adjusted is not None
-    mask_TW = torch.full((1, -(-num_vocab // 32)), -1, dtype=torch.int32, device=logits_SV.device)
-    for rows in (adjusted.rows, adjusted.rows._replace(mask_TW=mask_TW)):
-        choose_tokens(logits_SV[:1], [sample_row(request)], adjusted._replace(rows=rows))
+    for size in sorted({num_vocab, row_size}):
+        logits_SV = torch.zeros(2, size, device=device)[:, :num_vocab]
+        for top_p in (1.0, 0.5):
+            choose_tokens(logits_SV, [SampleRow(SamplingParams(1, top_p=top_p), seed, 0) for seed in range(2)])
+        adjuster, request = Adjuster(num_vocab, logits_SV.device, frozenset()), Request([0], params, lambda _: None)
+        adjuster.add(request)
+        adjusted = adjuster.rows_of([request])
+        assert adjusted is not None
+        mask_TW = torch.full((1, -(-num_vocab // 32)), -1, dtype=torch.int32, device=logits_SV.device)
+        for rows in (adjusted, adjusted._replace(mask_TW=mask_TW)):
+            choose_tokens(logits_SV[:1], [sample_row(request)], rows)
 
 
 @lru_cache(maxsize=16)

@@ -9,8 +9,10 @@ from one to the next while the host reads, reports and schedules. At most two ar
 - A request that ended, was aborted or had to give its cache up while a step with its row ran hears nothing of that
   step. Its slot and blocks are given back once no launched step has a row of it.
 - A request whose unread token is its last by ``max_tokens`` has no row more, so no row is beyond its memory.
-- A step is read at once if a report needs its logits, which the next one overwrites, and the next one waits for it if
-  rows' logits change by what was drawn. Steps by ``forward`` wait for all before them.
+- A step is read at once if a report needs its logits, which the next one overwrites. Steps by ``forward`` wait for all
+  before them.
+- Where logits change by what was drawn before, by grammars and penalties, the step is launched all the same, and its
+  rows are drawn again when the tokens before it are read, while the device runs it.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -147,7 +149,7 @@ class StepRunner:
     def _forward(self, chunks: Sequence[ScheduledChunk]) -> None:
         """Runs a step by the model's ``forward``."""
         batch, shares = build_batch(chunks, self._device)
-        self._adjuster.start(chunk.request for chunk in chunks if chunk.reaches_end)
+        self._adjuster.start([chunk.request for chunk in chunks if chunk.reaches_end])
         logits_RV = self._model.forward(batch)[:, : self._num_vocab]
         drawn = self._sample(logits_RV, shares)
         self._flags.note(batch.tables, [chunk.request for chunk in chunks])
@@ -158,36 +160,51 @@ class StepRunner:
 
     def _decode(self, decoder: Decoder, chunks: Sequence[ScheduledChunk]) -> None:
         """Launches a decode step, and reads the one before."""
-        if self._adjuster.waits_for_tokens(chunk.request for chunk in chunks):
-            self.settle()
+        is_open = self._adjuster.may_change(chunk.request for chunk in chunks)
         last, num_flying = self._flights[-1] if self._flights else None, 0
         if last is not None and last.repeats(chunks) and decoder.can_repeat:
-            self._launch(lambda at: last.repeated(decoder.repeat(), at))
+            self._launch(lambda at: last.repeated(decoder.repeat(is_open), at))
             num_flying = 1
         else:
             ahead = {} if last is None else last.rows()
             chunks = [chunk for chunk in chunks if chunk.request.cache is not None and not _ends(chunk.request, ahead)]
             if chunks:
-                flight = self._launch(lambda at: self._begun(decoder, chunks, ahead, at))
+                flight = self._launch(lambda at: self._begun(decoder, chunks, ahead, is_open, at))
                 num_flying = int(decoder.has_graph(len(chunks)) and not flight.asks)
         while len(self._flights) > num_flying:
             self._land()
 
     def _launch(self, launch: Callable[[float], Flight]) -> Flight:
-        """Launches a step. launch: is given the time."""
+        """Launches a step, and draws its rows again where logits change. launch: is given the time."""
         try:
             flight = launch(perf_counter())
         except Exception:
             self.settle()  # the step before is whole
             raise
         self._flights.append(flight)
+        if flight.begun.is_open:
+            self._redraw(flight)
         return flight
 
+    def _redraw(self, flight: Flight) -> None:
+        """Reads the steps before the last, and draws the rows of that one whose logits change by what was read."""
+        assert self._decoder is not None
+        while len(self._flights) > 1:
+            self._land()
+        self._decoder.redraw(flight.begun, self._adjuster.rows_of(flight.drawing()))
+
     def _begun(
-        self, decoder: Decoder, chunks: Sequence[ScheduledChunk], ahead: Mapping[Request, int], at: float
+        self,
+        decoder: Decoder,
+        chunks: Sequence[ScheduledChunk],
+        ahead: Mapping[Request, int],
+        is_open: bool,
+        at: float,
     ) -> Flight:
         requests = [chunk.request for chunk in chunks]
-        begun = decoder.begin(step_rows(requests, ahead), self._adjuster.rows_of(requests))
+        if is_open and not ahead and not decoder.has_graph(len(requests)):
+            self._adjuster.start([one if one.num_pending == 1 else None for one in requests])
+        begun = decoder.begin(step_rows(requests, ahead), is_open)
         return Flight.of(chunks, ahead, begun, at)
 
     def _land(self) -> None:

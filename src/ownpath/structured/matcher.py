@@ -4,13 +4,14 @@ reasoning </think> grammar              the reasoning is free, but does not end 
 content < ｜DSML｜ grammar               content is free, and may be all of the answer
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ownpath.engine.masks import MaskWords
+from ownpath.structured.filling import fill_grammars
 from ownpath.structured.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class FreeMasks:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
         self._made: dict[tuple[int, ...], MaskWords] = {}
+        ends = self.without(vocabulary.end_ids)
+        self._end_bits = {int(word): ~ends[word] for word in np.flatnonzero(ends != -1)}
 
     def without(self, token_ids: Sequence[int]) -> MaskWords:
         """Returns a mask of all tokens but these."""
@@ -46,6 +49,18 @@ class FreeMasks:
             bits[list(key)] = False
             self._made[key] = np.packbits(bits, bitorder="little").view(np.int32)
         return self._made[key]
+
+    def bar_ends(self, rows_SW: MaskWords, rows: Collection[int]) -> None:
+        """Bars end tokens in these rows, except in those where nothing else may follow."""
+        stop, bits = max(rows) + 1, self._end_bits
+        may_end = np.zeros(stop, bool)
+        for word, own in bits.items():
+            may_end |= rows_SW[:stop, word] & own != 0
+        for row in np.flatnonzero(may_end):
+            if int(row) in rows:
+                rest = rows_SW[row] & self.without(self.vocabulary.end_ids)
+                if rest.any():
+                    rows_SW[row] = rest
 
     def ends_with(self, token_id: int, end: bytes) -> bool:
         """True if a token's text ends with this."""
@@ -64,15 +79,31 @@ class AnswerMatcher:
         self._last: int | None = None
         self.problem: str | None = None
 
-    def fill(self, output_ids: Sequence[int], row_W: MaskWords) -> None:
-        """Reads the tokens that are new since the last call, and writes which may be next. With a problem: none may."""
+    @classmethod
+    def fill_all(cls, fills: "Sequence[tuple[int, AnswerMatcher, Sequence[int]]]", rows_SW: MaskWords) -> None:
+        """Fills rows of several answers: see ``engine.masks.Matcher``."""
+        in_grammar, going_on = [], set()
+        for row, one, output_ids in fills:
+            if len(output_ids) != one._num_seen:
+                one._read(output_ids)
+            if one._free:
+                rows_SW[row] = one._free_mask(one._free[0])
+                continue
+            in_grammar.append((one._grammar, row))
+            if one._goes_on:
+                going_on.add(row)
+        fill_grammars(in_grammar, rows_SW)
+        if going_on:
+            fills[0][1]._masks.bar_ends(rows_SW, going_on)
+        for row, one, _ in fills:
+            if one._grammar.is_error():
+                one.problem = "the grammar has grown beyond its limits in the middle of the answer"
+                rows_SW[row] = 0
+
+    def _read(self, output_ids: Sequence[int]) -> None:
         for token_id in output_ids[self._num_seen :]:
             self._take(token_id)
         self._num_seen = len(output_ids)
-        row_W[:] = self._free_mask(self._free[0]) if self._free else self._grammar_mask(row_W)
-        if self._grammar.is_error():
-            self.problem = "the grammar has grown beyond its limits in the middle of the answer"
-            row_W[:] = 0
 
     def _take(self, token_id: int) -> None:
         if not self._free:
@@ -88,11 +119,3 @@ class AnswerMatcher:
         if part.before and (self._last is None or not self._masks.ends_with(self._last, part.before)):
             barred.append(part.marker)
         return self._masks.without(barred)
-
-    def _grammar_mask(self, row_W: MaskWords) -> MaskWords:
-        # The library writes as many words as it has tokens for, and releases Python's lock meanwhile.
-        self._grammar.unsafe_compute_mask_ptr(row_W.ctypes.data, row_W.nbytes)
-        if self._goes_on:
-            rest = row_W & self._masks.without(self._masks.vocabulary.end_ids)
-            return rest if rest.any() else row_W
-        return row_W

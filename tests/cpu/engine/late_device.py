@@ -15,7 +15,6 @@ from cpu.engine.fake_model import FakeModel, Rule
 
 from ownpath.cache.layout import BLOCK_TOKENS, NOBODY
 from ownpath.cache.tables import DecodeTables
-from ownpath.engine.adjust import AdjustedRows
 from ownpath.engine.decoder import Decoder, Mark, StepBegun
 from ownpath.engine.rows import PADDED, Staged
 from ownpath.model.batch import ForwardBatch
@@ -168,10 +167,13 @@ class LateDecoder(Decoder):
         logits_TV = self._logits_TV[:count]
         return logits_TV.copy_(super().launch(count))
 
-    def _launch_whole(self, begun: StepBegun, count: int, staged: Staged | None, adjusted: AdjustedRows | None) -> None:
+    def _launch_whole(self, begun: StepBegun, count: int, staged: Staged | None) -> None:
         self.num_uploads += staged is not None
-        super()._launch_whole(begun, count, staged, adjusted)
+        super()._launch_whole(begun, count, staged)
+
+    def _take_turn(self) -> int:
+        self.num_behind += self._num_unread
+        return super()._take_turn()
 
     def _enqueue(self, work: Work, turn: int) -> Mark:
-        self.num_behind += self._num_unread
         return self.late.put(work)

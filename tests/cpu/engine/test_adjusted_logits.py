@@ -217,11 +217,14 @@ def test_a_step_without_such_requests_prepares_nothing() -> None:
     assert adjuster.rows_of([plain]) is None
     found = adjuster.rows_of([plain, waiting, plain, biased])
     assert found is not None
-    assert found.where_S.tolist() == [1, 3]
-    assert found.rows.penalties is not None
-    assert found.rows.penalties.table_T.tolist() == [-1, -1], "no table without penalties"
+    assert found.place_T is not None
+    assert found.place_T.tolist() == [1, 3]
+    assert found.penalties is not None
+    assert found.penalties.table_T.tolist() == [-1, -1], "no table without penalties"
+    assert found.mask_TW is None
     waiting.output_ids += [5, 5]
     found = adjuster.rows_of([waiting, biased])
     assert found is not None
-    assert found.where_S.tolist() == [1], "a minimum that is reached costs nothing"
+    assert found.place_T is not None
+    assert found.place_T.tolist() == [1], "a minimum that is reached costs nothing"
     assert replace(waiting.params, min_tokens=0).adjusts is False

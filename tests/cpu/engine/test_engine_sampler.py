@@ -115,7 +115,7 @@ def test_a_warm_up_runs_every_variant_that_a_step_may_run(monkeypatch: pytest.Mo
 
     recorder = Recorder()
     monkeypatch.setattr("ownpath.engine.sampler.sampler_of", lambda device: (recorder, None))
-    warm_up_sampler("cpu", 50)
+    warm_up_sampler("cpu", 50, 64)
     assert [*dict.fromkeys(recorder.had)] == [
         (False, False, False),
         (True, False, False),

@@ -11,8 +11,8 @@ from cpu.engine.test_adjusted_logits import adjusted_by_hand
 from cpu.engine.test_engine_engine import NUM_TOKENS, VOCAB, Asked, random_model, running
 from support.matchers import Every, Script
 
-from ownpath.engine.masks import Masks
-from ownpath.engine.request import FinishReason, SamplingParams
+from ownpath.engine.adjust import Adjuster
+from ownpath.engine.request import FinishReason, Request, SamplingParams
 from ownpath.engine.sampler import SampleRow, choose_tokens
 from ownpath.model.batch import ForwardBatch
 
@@ -168,13 +168,46 @@ def test_masks_are_filled_while_the_forward_runs() -> None:
     assert matcher.seen == [[], [7], [7, 8]]
 
 
-def test_a_step_that_nobody_prepared_still_waits_for_its_masks() -> None:
-    """A mask is one token's: that of the token before does not serve, and is filled anew."""
-    device = torch.device("cpu")
-    masks, script = Masks(device, 2), Script([[1], [33]])
-    masks.start([(("a", 0), script, [])])
-    assert masks.has(("a", 0))
-    assert not masks.has(("a", 1))
-    assert masks.of([("a", 0)]).tolist() == [[2, 0]]
-    masks.start([(("a", 1), script, [1]), (("b", 0), script, [])])
-    assert masks.of([("b", 0), "nobody", ("a", 1)]).tolist() == [[2, 0], [-1, -1], [0, 2]]
+def masks_of(adjuster: Adjuster, requests: list[Request | None]) -> list[list[int]]:
+    rows = adjuster.rows_of(requests)
+    assert rows is not None
+    assert rows.mask_TW is not None
+    masks: list[list[int]] = rows.mask_TW.tolist()
+    return masks
+
+
+def test_a_mask_serves_the_token_that_it_was_begun_for() -> None:
+    """That of the token before, or of other rows, is filled anew; a row without a grammar may draw every token."""
+    adjuster = Adjuster(64, torch.device("cpu"), frozenset())
+    scripts = [Script([[1], [33]]) for _ in range(2)]
+    first, second = (bound(script).request for script in scripts)
+    free = Asked(PROMPT, SamplingParams(9, logit_bias=((3, 1.0),))).request
+    for request in (first, second, free):
+        adjuster.add(request)
+    adjuster.start([first])
+    assert masks_of(adjuster, [first]) == [[2, 0]]
+    assert scripts[0].seen == [[]], "once"
+    adjuster.start([first])
+    first.output_ids.append(1)
+    assert masks_of(adjuster, [first]) == [[0, 2]]
+    adjuster.start([first])
+    assert masks_of(adjuster, [None, second, None, free, first]) == [[2, 0], [-1, -1], [0, 2]]
+    assert masks_of(adjuster, [free, first]) == [[-1, -1], [0, 2]]
+
+
+def test_a_mask_that_nobody_waited_for_fails_no_later_step() -> None:
+    class Failing(Script):
+        def fill(self, output_ids: Any, row_W: Any) -> None:
+            raise ValueError("no mask")
+
+    adjuster, failing, sound = Adjuster(64, torch.device("cpu"), frozenset()), Failing([[1]]), Script([[1]])
+    broken, whole = bound(failing).request, bound(sound).request
+    for request in (broken, whole):
+        adjuster.add(request)
+    adjuster.start([broken])
+    adjuster.start([whole])
+    assert masks_of(adjuster, [whole]) == [[2, 0]]
+    adjuster.start([broken])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no mask"):
+            adjuster.rows_of([broken])

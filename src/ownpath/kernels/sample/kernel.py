@@ -74,16 +74,16 @@ def _likeliest(reals_ptr, wholes_ptr, splits):
 
 
 @triton.jit
-def _finish(outs, t, row_ptr, token, fault, reals_ptr, splits, LOGPROB: tl.constexpr):
+def _finish(outs, place, row_ptr, token, fault, reals_ptr, splits, LOGPROB: tl.constexpr):
     token = tl.where(fault != 0, 0, token)
-    tl.store(outs[0] + t, token.to(outs[0].dtype.element_ty))
-    tl.store(outs[1] + t, fault.to(outs[1].dtype.element_ty))
+    tl.store(outs[0] + place, token.to(outs[0].dtype.element_ty))
+    tl.store(outs[1] + place, fault.to(outs[1].dtype.element_ty))
     if LOGPROB:
         tops = _partials(reals_ptr, RAW_MAX, splits, float("-inf"))
         top = tl.max(tops, axis=0)
         scaled = _partials(reals_ptr, RAW_SUM, splits, 0.0) * tl.exp((tops - top).to(tl.float32)).to(tl.float64)
         total = tl.sum(scaled, axis=0).to(tl.float32)
-        tl.store(outs[2] + t, tl.load(row_ptr + token) - top.to(tl.float32) - tl.log(total))
+        tl.store(outs[2] + place, tl.load(row_ptr + token) - top.to(tl.float32) - tl.log(total))
 
 
 @triton.jit(do_not_specialize=["num_rows", "splits"])
@@ -104,6 +104,7 @@ def sample_kernel(
     bias_values_ptr,
     bias_counts_ptr,
     mask_ptr,
+    place_ptr,
     token_ptr,
     fault_ptr,
     logprob_ptr,
@@ -121,6 +122,7 @@ def sample_kernel(
     PENALTIES: tl.constexpr,
     BIAS: tl.constexpr,
     MASK: tl.constexpr,
+    PLACED: tl.constexpr,
     LOGPROB: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -129,7 +131,10 @@ def sample_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    row_ptr = logits_ptr + t.to(tl.int64) * pitch
+    place = t
+    if PLACED:
+        place = tl.load(place_ptr + t)
+    row_ptr = logits_ptr + place.to(tl.int64) * pitch
     # Logits are asked for a block ahead of their use, the first before anything else.
     next0 = load_raw(row_ptr, split, 0, num_vocab, BLOCK)
     next1 = load_raw(row_ptr, split, 1, num_vocab, BLOCK)
@@ -229,7 +234,7 @@ def sample_kernel(
             top_x, token, fault = _likeliest(reals_ptr, wholes_ptr, splits)
             if draws:
                 token, _x = _race_winner(reals_ptr, wholes_ptr, splits)
-            _finish(outs, t, row_ptr, token, fault, reals_ptr, splits, LOGPROB)
+            _finish(outs, place, row_ptr, token, fault, reals_ptr, splits, LOGPROB)
             tl.store(arrived_ptr, 0)
 
     # A row with filters: test the winner, and draw again before it if it is out.
@@ -314,7 +319,7 @@ def sample_kernel(
                     meet(arrived_ptr, goal)
                     token, token_x = _race_winner(reals_ptr, wholes_ptr, splits)
             if split == 0:
-                _finish(outs, t, row_ptr, token, fault, reals_ptr, splits, LOGPROB)
+                _finish(outs, place, row_ptr, token, fault, reals_ptr, splits, LOGPROB)
             if arrive(left_ptr) == splits - 1:
                 tl.store(arrived_ptr, 0)
                 tl.store(left_ptr, 0)

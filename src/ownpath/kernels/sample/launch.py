@@ -30,7 +30,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 MAX_VOCAB = 1 << 24
 BLOCK, PROGRAMS_PER_SM, MAX_REGISTERS = 256, 4, 128
 """Programs of four warps: with so many registers a thread, a multiprocessor holds four at once."""
-NUM_POINTERS = 22
+NUM_POINTERS = 23
 
 
 class SampleShape(NamedTuple):
@@ -82,6 +82,7 @@ def _options(rows: SampleRows, out: Sampled) -> dict[str, bool]:
         "PENALTIES": rows.penalties is not None,
         "BIAS": rows.bias is not None,
         "MASK": rows.mask_TW is not None,
+        "PLACED": rows.place_T is not None,
         "LOGPROB": out.logprob_T is not None,
     }
 
@@ -102,7 +103,7 @@ class TritonSample:
 
     def variant(self, logits_TV: torch.Tensor, rows: SampleRows, operand: SampleOperand) -> str:
         """Returns the variant's name: how rows are shared. Neither logits nor rows are read."""
-        shape = self._shape_for(logits_TV)
+        shape = self._shape_for(_num_rows(logits_TV, rows), logits_TV)
         return variant_name("sample", splits=shape.splits, block=shape.block)
 
     def run(
@@ -110,15 +111,16 @@ class TritonSample:
     ) -> Sampled:
         """Computes ``ref.sample``. See ``SampleKernel``."""
         check_rank("logits_TV", logits_TV, 2, INTERPRETED)
-        num_rows, num_vocab = logits_TV.shape
+        num_rows, num_vocab = _num_rows(logits_TV, rows), logits_TV.shape[1]
         if out is None:
+            assert rows.place_T is None, "results that have places need somewhere to be"
             pair = logits_TV.new_empty(2, num_rows, dtype=torch.int64)
             out = Sampled(pair[0], pair[1], None)
         tensors = _tensors(logits_TV, rows, out)
-        _check(logits_TV, rows, out)
+        _check(logits_TV, rows, out, num_rows)
         if not num_rows:
             return out
-        shape = self._shape_for(logits_TV)
+        shape = self._shape_for(num_rows, logits_TV)
         places = 0 if rows.bias is None else rows.bias.ids_TK.shape[1]
         key = (
             *(num_rows, num_vocab, logits_TV.stride(0), logits_TV.data_ptr() % 16, logits_TV.get_device()),
@@ -135,11 +137,15 @@ class TritonSample:
                 operand.launches.add(key, made)
         return out
 
-    def _shape_for(self, logits_TV: torch.Tensor) -> SampleShape:
+    def _shape_for(self, num_rows: int, logits_TV: torch.Tensor) -> SampleShape:
         if self._shape is not None:
             return self._shape
         num_programs = 1 if INTERPRETED else PROGRAMS_PER_SM * num_sms(logits_TV.get_device())
-        return choose_shape(len(logits_TV), logits_TV.shape[1], num_programs)
+        return choose_shape(num_rows, logits_TV.shape[1], num_programs)
+
+
+def _num_rows(logits_TV: torch.Tensor, rows: SampleRows) -> int:
+    return len(logits_TV if rows.place_T is None else rows.place_T)
 
 
 def _tensors(logits_TV: torch.Tensor, rows: SampleRows, out: Sampled) -> tuple[torch.Tensor, ...]:
@@ -151,6 +157,7 @@ def _tensors(logits_TV: torch.Tensor, rows: SampleRows, out: Sampled) -> tuple[t
         *((unread,) * 5 if rows.penalties is None else rows.penalties),
         *((unread,) * 3 if rows.bias is None else rows.bias),
         unread if rows.mask_TW is None else rows.mask_TW,
+        unread if rows.place_T is None else rows.place_T,
         *(out.token_T, out.fault_T, unread if out.logprob_T is None else out.logprob_T),
     )
 
@@ -158,7 +165,7 @@ def _tensors(logits_TV: torch.Tensor, rows: SampleRows, out: Sampled) -> tuple[t
 def _first_launch(
     tensors: tuple[torch.Tensor, ...], rows: SampleRows, out: Sampled, shape: SampleShape, pitch: int
 ) -> TritonCall | None:
-    num_rows, num_vocab = tensors[0].shape
+    num_rows, num_vocab = _num_rows(tensors[0], rows), tensors[0].shape[1]
     places, pdl = 0 if rows.bias is None else rows.bias.ids_TK.shape[1], not INTERPRETED
     assert len(tensors) == NUM_POINTERS
     return launch(
@@ -179,7 +186,7 @@ def _first_launch(
     )
 
 
-def _vectors(rows: SampleRows, out: Sampled) -> Iterator[tuple[str, torch.Tensor, tuple[torch.dtype, ...]]]:
+def _vectors(rows: SampleRows) -> Iterator[tuple[str, torch.Tensor, tuple[torch.dtype, ...]]]:
     """Yields what has one element per row, with the dtypes that it may have."""
     floats, ints = (torch.float32,), (torch.int32,)
     yield from (("temperature_T", rows.temperature_T, floats), ("seed_T", rows.seed_T, (torch.int64,)))
@@ -190,23 +197,30 @@ def _vectors(rows: SampleRows, out: Sampled) -> Iterator[tuple[str, torch.Tensor
         yield from zip(rows.penalties._fields[1:], rows.penalties[1:], (ints, floats, floats, floats), strict=True)
     if rows.bias is not None:
         yield "counts_T", rows.bias.counts_T, ints
+    if rows.place_T is not None:
+        yield "place_T", rows.place_T, ints
+
+
+def _results(out: Sampled) -> Iterator[tuple[str, torch.Tensor, tuple[torch.dtype, ...]]]:
+    """Yields what has one element per row of logits, with the dtypes that it may have."""
     yield "out.token_T", out.token_T, (torch.int64, torch.int32)
     yield "out.fault_T", out.fault_T, (out.token_T.dtype,)
     if out.logprob_T is not None:
-        yield "out.logprob_T", out.logprob_T, floats
+        yield "out.logprob_T", out.logprob_T, (torch.float32,)
 
 
-def _check(logits_TV: torch.Tensor, rows: SampleRows, out: Sampled) -> None:
-    (num_rows, num_vocab), device = logits_TV.shape, logits_TV.device
+def _check(logits_TV: torch.Tensor, rows: SampleRows, out: Sampled, num_rows: int) -> None:
+    num_vocab, device = logits_TV.shape[1], logits_TV.device
     if logits_TV.dtype is not torch.float32 or (num_vocab > 1 and logits_TV.stride(1) != 1):
         raise ValueError("logits_TV must be float32 with contiguous rows")
     if not 0 < num_vocab <= MAX_VOCAB:
         raise ValueError(f"logits_TV must have 1 to {MAX_VOCAB} tokens, found {num_vocab}")
-    for name, tensor, dtypes in _vectors(rows, out):
-        is_sound = tensor.dtype in dtypes and tensor.shape == (num_rows,) and tensor.device == device
-        if not is_sound or not tensor.is_contiguous():
-            kind = " or ".join(map(str, dtypes))
-            raise ValueError(f"{name} must be {kind} [{num_rows}], contiguous on {device}")
+    for count, vectors in ((num_rows, _vectors(rows)), (len(logits_TV), _results(out))):
+        for name, tensor, dtypes in vectors:
+            is_sound = tensor.dtype in dtypes and tensor.shape == (count,) and tensor.device == device
+            if not is_sound or not tensor.is_contiguous():
+                kind = " or ".join(map(str, dtypes))
+                raise ValueError(f"{name} must be {kind} [{count}], contiguous on {device}")
     if rows.penalties is not None:
         tables = rows.penalties.tables_RV
         check("tables_RV", tables, (torch.int32,), (tables.shape[0], num_vocab), device)

@@ -244,6 +244,9 @@ def _rows_of(rows: SampleRows, which: torch.Tensor) -> SampleRows:
 
 def sample(logits_TV: torch.Tensor, rows: SampleRows, out: Sampled | None = None) -> Sampled:
     """Chooses a token for each row: a drawn one, or where the temperature is 0 the likeliest, the lower id on ties."""
+    if rows.place_T is not None:
+        assert out is not None, "results that have places need somewhere to be"
+        return _sample_placed(logits_TV, rows._replace(place_T=None), rows.place_T.long(), out)
     logits_TV = logits_TV.float()
     x_TV = adjusted(logits_TV, rows)
     token_T = x_TV.argmax(dim=-1)
@@ -263,6 +266,16 @@ def sample(logits_TV: torch.Tensor, rows: SampleRows, out: Sampled | None = None
     out.fault_T.copy_(fault_T)
     if out.logprob_T is not None:
         out.logprob_T.copy_(logits_TV.log_softmax(-1).gather(1, token_T.unsqueeze(-1)).squeeze(-1))
+    return out
+
+
+def _sample_placed(logits_RV: torch.Tensor, rows: SampleRows, place_T: torch.Tensor, out: Sampled) -> Sampled:
+    logprob_T = None if out.logprob_T is None else out.logprob_T[place_T]
+    found = Sampled(out.token_T[place_T], out.fault_T[place_T], logprob_T)
+    sample(logits_RV[place_T], rows, found)
+    for whole, part in zip(out, found, strict=True):
+        if whole is not None and part is not None:
+            whole.index_copy_(0, place_T, part)
     return out
 
 

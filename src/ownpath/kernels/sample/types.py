@@ -62,6 +62,8 @@ class SampleRows(NamedTuple):
 
     Shapes: temperature_T float32 [T], 0 for the likeliest token; seed_T int64 [T]; index_T int32 [T]: how many tokens
         the answer already has. mask_TW int32 [T, ceil(V / 32)]: bit i of word w allows token 32 w + i.
+        place_T int32 [T]: the row's place among those of the logits and of the results, each place at most once;
+        results elsewhere stay as they are. ``None``: the rows are all there are, in order.
     """
 
     temperature_T: Tensor
@@ -71,6 +73,7 @@ class SampleRows(NamedTuple):
     penalties: PenaltyRows | None = None
     bias: BiasRows | None = None
     mask_TW: Tensor | None = None
+    place_T: Tensor | None = None
 
 
 class Sampled(NamedTuple):
@@ -96,6 +99,7 @@ class SampleKernel(Kernel[Operand], Protocol[Operand]):
 
     def run(self, logits_TV: Tensor, rows: SampleRows, operand: Operand, *, out: Sampled | None = None) -> Sampled:
         """Chooses tokens. Shapes: logits_TV float32 [T, V], rows any number of elements apart; V tokens, no padding.
+            With ``rows.place_T`` logits and ``out``, which must be given then, may have more rows.
 
         Errors: ValueError naming what is wrong with the logits, the rows or out.
         """
