@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 # Exactly these files, whatever the index offers. torch is not among them: each machine has its own build of it.
 LOCKED := $(PIP) --no-deps --require-hashes --requirement
 
@@ -91,12 +91,14 @@ dist: $(VENV)/.dev
 size: $(VENV)/.dev
 	$(BIN)/python tools/size.py
 
-# torch first, alone: whatever depends on it must not choose another build.
+# torch first, alone: whatever depends on it must not choose another build. pip would compile on one core, and much that
+# nobody imports: what users need is compiled on all cores, what only developers need when it is imported.
 $(VENV)/.base: pyproject.toml constraints.txt requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --constraint constraints.txt torch
 	$(LOCKED) requirements.lock
 	$(PIP) --no-deps --editable .
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base requirements-dev.lock

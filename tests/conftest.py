@@ -1,6 +1,8 @@
 """Options and fixtures that every test shares."""
 
+import gc
 import os
+from collections.abc import Generator
 
 import pytest
 import torch
@@ -44,6 +46,17 @@ def pytest_configure(config: pytest.Config) -> None:
         from support.kernel_configs import CompiledAhead
 
         config.pluginmanager.register(CompiledAhead(config, torch.cuda.get_device_capability(device)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is collected stays: no search for garbage looks at these 700,000 objects, then or later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

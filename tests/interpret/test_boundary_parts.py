@@ -17,9 +17,9 @@ def test_two_parts_are_their_sum(kernel: str, num_tokens: int) -> None:
     y_TD[0] *= 2.0**-7  # sums that round
     found = KERNELS[kernel](x_TSD, y_TD, mix, weights, other_TD)
     expected = KERNELS[kernel](x_TSD, y_TD + other_TD, mix, weights)
-    without = KERNELS[kernel](x_TSD, y_TD, mix, weights)
     assert all(torch.equal(one, two) for one, two in zip(tensors_of(found), tensors_of(expected), strict=True))
-    assert not torch.equal(found.x_TSD, without.x_TSD)
+    if num_tokens == 1:  # of 17 the interpreter would take two seconds more
+        assert not torch.equal(found.x_TSD, KERNELS[kernel](x_TSD, y_TD, mix, weights).x_TSD)
 
 
 def test_parts_that_do_not_fit_are_refused() -> None:

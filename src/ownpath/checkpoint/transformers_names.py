@@ -45,6 +45,8 @@ _RULES = tuple(
         (r"\.weight_scale_inv$", ".scale"),  # a multiplier, whatever the name says
     )
 )
+_PLAIN = re.compile(r"(?:layers|mtp)\.\d+\.ffn\.experts\.\d+\.w[123]\.(?!weight_scale_inv$)\w+")
+"""Nearly all of 10^5 names: no rule changes them, and they hold one tensor each."""
 _ANY = re.compile("|".join(f"(?:{pattern.pattern})" for pattern, _ in _RULES))
 _STACKED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(_scale_inv)?")
 _FUSED = re.compile(r"(.*\.(?:shared_experts|experts\.\d+))\.gate_up_proj\.([^.]+)")
@@ -52,7 +54,7 @@ _FUSED = re.compile(r"(.*\.(?:shared_experts|experts\.\d+))\.gate_up_proj\.([^.]
 
 def native_name(key: str) -> str:
     """Returns DeepSeek's name for either of transformers' names; other names stay as they are."""
-    if _ANY.search(key) is None:  # a native name: the usual case, of 10^5
+    if _PLAIN.fullmatch(key) or _ANY.search(key) is None:
         return key
     for pattern, replacement in _RULES:
         key = pattern.sub(replacement, key)
@@ -62,6 +64,9 @@ def native_name(key: str) -> str:
 def native_tensors(key: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...], Source | None]]:
     """Yields native name, shape and place of each tensor in a stored one: itself, each of its stacked experts, or gate
     and up of one expert, which share a scalar."""
+    if _PLAIN.fullmatch(key):
+        yield key, shape, None
+        return
     name = native_name(key)
     stacked, fused = _STACKED.fullmatch(name), _FUSED.fullmatch(name)
     if stacked is not None and len(shape) == 3 and not (stacked[2] == "gate_up_proj" and shape[1] % 2):

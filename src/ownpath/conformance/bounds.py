@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,7 +99,7 @@ def deviation(found: Tensor, exact: Exact) -> Deviation:
     ratio = ratios(found, exact)
     worst = int(ratio.argmax())
     value = float(ratio.flatten()[worst])
-    place = tuple(int(part) for part in torch.unravel_index(torch.tensor(worst), found.shape))
+    place = tuple(map(int, np.unravel_index(worst, tuple(found.shape))))  # torch's takes twenty times as long
     columns: Sequence[int] = ()
     if not value <= 1.0 and ratio.ndim > 1:
         columns = (ratio > 1.0).flatten(0, -2).any(0).nonzero().flatten().tolist()

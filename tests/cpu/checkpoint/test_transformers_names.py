@@ -15,6 +15,7 @@ from support.transformers_v4 import reference_model
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.reader import stream
+from ownpath.checkpoint.transformers_names import native_name, native_tensors
 from ownpath.checkpoint.writer import write_checkpoint
 from ownpath.config import ConfigError, EngineConfig, ModelConfig
 from ownpath.loading import load_model, plan_model
@@ -144,3 +145,20 @@ def test_a_config_in_transformers_spelling_is_checked(change: dict[str, Any], me
     assert ModelConfig.from_dict(fields).compress_ratios == (0, 4, 128, 4, 128)
     with pytest.raises(ConfigError, match=message):
         ModelConfig.from_dict(fields | change)
+
+
+@pytest.mark.parametrize(
+    ("stored", "native"),
+    [
+        ("layers.0.ffn.experts.3.w1.weight_scale_2", "layers.0.ffn.experts.3.w1.weight_scale_2"),
+        ("mtp.0.ffn.experts.3.w2.weight", "mtp.0.ffn.experts.3.w2.weight"),
+        ("layers.0.ffn.experts.3.w1.weight_scale_inv", "layers.0.ffn.experts.3.w1.scale"),
+        ("layers.0.mlp.experts.3.w1.weight", "layers.0.ffn.experts.3.w1.weight"),
+        ("model.layers.0.ffn.experts.3.w1.weight", "layers.0.ffn.experts.3.w1.weight"),
+        ("layers.0.mlp.experts.3.down_proj.weight_scale", "layers.0.ffn.experts.3.w2.weight_scale"),
+    ],
+)
+def test_names_of_experts(stored: str, native: str) -> None:
+    """Those that are DeepSeek's already are told by a look of their own: they are nearly all that a model has."""
+    assert [name for name, _, _ in native_tensors(stored, (4, 8))] == [native]
+    assert native_name(stored) == native

@@ -343,7 +343,9 @@ def test_random_bodies_of_the_schema_get_declared_statuses(whole: Harness, path:
         if response.status_code != 200:
             (refusal if "/messages" in path else error)(response, response.status_code)
 
-    run()
+    for _ in range(8):  # of random chat requests one in seven is answered: 25 refusals in a row are no rarity
+        if 200 not in statuses:
+            run()
     assert 200 in statuses
 
 
