@@ -144,10 +144,10 @@ def test_rows_that_are_drawn_again_do_not_wait(
     model: Model, config: EngineConfig, decoder: Counted, num_bound: int
 ) -> None:
     """Penalties, biases and grammars: the tokens of steps one by one, each launched before the one before is read."""
-    wanted = [
-        ([3 + n], SamplingParams(60, seed=n, ignore_eos=True, **kind))
-        for n, kind in enumerate((*KINDS[:3], *KINDS[4:]))
-    ]
+    if num_bound and not config.is_batch_invariant:
+        pytest.skip("a bound answer may end early, and an ordinary plan may sum in another order beside other rows")
+    kinds = enumerate((*KINDS[:3], *KINDS[4:]))
+    wanted = [([3 + n], SamplingParams(60, seed=n, ignore_eos=True, **kind)) for n, kind in kinds]
     decoder.flies = False
     expected = answers(model, config, decoder, wanted, num_bound=num_bound)
     decoder.flies, decoder.num_behind = True, 0

@@ -66,7 +66,8 @@ class AdjustArrays:
 
 
 class _Views(NamedTuple):
-    """What is sent of so many rows, and the rows as the device has them, without penalties and bias."""
+    """The part of both buffers that is sent for so many rows, and the rows as the device has them, without penalties and
+    bias."""
 
     host: torch.Tensor
     device: torch.Tensor
