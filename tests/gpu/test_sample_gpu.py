@@ -62,6 +62,21 @@ def test_choices_are_the_cpus(num_rows: int, num_vocab: int, with_all: bool, cud
         assert_equal(found, logits, rows)
 
 
+@pytest.mark.parametrize("places", [[5, 0, 9], [3], [*range(12)]])
+def test_rows_with_places_leave_the_others_as_they_are(places: list[int], cuda: torch.device) -> None:
+    """As grammars and penalties have it: some rows of a step are drawn again, over the step's own results."""
+    g = torch.Generator().manual_seed(len(places))
+    logits, rows = torch.randn(12, VOCAB, generator=g) * 2, mixed_rows(len(places), VOCAB, g)
+    placed = moved(rows._replace(place_T=torch.tensor(places, dtype=torch.int32)), cuda)
+    found, operand = outputs(12, cuda), SAMPLE.prepare()
+    SAMPLE.run(logits.to(cuda), placed, operand, out=found)
+    others = [row for row in range(12) if row not in places]
+    assert found.token_T[others].tolist() == found.fault_T[others].tolist() == [-7] * len(others)
+    assert found.logprob_T is not None
+    own = Sampled(found.token_T[places], found.fault_T[places], found.logprob_T[places])
+    assert_equal(own, logits[places], rows)
+
+
 @pytest.mark.parametrize("shape", [SampleShape(1, 256, 4), SampleShape(7, 256, 4), SampleShape(4, 1024, 16)])
 @pytest.mark.parametrize(("top_k", "top_p"), [(20, 1.0), (0, 0.3), (1, 1.0)])
 def test_rounds_on_flat_rows(shape: SampleShape, top_k: int, top_p: float, cuda: torch.device) -> None:

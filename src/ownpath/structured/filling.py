@@ -11,7 +11,8 @@ from ownpath.structured.vocabulary import load_library
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher
 
-MOST_THREADS = 8
+NUM_THREADS = min(8, (os.cpu_count() or 1) // 2)
+"""Half of the cores at most: the rest computes beside."""
 MOST_ALONE = 3
 """Grammars that the calling thread fills by itself: to wake others takes as long as so many masks."""
 
@@ -20,7 +21,7 @@ def fill_grammars(grammars: "Sequence[tuple[LLMatcher, int]]", rows_SW: MaskWord
     """Writes which tokens may be next by each grammar, into the row beside it."""
     # The library writes as many words as it has tokens for.
     start, row_bytes = rows_SW.ctypes.data, rows_SW.strides[0]
-    if len(grammars) <= MOST_ALONE:
+    if NUM_THREADS < 2 or len(grammars) <= MOST_ALONE:
         for grammar, row in grammars:
             grammar.unsafe_compute_mask_ptr(start + row * row_bytes, row_bytes)
     else:
@@ -29,5 +30,5 @@ def fill_grammars(grammars: "Sequence[tuple[LLMatcher, int]]", rows_SW: MaskWord
 
 @cache
 def _executor() -> "LLExecutor":
-    executor: LLExecutor = load_library().LLExecutor(min(MOST_THREADS, os.cpu_count() or 1))
+    executor: LLExecutor = load_library().LLExecutor(NUM_THREADS)
     return executor

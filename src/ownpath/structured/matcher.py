@@ -4,7 +4,7 @@ reasoning </think> grammar              the reasoning is free, but does not end 
 content < ｜DSML｜ grammar               content is free, and may be all of the answer
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,7 +39,7 @@ class FreeMasks:
         self.vocabulary = vocabulary
         self._made: dict[tuple[int, ...], MaskWords] = {}
         ends = self.without(vocabulary.end_ids)
-        self._end_bits = {int(word): ~ends[word] for word in np.flatnonzero(ends != -1)}
+        self._end_bits = [(int(word), ~ends[word]) for word in np.flatnonzero(ends != -1)]
 
     def without(self, token_ids: Sequence[int]) -> MaskWords:
         """Returns a mask of all tokens but these."""
@@ -50,17 +50,15 @@ class FreeMasks:
             self._made[key] = np.packbits(bits, bitorder="little").view(np.int32)
         return self._made[key]
 
-    def bar_ends(self, rows_SW: MaskWords, rows: Collection[int]) -> None:
-        """Bars end tokens in these rows, except in those where nothing else may follow."""
-        stop, bits = max(rows) + 1, self._end_bits
-        may_end = np.zeros(stop, bool)
-        for word, own in bits.items():
-            may_end |= rows_SW[:stop, word] & own != 0
-        for row in np.flatnonzero(may_end):
-            if int(row) in rows:
-                rest = rows_SW[row] & self.without(self.vocabulary.end_ids)
-                if rest.any():
-                    rows_SW[row] = rest
+    def bar_ends(self, rows_SW: MaskWords, rows: Sequence[int]) -> None:
+        """Bars end tokens in these rows, in ascending order, except where nothing else may follow."""
+        allowing = [rows_SW[: rows[-1] + 1, word] & own for word, own in self._end_bits]
+        if not any(words.any() for words in allowing):
+            return
+        for row in rows:
+            rest = rows_SW[row] & self.without(self.vocabulary.end_ids)
+            if rest.any():
+                rows_SW[row] = rest
 
     def ends_with(self, token_id: int, end: bytes) -> bool:
         """True if a token's text ends with this."""
@@ -82,23 +80,21 @@ class AnswerMatcher:
     @classmethod
     def fill_all(cls, fills: "Sequence[tuple[int, AnswerMatcher, Sequence[int]]]", rows_SW: MaskWords) -> None:
         """Fills rows of several answers: see ``engine.masks.Matcher``."""
-        in_grammar, going_on = [], set()
         for row, one, output_ids in fills:
-            if len(output_ids) != one._num_seen:
+            if len(output_ids) - one._num_seen == 1 and not one._free:  # as nearly always
+                one._grammar.consume_token(output_ids[-1])
+                one._num_seen += 1
+            else:
                 one._read(output_ids)
             if one._free:
                 rows_SW[row] = one._free_mask(one._free[0])
-                continue
-            in_grammar.append((one._grammar, row))
-            if one._goes_on:
-                going_on.add(row)
-        fill_grammars(in_grammar, rows_SW)
+        fill_grammars([(one._grammar, row) for row, one, _ in fills if not one._free], rows_SW)
+        going_on = [row for row, one, _ in fills if one._goes_on and not one._free]
         if going_on:
             fills[0][1]._masks.bar_ends(rows_SW, going_on)
-        for row, one, _ in fills:
-            if one._grammar.is_error():
-                one.problem = "the grammar has grown beyond its limits in the middle of the answer"
-                rows_SW[row] = 0
+        for row, one in [(row, one) for row, one, _ in fills if one._grammar.is_error()]:
+            one.problem = "the grammar has grown beyond its limits in the middle of the answer"
+            rows_SW[row] = 0
 
     def _read(self, output_ids: Sequence[int]) -> None:
         for token_id in output_ids[self._num_seen :]:

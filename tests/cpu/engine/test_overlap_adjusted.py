@@ -16,7 +16,6 @@ from support.matchers import Every, Script
 from ownpath.config import EngineConfig
 from ownpath.engine import steps
 from ownpath.engine.engine import Engine
-from ownpath.engine.masks import Matcher
 from ownpath.engine.request import FinishReason, SamplingParams, StepOutput
 
 KINDS: tuple[dict[str, Any], ...] = (
@@ -77,7 +76,8 @@ def test_answers_are_those_of_steps_one_by_one(most_in_rows: int, monkeypatch: p
     wanted = [random_wanted(chance) for _ in range(16)]
     expected = by_forward(wanted)
     with served(most_s=0.001, seed=seed) as running:
-        asked, aborted = [], set()
+        asked: list[Asked] = []
+        aborted: set[int] = set()
         for n, one in enumerate(wanted):
             asked.append(one.ask(running.engine))
             time.sleep(chance.random() * 0.01 * (chance.random() < 0.4))
@@ -174,3 +174,16 @@ def test_a_second_draw_that_cannot_be_launched_is_done_again(
         (free,) = running.start(([4, 8], SamplingParams(20, temperature=0)))
         assert ids_of(bound.all()) == barred([5, 6], 5, 20)
         assert ids_of(free.all()) == greedy([4, 8], 20, ENDLESS)
+
+
+def test_a_prompt_that_is_read_in_rows_needs_one_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows but the last draw nothing that counts."""
+    monkeypatch.setattr(steps, "MOST_ALONE", 16)
+    script = Script([[7], [8], [9]])
+    with served(ENDLESS) as running:
+        asked = Asked.of([5, 6, 7, 8, 9], SamplingParams(3, temperature=0))
+        asked.request.matcher = script
+        running.engine.submit([asked.request])
+        assert ids_of(asked.all()) == [7, 8, 9]
+        assert len(running.model.rows) == 7
+    assert script.seen == [[], [7], [7, 8]]
