@@ -7,11 +7,10 @@ from typing import Any
 import torch
 
 from ownpath.attention.interface import AttentionLayer, Projected
-from ownpath.attention.reference import ReferenceAttention, ReferenceStep, RequestEntries, RequestRows
+from ownpath.attention.reference import ReferenceAttention, ReferenceStep, RequestRows
 from ownpath.attention.rope import Rope
 from ownpath.attention.select import EntrySelector
 from ownpath.cache.keys import StoredKeys
-from ownpath.cache.pools import EntryCache
 from ownpath.cache.tables import StepTables
 from ownpath.model.attention import AttentionCore
 from ownpath.trace.observers import Watched
@@ -221,14 +220,14 @@ def indexer_off_by_one(loaded: LoadedLayer) -> LoadedLayer:
 class EarlyStep(ReferenceStep):
     """Sees entries whose windows are not complete."""
 
-    def _select(
-        self, layer: AttentionLayer, rows: Projected, of: slice, index: EntryCache | None, entries: RequestEntries
-    ) -> torch.Tensor:
-        assert layer.compressor is not None
-        positions_t1 = self.tables.positions_T[of][:, None] + 3
-        entries_C = torch.arange(len(entries.entry_rows), device=positions_t1.device)
-        early = replace(entries, visible_tC=entries_C < (positions_t1 + 1) // layer.compressor.ratio)
-        return super()._select(layer, rows, of, index, early)
+    def _select(self, layer: AttentionLayer, rows: Projected, request: RequestRows) -> torch.Tensor | None:
+        if layer.compressor is None:
+            return None
+        ratio = layer.compressor.ratio
+        positions_t1 = self.tables.positions_T[request.rows][:, None] + 3
+        entries_C = torch.arange(len(request.entries[ratio].entry_rows), device=positions_t1.device)
+        early = replace(request.entries[ratio], visible_tC=entries_C < (positions_t1 + 1) // ratio)
+        return super()._select(layer, rows, replace(request, entries={ratio: early}))
 
 
 class StaleStep(ReferenceStep):
@@ -244,20 +243,19 @@ class StaleStep(ReferenceStep):
 class LeftoverStep(ReferenceStep):
     """Adds nothing times the whole window's buffer: rows that nothing has written take part."""
 
-    def _attend(self, layer: AttentionLayer, rows: Projected, request: RequestRows) -> torch.Tensor:
-        pool = self.tables.pool
-        slot = next(slot for slot, own in zip(self.tables.slots, self.requests, strict=True) if own is request)
+    def _attend(self, layer: AttentionLayer, rows: Projected, request: RequestRows, *mask: Any) -> torch.Tensor:
+        pool, slot = self.tables.pool, self.tables.slots[request.request]
         leftover = 0 * pool.layers[layer.layer_idx].window.unflatten(0, (1 + pool.slots.num_slots, -1))[slot].sum()
-        return super()._attend(layer, rows, request) + leftover
+        return super()._attend(layer, rows, request, *mask) + leftover
 
 
 class FirstOnlyStep(ReferenceStep):
     """A step's later sequences read the first one's queries."""
 
-    def _attend(self, layer: AttentionLayer, rows: Projected, request: RequestRows) -> torch.Tensor:
-        if request.rows.start:
+    def _attend(self, layer: AttentionLayer, rows: Projected, request: RequestRows, *mask: Any) -> torch.Tensor:
+        if request.request:
             rows = replace(rows, q_TNH=rows.q_TNH.roll(1, dims=0))
-        return super()._attend(layer, rows, request)
+        return super()._attend(layer, rows, request, *mask)
 
 
 def raises(runner: Any, *args: Any) -> Any:

@@ -4,53 +4,62 @@ A query sees the last ``sliding_window`` tokens and, in compressing layers, the 
 complete: all of them (HCA), or those that the indexer's scores select (CSA). A learned sink per head takes part in the
 softmax and adds nothing to the output.
 
-Legend: T rows of the step, t of one request, N heads, H head dim, K keys (window, then compressed), C entries.
+A request's rows attend in segments that end where blocks of the caches do. So a long chunk does not multiply each query
+with keys that it cannot see, and what a segment computes does not depend on where the step began: a prompt cut at a
+block's end has the same attention, sum by sum, as one that runs through.
+
+Legend: T rows of the step, t of one segment, N heads, H head dim, K keys (window, then compressed), C entries.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 from ownpath.attention.compress import Compressor
 from ownpath.attention.interface import AttentionLayer, Projected
 from ownpath.cache.keys import StoredKeys
 from ownpath.cache.layout import BLOCK_TOKENS, first_row
 from ownpath.cache.pools import EntryCache
-from ownpath.cache.tables import StepTables
+from ownpath.cache.tables import StepTables, Writes
 
 
 @dataclass(frozen=True)
 class RequestEntries:
-    """One request's entries of one compress ratio.
+    """One segment's entries of one compress ratio.
 
-    windows: those that end in this step. state_rows: rows of the pool's state that these entries average, oldest first.
-    entry_rows: rows of the pool that hold all entries after this step [C]. visible_tC: entries whose windows are
-    complete.
+    windows: those that end in it. state_rows, new_rows: what these entries average, oldest first: rows of the pool's
+    state, then rows of the step. entry_rows: rows of the pool that hold all entries up to its end [C]. visible_tC:
+    entries whose windows are complete.
     """
 
     windows: range
     state_rows: torch.Tensor
+    new_rows: slice
     entry_rows: torch.Tensor
     visible_tC: torch.Tensor
 
 
 @dataclass(frozen=True)
 class RequestRows:
-    """One request's share of a step.
+    """A segment: rows of one request, up to a block's end.
 
-    rows: rows of the step. window_rows: rows of the pool with the older keys that its queries see, oldest first.
-    visible_tK: which of those and of the new keys each query sees. entries: by compress ratio.
+    request: its number in the step. rows: the segment's rows of the step. window_rows, key_rows: rows of the pool with
+    older keys, and rows of the step, that its queries see, oldest first. visible_tK: which of those each query sees.
+    entries: by compress ratio.
     """
 
+    request: int
     rows: slice
     window_rows: torch.Tensor
+    key_rows: slice
     visible_tK: torch.Tensor
     entries: Mapping[int, RequestEntries]
 
 
 class ReferenceStep:
-    """One step, request by request. Not a dataclass: the tensors of a call are its projections, not these fields."""
+    """One step, segment by segment. Not a dataclass: the tensors of a call are its projections, not these fields."""
 
     def __init__(self, tables: StepTables, requests: tuple[RequestRows, ...]) -> None:
         self.tables, self.requests = tables, requests
@@ -64,16 +73,24 @@ class ReferenceStep:
     def attend(self, layer: AttentionLayer, rows: Projected) -> torch.Tensor:
         """Attends from each request's queries to its own keys: [T, N, H]."""
         window = self.tables.pool.layers[layer.layer_idx].keys
-        rows = replace(rows, kv_TH=window.rounded(rows.kv_TH))  # as later steps will read them
-        return torch.cat([self._attend(layer, rows, request) for request in self.requests])
+        return self._attend_to(layer, replace(rows, kv_TH=window.rounded(rows.kv_TH)))  # as later steps will read them
 
     def write_rows(self, layer: AttentionLayer, rows: Projected) -> None:
-        """Writes all requests' rows at once; no two go to the same place."""
-        caches, writes = self.tables.pool.layers[layer.layer_idx], self.tables.writes
-        caches.keys.write(writes.window_T, rows.kv_TH)
+        """Writes all requests' rows at once; no two go to the same place.
+
+        Before that the rings are what they are at each block's end whose snapshot is to be taken.
+        """
+        for end in self.tables.passed:
+            self._write_rows(layer, rows, end.rows, end.writes)
+            end.snapshot.take(layer.layer_idx)
+        self._write_rows(layer, rows, slice(None), self.tables.writes)
+
+    def _write_rows(self, layer: AttentionLayer, rows: Projected, of: slice, writes: Writes) -> None:
+        caches = self.tables.pool.layers[layer.layer_idx]
+        caches.keys.write(writes.window_T, rows.kv_TH[of])
         for cache, raw in ((caches.compressor, rows.compressor_rows), (caches.indexer, rows.indexer_rows)):
             if cache is not None and raw is not None:
-                cache.state[writes.state_T[cache.ratio]] = raw
+                cache.state[writes.state_T[cache.ratio]] = raw[of]
 
     def _write_entries(self, compressor: Compressor | None, cache: EntryCache | None, raw: torch.Tensor | None) -> None:
         if compressor is None or cache is None:
@@ -82,36 +99,57 @@ class ReferenceStep:
         for request in self.requests:
             entries = request.entries[compressor.ratio]
             if entries.windows:
-                known = torch.cat((cache.state[entries.state_rows], raw[request.rows]))
+                known = torch.cat((cache.state[entries.state_rows], raw[entries.new_rows]))
                 finished = compressor.entries(known, entries.windows, cache.keys.dtype)
                 cache.keys.write(entries.entry_rows[entries.windows.start :], finished)
 
-    def _attend(self, layer: AttentionLayer, rows: Projected, request: RequestRows) -> torch.Tensor:
+    def _attend_to(self, layer: AttentionLayer, rows: Projected) -> torch.Tensor:
+        masks = [self._select(layer, rows, request) for request in self.requests]
+        if layer.selector is not None:
+            self._tell_masks(layer, masks)
+        pairs = zip(self.requests, masks, strict=True)
+        return torch.cat([self._attend(layer, rows, request, mask_tC) for request, mask_tC in pairs])
+
+    def _attend(
+        self, layer: AttentionLayer, rows: Projected, request: RequestRows, mask_tC: torch.Tensor | None
+    ) -> torch.Tensor:
         caches = self.tables.pool.layers[layer.layer_idx]
         keys_KH, visible_tK = self._window_keys(caches.keys, rows, request), request.visible_tK
-        if caches.compressor is not None and layer.compressor is not None:
-            entries = request.entries[layer.compressor.ratio]
-            visible_tC = self._select(layer, rows, request.rows, caches.indexer, entries)
+        if caches.compressor is not None and mask_tC is not None:
+            entries = request.entries[caches.compressor.ratio]
             keys_KH = torch.cat((keys_KH, caches.compressor.keys.read(entries.entry_rows)))
-            visible_tK = torch.cat((visible_tK, visible_tC), dim=1)
+            visible_tK = torch.cat((visible_tK, mask_tC), dim=1)
         return layer.softmax(rows.q_TNH[request.rows], keys_KH, visible_tK)
 
     def _window_keys(self, window: StoredKeys, rows: Projected, request: RequestRows) -> torch.Tensor:
         """Returns the keys before and among the new tokens that the queries may see."""
-        return torch.cat((window.read(request.window_rows), rows.kv_TH[request.rows]))
+        return torch.cat((window.read(request.window_rows), rows.kv_TH[request.key_rows]))
 
-    def _select(
-        self, layer: AttentionLayer, rows: Projected, of: slice, index: EntryCache | None, entries: RequestEntries
-    ) -> torch.Tensor:
-        """Returns the entries that each query of a request attends to: bool [t, C], complete windows only."""
+    def _select(self, layer: AttentionLayer, rows: Projected, request: RequestRows) -> torch.Tensor | None:
+        """Returns the entries that each query of a segment attends to: bool [t, C], complete windows only. ``None``
+        where the layer has none."""
+        if layer.compressor is None:
+            return None
+        entries, of = request.entries[layer.compressor.ratio], request.rows
+        index = self.tables.pool.layers[layer.layer_idx].indexer
         if index is None or layer.selector is None:
             return entries.visible_tC
         assert rows.index_q_TIH is not None
         assert rows.index_weights_TI is not None
         keys_CH, flags_T = index.keys.read(entries.entry_rows), self.tables.flags_LT[layer.layer_idx, of]
         q_tIH, weights_tI = rows.index_q_TIH[of], rows.index_weights_TI[of]
-        mask_tC = layer.selector.select(q_tIH, weights_tI, keys_CH, entries.visible_tC, flags_T)
-        return layer.tap_mask(mask_tC)
+        return layer.selector.select(q_tIH, weights_tI, keys_CH, entries.visible_tC, flags_T)
+
+    def _tell_masks(self, layer: AttentionLayer, masks: Sequence[torch.Tensor | None]) -> None:
+        """Shows each request's mask to the tap, as one."""
+        of_request: dict[int, list[torch.Tensor]] = {}
+        for request, mask_tC in zip(self.requests, masks, strict=True):
+            if mask_tC is not None:
+                of_request.setdefault(request.request, []).append(mask_tC)
+        for *earlier, last_tC in of_request.values():
+            width = last_tC.shape[1]
+            padded = [F.pad(mask_tC, (0, width - mask_tC.shape[1])) for mask_tC in earlier]
+            layer.tap_mask(torch.cat((*padded, last_tC)) if padded else last_tC)
 
 
 @dataclass(frozen=True)
@@ -126,30 +164,54 @@ class ReferenceAttention:
         return self
 
     def prepare(self, tables: StepTables) -> ReferenceStep:
-        """Lists the rows of the pool that each request reads, and the keys that its queries see."""
-        return ReferenceStep(tables, tuple(self._request(tables, number) for number in range(len(tables.slots))))
+        """Lists the segments, the rows of the pool that each reads, and the keys that its queries see."""
+        numbers = range(len(tables.slots))
+        return ReferenceStep(
+            tables, tuple(self._segment(tables, number, part) for number in numbers for part in _parts(tables, number))
+        )
 
-    def _request(self, tables: StepTables, number: int) -> RequestRows:
-        rows, start, slot = tables.rows[number], tables.starts[number], tables.slots[number]
-        positions_t = tables.positions_T[rows]
-        oldest, end = max(0, start - self.sliding_window + 1), start + rows.stop - rows.start
-        older = torch.arange(oldest, start, device=positions_t.device)
-        num_rows = tables.pool.spec.window_rows
-        age_tK = positions_t[:, None] - torch.arange(oldest, end, device=positions_t.device)
+    def _segment(self, tables: StepTables, number: int, part: range) -> RequestRows:
+        """Lists what the rows of these positions read."""
+        positions_t = tables.positions_T[_rows_at(tables, number, part)]
+        oldest = max(0, part.start - self.sliding_window + 1)
+        window_rows = _ring_rows(tables, number, oldest, tables.pool.spec.window_rows)
+        age_tK = positions_t[:, None] - torch.arange(oldest, part.stop, device=positions_t.device)
         visible_tK = (age_tK >= 0) & (age_tK < self.sliding_window)
-        ratios = tables.pool.layout.ratios
-        entries = {ratio: _read_entries(tables, number, ratio, range(start, end)) for ratio in ratios}
-        return RequestRows(rows, slot * num_rows + older % num_rows, visible_tK, entries)
+        entries = {ratio: _read_entries(tables, number, ratio, part) for ratio in tables.pool.layout.ratios}
+        key_rows = _rows_at(tables, number, range(oldest, part.stop))
+        return RequestRows(number, _rows_at(tables, number, part), window_rows, key_rows, visible_tK, entries)
+
+
+def _parts(tables: StepTables, number: int) -> Iterator[range]:
+    """Yields the positions of a request's rows, up to each block's end."""
+    rows, start = tables.rows[number], tables.starts[number]
+    end = start + rows.stop - rows.start
+    ends = range(start // BLOCK_TOKENS * BLOCK_TOKENS + BLOCK_TOKENS, end, BLOCK_TOKENS)
+    for stop in (*ends, end):
+        yield range(start, stop)
+        start = stop
+
+
+def _rows_at(tables: StepTables, number: int, positions: range) -> slice:
+    """Returns the rows of the step that a request has at these positions; what lies before the step is left out."""
+    before = tables.rows[number].start - tables.starts[number]
+    return slice(before + max(positions.start, tables.starts[number]), before + positions.stop)
+
+
+def _ring_rows(tables: StepTables, number: int, oldest: int, num_rows: int) -> torch.Tensor:
+    """Returns the rows of a ring that hold a request's positions from ``oldest`` to where the step begins."""
+    older = torch.arange(oldest, max(oldest, tables.starts[number]), device=tables.positions_T.device)
+    return tables.slots[number] * num_rows + older % num_rows
 
 
 def _read_entries(tables: StepTables, number: int, ratio: int, positions: range) -> RequestEntries:
-    positions_t = tables.positions_T[tables.rows[number]]
+    positions_t = tables.positions_T[_rows_at(tables, number, positions)]
     windows = range(positions.start // ratio, positions.stop // ratio)
-    older = torch.arange(first_row(windows.start, ratio), positions.start, device=positions_t.device)
-    num_rows = tables.pool.spec.state_rows(ratio)
+    oldest = first_row(windows.start, ratio)
+    state_rows = _ring_rows(tables, number, oldest, tables.pool.spec.state_rows(ratio))
+    new_rows = _rows_at(tables, number, range(oldest, positions.stop))
     entries_C = torch.arange(windows.stop, device=positions_t.device)
     per_block = BLOCK_TOKENS // ratio
     entry_rows = tables.blocks_RB[number, entries_C // per_block] * per_block + entries_C % per_block
-    state_rows = tables.slots[number] * num_rows + older % num_rows
     visible_tC = entries_C < ((positions_t + 1) // ratio)[:, None]
-    return RequestEntries(windows, state_rows, entry_rows, visible_tC)
+    return RequestEntries(windows, state_rows, new_rows, entry_rows, visible_tC)

@@ -166,6 +166,11 @@ class CachePool:
         self.tensors = {member: self._allocate(member) for member in self.layout.members}
         self.layers = {layer_idx: self._layer(layer_idx) for layer_idx in self.layout.layer_ids}
 
+    @property
+    def longest_ring(self) -> int:
+        """The most rows that a slot has in any ring."""
+        return max(member.num_rows for member in self.layout.members if not member.group.is_paged)
+
     def new_sequence(self, num_tokens: int | None = None, shared: Sequence[int] = ()) -> "SequenceCache":
         """Takes caches for one sequence, with room for ``num_tokens`` tokens; it may ``grow``.
 

@@ -3,10 +3,14 @@
 A block's end is the end of a window of every compress ratio, so the raw rows of the windows before it are done with:
 HCA needs none of them, and CSA, whose windows overlap, the last window's. Sliding windows need their last keys in every
 layer. Rings are addressed by position, so rows go back to where they were, into any slot.
+
+Between two steps a slot is copied to a place as it is. A step that passes a block's end copies it layer by layer, when
+each layer's rings hold what they hold there; the copy goes to a place once the step is done.
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -35,13 +39,38 @@ def snapshot_bytes(spec: CacheSpec) -> int:
     return sum((held.stop - held.start) * member.row_bytes(itemsize, state_itemsize) for member, held in rows)
 
 
+@dataclass(frozen=True, eq=False)
+class PassedSnapshot:
+    """A snapshot that a step takes where it passes a block's end. num_tokens: up to there. parts: what it holds of each
+    ring, of the layers that have run."""
+
+    pool: CachePool
+    slot: int
+    num_tokens: int
+    parts: dict[CacheTensor, Tensor] = field(default_factory=dict)
+
+    def take(self, layer_idx: int) -> None:
+        """Copies a layer's rings, which hold the rows up to the block's end and none behind it."""
+        for member, tensor in self.pool.tensors.items():
+            if member.layer_idx == layer_idx and held_rows(member).stop:
+                self.parts[member] = _held_part(member, tensor)[self.slot].clone()
+
+
 @dataclass(frozen=True)
 class _Copied:
     """The tensors of one dtype: the held part of each one's slots [slots, elements], and of its places [places, the
     same]."""
 
+    members: tuple[CacheTensor, ...]
     slots: tuple[Tensor, ...]
     places: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, members: Sequence[CacheTensor], held: Mapping[CacheTensor, Tensor], num_places: int) -> "_Copied":
+        parts = [held[member] for member in members]
+        with torch.inference_mode(False):  # written by steps in that mode and by others
+            places = [zeros((num_places, part.shape[1]), part.dtype, part.device) for part in parts]
+        return cls(tuple(members), tuple(parts), tuple(places))
 
 
 class SnapshotStore:
@@ -52,12 +81,12 @@ class SnapshotStore:
 
     def __init__(self, pool: CachePool, num_places: int) -> None:
         self.num_places, self.bytes_each = num_places, snapshot_bytes(pool.spec)
-        slots: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)
-        for member, tensor in pool.tensors.items():
-            held = _held_part(member, tensor)
-            if held.shape[1]:
-                slots[tensor.dtype].append(held)
-        self._columns = [_Copied(tuple(parts), _places_of(parts, num_places)) for parts in slots.values()]
+        held = {member: _held_part(member, tensor) for member, tensor in pool.tensors.items()}
+        by_dtype: defaultdict[torch.dtype, list[CacheTensor]] = defaultdict(list)
+        for member, part in held.items():
+            if part.shape[1]:
+                by_dtype[part.dtype].append(member)
+        self._columns = [_Copied.of(members, held, num_places) for members in by_dtype.values()]
 
     @property
     def num_bytes(self) -> int:
@@ -73,6 +102,14 @@ class SnapshotStore:
         for columns in self._columns:
             torch._foreach_copy_([part[place] for part in columns.places], [part[slot] for part in columns.slots])
 
+    def put(self, taken: PassedSnapshot, place: int) -> None:
+        """Copies to a place what a step has taken."""
+        for columns in self._columns:
+            pairs = zip(columns.members, columns.places, strict=True)
+            found = [(places[place], taken.parts[member]) for member, places in pairs if member in taken.parts]
+            if found:
+                torch._foreach_copy_([part for part, _ in found], [part for _, part in found])
+
     def load(self, place: int, slot: int) -> None:
         """Copies a place to the rings of a slot."""
         for columns in self._columns:
@@ -86,8 +123,3 @@ def _held_part(member: CacheTensor, tensor: Tensor) -> Tensor:
         return tensor[:, : tensor.shape[1] if held.stop else 0]
     by_slot = tensor.view(-1, member.num_rows * member.width)
     return by_slot[:, held.start * member.width : held.stop * member.width]
-
-
-def _places_of(parts: list[Tensor], num_places: int) -> tuple[Tensor, ...]:
-    with torch.inference_mode(False):  # written by steps in that mode and by others
-        return tuple(zeros((num_places, part.shape[1]), part.dtype, part.device) for part in parts)

@@ -14,6 +14,7 @@ import torch
 
 from ownpath.cache.layout import BLOCK_TOKENS, MOST_DECODE_ROWS, NOBODY, aligned_rows
 from ownpath.cache.pools import CachePool, SequenceCache
+from ownpath.cache.snapshot import PassedSnapshot
 
 
 def new_flags(pool: CachePool, num_rows: int) -> torch.Tensor:
@@ -41,6 +42,19 @@ class Writes:
     window_T: torch.Tensor
     state_T: Mapping[int, torch.Tensor]
     entry_T: Mapping[int, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class PassedEnd:
+    """A block's end among a request's rows, where a snapshot is to be taken.
+
+    rows: rows of the step in front of the end, as many as rings hold. writes: their places, as of a step that ends
+    there.
+    """
+
+    rows: slice
+    writes: Writes
+    snapshot: PassedSnapshot
 
 
 @dataclass(frozen=True)
@@ -73,7 +87,8 @@ class StepTables:
     Device: positions_T int64 [T], each row's position in its sequence; cu_rows int64 [R + 1], the rows of request r are
     [cu_rows[r], cu_rows[r + 1]); slots_R int64 [R]; blocks_RB int64 [R, B], block tables; flags_LT int32 [L, T], 1 in
     rows whose index scores are not finite in layer l.
-    Host: row_ends, the same as cu_rows without its 0; starts, the position of each request's first row; slots; blocks.
+    Host: row_ends, the same as cu_rows without its 0; starts, the position of each request's first row; slots; blocks;
+    passed, the snapshots to be taken on the way, of each request from the first on.
     """
 
     pool: CachePool
@@ -86,6 +101,7 @@ class StepTables:
     row_ends: tuple[int, ...]
     starts: tuple[int, ...]
     slots: tuple[int, ...]
+    passed: tuple[PassedEnd, ...] = ()
 
     @cached_property
     def rows(self) -> tuple[slice, ...]:
@@ -94,8 +110,10 @@ class StepTables:
 
     @cached_property
     def decode(self) -> DecodeTables | None:
-        """The arrays of a decode step; ``None`` if a request has more rows than the pool's rings are made for. Block
-        tables are cut to the blocks that the step needs."""
+        """The arrays of a decode step; ``None`` if a request has more rows than the pool's rings are made for, or if a
+        snapshot is to be taken on the way. Block tables are cut to the blocks that the step needs."""
+        if self.passed:
+            return None
         counts = [rows.stop - rows.start for rows in self.rows]
         if max(counts) > self.pool.spec.rows_per_request or self.row_ends[-1] > MOST_DECODE_ROWS:
             return None
@@ -114,10 +132,13 @@ class StepTables:
             self.pool.slots.lengths[slot] = start + rows.stop - rows.start
 
     @classmethod
-    def of(cls, caches: Sequence[SequenceCache], num_rows: Sequence[int]) -> "StepTables":
+    def of(
+        cls, caches: Sequence[SequenceCache], num_rows: Sequence[int], passed: Sequence[PassedSnapshot] = ()
+    ) -> "StepTables":
         """Builds the tables of a step in which sequence i brings ``num_rows[i]`` more rows.
 
-        The sequences are distinct and of one pool, and have room for their rows.
+        The sequences are distinct and of one pool, and have room for their rows. passed: snapshots to be taken on
+        the way, behind the first row and before the last one of their sequences; of each in ascending order.
         """
         pool, slots = caches[0].pool, tuple(cache.slot for cache in caches)
         assert all(cache.pool is pool for cache in caches), "sequences of different pools"
@@ -142,6 +163,7 @@ class StepTables:
             row_ends,
             starts,
             slots,
+            tuple(map(places.passed_end, passed)),
         )
 
 
@@ -158,6 +180,16 @@ class _Places:
     lengths_T: torch.Tensor
     slots_T: torch.Tensor
     blocks_TB: torch.Tensor
+
+    def passed_end(self, snapshot: PassedSnapshot) -> PassedEnd:
+        """Returns the rows and their places as of a step that ends where a snapshot is to be taken."""
+        pool, end = snapshot.pool, snapshot.num_tokens
+        is_held_T = (self.positions_T >= end - pool.longest_ring) & (self.positions_T < end)
+        held = torch.nonzero(is_held_T & (self.slots_T == snapshot.slot)).flatten().tolist()
+        rows = slice(held[0], held[-1] + 1)
+        lengths_T = torch.full_like(self.lengths_T[rows], end)
+        places = _Places(self.positions_T[rows], lengths_T, self.slots_T[rows], self.blocks_TB[rows])
+        return PassedEnd(rows, places.writes(pool, pool.spec.device), snapshot)
 
     def writes(self, pool: CachePool, device: torch.device) -> Writes:
         ratios, spec = pool.layout.ratios, pool.spec

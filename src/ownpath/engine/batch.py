@@ -34,7 +34,8 @@ class LogitsShare:
 def build_batch(chunks: Sequence[ScheduledChunk], device: torch.device | str) -> tuple[ForwardBatch, list[LogitsShare]]:
     """Builds the forward of a step. The request of every chunk must have its cache already."""
     parts = [(chunk.request.next_ids(chunk.num_tokens), chunk.request.caches) for chunk in chunks]
-    batch = ForwardBatch.of(parts, device)
+    passed = [snapshot for chunk in chunks for snapshot in chunk.request.pass_stops(chunk.num_tokens)]
+    batch = ForwardBatch.of(parts, device, passed=passed)
     shares: list[LogitsShare] = []
     logits_ids: list[int] = []
     for chunk, rows in zip(chunks, batch.tables.rows, strict=True):

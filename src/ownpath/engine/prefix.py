@@ -4,7 +4,8 @@ The index says which blocks hold which tokens, the store holds what lies in slot
 it is submitted, by its caller's thread. When it begins it takes what is known of it. From then on, before each of its
 steps, blocks that have become full are taken up, and behind some of them a snapshot is taken: where its prompt parts
 from what was known, every ``interval`` tokens, behind the last full block of the prompt, and behind each further one of
-the answer, of which only the last is kept. Chunks of a prompt end there.
+the answer, of which only the last is kept. A step that passes such a place copies the rings on its way, or its chunk is
+cut there.
 
 Everything but the naming happens on the engine's thread, and copies are launched in the order of steps. So a block may
 be read, and a place written again, as soon as the step or copy before is launched.
@@ -13,10 +14,12 @@ be read, and a place written again, as soon as the step or copy before is launch
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from ownpath.cache.layout import BLOCK_TOKENS
 from ownpath.cache.pools import CachePool, SequenceCache
 from ownpath.cache.prefix import ChainKey, PrefixChain, PrefixHit, PrefixIndex, chain_root
-from ownpath.cache.snapshot import SnapshotStore
+from ownpath.cache.snapshot import PassedSnapshot, SnapshotStore
 from ownpath.engine.load import EngineCounts
 from ownpath.engine.request import Request
 from ownpath.engine.request_prefix import RequestPrefix
@@ -48,11 +51,14 @@ class PrefixSettings:
 class PrefixCache:
     """The prefix cache of one engine and its pool. Only ``name`` may be called from any thread.
 
-    model: what decides the keys beside tokens and the pool's formats: the checkpoint and the numerics.
+    model: what decides the keys beside tokens and the pool's formats: the checkpoint and the numerics. cuts: whether
+    chunks end where snapshots are taken. A hit's rows are then in the same chunks as a cold run's, which decides its
+    tokens where activations are narrower than float32.
     """
 
     def __init__(self, pool: CachePool, settings: PrefixSettings, model: str = "") -> None:
         self.settings, self.counts = settings, EngineCounts()
+        self.cuts = pool.spec.dtype.itemsize < torch.float32.itemsize
         self._pool = pool
         self._root = (model, str(pool.spec.cache_format), str(pool.spec.dtype))
         self.index = PrefixIndex(settings.num_snapshots)
@@ -63,7 +69,7 @@ class PrefixCache:
         """Names the blocks of a request's prompt."""
         chain = PrefixChain(chain_root(*self._root, request.salt), self._pool.spec.num_drafts)
         chain.grow(len(request.prompt_ids), request.ids_between)
-        request.prefix = RequestPrefix(chain)
+        request.prefix = RequestPrefix(chain, cuts=self.cuts)
 
     def begin(self, request: Request, room: int | None = None) -> SequenceCache:
         """Takes a cache for a request, which begins with what is known of its tokens, and plans its snapshots.
@@ -101,12 +107,18 @@ class PrefixCache:
         """Takes up what requests have filled. Call before each step of theirs is launched."""
         lengths = self._pool.slots.lengths
         for request in requests:
-            num_tokens = lengths[request.caches.slot]
+            num_tokens, prefix = lengths[request.caches.slot], self._prefix_of(request)
+            for taken in prefix.passed:
+                if taken.num_tokens <= num_tokens:  # else the step failed
+                    self._note(request, prefix, taken.num_tokens, taken)
+            prefix.passed = ()
             if num_tokens % BLOCK_TOKENS == 0:
-                self._note(request, num_tokens)
+                self._note(request, prefix, num_tokens)
 
-    def _note(self, request: Request, num_tokens: int) -> None:
-        prefix = self._prefix_of(request)
+    def _note(
+        self, request: Request, prefix: RequestPrefix, num_tokens: int, taken: PassedSnapshot | None = None
+    ) -> None:
+        """Takes up the blocks of a request's first tokens. taken: the snapshot there; ``None``: its slot is there."""
         if num_tokens <= prefix.num_noted or num_tokens > request.num_tokens:
             return
         prefix.chain.grow(request.num_tokens, request.ids_between)
@@ -116,10 +128,10 @@ class PrefixCache:
         prefix.num_noted = num_tokens
         self._pool.slots.keep(self.index.add(keys, request.caches.blocks))
         if prefix.wants_snapshot(num_tokens):
-            self._save(request, prefix, keys[-1])
+            self._save(request, prefix, keys[-1], taken)
 
-    def _save(self, request: Request, prefix: RequestPrefix, key: ChainKey) -> None:
-        """Takes a request's snapshot behind a block, unless there is one."""
+    def _save(self, request: Request, prefix: RequestPrefix, key: ChainKey, taken: PassedSnapshot | None) -> None:
+        """Keeps a request's snapshot behind a block, unless there is one."""
         if prefix.moving is not None:
             self.index.forget_snapshot(prefix.moving)
         before = self.index.num_evicted_snapshots
@@ -127,7 +139,10 @@ class PrefixCache:
         self.counts.num_snapshots_evicted += self.index.num_evicted_snapshots - before
         prefix.moving = None
         if place is not None:
-            self.store.save(request.caches.slot, place)
+            if taken is None:
+                self.store.save(request.caches.slot, place)
+            else:
+                self.store.put(taken, place)
             self.counts.num_snapshots_taken += 1
             prefix.moving = None if prefix.stays(prefix.num_noted) else key
 

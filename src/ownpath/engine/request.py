@@ -8,6 +8,7 @@ from enum import Enum, StrEnum
 from functools import lru_cache
 
 from ownpath.cache.pools import SequenceCache
+from ownpath.cache.snapshot import PassedSnapshot
 from ownpath.engine.limits import (
     LARGEST_BIAS,
     LARGEST_PENALTY,
@@ -266,9 +267,15 @@ class Request:
 
     @property
     def most_next(self) -> int:
-        """The most tokens of the next chunk: those pending, up to where a snapshot is to be taken."""
-        stop = None if self.prefix is None else self.prefix.next_stop(self.num_computed)
-        return self.num_pending if stop is None else min(self.num_pending, stop - self.num_computed)
+        """The most tokens of the next chunk: those pending, up to where it is to be cut for a snapshot."""
+        cut = None if self.prefix is None else self.prefix.next_cut(self.num_computed)
+        return self.num_pending if cut is None else min(self.num_pending, cut - self.num_computed)
+
+    def pass_stops(self, num_tokens: int) -> tuple[PassedSnapshot, ...]:
+        """Returns the snapshots that a step of the next ``num_tokens`` tokens takes on its way."""
+        if self.prefix is None:
+            return ()
+        return self.prefix.pass_stops(self.caches, self.num_computed, self.num_computed + num_tokens)
 
     def ids_between(self, start: int, stop: int) -> list[int]:
         """Returns the tokens from one position up to another, of prompt and answer."""

@@ -1,10 +1,12 @@
 """The prefix cache's knowledge of one request."""
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 
 from ownpath.cache.layout import BLOCK_TOKENS
+from ownpath.cache.pools import SequenceCache
 from ownpath.cache.prefix import ChainKey, PrefixChain
+from ownpath.cache.snapshot import PassedSnapshot
 
 
 @dataclass(eq=False)
@@ -14,7 +16,8 @@ class RequestPrefix:
     num_cached: prompt tokens that it did not compute when it first began; ``None``: it has not begun.
     num_begun: tokens that were known when it began. stops: positions among them, ascending, where a snapshot is to be
     taken. interval: of those of its answer that stay. num_noted: tokens whose blocks are taken up. moving: the block
-    whose snapshot goes when the next one of the answer is taken.
+    whose snapshot goes when the next one of the answer is taken. passed: the snapshots that the last step took. cuts:
+    whether chunks end at stops; else they pass them.
     """
 
     chain: PrefixChain
@@ -24,6 +27,8 @@ class RequestPrefix:
     interval: int = 0
     num_noted: int = 0
     moving: ChainKey | None = None
+    passed: tuple[PassedSnapshot, ...] = ()
+    cuts: bool = False
 
     def begin(self, num_hit: int, num_tokens: int, interval: int, num_known: int) -> None:
         """Plans the snapshots of a request that begins with ``num_hit`` of its ``num_tokens`` tokens.
@@ -32,7 +37,7 @@ class RequestPrefix:
         """
         if self.num_cached is None:
             self.num_cached = num_hit
-        self.num_begun, self.num_noted, self.moving = num_tokens, num_hit, None
+        self.num_begun, self.num_noted, self.moving, self.passed = num_tokens, num_hit, None, ()
         self.interval = interval
         self.stops = _stops(num_hit, num_tokens, interval, num_known)
 
@@ -44,10 +49,17 @@ class RequestPrefix:
         """True for a snapshot that a later one of the same answer does not replace."""
         return num_tokens in self.stops or num_tokens % self.interval == 0
 
-    def next_stop(self, num_tokens: int) -> int | None:
-        """Returns the next planned stop behind so many tokens; ``None``: there is none."""
+    def next_cut(self, num_tokens: int) -> int | None:
+        """Returns the next position behind so many tokens where a chunk is to end; ``None``: there is none."""
         index = bisect_right(self.stops, num_tokens)
-        return self.stops[index] if index < len(self.stops) else None
+        return self.stops[index] if self.cuts and index < len(self.stops) else None
+
+    def pass_stops(self, cache: SequenceCache, start: int, end: int) -> tuple[PassedSnapshot, ...]:
+        """Returns the snapshots that a step takes at planned stops between its first position and its end; what it ends
+        at is copied behind it."""
+        first, behind = bisect_right(self.stops, start), bisect_left(self.stops, end)
+        self.passed = tuple(PassedSnapshot(cache.pool, cache.slot, stop) for stop in self.stops[first:behind])
+        return self.passed
 
 
 def _stops(num_hit: int, num_tokens: int, interval: int, num_known: int) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ownpath.cache.pools import SequenceCache
+from ownpath.cache.snapshot import PassedSnapshot
 from ownpath.cache.tables import StepTables
 
 
@@ -32,10 +33,12 @@ class ForwardBatch:
         chunks: Sequence[tuple[Sequence[int], SequenceCache]],
         device: torch.device | str,
         all_logits: bool = False,
+        passed: Sequence[PassedSnapshot] = (),
     ) -> "ForwardBatch":
         """Builds a step from (new token ids, cache) pairs; each continues where its cache ends.
 
-        Logits are computed for the last row of each chunk, or for every row with ``all_logits``.
+        Logits are computed for the last row of each chunk, or for every row with ``all_logits``. passed: as of
+        ``StepTables.of``.
         Errors: ValueError for an empty chunk or one that would overrun its cache.
         """
         for chunk, cache in chunks:
@@ -43,7 +46,7 @@ class ForwardBatch:
                 raise ValueError("a sequence contributes no token to this step")
             if cache.num_tokens + len(chunk) > cache.max_tokens:
                 raise ValueError(f"{cache.num_tokens} + {len(chunk)} tokens do not fit a cache of {cache.max_tokens}")
-        tables = StepTables.of([cache for _, cache in chunks], [len(chunk) for chunk, _ in chunks])
+        tables = StepTables.of([cache for _, cache in chunks], [len(chunk) for chunk, _ in chunks], passed)
         token_ids = [token_id for chunk, _ in chunks for token_id in chunk]
         wanted = range(len(token_ids)) if all_logits else [end - 1 for end in tables.row_ends]
         return cls(

@@ -38,10 +38,17 @@ class Asked:
 
 
 class Served:
-    """A running engine. settings: ``None``: without a prefix cache. At the end all its books balance."""
+    """A running engine. settings: ``None``: without a prefix cache. decoder: ``None``: the model's ``forward`` runs all
+    steps, or a decoder of this device's if it ``decodes``. At the end all its books balance."""
 
     def __init__(
-        self, model: Any, settings: PrefixSettings | None, max_prefill_tokens: int = 512, *, decodes: bool = False
+        self,
+        model: Any,
+        settings: PrefixSettings | None,
+        max_prefill_tokens: int = 512,
+        *,
+        decodes: bool = False,
+        decoder: Decoder | None = None,
     ) -> None:
         self.pool: CachePool = model.caches
         spec = self.pool.spec
@@ -52,7 +59,7 @@ class Served:
             max_prefill_tokens=max_prefill_tokens,
         )
         self.prefix = None if settings is None else PrefixCache(self.pool, settings)
-        decoder = Decoder(model, spec.max_sequences, VOCAB) if decodes else None
+        decoder = Decoder(model, spec.max_sequences, VOCAB) if decodes else decoder
         self.engine = Engine(model, config, VOCAB, end_token_ids=(), decoder=decoder, prefix=self.prefix)
         self.engine.start()
 

@@ -54,10 +54,13 @@ class StampModel:
         tables, ids = batch.tables, batch.token_ids_T.tolist()
         tokens: list[int] = []
         self.num_rows += len(ids)
+        snapshots = {(end.snapshot.slot, end.snapshot.num_tokens): end.snapshot for end in tables.passed}
         for slot, start, own in zip(tables.slots, tables.starts, tables.rows, strict=True):
             blocks = self.caches.slots.owned[slot]
             for position, row in enumerate(range(own.start, own.stop), start):
                 self._write(slot, blocks, position, ids[row])
+                for layer_idx in self.caches.layers if (slot, position + 1) in snapshots else ():
+                    snapshots[slot, position + 1].take(layer_idx)
                 wanted = row in batch.logits_ids
                 tokens.append(self._read(slot, blocks, position) if wanted else 0)
         tables.extend()

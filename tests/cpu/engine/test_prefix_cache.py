@@ -4,6 +4,7 @@ The model is exact, and reads of its caches all that V4 reads; test_prefix_model
 """
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from cpu.engine.stamp_model import VOCAB, StampModel, expected_answer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ownpath.engine.prefix import PrefixSettings
+from ownpath.cache.pools import CachePool
+from ownpath.engine.prefix import PrefixCache, PrefixSettings
 from ownpath.engine.request import Request, SamplingParams
 from ownpath.model.batch import ForwardBatch
 
@@ -43,13 +45,51 @@ def test_the_same_prompt_again(length: int) -> None:
 
 @pytest.mark.parametrize("max_prefill_tokens", [1, 100, 256, 300, 4096])
 @pytest.mark.parametrize("rows", [1, 9])
-def test_chunks_of_any_size_end_where_snapshots_are(max_prefill_tokens: int, rows: int) -> None:
+@pytest.mark.parametrize("cuts", [True, False], ids=["cut", "passed"])
+def test_chunks_of_any_size_end_at_snapshots_or_pass_them(max_prefill_tokens: int, rows: int, cuts: bool) -> None:
     model, ids = StampModel(rows=rows), BASE[:600]
     with Served(model, PrefixSettings(32, interval=256), max_prefill_tokens) as served:
+        assert served.prefix is not None
+        served.prefix.cuts = cuts
         for length in (600, 600, 300, 257):
             found = served.answer(ids[:length], 3)
             assert found[0] == expected_answer(ids[:length], 3)
         assert found[1] == 256
+
+
+def chunk_sizes(num_tokens: int, limit: int = 512) -> list[int]:
+    return [min(limit, num_tokens - start) for start in range(0, num_tokens, limit)]
+
+
+@pytest.mark.parametrize("length", [257, 300, 512, 515, 700, 1027])
+def test_a_cold_prompt_takes_no_step_more(length: int) -> None:
+    """Nor does one that parts from what is known: snapshots are taken on the way. It would, if chunks were cut."""
+    model = StampModel(2048)
+    forward, sizes = model.forward, list[int]()
+
+    def counting(batch: ForwardBatch) -> torch.Tensor:
+        sizes.append(len(batch.token_ids_T))
+        return forward(batch)
+
+    model.forward = counting  # type: ignore[method-assign]
+    fork = [*BASE[:259], *BASE[: length - 1]]
+    with Served(model, PrefixSettings(32, interval=256)) as served:
+        assert served.answer(BASE[:length], 2) == (expected_answer(BASE[:length], 2), 0)
+        assert sizes == [*chunk_sizes(length), 1]
+        assert served.answer(fork, 1) == (expected_answer(fork, 1), 256)
+        assert sizes[len(chunk_sizes(length)) + 1 :] == chunk_sizes(len(fork) - 256)
+        assert served.prefix is not None
+        sizes.clear()
+        served.prefix.clear()
+        served.prefix.cuts = True
+        assert served.answer(BASE[:length], 1) == (expected_answer(BASE[:length], 1), 0)
+        assert len(sizes) > len(chunk_sizes(length))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_chunks_are_cut_where_the_order_of_sums_decides_tokens(dtype: torch.dtype) -> None:
+    pool = CachePool(replace(StampModel(512).caches.spec, dtype=dtype))
+    assert PrefixCache(pool, PrefixSettings(1)).cuts == (dtype is torch.bfloat16)
 
 
 def test_a_conversation_goes_on_from_its_answer() -> None:

@@ -254,7 +254,7 @@ class UnroundedStep(ReferenceStep):
     """A step attends to its own keys as they are computed, not as the caches keep them."""
 
     def attend(self, layer: AttentionLayer, rows: Projected) -> torch.Tensor:
-        return torch.cat([self._attend(layer, rows, request) for request in self.requests])
+        return self._attend_to(layer, rows)
 
 
 def on_pages(mutation: Mutation) -> Mutation:
