@@ -288,11 +288,6 @@ class Request:
         return self.room < self.most_tokens
 
     @property
-    def needs_room(self) -> bool:
-        """True if its blocks do not hold its next tokens, see ``ROOM_AHEAD``."""
-        return self.num_computed >= self.room - ROOM_AHEAD and self.may_grow
-
-    @property
     def is_prefilling(self) -> bool:
         return self.num_computed < len(self.prompt_ids)
 

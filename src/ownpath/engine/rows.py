@@ -284,8 +284,9 @@ class HeldRows:
 
     def are_those_of(self, pool: CachePool) -> bool:
         """Returns True if the caches have the block tables and lengths that the device has."""
-        lengths, blocks = pool.slots.lengths, [cache.blocks for cache in self.caches]
-        return blocks == self.first.blocks and [lengths[slot] for slot in self.first.slots] == self.positions
+        lengths, owned, slots = pool.slots.lengths, pool.slots.owned, self.first.slots
+        blocks = [*map(owned.get, slots)]
+        return blocks == self.first.blocks and [*map(lengths.__getitem__, slots)] == self.positions
 
     def advance(self) -> None:
         """Notes that a step is launched."""

@@ -97,8 +97,15 @@ class StepRunner:
         there has a row too many in this one, which nobody reads. Without chunks, reads what is left.
         """
         decoder = self._decoder
+        if self._adjuster.waits_for_tokens(chunk.request for chunk in chunks):
+            self.settle()
+        last = self._flights[-1] if self._flights else None
+        if decoder is not None and last is not None and last.repeats(chunks) and decoder.can_repeat:
+            self._launch(lambda at: last.repeated(decoder.repeat(), at))
+            self._land_to(1)
+            return
         if decoder is not None and chunks and all(chunk.num_tokens == 1 for chunk in chunks):
-            self._decode(decoder, chunks)
+            self._decode(decoder, chunks, {} if last is None else last.rows())
             return
         self.settle()
         chunks = [chunk for chunk in chunks if chunk.request.cache is not None]
@@ -120,8 +127,7 @@ class StepRunner:
 
     def settle(self) -> None:
         """Reads the steps that are launched and reports them: every request is then where its cache is."""
-        while self._flights:
-            self._land()
+        self._land_to(0)
 
     def release(self, request: Request) -> None:
         """Takes a request's cache from it, and gives it back as soon as no launched step writes to it."""
@@ -156,22 +162,14 @@ class StepRunner:
         for share, one in zip(shares, drawn, strict=True):
             self._answer(share, one, logits_RV)
 
-    def _decode(self, decoder: Decoder, chunks: Sequence[ScheduledChunk]) -> None:
-        """Launches a decode step, and reads the one before."""
-        if self._adjuster.waits_for_tokens(chunk.request for chunk in chunks):
-            self.settle()
-        last, num_flying = self._flights[-1] if self._flights else None, 0
-        if last is not None and last.repeats(chunks) and decoder.can_repeat:
-            self._launch(lambda at: last.repeated(decoder.repeat(), at))
-            num_flying = 1
-        else:
-            ahead = {} if last is None else last.rows()
-            chunks = [chunk for chunk in chunks if chunk.request.cache is not None and not _ends(chunk.request, ahead)]
-            if chunks:
-                flight = self._launch(lambda at: self._begun(decoder, chunks, ahead, at))
-                num_flying = int(decoder.has_graph(len(chunks)) and not flight.asks)
-        while len(self._flights) > num_flying:
-            self._land()
+    def _decode(self, decoder: Decoder, chunks: Sequence[ScheduledChunk], ahead: Mapping[Request, int]) -> None:
+        """Launches a decode step of other rows, and reads the one before. ahead: the rows whose tokens are unread."""
+        num_flying = 0
+        chunks = [chunk for chunk in chunks if chunk.request.cache is not None and not _ends(chunk.request, ahead)]
+        if chunks:
+            flight = self._launch(lambda at: self._begun(decoder, chunks, ahead, at))
+            num_flying = int(decoder.has_graph(len(chunks)) and not flight.asks)
+        self._land_to(num_flying)
 
     def _launch(self, launch: Callable[[float], Flight]) -> Flight:
         """Launches a step. launch: is given the time."""
@@ -188,7 +186,12 @@ class StepRunner:
     ) -> Flight:
         requests = [chunk.request for chunk in chunks]
         begun = decoder.begin(step_rows(requests, ahead), self._adjuster.rows_of(requests))
-        return Flight.of(chunks, ahead, begun, at)
+        return Flight.of(chunks, ahead, self._reporter.ends_of(requests), begun, at)
+
+    def _land_to(self, num_flying: int) -> None:
+        """Reads steps until so many are unread."""
+        while len(self._flights) > num_flying:
+            self._land()
 
     def _land(self) -> None:
         """Reads the oldest step and reports it.
@@ -202,30 +205,35 @@ class StepRunner:
         self._flags.read()
         if done.flagged:
             tell_flagged(done.flagged, flight.requests)
-        rows = [*zip(flight.requests, flight.caches, done.token_ids, strict=True)]
-        tops: dict[int, Top] = {}
-        if flight.asks:
-            live = [(row, request) for row, (request, cache, _) in enumerate(rows) if request.cache is cache]
-            tops = top_tokens(done.logits_TV, wanted_tops(live))
-        for row, (request, cache, token_id) in enumerate(rows):
+        tops = self._tops_of(flight, done.logits_TV) if flight.asks else {}
+        asks, scores, ends, any_may_end = flight.asks, flight.scores, flight.ends, flight.ends_one
+        deliver, tell = self._reporter.deliver, self._reporter.tell
+        for row, (request, cache, token_id) in enumerate(
+            zip(flight.requests, flight.caches, done.token_ids, strict=True)
+        ):
             if request.cache is not cache:
                 continue  # it ended while this step ran
-            if token_id is None or request.flagged_layer is not None or (flight.asks and request.needs_logits):
+            if token_id is None or request.flagged_layer is not None or (asks and request.needs_logits):
                 drawn = Drawn(token_id, float(done.logprobs_T[row]), tops.get(row, ()))
                 self._answer(decode_share(row, flight.chunks[row]), drawn, done.logits_TV)
-            elif request.params.num_logprobs is None:
-                self._extend(request, token_id, plain_output(token_id))
+                continue
+            output = plain_output(token_id)
+            if scores and request.params.num_logprobs is not None:
+                output = StepOutput(token=ScoredToken(token_id, float(done.logprobs_T[row])))
+            request.output_ids.append(token_id)
+            request.num_computed += 1
+            if any_may_end or token_id in ends:
+                tell(request, output)
             else:
-                token = ScoredToken(token_id, float(done.logprobs_T[row]))
-                self._extend(request, token_id, StepOutput(token=token))
+                deliver(request, output)
         flight.release_left(self._flights)
         self._landing = None
 
-    def _extend(self, request: Request, token_id: int, output: StepOutput) -> None:
-        """Reports one more token of an answer."""
-        request.output_ids.append(token_id)
-        request.num_computed += 1
-        self._reporter.tell(request, output)
+    def _tops_of(self, flight: Flight, logits_TV: torch.Tensor) -> dict[int, Top]:
+        """Reads the likeliest tokens of the rows that want some."""
+        pairs = enumerate(zip(flight.requests, flight.caches, strict=True))
+        live = [(row, request) for row, (request, cache) in pairs if request.cache is cache]
+        return top_tokens(logits_TV, wanted_tops(live))
 
     def _sample(self, logits_RV: torch.Tensor, shares: list[LogitsShare]) -> list[Drawn]:
         """Samples the next token of every share; without a token where none is due or none can be chosen."""

@@ -361,7 +361,7 @@ def test_rows_whose_cache_was_taken_are_no_repetition() -> None:
         one.request.cache, one.request.num_computed = model.new_cache(), 2
         one.request.output_ids.append(7)
     chunks = [ScheduledChunk(one.request, 1) for one in asked]
-    flight = Flight.of(chunks, {asked[0].request: 0}, StepBegun(2, 0), 0.0)
+    flight = Flight.of(chunks, {asked[0].request: 0}, ENDS, StepBegun(2, 0), 0.0)
     assert flight.num_more == 1, "of four tokens one is read, one unread, one this step's"
     assert flight.repeats(list(chunks))
     assert not flight.repeats(chunks[:1])
