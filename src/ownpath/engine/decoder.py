@@ -20,8 +20,9 @@ Without graphs the same step runs eagerly, in the same buckets, with the same bi
 Legend: T rows of a step, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -42,6 +43,7 @@ from ownpath.engine.rows import (
     StepTokens,
 )
 from ownpath.engine.sampler import draw_adjusted, sampler_of
+from ownpath.engine.tops import PendingTops, read_tops, start_tops
 from ownpath.kernels.dsl.compilations import COMPILATIONS
 from ownpath.kernels.registry import spec_of
 from ownpath.terminal.console import tell
@@ -50,6 +52,7 @@ from ownpath.trace import Ledger
 from ownpath.trace.ledger import CapturedCalls
 
 BUCKETS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+NOTHING: Mapping[int, int] = MappingProxyType({})
 
 
 class DecodingModel(Protocol):
@@ -78,11 +81,14 @@ class _Captured:
 
 @dataclass
 class StepBegun:
-    """A step that is launched and not read. turn: the buffers of its results; its logits are there once it is."""
+    """A step that is launched and not read. turn: the buffers of its results. num_tops: row -> number of its
+    likeliest tokens. Once it is launched its logits are there, and what is on the way of those tokens."""
 
     num_rows: int
     turn: int
+    num_tops: Mapping[int, int] = field(default_factory=dict)
     logits_TV: torch.Tensor = field(init=False)
+    tops: PendingTops | None = None
 
 
 class Mark:
@@ -159,11 +165,14 @@ class Decoder:
         """Returns True if steps of so many rows are graphs, so that ``begin`` is back long before they have run."""
         return self._bucket_of(num_rows) in self._graphs
 
-    def begin(self, rows: StepRows, adjusted: AdjustedRows | None = None) -> StepBegun:
+    def begin(
+        self, rows: StepRows, adjusted: AdjustedRows | None = None, tops: Mapping[int, int] = NOTHING
+    ) -> StepBegun:
         """Launches a step of at least one row and extends the rows' caches by one token. Does not wait; at most one
         other step may be unread.
 
-        adjusted: rows that are drawn again, behind the graph and before anything reads their tokens.
+        adjusted: rows that are drawn again, behind the graph and before anything reads their tokens. tops: row ->
+        number of its likeliest tokens that the results are to have.
         """
         lengths, slots = self.pool.slots.lengths, [cache.slot for cache in rows.caches]
         positions, held = [lengths[slot] for slot in slots], self._held
@@ -172,7 +181,7 @@ class Decoder:
         assert next_held.num_left > 0, "a row has no room"
         turn = self._take_turn()
         staged = self._rows.stage(rows, turn) if held is None or not wanted.continues(held.rows()) else None
-        return self._begin(next_held, turn, staged, adjusted)
+        return self._begin(next_held, StepBegun(rows.num_rows, turn, tops), staged, adjusted)
 
     @property
     def can_repeat(self) -> bool:
@@ -180,15 +189,19 @@ class Decoder:
         return self._held is not None and self._held.are_those_of(self.pool)
 
     def repeat(self) -> StepBegun:
-        """Launches the rows of the last step once more, as ``begin`` does: each goes on from its own token."""
-        assert self._held is not None
-        assert self._held.num_left > 0, "a row has no room"
-        return self._begin(self._held, self._take_turn(), None, None)
+        """Launches the rows of the last step once more, as ``begin`` does: each goes on from its own token, and as many
+        of its likeliest tokens are wanted."""
+        held, last = self._held, self._last
+        assert held is not None
+        assert last is not None
+        assert held.num_left > 0, "a row has no room"
+        return self._begin(held, StepBegun(last.num_rows, self._take_turn(), last.num_tops), None, None)
 
-    def _begin(self, held: HeldRows, turn: int, staged: Staged | None, adjusted: AdjustedRows | None) -> StepBegun:
+    def _begin(
+        self, held: HeldRows, begun: StepBegun, staged: Staged | None, adjusted: AdjustedRows | None
+    ) -> StepBegun:
         self._held = None  # until the step is launched: one that fails leaves rows that nobody knows
-        num_rows, lengths = len(held.caches), self.pool.slots.lengths
-        begun, count = StepBegun(num_rows, turn), self._bucket_of(num_rows)
+        lengths, turn, count = self.pool.slots.lengths, begun.turn, self._bucket_of(begun.num_rows)
         self._marks[turn] = self._enqueue(lambda: self._launch_whole(begun, count, staged, adjusted), turn)
         held.advance()
         for slot, position in zip(held.first.slots, held.positions, strict=True):
@@ -203,7 +216,7 @@ class Decoder:
         self._num_unread -= 1
         if begun is self._last and self._held is not None:
             self._held.token_ids = tokens
-        return results
+        return results if begun.tops is None else results._replace(tops=read_tops(begun.tops))
 
     def forget(self) -> None:
         """Gives unread steps up: nobody will read them, and nothing goes on from their rows."""
@@ -232,13 +245,15 @@ class Decoder:
         return self._marks[turn].set()
 
     def _launch_whole(self, begun: StepBegun, count: int, staged: Staged | None, adjusted: AdjustedRows | None) -> None:
-        """Launches all of a step: upload, bucket, second draw, copy of the results."""
+        """Launches all of a step: upload, bucket, second draw, likeliest tokens, copy of the results."""
         if staged is not None:
             self._rows.send(staged, self._results.drawn_R)
         begun.logits_TV = logits_TV = self.launch(count)
         if adjusted is not None:
             tokens_S = draw_adjusted(logits_TV, adjusted, self._results.on_device)
             self._rows.columns.tokens.index_copy_(0, adjusted.where_S, tokens_S)
+        if begun.num_tops:
+            begun.tops = start_tops(logits_TV, begun.num_tops)
         self._results.copy(begun.turn)
 
     def launch(self, count: int) -> torch.Tensor:

@@ -9,8 +9,10 @@ from one to the next while the host reads, reports and schedules. At most two ar
 - A request that ended, was aborted or had to give its cache up while a step with its row ran hears nothing of that
   step. Its slot and blocks are given back once no launched step has a row of it.
 - A request whose unread token is its last by ``max_tokens`` has no row more, so no row is beyond its memory.
-- A step is read at once if a report needs its logits, which the next one overwrites, and the next one waits for it if
-  rows' logits change by what was drawn. Steps by ``forward`` wait for all before them.
+- Rows that read a prompt go on from its tokens, which the host knows. The likeliest tokens are taken behind the graph,
+  before the next one overwrites the logits, and come with the results.
+- A step is read at once if its logits score a prompt, and the next one waits for it if rows' logits change by what was
+  drawn. Steps by ``forward`` wait for all before them.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,12 +26,11 @@ from ownpath.engine.adjust import Adjuster
 from ownpath.engine.batch import LogitsShare, build_batch, decode_share
 from ownpath.engine.decoder import Decoder
 from ownpath.engine.flags import IndexFlags, tell_flagged
-from ownpath.engine.flight import Flight
+from ownpath.engine.flight import Flight, NextRows
 from ownpath.engine.load import StepTimes
 from ownpath.engine.memory import CachingModel
 from ownpath.engine.reports import Reporter
 from ownpath.engine.request import Request, ScoredToken, StepOutput, plain_output
-from ownpath.engine.rows import step_rows
 from ownpath.engine.sampler import (
     Drawn,
     NonFiniteIndexScores,
@@ -40,7 +41,7 @@ from ownpath.engine.sampler import (
     score_tokens,
 )
 from ownpath.engine.scheduler import ScheduledChunk
-from ownpath.engine.tops import Top, top_tokens, with_own
+from ownpath.engine.tops import top_tokens, with_own
 from ownpath.model.batch import ForwardBatch
 
 MOST_ALONE, MOST_BESIDE = 16, 64
@@ -108,7 +109,12 @@ class StepRunner:
             self._decode(decoder, chunks, {} if last is None else last.rows())
             return
         self.settle()
-        chunks = [chunk for chunk in chunks if chunk.request.cache is not None]
+        # What was launched may have read some of it, up to the last known token.
+        chunks = [
+            chunk._replace(num_tokens=min(chunk.num_tokens, chunk.request.most_next))
+            for chunk in chunks
+            if chunk.request.cache is not None
+        ]
         if chunks:
             begun = perf_counter()
             self._forward(chunks)
@@ -164,11 +170,10 @@ class StepRunner:
 
     def _decode(self, decoder: Decoder, chunks: Sequence[ScheduledChunk], ahead: Mapping[Request, int]) -> None:
         """Launches a decode step of other rows, and reads the one before. ahead: the rows whose tokens are unread."""
-        num_flying = 0
-        chunks = [chunk for chunk in chunks if chunk.request.cache is not None and not _ends(chunk.request, ahead)]
-        if chunks:
-            flight = self._launch(lambda at: self._begun(decoder, chunks, ahead, at))
-            num_flying = int(decoder.has_graph(len(chunks)) and not flight.asks)
+        num_flying, following = 0, NextRows.of(chunks, ahead)
+        if following.chunks:
+            flight = self._launch(lambda at: self._begun(decoder, following, at))
+            num_flying = int(decoder.has_graph(len(following.chunks)) and not flight.asks)
         self._land_to(num_flying)
 
     def _launch(self, launch: Callable[[float], Flight]) -> Flight:
@@ -181,12 +186,11 @@ class StepRunner:
         self._flights.append(flight)
         return flight
 
-    def _begun(
-        self, decoder: Decoder, chunks: Sequence[ScheduledChunk], ahead: Mapping[Request, int], at: float
-    ) -> Flight:
-        requests = [chunk.request for chunk in chunks]
-        begun = decoder.begin(step_rows(requests, ahead), self._adjuster.rows_of(requests))
-        return Flight.of(chunks, ahead, self._reporter.ends_of(requests), begun, at)
+    def _begun(self, decoder: Decoder, following: NextRows, at: float) -> Flight:
+        requests = [chunk.request for chunk in following.chunks]
+        adjusted, tops = self._adjuster.rows_of(requests), wanted_tops(enumerate(requests))
+        begun = decoder.begin(following.rows, adjusted, tops)
+        return Flight.of(following, self._reporter.ends_of(requests), begun, at)
 
     def _land_to(self, num_flying: int) -> None:
         """Reads steps until so many are unread."""
@@ -205,16 +209,15 @@ class StepRunner:
         self._flags.read()
         if done.flagged:
             tell_flagged(done.flagged, flight.requests)
-        tops = self._tops_of(flight, done.logits_TV) if flight.asks else {}
-        asks, scores, ends, any_may_end = flight.asks, flight.scores, flight.ends, flight.ends_one
+        looks, scores, ends, any_may_end = flight.looks, flight.scores, flight.ends, flight.ends_one
         deliver, tell = self._reporter.deliver, self._reporter.tell
         for row, (request, cache, token_id) in enumerate(
             zip(flight.requests, flight.caches, done.token_ids, strict=True)
         ):
             if request.cache is not cache:
                 continue  # it ended while this step ran
-            if token_id is None or request.flagged_layer is not None or (asks and request.needs_logits):
-                drawn = Drawn(token_id, float(done.logprobs_T[row]), tops.get(row, ()))
+            if token_id is None or request.flagged_layer is not None or row in looks:
+                drawn = Drawn(token_id, float(done.logprobs_T[row]), done.tops.get(row, ()))
                 self._answer(decode_share(row, flight.chunks[row]), drawn, done.logits_TV)
                 continue
             output = plain_output(token_id)
@@ -228,12 +231,6 @@ class StepRunner:
                 deliver(request, output)
         flight.release_left(self._flights)
         self._landing = None
-
-    def _tops_of(self, flight: Flight, logits_TV: torch.Tensor) -> dict[int, Top]:
-        """Reads the likeliest tokens of the rows that want some."""
-        pairs = enumerate(zip(flight.requests, flight.caches, strict=True))
-        live = [(row, request) for row, (request, cache) in pairs if request.cache is cache]
-        return top_tokens(logits_TV, wanted_tops(live))
 
     def _sample(self, logits_RV: torch.Tensor, shares: list[LogitsShare]) -> list[Drawn]:
         """Samples the next token of every share; without a token where none is due or none can be chosen."""
@@ -281,8 +278,3 @@ class StepRunner:
         if share.ends_prompt and params.prompt_logprobs is not None:
             prompt = (ScoredToken(request.prompt_ids[0]), *request.scored_prompt)
         return StepOutput(prompt, token)
-
-
-def _ends(request: Request, ahead: Mapping[Request, int]) -> bool:
-    """Returns True if the token that is still to be read is the last that a request may have."""
-    return request in ahead and len(request.output_ids) + 1 >= request.params.max_tokens
