@@ -103,6 +103,11 @@ class Mark:
             self._event.record(torch.cuda.current_stream(self._device))
         return self
 
+    @property
+    def is_reached(self) -> bool:
+        """True if the device is there."""
+        return self._event is None or self._event.query()
+
     def wait(self) -> None:
         """Waits until the device is there."""
         if self._event is not None:

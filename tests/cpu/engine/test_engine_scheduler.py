@@ -156,7 +156,7 @@ def test_removing_frees_the_place(is_running: bool) -> None:
 
 
 def test_a_plan_stays_while_the_same_requests_go_on() -> None:
-    """What changes who runs, or by how many tokens, changes the plan; what only waits does not."""
+    """A change of who runs, or by how many tokens, changes the plan; one of who waits does not."""
     scheduler = make_scheduler(max_num_seqs=2, max_prefill_tokens=8)
     first, second, third = (make_request(2, max_tokens=50) for _ in range(3))
     scheduler.add(first)
