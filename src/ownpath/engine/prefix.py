@@ -107,13 +107,17 @@ class PrefixCache:
         """Takes up what requests have filled. Call before each step of theirs is launched."""
         lengths = self._pool.slots.lengths
         for request in requests:
-            num_tokens, prefix = lengths[request.caches.slot], self._prefix_of(request)
-            for taken in prefix.passed:
-                if taken.num_tokens <= num_tokens:  # else the step failed
-                    self._note(request, prefix, taken.num_tokens, taken)
-            prefix.passed = ()
+            cache = request.cache
+            if cache is None:
+                continue
+            num_tokens, prefix = lengths[cache.slot], request.prefix
+            if prefix is not None and prefix.passed:
+                for taken in prefix.passed:
+                    if taken.num_tokens <= num_tokens:  # else the step failed
+                        self._note(request, prefix, taken.num_tokens, taken)
+                prefix.passed = ()
             if num_tokens % BLOCK_TOKENS == 0:
-                self._note(request, prefix, num_tokens)
+                self._note(request, self._prefix_of(request), num_tokens)
 
     def _note(
         self, request: Request, prefix: RequestPrefix, num_tokens: int, taken: PassedSnapshot | None = None
