@@ -5,7 +5,7 @@ Most requests ask for none of it. Rows that do are drawn again, behind the step 
 Legend: S rows with changes, R tables, V vocabulary, K places of a row's bias.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from ownpath.cache.layout import aligned_rows
 from ownpath.engine.limits import MAX_LOGIT_BIAS, MAX_STOP_TOKENS
 from ownpath.engine.masks import Masks
 from ownpath.engine.request import Request, RequestError, SamplingParams
+from ownpath.engine.transfer import to_device
 from ownpath.kernels.sample.numbers import LARGEST
 from ownpath.kernels.sample.types import IN_PROMPT, BiasRows, FilterRows, PenaltyRows, SampleRows
 
@@ -32,11 +33,13 @@ class AdjustedRows(NamedTuple):
     """Rows of a step that are drawn again.
 
     Shapes: where_S int64 [S], their places among the step's rows. rows: with filters, penalties and bias, all three.
-    masks, turns: the masks that are being filled, and whose they are, row by row; ``None``: no row has a grammar.
+    counts: the tables that are to count what is drawn; ``None``: no row has penalties. masks, turns: the masks that are
+    being filled, and whose they are, row by row; ``None``: no row has a grammar.
     """
 
     where_S: torch.Tensor
     rows: SampleRows
+    counts: PenaltyRows | None = None
     masks: Masks | None = None
     turns: Sequence[tuple[Request, int]] = ()
 
@@ -44,30 +47,49 @@ class AdjustedRows(NamedTuple):
         """Returns the rows with their masks, once these are filled."""
         return self.rows if self.masks is None else self.rows._replace(mask_TW=self.masks.of(self.turns))
 
+    def count_drawn(self, token_S: torch.Tensor) -> None:
+        """Counts the tokens that were drawn, int32 [S], in the tables of their rows."""
+        if self.counts is not None:
+            tables_RV, table_S = self.counts.tables_RV, self.counts.table_T
+            place_S = table_S.clamp(min=0).long() * tables_RV.shape[1] + token_S
+            tables_RV.view(-1).index_add_(0, place_S, (table_S >= 0).int())
+
 
 class CountTables:
-    """A table of counts for each request with penalties, on the device: made on demand, free again with the request."""
+    """A table of counts for each request with penalties, on the device: made on demand, free again with the request.
+
+    A table counts what its request draws where that is drawn (``AdjustedRows.count_drawn``), so a step need not wait
+    for the host to read the one before. How many tokens it should have counted by then says whether it has counted
+    others, of a step that failed or whose token nobody took: then it is made anew, from prompt and answer.
+    """
 
     def __init__(self, num_vocab: int, device: torch.device) -> None:
         self.tables_RV = torch.zeros(1, num_vocab, dtype=torch.int32, device=device)
         self._free = [0]
         self._held: dict[Request, tuple[int, int]] = {}
 
-    def update(self, requests: Iterable[Request]) -> None:
-        """Counts what these requests have seen since the last time, and prompts of those that are new."""
+    def prepare(self, asked: Iterable[tuple[Request, int]]) -> None:
+        """Makes the tables ready for the next draw of these requests, which must be counted. asked: with the number of
+        tokens drawn by then."""
         entries: list[tuple[int, Sequence[int] | np.ndarray[Any, Any], int]] = []
-        for request in requests:
-            table, num_counted = self._held.get(request) or (self._take(), -1)
-            if num_counted < 0:
+        for request, num_drawn in asked:
+            table, num_counted = self._held.get(request, (None, 0))
+            if table is None or num_counted != num_drawn:
+                assert num_drawn == len(request.output_ids), "a table is made when all tokens are read"
+                table = self._cleared(self._take() if table is None else table)
                 entries.append((table, np.unique(request.prompt_ids), IN_PROMPT))
-            entries.append((table, request.output_ids[max(num_counted, 0) :], 1))
-            self._held[request] = table, len(request.output_ids)
+                entries.append((table, request.output_ids, 1))
+            self._held[request] = table, num_drawn + 1
         if entries:
             num_vocab = self.tables_RV.shape[1]
             places = [np.asarray(ids, np.int64) + table * num_vocab for table, ids, _ in entries]
             amounts = np.repeat([amount for _, _, amount in entries], [len(some) for some in places])
-            place_E, amount_E = torch.from_numpy(np.stack((np.concatenate(places), amounts))).to(self.tables_RV.device)
+            place_E, amount_E = to_device(np.stack((np.concatenate(places), amounts)), self.tables_RV.device)
             self.tables_RV.view(-1).index_add_(0, place_E, amount_E.int())
+
+    def has(self, request: Request) -> bool:
+        """True if a request has a table."""
+        return request in self._held
 
     def table_of(self, request: Request) -> int:
         """Returns the number of a request's table; -1 if it has none."""
@@ -86,7 +108,9 @@ class CountTables:
             count = len(self.tables_RV)
             self.tables_RV = torch.cat((self.tables_RV, torch.zeros_like(self.tables_RV)))
             self._free = list(range(count, 2 * count))
-        table = self._free.pop()
+        return self._free.pop()
+
+    def _cleared(self, table: int) -> int:
         self.tables_RV[table].zero_()
         return table
 
@@ -133,30 +157,45 @@ class Adjuster:
 
     def waits_for_tokens(self, requests: Iterable[Request]) -> bool:
         """Returns True if the rows of these requests cannot be made before the tokens of the step before are known:
-        penalties count them, and grammars go on from them."""
-        return bool(self._asking) and any(one in self._asking and one.adjusts_now for one in requests)
+        grammars go on from them, and a table of counts begins with them."""
+        return bool(self._asking) and any(one in self._asking and self._waits(one) for one in requests)
 
-    def rows_of(self, requests: Sequence[Request]) -> AdjustedRows | None:
-        """Returns the rows, among those of these requests, whose logits change in this step; ``None``: nobody's do."""
+    def _waits(self, request: Request) -> bool:
+        return request.matcher is not None or (request.params.has_penalties and not self.counts.has(request))
+
+    def rows_of(
+        self, requests: Sequence[Request], num_drawn: Sequence[int] | None = None, passing: Container[int] = ()
+    ) -> AdjustedRows | None:
+        """Returns the rows, among those of these requests, whose logits change in this step; ``None``: nobody's do.
+
+        num_drawn: tokens that each has drawn, read or not; ``None``: all are read. passing: rows that draw none.
+        """
         if not self._asking:
             return None
-        picked = [(row, one) for row, one in enumerate(requests) if one in self._asking and one.adjusts_now]
+        numbers = [len(one.output_ids) for one in requests] if num_drawn is None else num_drawn
+        picked = [
+            (row, one, count)
+            for row, (one, count) in enumerate(zip(requests, numbers, strict=True))
+            if one in self._asking and row not in passing and one.adjusts_after(count)
+        ]
         if not picked:
             return None
-        chosen = [one for _, one in picked]
-        self.counts.update(one for one in chosen if one.params.has_penalties)
-        places = [self._places_of(one) for one in chosen]
+        where, chosen, drawn = (list(column) for column in zip(*picked, strict=True))
+        punished = [(one, count) for _, one, count in picked if one.params.has_penalties]
+        self.counts.prepare(punished)
+        places = [self._places_of(one, count < one.params.min_tokens) for _, one, count in picked]
         bias_2SK = torch.stack([tensor for _, tensor in places], dim=1)
-        whole, parts = self._columns(chosen, [row for row, _ in picked], [count for count, _ in places])
+        whole, parts = self._columns(chosen, where, drawn, [count for count, _ in places])
         top_p, min_p, temperature, presence, frequency, repetition = parts[4:].view(torch.float32)
         index, top_k, table, num_places = parts[:4]
+        penalties = PenaltyRows(self.counts.tables_RV, table, presence, frequency, repetition)
         rows = SampleRows(
             *(temperature, whole[1], index),
             FilterRows(top_k, top_p, min_p),
-            PenaltyRows(self.counts.tables_RV, table, presence, frequency, repetition),
+            penalties,
             BiasRows(bias_2SK[0], bias_2SK[1].view(torch.float32), num_places),
         )
-        return AdjustedRows(whole[0], rows, *self._masks_of(chosen))
+        return AdjustedRows(whole[0], rows, penalties if punished else None, *self._masks_of(chosen))
 
     def _masks_of(self, chosen: Sequence[Request]) -> tuple[Masks | None, list[tuple[Request, int]]]:
         """Returns the masks of these rows, which ``start`` has begun, or which begin now."""
@@ -168,7 +207,7 @@ class Adjuster:
         return self._masks, turns
 
     def _columns(
-        self, requests: Sequence[Request], where: list[int], num_places: list[int]
+        self, requests: Sequence[Request], where: list[int], drawn: list[int], num_places: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Uploads the rows' numbers: places and seeds int64 [2, S]; 4 columns of int32, 6 of float32 as int32."""
         count, params = len(requests), [one.params for one in requests]
@@ -176,20 +215,16 @@ class Adjuster:
         parts = np.zeros((10, aligned_rows(count)), np.int32)
         whole[:, :count] = where, [one.seed for one in requests]
         tables = [self.counts.table_of(one) for one in requests]
-        parts[:4, :count] = [len(one.output_ids) for one in requests], [one.top_k for one in params], tables, num_places
+        parts[:4, :count] = drawn, [one.top_k for one in params], tables, num_places
         repetitions = [max(one.repetition_penalty, LEAST_REPETITION) for one in params]
         filters = [(one.top_p, one.min_p, one.temperature) for one in params]
         penalties = [(one.presence_penalty, one.frequency_penalty) for one in params]
         parts[4:].view(np.float32)[:, :count] = np.column_stack((filters, penalties, repetitions)).T
-        return (
-            torch.from_numpy(whole).to(self._device)[:, :count],
-            torch.from_numpy(parts).to(self._device)[:, :count],
-        )
+        return to_device(whole, self._device)[:, :count], to_device(parts, self._device)[:, :count]
 
-    def _places_of(self, request: Request) -> tuple[int, torch.Tensor]:
+    def _places_of(self, request: Request, waits: bool) -> tuple[int, torch.Tensor]:
         """Returns how many places a request's bias has, and ids and values as int32 [2, K]; uploaded once, and again
-        when its end tokens are free."""
-        waits = request.must_go_on
+        when its end tokens are free. waits: they must not be drawn yet."""
         known = self._places.get(request)
         if known is None or known[0] != waits:
             biases = dict(request.params.logit_bias)
@@ -204,7 +239,7 @@ class Adjuster:
         places = np.zeros((2, NUM_PLACES), np.int32)
         places[0, : len(ids)] = ids
         places[1].view(np.float32)[: len(ids)] = [biases[token_id] for token_id in ids]
-        return torch.from_numpy(places).to(self._device)
+        return to_device(places, self._device)
 
 
 def _turn(request: Request) -> tuple[Request, int]:

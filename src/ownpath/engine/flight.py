@@ -13,14 +13,14 @@ from ownpath.engine.scheduler import ScheduledChunk
 class NextRows(NamedTuple):
     """The rows of a step that is to be launched, of those chunks that have one.
 
-    reading: rows that read more than the last token of an answer. goes_on: whether the token after each row's own is
-    the one that the row draws.
+    reading: rows that read more than the last token of an answer. passing: those of them that draw no token of it, as
+    the next one is known.
     """
 
     chunks: Sequence[ScheduledChunk]
     rows: StepRows
     reading: frozenset[int]
-    goes_on: bool
+    passing: frozenset[int]
 
     @classmethod
     def of(cls, chunks: Iterable[ScheduledChunk], ahead: Mapping[Request, int]) -> "NextRows":
@@ -28,7 +28,7 @@ class NextRows(NamedTuple):
         to be read: what it draws is the next token, unless more is known; a request of which it is the last has no
         row."""
         kept: list[ScheduledChunk] = []
-        rows, reading, goes_on = [], [], True
+        rows, reading, passing = [], [], []
         for chunk in chunks:
             request, row = chunk.request, ahead.get(chunk.request)
             if request.cache is None:
@@ -39,7 +39,8 @@ class NextRows(NamedTuple):
                 token_id = request.id_at(at)
                 if at < num_known - (num_drawn > 0):
                     reading.append(len(kept))
-                    goes_on = goes_on and at == num_known - 1
+                if at < num_known - 1:
+                    passing.append(len(kept))
             else:
                 assert row is not None
                 token_id, num_drawn = unread(row), num_drawn + 1
@@ -48,7 +49,7 @@ class NextRows(NamedTuple):
             kept.append(chunk)
             rows.append((request.cache, token_id, request.params, request.seed, num_drawn))
         columns = StepRows(*map(list, zip(*rows, strict=True))) if rows else NO_ROWS
-        return cls(kept, columns, frozenset(reading), goes_on)
+        return cls(kept, columns, frozenset(reading), frozenset(passing))
 
 
 class Flight(NamedTuple):
@@ -57,7 +58,8 @@ class Flight(NamedTuple):
     requests: those of the chunks. caches: theirs when it was launched. looks: rows of which a report tells more than a
     token and its log-prob, or no token. asks: whether a report needs its logits, which the next step overwrites.
     scores: whether log-probs are asked for. num_more: steps of the same rows that may follow before ``max_tokens`` ends
-    an answer. ends: tokens that may end one before. goes_on: as of ``NextRows``.
+    an answer. ends: tokens that may end one before. goes_on: whether the same step may follow: each row
+    goes on from the token that it draws, and none was drawn from other logits than the step's own.
     """
 
     chunks: Sequence[ScheduledChunk]
@@ -73,9 +75,12 @@ class Flight(NamedTuple):
     begun_at: float
 
     @classmethod
-    def of(cls, following: NextRows, ends: frozenset[int], begun: StepBegun, at: float) -> "Flight":
-        """Notes a step launched at a time of the clock."""
-        chunks, rows, reading, goes_on = following
+    def of(
+        cls, following: NextRows, ends: frozenset[int], begun: StepBegun, at: float, *, is_adjusted: bool
+    ) -> "Flight":
+        """Notes a step launched at a time of the clock. is_adjusted: rows were drawn from other logits."""
+        chunks, rows, reading, passing = following
+        goes_on = not passing and not is_adjusted
         requests = [chunk.request for chunk in chunks]
         looks = reading.union(begun.num_tops)
         asks = any(requests[row].scores_prompt for row in reading)

@@ -299,20 +299,15 @@ class Request:
         return self.params.prompt_logprobs is not None and self.is_prefilling
 
     @property
-    def must_go_on(self) -> bool:
-        """True while no token may end the answer."""
-        return len(self.output_ids) < self.params.min_tokens
-
-    @property
     def adjusts(self) -> bool:
         """True if logits change before a token is chosen, in some step at least."""
         return self.params.adjusts or self.matcher is not None
 
-    @property
-    def adjusts_now(self) -> bool:
-        """True if the logits of the next token change before it is chosen. How, depends on the token before it."""
+    def adjusts_after(self, num_drawn: int) -> bool:
+        """Returns True if the logits of the token behind so many of the answer change before it is chosen."""
         params = self.params
-        return params.has_penalties or bool(params.logit_bias) or self.must_go_on or self.matcher is not None
+        must_go_on = num_drawn < params.min_tokens
+        return params.has_penalties or bool(params.logit_bias) or must_go_on or self.matcher is not None
 
     def with_end(self, output: StepOutput, end_token_ids: frozenset[int]) -> StepOutput:
         """Returns a step's output and why the answer ends with it, if it does. end_token_ids: the model's."""

@@ -129,7 +129,8 @@ def choose_tokens(logits_SV: torch.Tensor, rows: Sequence[SampleRow], adjusted: 
 def draw_adjusted(
     logits_TV: torch.Tensor, adjusted: AdjustedRows, found: torch.Tensor, *, scores: bool = True
 ) -> torch.Tensor:
-    """Draws the rows whose logits change, and writes them over what ``found``, int32 [3 or more, R], has of them.
+    """Draws the rows whose logits change, writes them over what ``found``, int32 [3 or more, R], has of them, and
+    counts them where penalties do.
 
     scores: with log-probs. Returns their tokens, int32 [S]. Waits for the masks of grammars alone. Every call has
     filters, penalties and bias: one variant, and another with masks.
@@ -142,6 +143,7 @@ def draw_adjusted(
         drawn[-1], out = NAN_BITS, out._replace(logprob_T=None)
     kernel.run(logits_TV[adjusted.where_S].float(), adjusted.masked_rows(), operand, out=out)
     found[:NUM_SAMPLED].index_copy_(1, adjusted.where_S, drawn[:, :count])
+    adjusted.count_drawn(out.token_T)
     return out.token_T
 
 

@@ -11,8 +11,9 @@ from one to the next while the host reads, reports and schedules. At most two ar
 - A request whose unread token is its last by ``max_tokens`` has no row more, so no row is beyond its memory.
 - Rows that read a prompt go on from its tokens, which the host knows. The likeliest tokens are taken behind the graph,
   before the next one overwrites the logits, and come with the results.
-- A step is read at once if its logits score a prompt, and the next one waits for it if rows' logits change by what was
-  drawn. Steps by ``forward`` wait for all before them.
+- A step is read at once if its logits score a prompt, and the next one waits for it if a row has a grammar, or draws
+  with penalties for the first time; the tokens of later ones are counted on the device. Steps by ``forward`` wait for
+  all before them.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -188,9 +189,10 @@ class StepRunner:
 
     def _begun(self, decoder: Decoder, following: NextRows, at: float) -> Flight:
         requests = [chunk.request for chunk in following.chunks]
-        adjusted, tops = self._adjuster.rows_of(requests), wanted_tops(enumerate(requests))
-        begun = decoder.begin(following.rows, adjusted, tops)
-        return Flight.of(following, self._reporter.ends_of(requests), begun, at)
+        adjusted = self._adjuster.rows_of(requests, following.rows.num_drawn, following.passing)
+        begun = decoder.begin(following.rows, adjusted, wanted_tops(enumerate(requests)))
+        ends = self._reporter.ends_of(requests)
+        return Flight.of(following, ends, begun, at, is_adjusted=adjusted is not None)
 
     def _land_to(self, num_flying: int) -> None:
         """Reads steps until so many are unread."""

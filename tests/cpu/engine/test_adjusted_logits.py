@@ -10,7 +10,7 @@ import torch
 from cpu.engine.fake_model import EOS_ID, FakeModel, random_rule
 from cpu.engine.test_engine_engine import NUM_TOKENS, VOCAB, Asked, running
 
-from ownpath.engine.adjust import Adjuster, CountTables
+from ownpath.engine.adjust import Adjuster
 from ownpath.engine.request import FinishReason, Request, RequestError, SamplingParams
 from ownpath.engine.sampler import SampleRow, choose_tokens
 from ownpath.kernels.sample.types import IN_PROMPT
@@ -179,15 +179,25 @@ def asking(prompt_ids: list[int], **fields: Any) -> Request:
     return Request(prompt_ids, SamplingParams(9, **fields), lambda output: None)
 
 
-def test_tables_count_and_are_given_back() -> None:
-    """A table that another request had before is empty again; tables that come later move nothing."""
-    counts = CountTables(12, torch.device("cpu"))
-    requests = [asking([n, n, 11], presence_penalty=1.0) for n in range(5)]
+def test_tables_count_what_is_drawn_and_are_given_back() -> None:
+    """Read or not; a table that another request had before is empty again; tables that come later move nothing."""
+    adjuster = Adjuster(12, torch.device("cpu"), frozenset())
+    counts, requests = adjuster.counts, [asking([n, n, 11], presence_penalty=1.0) for n in range(5)]
+
+    def step(asked: Sequence[Request], tokens: Sequence[int], num_unread: int = 0) -> None:
+        adjusted = adjuster.rows_of(asked, [len(one.output_ids) + num_unread for one in asked])
+        assert adjusted is not None
+        adjusted.count_drawn(torch.tensor(tokens, dtype=torch.int32))
+
     for n, request in enumerate(requests):
-        request.output_ids += [n] * n + [10]
-        counts.update([request])
-    requests[1].output_ids += [11, 11]
-    counts.update(requests)
+        adjuster.add(request)
+        request.output_ids += [n] * n  # it was sent back, and has read its answer again
+        step([request], [10])
+    step(requests, [7] * 5, num_unread=1)
+    for request in requests:
+        request.output_ids += [10, 7]
+    step(requests[1:2], [11])
+    requests[1].output_ids.append(11)
     for request in requests:
         table = [0] * 12
         for token_id in request.prompt_ids:
@@ -196,15 +206,38 @@ def test_tables_count_and_are_given_back() -> None:
             table[token_id] += 1
         assert counts.tables_RV[counts.table_of(request)].tolist() == table
     freed = counts.table_of(requests[2])
-    counts.drop(requests[2])
+    adjuster.drop(requests[2])
     late = asking([6], presence_penalty=1.0)
-    counts.update([late])
+    adjuster.add(late)
+    step([late], [3])
     assert counts.table_of(late) == freed
-    assert counts.tables_RV[freed].nonzero().flatten().tolist() == [6]
+    assert counts.tables_RV[freed].nonzero().flatten().tolist() == [3, 6]
     for request in (late, *requests):
-        counts.drop(request)
-        counts.drop(request)
+        adjuster.drop(request)
+        adjuster.drop(request)
     assert len(counts.tables_RV) == 1
+
+
+def test_a_draw_that_came_to_nothing_is_not_counted() -> None:
+    """Of a step that failed, or whose token nobody took: the request draws again behind the tokens that it has."""
+    adjuster, request = Adjuster(12, torch.device("cpu"), frozenset()), asking([4], frequency_penalty=1.0)
+    adjuster.add(request)
+    for num_drawn, token_id in ((0, 5), (1, 6), (0, 7)):
+        adjusted = adjuster.rows_of([request], [num_drawn])
+        assert adjusted is not None
+        adjusted.count_drawn(torch.tensor([token_id], dtype=torch.int32))
+    table_V = adjuster.counts.tables_RV[adjuster.counts.table_of(request)]
+    assert {n: int(table_V[n]) for n in table_V.nonzero().flatten().tolist()} == {4: IN_PROMPT, 7: 1}
+
+
+def test_rows_that_only_pass_draw_nothing() -> None:
+    """A prompt's rows before its last: there is no token to choose, and none to count."""
+    adjuster, request = Adjuster(12, torch.device("cpu"), frozenset()), asking([4, 5], presence_penalty=1.0)
+    adjuster.add(request)
+    assert adjuster.rows_of([request, request], [0, 0], passing={0, 1}) is None
+    found = adjuster.rows_of([request, request], [0, 0], passing={0})
+    assert found is not None
+    assert found.where_S.tolist() == [1]
 
 
 def test_a_step_without_such_requests_prepares_nothing() -> None:
