@@ -1,12 +1,9 @@
 """``/debug/plan``: closed unless there is a key, open to that key alone, and true of what ran."""
 
+import asyncio
 import contextlib
 import json
 import logging
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -216,36 +213,41 @@ def test_a_real_model_tells_its_own_plan(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spelled", ["argument", "environment"])
-def test_serve_takes_the_key(spelled: str, tmp_path: Path) -> None:
+def test_serve_takes_the_key(
+    spelled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command, in place of whose server the application is asked."""
+    answers: list[httpx.Response] = []
+
+    def run_server(app: Any, *_: object) -> int:
+        async def ask() -> None:
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+                answers.extend([await client.get(PATH), await client.get(PATH, headers=AS_ADMIN)])
+
+        asyncio.run(ask())
+        return 0
+
     folder = write_model_folder(tmp_path / "v4")
-    command = [sys.executable, "-m", "ownpath", "serve", str(folder), "--port", "0", "--allow-unverified"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    if spelled == "argument":
-        command += ["--admin-key", KEY]
-    else:
-        environment["OWNPATH_ADMIN_KEY"] = KEY
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    try:
-        assert process.stderr is not None
-        lines = (line for line in iter(process.stderr.readline, ""))
-        url = next(found[1] for line in lines if (found := re.search(r"(http://127\.0\.0\.1:\d+)/v1", line)))
-        assert httpx.get(url + PATH).status_code == 401
-        body = httpx.get(url + PATH, headers=AS_ADMIN, timeout=30).json()
-        facts = ["model", "versions", "device", "plan", "release", "memory"]
-        assert list(body) == ["schema", "recording", "ran", *facts]
-        assert body["model"] == "v4"
-        assert body["versions"]["torch"] == torch.__version__
-        assert body["device"] == {"type": "cpu", "name": "CPU", "sm": None}
-        assert body["ran"] == [], "the self-test's calls are not among them"
-        assert body["plan"] == json.loads(json.dumps(plan_dict(plan_model(folder, "cpu"))))
-        found = inspect_folder(folder).contents
-        assert found is not None
-        cpu = found.memory[0]
-        one = load_model(folder, EngineConfig(max_model_len=4096)).new_cache().num_bytes()
-        sizes = {"weights_bytes": cpu.weights_bytes, "cache_bytes": 16 * one}
-        spec = load_model(folder, EngineConfig(max_model_len=4096)).cache_spec
-        snapshots = {"snapshots": 64, "snapshot_bytes": 64 * snapshot_bytes(spec)}
-        assert body["memory"] == sizes | snapshots | {"requests": 16, "tokens_each": 4096}
-    finally:
-        process.terminate()
-        assert KEY not in process.communicate()[1]
+    monkeypatch.setattr("ownpath.server.run.run_server", run_server)
+    options = ["--admin-key", KEY] if spelled == "argument" else []
+    if not options:
+        monkeypatch.setenv("OWNPATH_ADMIN_KEY", KEY)
+    assert main(["serve", str(folder), "--port", "0", "--allow-unverified", *options]) == 0
+    assert KEY not in "".join(capsys.readouterr())
+    assert [response.status_code for response in answers] == [401, 200]
+    body = answers[1].json()
+    facts = ["model", "versions", "device", "plan", "release", "memory"]
+    assert list(body) == ["schema", "recording", "ran", *facts]
+    assert body["model"] == "v4"
+    assert body["versions"]["torch"] == torch.__version__
+    assert body["device"] == {"type": "cpu", "name": "CPU", "sm": None}
+    assert body["ran"] == [], "the self-test's calls are not among them"
+    assert body["plan"] == json.loads(json.dumps(plan_dict(plan_model(folder, "cpu"))))
+    found = inspect_folder(folder).contents
+    assert found is not None
+    cpu = found.memory[0]
+    one = load_model(folder, EngineConfig(max_model_len=4096)).new_cache().num_bytes()
+    sizes = {"weights_bytes": cpu.weights_bytes, "cache_bytes": 16 * one}
+    spec = load_model(folder, EngineConfig(max_model_len=4096)).cache_spec
+    snapshots = {"snapshots": 64, "snapshot_bytes": 64 * snapshot_bytes(spec)}
+    assert body["memory"] == sizes | snapshots | {"requests": 16, "tokens_each": 4096}
