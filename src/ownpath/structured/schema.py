@@ -27,8 +27,8 @@ _IN_DRAFT_7 = ("contentEncoding", "contentMediaType")
 """Keywords that bind in draft 7, and only describe since."""
 _NEUTRAL = {"uniqueItems": False, "unevaluatedProperties": True, "unevaluatedItems": True, "$recursiveAnchor": False}
 """Values of refused keywords that ask for nothing."""
-_ONE = ("additionalItems", "additionalProperties", "items", "contentSchema")
-_SOME = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
+_ONE = ("additionalItems", "additionalProperties", "contentSchema")
+_SOME = ("allOf", "anyOf", "oneOf", "prefixItems")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")
 _OLD_DRAFTS = ("draft-03", "draft-04", "draft-06", "draft-07")
 _COUNTS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties")
@@ -110,6 +110,12 @@ def _rewrite_one_or_some(value: Any, place: str, dialect: _Dialect) -> Any:
     return _rewrite(value, place, dialect)
 
 
+def _rewrite_some(value: Any, place: str, dialect: _Dialect) -> Any:
+    if not isinstance(value, list):
+        raise GrammarRefused("must be a list of schemas", place)
+    return _rewrite_one_or_some(value, place, dialect)
+
+
 def _pattern(value: Any, place: str, dialect: _Dialect) -> str:
     if not isinstance(value, str):
         raise GrammarRefused("must be a text", place)
@@ -127,19 +133,29 @@ def _count(value: Any, place: str, dialect: _Dialect) -> int:
     return value
 
 
-def _ref(value: Any, place: str, dialect: _Dialect) -> str:
+def _text(value: Any, place: str, dialect: _Dialect) -> str:
     if not isinstance(value, str):
         raise GrammarRefused("must be a text", place)
     return value
 
 
+def _texts(value: Any, place: str, dialect: _Dialect) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise GrammarRefused("must be a list of texts", place)
+    return value
+
+
 _CHECKS: dict[str, Callable[[Any, str, _Dialect], Any]] = {
-    **dict.fromkeys((*_ONE, *_SOME), _rewrite_one_or_some),
+    **dict.fromkeys(_ONE, _rewrite),
+    **dict.fromkeys(_SOME, _rewrite_some),
+    "items": _rewrite_one_or_some,
     **dict.fromkeys(_NAMED, _rewrite_named),
     **dict.fromkeys(_COUNTS, _count),
     "patternProperties": _rewrite_patterned,
     "pattern": _pattern,
-    "$ref": _ref,
+    "$ref": _text,
+    "format": _text,
+    "required": _texts,
 }
 
 

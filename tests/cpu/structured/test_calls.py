@@ -1,6 +1,7 @@
 """Calls of tools as a grammar: what the format's own encoder writes of arguments fits, if and only if they fit the
 schema; what is followed at random is read back as such a call."""
 
+import itertools
 import json
 import random
 import time
@@ -21,6 +22,7 @@ from ownpath.chat.parts import MalformedMarkup, ToolCallArguments, ToolCallStart
 from ownpath.structured.calls import call_rules
 from ownpath.structured.errors import GrammarRefused
 from ownpath.structured.grammar import compile_grammar
+from ownpath.structured.schema import library_schema
 from ownpath.structured.vocabulary import Vocabulary, library_tokenizer
 
 TOKENIZER = small_tokenizer()
@@ -182,6 +184,35 @@ def test_a_tool_without_parameters_takes_none(parameters: Any, takes: bool, is_s
         matcher = matcher_of({"name": "f", "strict": is_strict, **own})
         assert fits(matcher, ("f", {}))
         assert fits(matcher, ("f", {"a": "b"})) == takes
+
+
+KEYWORDS = (
+    *("type", "enum", "const", "properties", "required", "additionalProperties", "patternProperties", "items"),
+    *("prefixItems", "additionalItems", "anyOf", "oneOf", "allOf", "$ref", "$defs", "definitions", "minLength"),
+    *("maxLength", "minItems", "minProperties", "minimum", "multipleOf", "pattern", "format", "title", "$schema"),
+    *("$id", "contentSchema", "default", "examples", "x-guidance", "not"),
+)
+ODD_VALUES: tuple[Any, ...] = (
+    *(None, True, False, 0, -1, 1.5, "", "a", "string", "#/$defs/a", "(", {}, {"a": 1}, {"a": {}}, {"a": None}),
+    *({"type": "string"}, [], [1], ["a"], [[1]], [{}], [None], [{"type": "string"}], ["string", 1], [["a"]]),
+)
+
+
+def test_a_schema_that_is_none_is_refused_by_name() -> None:
+    """Whatever a keyword's value is: it is taken or refused, at the top and below, of strict tools and others."""
+    places: dict[str, str] = {}
+    for keyword, value in itertools.product(KEYWORDS, ODD_VALUES):
+        inner = {"properties": {"p": {keyword: value}}, "$defs": {"a": {"type": "string"}}}
+        top = {"properties": {"p": {"type": "string"}}} | {keyword: value}
+        for parameters in (inner, top):
+            call_rules([(0, {"name": "f", "parameters": parameters})], MARKER, is_one=False)
+            try:
+                library_schema(parameters)
+                call_rules([(0, {"name": "f", "parameters": parameters, "strict": True})], MARKER, is_one=False)
+            except GrammarRefused as error:
+                places[f"{keyword} {value}"] = error.place
+    for odd in ("anyOf {'a': {}}", "format []", "required [[1]]", "required None", "oneOf True", "prefixItems {}"):
+        assert odd.split()[0] in places[odd]
 
 
 LOOP = {"d": {"anyOf": [{"$ref": "#/$defs/d"}] * 60}}
