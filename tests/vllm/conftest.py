@@ -46,6 +46,7 @@ def environment(**changes: str) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join([str(HERE / "site"), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
         "TRITON_INTERPRET": "1",
+        "TORCHDYNAMO_DISABLE": "1",  # a rank's embedding is compiled, which asks that Triton for a compiler
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # tests send functions to ranks
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",

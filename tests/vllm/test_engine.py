@@ -10,12 +10,12 @@ from ownpath.formats import CacheFormat
 from ownpath.loading import default_model_dir
 
 pytestmark = pytest.mark.vllm
-# 560 tokens have 140 compressed keys, more than the 128 that an indexer chooses.
-TEXTS = [text_ids(60), text_ids(560)]
-NUM_LAYERS, NUM_SLOTS, NUM_INDEXERS = 4, 30, 2
+# vLLM's CPU model can leave out compressed keys only by a top-k of 512: no text here has more than its indexers keep.
+TEXTS = [text_ids(60), text_ids(300)]
+NUM_LAYERS, NUM_SLOTS = 4, 30
 ROUTER_BIASES = {f"model.layers.{at}.ffn.experts.routed_experts.e_score_correction_bias" for at in range(NUM_LAYERS)}
 """The router's own parameter, to which vLLM's experts hold a second name. No product multiplies it."""
-OPTIONS = {"prompts": prompts(), "texts": TEXTS, "engine": {"max_model_len": 1024, "max_num_batched_tokens": 1024}}
+OPTIONS = {"prompts": prompts(), "texts": TEXTS}
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +30,13 @@ def test_greedy_ids_are_ours(answers: Answers) -> None:
 
 
 def test_every_layer_that_we_claim_ran_through_our_runners(answers: Answers) -> None:
-    """Each slot once a step; an indexer's queries where it must choose. No layer of ours has a weight."""
+    """Each slot once a step, but for indexers' queries, which are not asked for here. No layer of ours has a weight."""
     (rank,) = answers.ranks
     assert len(rank["shares"]) == len(rank["kernels"]) == NUM_SLOTS
     assert set(rank["parameters"]) <= ROUTER_BIASES
-    calls = {slot: count for slot, count in rank["calls"].items() if "indexer" not in slot}
-    assert len(calls) == NUM_SLOTS - NUM_INDEXERS
+    calls = rank["calls"]
+    assert set(rank["shares"]) - set(calls) == {f"layers.{at}.attn.indexer.wq_b" for at in (1, 3)}
     assert len(set(calls.values())) == 1, calls
-    assert set(rank["calls"]) == set(rank["shares"])
     assert {"OwnpathLinearMethod", "OwnpathExpertsMethod", "OwnpathGroupMethod"} <= set(rank["methods"])
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.checkpoints import LAYOUTS, SMALL, random_checkpoint
-from support.tiny_exports import tiny_tensors
+from support.tiny_exports import tiny_tensors, write_tiny
 
 from ownpath.assembly import load_part
 from ownpath.checkpoint.errors import CheckpointError
@@ -16,6 +16,7 @@ from ownpath.config import EngineConfig, ModelConfig, Parallel
 from ownpath.integrations.vllm.intake import Intake
 from ownpath.integrations.vllm.names import VARIABLE, VllmPart, chosen_parts, slot_of
 from ownpath.loading import default_model_dir, planned
+from ownpath.numerics import dequantize, nvfp4_global_scale, quantize_fp8_block, quantize_nvfp4
 from ownpath.ops import OpKind
 from ownpath.plan.opspec import model_ops
 from ownpath.plan.part import RankShare
@@ -239,3 +240,23 @@ def test_an_index_knows_what_a_rank_leaves(tmp_path: Path) -> None:
     in_experts = [key for key in CheckpointIndex.open(tmp_path).tensors if ".ffn.experts." in key]
     assert intake.taken.counts["unread"] >= len(in_experts) // 2
     assert config.n_routed_experts == 8
+
+
+def test_quantised_matrices_that_vllm_keeps_whole_are_decoded(tmp_path: Path) -> None:
+    """vLLM asks nobody how the indexer's weights_proj or a compressor is stored: it gets their values, in BF16."""
+    tensors, values = tiny_tensors(), {}
+    for module in ("indexer.compressor.wkv", "indexer.compressor.wgate", "indexer.weights_proj"):
+        key = f"layers.1.attn.{module}.weight"
+        weight = tensors[key].float()
+        if "compressor" in module:
+            stored = quantize_fp8_block(weight, torch.float8_e8m0fnu)
+            scales = {"scale": stored.scale}
+        else:
+            stored = quantize_nvfp4(weight, nvfp4_global_scale(weight))
+            scales = {"weight_scale": stored.scale, "weight_scale_2": stored.global_scale}
+        tensors[key], values[key] = stored.qdata, dequantize(stored, torch.float32).bfloat16()
+        tensors |= {f"layers.1.attn.{module}.{name}": scale for name, scale in scales.items() if scale is not None}
+    rest = taken(entered(write_tiny(tmp_path / "quantised", tensors)), tensors)
+    for key, value in values.items():
+        torch.testing.assert_close(rest[key], value, rtol=2**-7, atol=0)  # two roundings of one product
+    assert not [key for key in rest if "scale" in key and ".indexer." in key]

@@ -6,18 +6,21 @@ from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
-from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.platforms import current_platform
 
 from ownpath.formats import BF16, FP32
 from ownpath.integrations.vllm.intake import Intake
 from ownpath.integrations.vllm.methods import OwnpathExpertsMethod, OwnpathGroupMethod, OwnpathLinearMethod
-from ownpath.integrations.vllm.names import VARIABLE, VllmPart, chosen_parts, slot_of
+from ownpath.integrations.vllm.names import QUANTIZATION, VARIABLE, VllmPart, chosen_parts, slot_of
+from ownpath.integrations.vllm.seam import take_hyper
+from ownpath.integrations.vllm.versions import check_device
 
-NAME = "ownpath"
-"""The quantisation's name in vLLM: ``--quantization ownpath`` demands it."""
+logger = init_logger("vllm.ownpath")
 _STOCK = "deepseek_v4_fp8"
 _STOCK_FIELDS = {
     "quant_method": "fp8",
@@ -50,7 +53,7 @@ class OwnpathConfig(QuantizationConfig):  # type: ignore[misc]
     @classmethod
     def get_name(cls) -> str:
         """The name in vLLM."""
-        return NAME
+        return QUANTIZATION
 
     @classmethod
     def get_supported_act_dtypes(cls) -> list[torch.dtype]:
@@ -78,8 +81,8 @@ class OwnpathConfig(QuantizationConfig):  # type: ignore[misc]
     ) -> str | None:
         """Claims every V4 checkpoint, unless the user asks for another quantisation or for nothing of ours."""
         is_v4 = getattr(hf_config, "model_type", None) == "deepseek_v4"
-        is_asked = user_quant in (None, NAME) and bool(chosen_parts(os.environ))
-        return NAME if is_v4 and is_asked else None
+        is_asked = user_quant in (None, QUANTIZATION) and bool(chosen_parts(os.environ))
+        return QUANTIZATION if is_v4 and is_asked else None
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """Returns a layer's method. Errors: as ``Intake``; ValueError for a layer that nobody can run."""
@@ -99,8 +102,15 @@ class OwnpathConfig(QuantizationConfig):  # type: ignore[misc]
 
     @property
     def intake(self) -> Intake:
-        """The weights' intake of this model; made when the first layer asks. Errors: as ``Intake``."""
+        """The weights' intake of this model, made when the first layer asks, before vLLM makes a hyper-connection.
+
+        Errors: as ``Intake``; VllmRefusal for a device on which our kernels have not run.
+        """
         if self._intake is None:
+            for warning in check_device(current_platform.get_device_capability(), os.environ):
+                logger.warning(warning)
+            if VllmPart.HYPER in self.parts:
+                logger.info(take_hyper(os.environ))
             vllm_config = get_current_vllm_config()
             model, device = vllm_config.model_config, vllm_config.device_config.device
             self._intake = Intake(model_folder(vllm_config), torch.device(device).type, model.dtype, self.parts)
@@ -112,8 +122,9 @@ class OwnpathConfig(QuantizationConfig):  # type: ignore[misc]
         known = _STOCK_EXPERTS if isinstance(layer, RoutedExperts) else _STOCK_LINEARS
         if all(encoding.name in known for encoding in encodings):
             return self._vllm_method(layer, prefix)
-        if isinstance(layer, LinearBase) and all(encoding.format in (BF16, FP32) for encoding in encodings):
-            return UnquantizedLinearMethod()
+        if all(encoding.format in (BF16, FP32) for encoding in encodings):
+            is_experts = isinstance(layer, RoutedExperts)
+            return UnquantizedFusedMoEMethod(layer.moe_config) if is_experts else UnquantizedLinearMethod()
         names = " and ".join(dict.fromkeys(encoding.name for encoding in encodings))
         raise ValueError(f"{VARIABLE} leaves {slot} to vLLM, which cannot load its {names} weights")
 

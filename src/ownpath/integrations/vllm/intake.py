@@ -18,19 +18,25 @@ from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.schema import Encoding
 from ownpath.checkpoint.tensor_info import TensorInfo
 from ownpath.config import EngineConfig
-from ownpath.integrations.vllm.names import VllmPart
+from ownpath.formats import BF16, FP32
+from ownpath.integrations.vllm.names import VllmPart, part_of
 from ownpath.integrations.vllm.ops import SharedExperts
 from ownpath.loading import device_caps, planned
+from ownpath.numerics import dequantize
 from ownpath.ops import OpKind
+from ownpath.plan.ops import PlannedOp
 from ownpath.plan.opspec import model_ops
 from ownpath.plan.part import RankShare, plan_part
 from ownpath.plan.plan import Plan
+from ownpath.qtensor import QuantTensor
 from ownpath.runners import Runner
 from ownpath.runners.make import make_runners
 from ownpath.runners.moe import MoeRunner
 from ownpath.startup import compile_kernels
 from ownpath.trace import Ledger
 from ownpath.weights.feed import Feed, check_given, file_key
+from ownpath.weights.operands import OperandBuffers
+from ownpath.weights.stored import stored_linear
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
@@ -45,7 +51,7 @@ class Entered:
 
 @dataclass(frozen=True)
 class TakenPart:
-    """The products that this rank took, ready to run. counts: tensors taken, left and unread."""
+    """The products that this rank took, ready to run. counts: tensors taken, decoded for vLLM, left and unread."""
 
     plan: Plan
     runners: Mapping[str, Runner]
@@ -76,6 +82,13 @@ class Intake:
             found[op.spec.slot] = (*found.get(op.spec.slot, ()), op.stored)
         return found
 
+    @cached_property
+    def decoded(self) -> tuple[str, ...]:
+        """Slots that vLLM multiplies without asking how they are stored, and that are quantised: it gets BF16."""
+        plain = (BF16, FP32)
+        alone = {slot: found for slot, found in self.stored.items() if part_of(slot) is None}
+        return tuple(slot for slot, found in alone.items() if any(one.format not in plain for one in found))
+
     def enter(self, slot: str, share: RankShare, shape: tuple[int, int]) -> None:
         """Enters a layer. Errors: ValueError for a slot that another layer has."""
         if slot in self.entered:
@@ -100,14 +113,21 @@ class Intake:
         plan = plan_part(self.whole, self.index, shares)
         self._require_shapes(plan)
         feed, counts = Feed(plan, self.index, device), Counter[str]()
+        decoded = plan_part(self.whole, self.index, dict.fromkeys(self.decoded, RankShare()))
+        spare = Feed(decoded, self.index, torch.device("cpu"))
         for key, tensor in weights:
             if feed.wants(key):
                 feed.take(key, tensor)
                 counts["taken"] += 1
+            elif spare.wants(key):
+                spare.take(key, tensor)
+                counts["decoded"] += 1
             else:
                 rest = tuple(self._rest(key, tensor))
                 counts["left" if rest else "unread"] += 1
                 yield from rest
+        for op, operand in zip(decoded.ops, spare.finish().operands, strict=True):
+            yield from decode_modules(op, operand)
         runners = make_runners(plan, feed.finish().operands)
         compile_kernels(runners.values())
         shared = {slot: SharedExperts(one) if isinstance(one, MoeRunner) else one for slot, one in runners.items()}
@@ -134,8 +154,8 @@ class Intake:
 
     @cached_property
     def _own_modules(self) -> frozenset[str]:
-        """The modules of the slots that we take, whatever rank has them."""
-        specs = (spec for spec in model_ops(self.whole.config) if spec.slot in self.entered)
+        """The modules of the parts that we take, whatever rank has them."""
+        specs = (spec for spec in model_ops(self.whole.config) if part_of(spec.slot) in self.parts)
         return frozenset(module.name for spec in specs for module in spec.modules)
 
     def _rest(self, key: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -155,3 +175,19 @@ class Intake:
                 part = part.clone().view(TORCH_DTYPES[info.dtype]).view(info.shape)
             check_given(info, part, self.whole.config.n_routed_experts)
             yield info.name, part
+
+
+def decode_modules(op: PlannedOp, operand: OperandBuffers) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the weight of each module of a dense product in BF16, rounded once where it is not exact."""
+    rows = torch.cat([_values(shard) for shard in stored_linear(op, operand).shards])
+    heights = [module.shape[0] for module in op.spec.modules]
+    for module, weight in zip(op.spec.modules, rows.split(heights), strict=True):
+        yield f"{module.name}.weight", weight.to(torch.bfloat16)
+
+
+def _values(shard: QuantTensor) -> torch.Tensor:
+    """Returns a shard's values in float32; NVFP4's global scales are one a row."""
+    if shard.global_scale is None:
+        return dequantize(shard, torch.float32)
+    scaled = dequantize(replace(shard, global_scale=shard.global_scale.new_ones(())), torch.float32)
+    return scaled * shard.global_scale.reshape(-1, 1)

@@ -125,3 +125,12 @@ class OwnpathExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         routed = x, topk_ids, topk_weights.float(), layer.expert_map
         y: torch.Tensor = torch.ops.ownpath_vllm.experts(*routed, self.weights.key)
         return y
+
+
+def intake_of(model: torch.nn.Module) -> Intake | None:
+    """Returns the intake of a model's layers; ``None`` where none of them is ours."""
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, OwnpathLinearMethod | OwnpathExpertsMethod):
+            return method.weights.intake
+    return None

@@ -9,8 +9,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.models.deepseek_v4 import DeepseekV4ForCausalLM
 
-from ownpath.integrations.vllm.intake import Intake
-from ownpath.integrations.vllm.methods import OwnpathExpertsMethod, OwnpathGroupMethod, OwnpathLinearMethod
+from ownpath.integrations.vllm.methods import OwnpathGroupMethod, intake_of
 from ownpath.integrations.vllm.report import report_lines
 
 logger = init_logger("vllm.ownpath")
@@ -31,15 +30,6 @@ class OwnpathDeepseekV4(DeepseekV4ForCausalLM):  # type: ignore[misc]
         for line in report_lines(intake, is_first=get_tensor_model_parallel_rank() == 0):
             logger.info(line)
         return loaded
-
-
-def intake_of(model: torch.nn.Module) -> Intake | None:
-    """Returns the intake of a model's layers; ``None`` where none of them is ours."""
-    for module in model.modules():
-        method = getattr(module, "quant_method", None)
-        if isinstance(method, OwnpathLinearMethod | OwnpathExpertsMethod):
-            return method.weights.intake
-    return None
 
 
 def adopt_groups(model: torch.nn.Module) -> None:

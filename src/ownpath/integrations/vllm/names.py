@@ -7,6 +7,10 @@ from enum import StrEnum
 VARIABLE = "OWNPATH_VLLM"
 """The environment variable that names the parts to take."""
 NOTHING = "none"
+QUANTIZATION = "ownpath"
+"""The quantisation's name in vLLM."""
+LOAD_FORMAT = "ownpath"
+"""The load format that demands the plugin."""
 
 
 class VllmPart(StrEnum):
@@ -30,6 +34,7 @@ _SLOTS = {
     "ffn.shared_experts.down_proj": ("ffn.shared_experts.w2", VllmPart.LINEARS),
 }
 """vLLM's name of a layer, within its decoder layer -> our slot there, and the part that it belongs to."""
+_PARTS = dict(_SLOTS.values())
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.(.+)")
 
 
@@ -40,6 +45,12 @@ def slot_of(prefix: str, num_hidden_layers: int) -> tuple[str, VllmPart] | None:
         return None
     slot, part = _SLOTS[match[2]]
     return f"layers.{int(match[1])}.{slot}", part
+
+
+def part_of(slot: str) -> VllmPart | None:
+    """Returns the part that a slot of the backbone belongs to; ``None``: vLLM multiplies it by itself."""
+    match = _LAYER.fullmatch(slot)
+    return None if match is None else _PARTS.get(match[2])
 
 
 def chosen_parts(environment: Mapping[str, str]) -> frozenset[VllmPart]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from ownpath.formats import BF16, FP32
 from ownpath.integrations.vllm.intake import Intake
-from ownpath.integrations.vllm.names import VARIABLE
+from ownpath.integrations.vllm.names import VARIABLE, part_of
 from ownpath.plan.show import plan_rows
 
 
@@ -12,9 +12,10 @@ def report_lines(intake: Intake, is_first: bool) -> Iterator[str]:
     """Yields the lines for one rank. is_first: the plan too, which all ranks share."""
     taken = intake.taken
     counts = taken.counts
+    left = counts["left"] + counts["decoded"]
     yield (
         f"ownpath runs {len(taken.runners)} products of {intake.folder} on {taken.plan.caps.name}: took "
-        f"{counts['taken']} tensors, left {counts['left']} to vLLM, read none of {counts['unread']} others "
+        f"{counts['taken']} tensors, left {left} to vLLM, read none of {counts['unread']} others "
         "(scales of inputs that no kernel here quantises, drafts, other ranks' experts)"
     )
     if not is_first:
@@ -34,8 +35,9 @@ def _left(intake: Intake) -> Iterator[str]:
     for slot, encodings in intake.stored.items():
         if slot not in intake.entered:
             plain = all(encoding.format in (BF16, FP32) for encoding in encodings)
-            asked = slot.rpartition(".")[2] in ("gate", "wkv_wgate", "weights_proj", "head")
-            reason = "vLLM multiplies it without asking a quantisation config" if asked else f"{VARIABLE} leaves it"
+            alone = "vLLM multiplies it without asking a quantisation config"
+            reason = alone if part_of(slot) is None else f"{VARIABLE} leaves it"
+            reason += ", and gets it in BF16" * (slot in intake.decoded)
             name = slot.partition(".")[2].partition(".")[2] or slot
             slots.setdefault(f"{name} ({'unquantised' if plain else encodings[0].name}): {reason}", []).append(slot)
     for told, which in slots.items():
