@@ -22,7 +22,7 @@ ENDS = ("answer", "429", "left", "refused")
 
 
 def ends_of(tally: overload.Tally) -> dict[str, int]:
-    """How requests of all kinds ended, and how often."""
+    """The ends of requests of all kinds, and how often there was each."""
     return sum(tally.ends.values(), start=overload.Counter())
 
 
