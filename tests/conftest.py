@@ -50,7 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """What is collected stays: no search for garbage looks at these 700,000 objects, then or later."""
+    """Leaves what is collected out of all searches for garbage, then and later: 700,000 objects."""
     gc.disable()
     try:
         return (yield)

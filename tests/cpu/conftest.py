@@ -1,4 +1,4 @@
-"""What all tests on the CPU share beside the options of tests/conftest."""
+"""Settings of all tests on the CPU, beside those of tests/conftest."""
 
 from hypothesis import HealthCheck, settings
 

@@ -64,7 +64,7 @@ def _toy_key(key: str, keys: set[str]) -> str:
 
 @pytest.fixture(scope="module")
 def told(folders: tuple[Path, Path]) -> dict[str, Told]:
-    """What an interpreter that knows the toy says."""
+    """The words of an interpreter that knows the toy."""
     other, toy = map(str, folders)
     stages = ("--layers", "1", "--stages", "file,load,kernels", "--keep-going", "--json", "-")
     steps = {

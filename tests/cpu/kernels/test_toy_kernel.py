@@ -112,7 +112,7 @@ def findings_of(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Told]:
-    """What an interpreter says in which the folder is one of ``ownpath.kernels``."""
+    """The words of an interpreter in which the folder is one of ``ownpath.kernels``."""
     folder = tmp_path_factory.mktemp("kernels")
     toy = folder / "toy"
     toy.mkdir()
