@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm import envs
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
@@ -113,7 +114,8 @@ class OwnpathConfig(QuantizationConfig):  # type: ignore[misc]
                 logger.info(take_hyper(os.environ))
             vllm_config = get_current_vllm_config()
             model, device = vllm_config.model_config, vllm_config.device_config.device
-            self._intake = Intake(model_folder(vllm_config), torch.device(device).type, model.dtype, self.parts)
+            folder, invariant = model_folder(vllm_config), bool(envs.VLLM_BATCH_INVARIANT)
+            self._intake = Intake(folder, torch.device(device).type, model.dtype, self.parts, invariant)
         return self._intake
 
     def _left_method(self, layer: torch.nn.Module, prefix: str, slot: str) -> Any:

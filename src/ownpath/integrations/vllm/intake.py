@@ -62,12 +62,20 @@ class TakenPart:
 class Intake:
     """One model's weights on their way from vLLM's iterator to our runners.
 
-    folder: of the checkpoint. device, dtype: of the activations. parts: what we take.
+    folder: of the checkpoint. device, dtype: of the activations. parts: what we take. is_batch_invariant: as in
+        ``EngineConfig``.
     Errors: ConfigError, CheckpointError, PlanError, as for a model that we load ourselves.
     """
 
-    def __init__(self, folder: Path, device: str, dtype: torch.dtype, parts: frozenset[VllmPart]) -> None:
-        engine = EngineConfig(device=device, dtype=dtype, is_batch_invariant=False)
+    def __init__(
+        self,
+        folder: Path,
+        device: str,
+        dtype: torch.dtype,
+        parts: frozenset[VllmPart],
+        is_batch_invariant: bool = False,
+    ) -> None:
+        engine = EngineConfig(device=device, dtype=dtype, is_batch_invariant=is_batch_invariant)
         self.folder, self.parts = folder, parts
         self.whole, self.index = planned(folder, engine, device_caps(device))
         self.entered: dict[str, Entered] = {}
