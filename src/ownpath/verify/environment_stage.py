@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import ownpath.kernels
@@ -12,7 +11,6 @@ from ownpath.finding import Finding, Verdict
 from ownpath.inspect.memory import cache_bytes, weights_bytes
 from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.cache import (
-    COMPILER,
     CacheError,
     cache_dir,
     is_cached,
@@ -22,6 +20,7 @@ from ownpath.kernels.dsl.cache import (
     source_key,
     stem,
 )
+from ownpath.kernels.dsl.compiler import compiler_name, why_not
 from ownpath.kernels.registry import KERNELS, spec_of
 from ownpath.plan.plan import Plan
 from ownpath.verify.launch_configs import configs_of
@@ -31,7 +30,7 @@ from ownpath.verify.subject import Subject
 
 TUNED = Path(ownpath.kernels.__path__[0])
 _ELF = b"\x7fELF"
-_MISSING = f"install the compiler ({COMPILER}: pip install 'ownpath[cute]'), or bring a kernel cache that was filled"
+_MISSING = "pip install 'ownpath[cute]', or bring a kernel cache that was filled"
 _CACHE = "delete the file and its .cubin: it will be compiled anew"
 _OWN = "give it to this user alone (chown, chmod go-w), or name another folder in OWNPATH_KERNEL_CACHE"
 _TABLE = "take the file from the release, or write it anew: ownpath bench --tune"
@@ -76,9 +75,10 @@ def kernel_findings(plan: Plan, configs: dict[str, list[Config]]) -> Iterator[Fi
             yield Finding("E02", name, Verdict.FAIL, message, remedy="install the package it needs", kernel=name)
             continue
         missing = [config for config in configs.get(name, []) if not is_cached(config)]
-        if missing and find_spec("cutlass") is None:
+        if missing and (lack := why_not()):
             message = f"{slots}: {len(missing)} of {len(configs[name])} are not compiled, {missing[0].name} among them"
-            yield Finding("E02", name, Verdict.FAIL, message, len(missing), "all, or a compiler", _MISSING, name)
+            remedy = f"{lack}: {_MISSING} by {compiler_name()}"
+            yield Finding("E02", name, Verdict.FAIL, message, len(missing), "all, or a compiler", remedy, name)
         else:
             how = _describe_compilation(name, configs.get(name, []), len(missing))
             yield Finding("E02", name, Verdict.PASS, f"{slots}: {how}", len(missing), kernel=name)

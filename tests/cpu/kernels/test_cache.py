@@ -8,7 +8,7 @@ from textwrap import dedent
 
 import pytest
 
-from ownpath.kernels.dsl import cache
+from ownpath.kernels.dsl import cache, compiler
 from ownpath.kernels.fp8.config import QuantizeConfig, W8A8Config, W8A16Config
 from ownpath.kernels.nvfp4.config import AlignConfig, CombineConfig, GemmConfig, PermuteConfig
 
@@ -135,3 +135,27 @@ def test_what_does_not_compile_is_named_and_the_rest_is_kept(tmp_path: Path, mon
     with pytest.raises(cache.CompileError, match=r"(?s)moe_combine_s3.*too many registers"):
         cache.compile_missing(configs)
     assert [cache.is_cached(config) for config in configs] == [False, True, True, True]
+
+
+@pytest.mark.parametrize("version", [*compiler.COMPARED, "4.9.0", None])
+def test_each_compared_compiler_has_kernels_of_its_own(version: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a note never claims another's code. Without a compiler to use, the newest one's kernels are looked for."""
+    newest = cache.stem(PermuteConfig())
+    monkeypatch.setattr(compiler, "installed_version", lambda: version)
+    assert (cache.stem(PermuteConfig()) == newest) == (version in (compiler.COMPARED[-1], "4.9.0", None))
+    assert (compiler.why_not() is None) == (version in compiler.COMPARED)
+
+
+@pytest.mark.parametrize(("version", "said"), [(None, "is not installed"), ("4.9.0", r"4\.9\.0 is installed.*4\.8\.1")])
+def test_what_can_neither_be_loaded_nor_compiled_is_named(
+    version: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any process is started; a kernel that is in the cache is not missed."""
+    cache.store(CombineConfig(0, True), b"code", FACTS)
+    monkeypatch.setattr(compiler, "installed_version", lambda: version)
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    assert cache.compile_missing([CombineConfig(0, True)]) == 0
+    configs = [CombineConfig(count, wide) for count in (0, 1, 2) for wide in (False, True)]
+    with pytest.raises(cache.CompileError, match=rf"moe_combine_s0, .* and 2 others.*{said}.*ownpath\[vllm\]") as told:
+        cache.compile_missing(configs)
+    assert "moe_combine_s0_wide" not in str(told.value)

@@ -95,7 +95,7 @@ def test_a_kernel_that_is_neither_compiled_nor_to_be_compiled_fails(
     with_compiler = list(stage.kernel_findings(hopper.plan, configs))
     assert not failed(with_compiler)
     assert "to be compiled at load" in of_kernel(with_compiler, "cute.nvfp4_moe").message
-    monkeypatch.setattr(stage, "find_spec", lambda _: None)
+    monkeypatch.setattr(stage, "why_not", lambda: "no compiler is installed")
     without = list(stage.kernel_findings(hopper.plan, configs))
     assert {finding.where for finding in failed(without)} == set(configs)
     for found in configs.values():

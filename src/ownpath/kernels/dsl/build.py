@@ -11,7 +11,8 @@ from importlib import import_module
 from typing import Any
 
 from ownpath.kernels.contract import Config
-from ownpath.kernels.dsl.cache import ARCH, COMPILER, store
+from ownpath.kernels.dsl.cache import ARCH, store
+from ownpath.kernels.dsl.compiler import compiler_name
 
 KERNELS = "ownpath.kernels"
 
@@ -30,7 +31,7 @@ def build(config: Config) -> None:
         "entry": entry,
         "num_threads": config.num_threads,
         "cluster": config.cluster,
-        "compiler": COMPILER,
+        "compiler": compiler_name(),
         "arch": ARCH,
     }
     store(config, bytes(function.__cubin__), facts)

@@ -28,10 +28,10 @@ from threading import Lock
 from ownpath.files import FileError, is_present, open_regular, parse_json, write_file
 from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.compilations import COMPILATIONS
+from ownpath.kernels.dsl.compiler import compiler_name, why_not
 from ownpath.kernels.dsl.driver import Binary, Function, load_function
 
 ARCH = "sm_90a"
-COMPILER = "nvidia-cutlass-dsl 4.8.1"
 SOURCES = Path(__file__).parents[1]
 MAX_CODE_BYTES, MAX_NOTE_BYTES = 64 * 2**20, 2**16
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -64,10 +64,14 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ownpath" / "kernels"
 
 
-@lru_cache(maxsize=64)
 def source_key(sources: tuple[str, ...]) -> str:
-    """Hashes the modules (paths in ``kernels``) that a kernel is compiled from."""
-    digest = hashlib.sha256(f"{ARCH} {COMPILER}".encode())
+    """Hashes the modules (paths in ``kernels``) that a kernel is compiled from, and the compiler's name."""
+    return _hash_sources(sources, compiler_name())
+
+
+@lru_cache(maxsize=64)
+def _hash_sources(sources: tuple[str, ...], compiler: str) -> str:
+    digest = hashlib.sha256(f"{ARCH} {compiler}".encode())
     for name in sources:
         digest.update((SOURCES / name).read_bytes())
     return digest.hexdigest()[:16]
@@ -187,6 +191,9 @@ def compile_missing(configs: Iterable[Config], progress: Callable[[int, int, str
     missing = {config.name: config for config in configs if not is_cached(config)}
     if not missing:
         return 0
+    lack = why_not()
+    if lack:
+        raise CompileError(_tell_missing(list(missing), lack))
     queue, finished, lock = deque(missing.values()), list[str](), Lock()
     workers = min(len(queue), os.cpu_count() or 1)
 
@@ -217,8 +224,18 @@ def _compile(queue: deque[Config], count: Callable[[str], None]) -> str:
         errors.seek(0)
         words = errors.read()[-2000:]
     return (
-        f"a kernel could not be compiled. The compiler is {COMPILER}: pip install 'ownpath[cute]', or bring a cache "
-        f"that holds {failed}, ... in {cache_dir()}\n{words}"
+        f"a kernel could not be compiled. The compiler is {compiler_name()}: pip install 'ownpath[cute]', or bring a "
+        f"cache that holds {failed}, ... in {cache_dir()}\n{words}"
+    )
+
+
+def _tell_missing(names: list[str], lack: str) -> str:
+    """Names the kernels that can be neither loaded nor compiled."""
+    others = f" and {len(names) - 3} others" if len(names) > 3 else ""
+    return (
+        f"kernels can be neither loaded nor compiled: {', '.join(names[:3])}{others}. They are not in {cache_dir()}, "
+        f"and {lack}. Install a compiler (pip install 'ownpath[cute]', or 'ownpath[vllm]' beside vLLM), or bring a "
+        f"cache that was filled by {compiler_name()}"
     )
 
 

@@ -126,9 +126,9 @@ class Gemm:
             warp = cute.arch.make_warp_uniform(thread % WG // 32)
             if warp < 2:
                 if thread % 32 == 0:
-                    source, target, num_bytes = codes, stages.weights, Int32(cfg.code_bytes)
+                    source, target, num_bytes = codes.toint(), stages.weights.toint(), Int32(cfg.code_bytes)
                     if warp == 1:
-                        source, target, num_bytes = scales, stages.scales, Int32(cfg.scale_bytes)
+                        source, target, num_bytes = scales.toint(), stages.scales.toint(), Int32(cfg.scale_bytes)
                     self.load_weights(source, target, num_bytes, stages.pipeline, scheduler)
             elif warp == 2:
                 # Single rows are loaded by all lanes of the warp, boxes by one.
@@ -203,7 +203,7 @@ class Gemm:
 
     @cute.jit
     def load_weights(
-        self, source: cute.Pointer, target: cute.Pointer, num_bytes: Int32, pipeline: Pipeline, scheduler: TileScheduler
+        self, source: Int64, target: Int32, num_bytes: Int32, pipeline: Pipeline, scheduler: TileScheduler
     ) -> None:
         """Loads the codes (or the scales) of every stage, ``num_bytes`` per block, as stages become free. One thread.
 
@@ -216,11 +216,11 @@ class Gemm:
             tile = scheduler.tile(idx)
             m_tile = (tile.expert * scheduler.m_per_worker + tile.m_group) * cfg.cluster_m + scheduler.rank_m
             first = Int64(m_tile * m64) * scheduler.k_units
-            start = source.toint() + (first + scheduler.rank * scheduler.k_iters * k_blocks) * num_bytes
+            start = source + (first + scheduler.rank * scheduler.k_iters * k_blocks) * num_bytes
             for _ in cutlass.range(scheduler.k_iters, unroll=1):
                 ring.acquire()
                 ring.commit(m64 * k_blocks * num_bytes)
-                place = target.toint() + ring.slot * (m64 * k_blocks) * num_bytes
+                place = target + ring.slot * (m64 * k_blocks) * num_bytes
                 for r in cutlass.range_constexpr(m64):
                     block = start + Int64(r * scheduler.k_units * num_bytes)
                     ptx.load_bulk(
@@ -266,9 +266,9 @@ class Gemm:
                     else:
                         # The CTAs of a cluster take turns, each loading for all of them.
                         for box in cutlass.range(scheduler.rank_m, boxes, cfg.cluster_m, unroll=1):
-                            row = box * cfg.box_rows
-                            place = start + row * CHUNK_K
-                            ptx.load_box(place, descriptor, column, tile.row0 + row, ring.full, cfg.cluster_m)
+                            first = box * cfg.box_rows
+                            place = start + first * CHUNK_K
+                            ptx.load_box(place, descriptor, column, tile.row0 + first, ring.full, cfg.cluster_m)
                 ring.advance()
 
     @cute.jit
