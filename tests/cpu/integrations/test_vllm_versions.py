@@ -1,5 +1,6 @@
 """The guard against drift in vLLM, on packages written from signatures that were recorded from the real wheels."""
 
+import ast
 import json
 import tomllib
 from collections.abc import Mapping
@@ -170,3 +171,14 @@ def test_the_extra_accepts_the_compared_compilers_and_no_other() -> None:
     assert {"4.6.0", "4.8.0"} < set(COMPARED)
     assert tuple(version for version in RELEASED if compiler.specifier.contains(version)) == COMPARED
     assert [Requirement(one).specifier for one in project["optional-dependencies"]["cute"]] == [f"=={COMPARED[-1]}"]
+
+
+def test_whatever_the_plugin_imports_of_vllm_is_in_every_table() -> None:
+    """By name: vLLM shows some at other places than where they are defined. ``envs`` is a module."""
+    room = Path(versions.__file__).parent
+    nodes = [node for file in room.glob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
+    froms = [node for node in nodes if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vllm")]
+    imported = {alias.name for node in froms for alias in node.names} - {"envs"}
+    assert len(imported) > 10
+    for minor, table in TABLES.items():
+        assert imported <= {relied.name.partition(".")[0] for relied in table}, minor

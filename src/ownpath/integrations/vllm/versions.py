@@ -97,6 +97,26 @@ LAYERS = (
     ),
 )
 """The classes whose methods ours override."""
+USED = (
+    *_rows("config", ("get_current_vllm_config", None)),
+    *_rows("logger", ("init_logger", "name")),
+    *_rows("platforms", ("current_platform", None)),
+    *_rows("distributed.parallel_state", ("get_tensor_model_parallel_rank", "")),
+    *_rows("model_executor.models.registry", ("ModelRegistry", None)),
+    *_rows("models.deepseek_v4", ("DeepseekV4ForCausalLM", None)),
+    *_rows("model_executor.layers.fused_moe", ("UnquantizedFusedMoEMethod", None)),
+    *_rows("model_executor.layers.quantization", ("get_quantization_config", "quantization")),
+    *_rows("model_executor.model_loader", ("register_model_loader", "load_format")),
+    *_rows("model_executor.model_loader.default_loader", ("DefaultModelLoader", None)),
+    *_rows(
+        "model_executor.model_loader.weight_utils",
+        (
+            "download_weights_from_hf",
+            "model_name_or_path, cache_dir, allow_patterns, revision=, subfolder=, ignore_patterns=",
+        ),
+    ),
+)
+"""Functions and objects that we ask or call."""
 NVIDIA_MODEL = (
     *_rows(
         "models.deepseek_v4.nvidia.model",
@@ -144,9 +164,9 @@ MODULAR_MOE = _rows(
 )
 """A method that 0.26 asks for beside."""
 TABLES: Mapping[str, tuple[Relied, ...]] = {
-    "0.26": (*REGISTRATION, *LAYERS, *MODULAR_MOE, *NVIDIA_MODEL),
-    "0.32": (*REGISTRATION, *LAYERS, *NVIDIA_MODEL, *CPU_MODEL),
-    "0.33": (*REGISTRATION, *LAYERS, *NVIDIA_MODEL, *CPU_MODEL),
+    "0.26": (*REGISTRATION, *USED, *LAYERS, *MODULAR_MOE, *NVIDIA_MODEL),
+    "0.32": (*REGISTRATION, *USED, *LAYERS, *NVIDIA_MODEL, *CPU_MODEL),
+    "0.33": (*REGISTRATION, *USED, *LAYERS, *NVIDIA_MODEL, *CPU_MODEL),
 }
 """Minor version -> what we rely on."""
 
@@ -208,7 +228,8 @@ class Package:
         for part in relied.name.split("."):
             if not hasattr(found, part):
                 raise LookupError(f"no {part}")
-            found = inspect.getattr_static(found, part)
+            # The default is for what a module's own ``__getattr__`` makes.
+            found = inspect.getattr_static(found, part, getattr(found, part))
         return None if relied.signature is None else signature_text(found)
 
     def _in_source(self, relied: Relied) -> str | None:
