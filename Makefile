@@ -10,7 +10,7 @@ LOCKED := $(PIP) --no-deps --require-hashes --requirement
 ON_A_DEVICE := tests/gpu tests/cpu/verify/test_oracle_block.py $(addprefix tests/cpu/,model numerics kernels \
 	checkpoint/test_reader_writer.py engine selftest test_startup.py test_launches.py test_full_layer.py)
 
-.PHONY: demo test lint type interpret aot test-clients test-schemas test-gpu sanitize bench dist size lock
+.PHONY: demo test lint type interpret aot test-clients test-schemas test-vllm test-gpu sanitize bench dist size lock
 
 demo: $(VENV)/.base
 	$(BIN)/python tools/demo.py
@@ -52,6 +52,17 @@ $(SUITE)/.fetched: tests/schemas/suite.txt | $(VENV)/.dev
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary jsonschema --require-hashes \
 		--requirement tests/schemas/suite.txt --dest $(SUITE)
 	tar -xzf $(SUITE)/jsonschema-*.tar.gz -C $(SUITE) --strip-components 1
+	touch $@
+
+# The plugin inside vLLM's engine on a CPU: about eight minutes of one core, most of it engines' starts. docs/vllm.md.
+test-vllm: $(VENV)-vllm/.ready
+	$(VENV)-vllm/bin/python -m pytest -rs --confcutdir tests/vllm tests/vllm
+
+$(VENV)-vllm/.ready: tests/vllm/requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps --requirement tests/vllm/requirements.txt
+	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
 # On a machine with a CUDA device, with the interpreter that has torch there: make test-gpu PYTHON=python3

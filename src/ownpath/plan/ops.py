@@ -9,7 +9,7 @@ from ownpath.plan.opspec import (
     OpSpec,
 )
 from ownpath.plan.select import Choice
-from ownpath.plan.sharding import Region, local_module
+from ownpath.plan.sharding import Region, local_modules
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,7 @@ class PlannedOp:
     @property
     def local_modules(self) -> tuple[ModuleSpec, ...]:
         """The modules with this rank's shapes."""
-        if not self.regions:
-            return self.spec.modules
-        return tuple(local_module(*pair) for pair in zip(self.spec.modules, self.regions, strict=True))
+        return local_modules(self.spec.modules, self.regions)
 
     @property
     def label(self) -> str:

@@ -30,7 +30,7 @@ from ownpath.plan.opspec import (
     steps_of,
 )
 from ownpath.plan.select import REFERENCES, Caps, Choice, Demands, Refusal, select
-from ownpath.plan.sharding import regions_of
+from ownpath.plan.sharding import local_modules, regions_of
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Planner:
     def ops(self, specs: Iterable[OpSpec]) -> Iterator[PlannedOp]:
         """Plans every op, then joins those that may be one."""
         groups: dict[str | int, list[PlannedOp]] = {}
-        for number, op in enumerate(chain.from_iterable(self._apart(spec) for spec in specs)):
+        for number, op in enumerate(chain.from_iterable(self.apart(spec) for spec in specs)):
             groups.setdefault(op.spec.joins or number, []).append(op)
         for group in groups.values():
             joined = self._joined(group)
@@ -61,7 +61,7 @@ class Planner:
         joined = self.decided(join(specs), first.stored, first.no_input_scale)
         return joined if joined.choice.kernel == first.choice.kernel else None
 
-    def _apart(self, spec: OpSpec) -> list[PlannedOp]:
+    def apart(self, spec: OpSpec) -> list[PlannedOp]:
         """Plans one op by itself; a fused linear whose shards are stored differently becomes one op per shard."""
         encodings = [detect(self.index, module) for module in spec.modules]
         if len({encoding.name for encoding in encodings}) == 1:
@@ -154,8 +154,10 @@ class Planner:
 
     def decided(self, spec: OpSpec, encoding: Encoding, no_input_scale: str = "") -> PlannedOp:
         """Plans one op of a known encoding. no_input_scale: the state of its input's scale, where it has none."""
-        choice = self._choice(spec, encoding.format, no_input_scale)
         regions = regions_of(self.config, spec.modules, encoding, self.parallel)
+        # A rank's kernel meets the rank's sizes.
+        local = replace(spec, modules=local_modules(spec.modules, regions)) if regions else spec
+        choice = self._choice(local, encoding.format, no_input_scale)
         return PlannedOp(spec, encoding, choice, regions, no_input_scale)
 
     def require_references(self, ops: Iterable[OpSpec]) -> None:

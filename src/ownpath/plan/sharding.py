@@ -108,6 +108,11 @@ def local_module(module: ModuleSpec, region: Region | None) -> ModuleSpec:
     return ModuleSpec(module.name, (rows, columns))
 
 
+def local_modules(modules: tuple[ModuleSpec, ...], regions: tuple[Region | None, ...]) -> tuple[ModuleSpec, ...]:
+    """Returns modules with a rank's shapes. regions: one for each; empty where every module is whole."""
+    return tuple(map(local_module, modules, regions)) if regions else modules
+
+
 def require_supported(parallel: Parallel) -> None:
     """Refuses more than one rank. Errors: ShardingError naming what is missing."""
     if parallel.size > 1:

@@ -41,7 +41,8 @@ def make_runner(
     if op.spec.kind is OpKind.MOE:
         return MoeRunner(spec, stored_experts(op, operand, config.swiglu_limit))
     if op.spec.kind is OpKind.GROUPED:
-        return GroupedRunner(spec, stored_groups(op, operand, config.o_groups))
+        num_groups = op.local_modules[0].shape[0] // config.o_lora_rank
+        return GroupedRunner(spec, stored_groups(op, operand, num_groups))
     linear = (QuantizedLinear if spec.official else LinearRunner)(spec, stored_linear(op, operand))
     return WideLinear(linear) if op.spec.is_wide else linear
 

@@ -17,6 +17,7 @@ from ownpath.checkpoint.dtypes import TORCH_DTYPES
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.reader import stream
+from ownpath.checkpoint.tensor_info import TensorInfo
 from ownpath.formats import NVFP4
 from ownpath.plan.ops import PlannedOp
 from ownpath.plan.plan import Plan
@@ -39,6 +40,55 @@ class LoadedWeights:
     lossless_casts: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class ReservedWeights:
+    """Operands and parameters that are allocated and not filled, and what fills them.
+
+    infos: what is to be read, each once. fill: takes its bytes. device: of all buffers.
+    """
+
+    plan: Plan
+    operands: tuple[OperandBuffers, ...]
+    params: dict[str, torch.Tensor]
+    infos: tuple[TensorInfo, ...]
+    fill: Filler
+    device: torch.device
+
+    def finish(self) -> LoadedWeights:
+        """Returns the weights. Errors: CheckpointError naming what was not written exactly once, or a bad table."""
+        self.fill.finish()
+        for key, table in self.params.items():
+            if not table.is_floating_point():
+                check_expert_ids(key, table, self.plan.config.n_routed_experts)
+        pairs = zip(self.plan.ops, self.operands, strict=True)
+        casts = [op.spec.slot for op, operand in pairs if _is_cast(op, operand)]
+        return LoadedWeights(self.operands, self.params, tuple(dict.fromkeys(casts)))
+
+
+def reserve_weights(
+    plan: Plan, index: CheckpointIndex, device: torch.device, allocate: Allocate = reserve
+) -> ReservedWeights:
+    """Allocates every operand and parameter of a plan on ``device``. allocate: makes each buffer.
+
+    Errors: CheckpointError naming a tensor that the checkpoint lacks.
+    """
+    stored = {name: info.dtype for name, info in index.tensors.items()}
+    operands = tuple(make_operand(op, stored, device, allocate) for op in plan.ops)
+    shapes = {spec.key: spec.shape for spec in plan.params}
+    shapes |= {key: region.shape(shapes[key]) for key, region in plan.param_regions.items()}
+    dtypes = {spec.key: TORCH_DTYPES[spec.memory_dtype(stored[spec.key])] for spec in plan.params}
+    params = {key: allocate(shape, dtypes[key], device) for key, shape in shapes.items()}
+    destinations = [destination for operand in operands for destination in operand.destinations]
+    destinations += [Destination(key, target, region=plan.param_regions.get(key)) for key, target in params.items()]
+    buffers = [buffer for operand in operands for parts in operand.buffers.values() for buffer in parts]
+    by_key = {destination.key: destination for destination in destinations}
+    if len(by_key) != len(destinations):
+        twice = next(destination.key for destination in destinations if by_key[destination.key] is not destination)
+        raise CheckpointError(f"tensor {twice!r} is planned into two slots")
+    targets = find_targets(destinations, [*buffers, *params.values()], index)
+    return ReservedWeights(plan, operands, params, targets.infos, Filler(targets), device)
+
+
 def load_weights(
     plan: Plan,
     index: CheckpointIndex,
@@ -55,44 +105,16 @@ def load_weights(
     Errors: CheckpointError naming the tensor for a bad scale, an unreadable shard or a destination left unwritten; the
         first fault in the order of the files.
     """
-    stored = {name: info.dtype for name, info in index.tensors.items()}
-    operands = tuple(make_operand(op, stored, device, allocate) for op in plan.ops)
-    shapes = {spec.key: spec.shape for spec in plan.params}
-    shapes |= {key: region.shape(shapes[key]) for key, region in plan.param_regions.items()}
-    dtypes = {spec.key: TORCH_DTYPES[spec.memory_dtype(stored[spec.key])] for spec in plan.params}
-    params = {key: allocate(shape, dtypes[key], device) for key, shape in shapes.items()}
-    destinations = [destination for operand in operands for destination in operand.destinations]
-    destinations += [Destination(key, target, region=plan.param_regions.get(key)) for key, target in params.items()]
-    buffers = [buffer for operand in operands for parts in operand.buffers.values() for buffer in parts]
-    _fill(destinations, [*buffers, *params.values()], index, progress, read_options or ReadOptions.for_device(device))
-    for key, table in params.items():
-        if not table.is_floating_point():
-            check_expert_ids(key, table, plan.config.n_routed_experts)
-    casts = [op.spec.slot for op, operand in zip(plan.ops, operands, strict=True) if _is_cast(op, operand)]
-    return LoadedWeights(operands, params, tuple(dict.fromkeys(casts)))
-
-
-def _fill(
-    destinations: list[Destination],
-    buffers: list[torch.Tensor],
-    index: CheckpointIndex,
-    progress: LoadProgress | None,
-    read_options: ReadOptions,
-) -> None:
-    by_key = {destination.key: destination for destination in destinations}
-    if len(by_key) != len(destinations):
-        twice = next(destination.key for destination in destinations if by_key[destination.key] is not destination)
-        raise CheckpointError(f"tensor {twice!r} is planned into two slots")
-    targets = find_targets(destinations, buffers, index)
-    total_bytes = sum(info.num_bytes for info in targets.infos)
-    filler = Filler(targets)
+    room = reserve_weights(plan, index, device, allocate)
+    read_options = read_options or ReadOptions.for_device(device)
+    total_bytes = sum(info.num_bytes for info in room.infos)
 
     def report(num_bytes: int) -> None:
         if progress is not None:
             progress(num_bytes, total_bytes)
 
-    read_chunks(file_chunks(targets.infos, read_options.chunk_bytes), filler, read_options, buffers[0].device, report)
-    filler.finish()
+    read_chunks(file_chunks(room.infos, read_options.chunk_bytes), room.fill, read_options, device, report)
+    return room.finish()
 
 
 def find_lossless_casts(plan: Plan, index: CheckpointIndex) -> tuple[str, ...]:
