@@ -12,7 +12,7 @@ from ownpath.selftest.checks import REMEDIES as SELFTEST_REMEDIES
 from ownpath.server import fields
 from ownpath.server.empty_content import EmptyContent
 from ownpath.server.protocol import ChatRequest, CompletionRequest
-from ownpath.verify.checks import FAILS_ON, TITLES
+from ownpath.verify.checks import ENGINE_FAILS_ON, ENGINE_TITLES, FAILS_ON, TITLES
 from ownpath.verify.machine import KNOWN_BAD
 
 
@@ -30,9 +30,10 @@ def names(text: str) -> list[str]:
 
 def test_verify_lists_every_check_with_what_makes_it_fail(capsys: pytest.CaptureFixture[str]) -> None:
     out = listed("verify", capsys)
-    assert names(out) == [*TITLES, "known to fail (E01):", *(bad.what for bad in KNOWN_BAD)]
+    assert names(out) == [*TITLES, *ENGINE_TITLES, "known to fail (E01):", *(bad.what for bad in KNOWN_BAD)]
     assert FAILS_ON.keys() == TITLES.keys()
-    assert out.count("  fails on: ") == len(TITLES)
+    assert ENGINE_FAILS_ON.keys() == ENGINE_TITLES.keys()
+    assert out.count("  fails on: ") == len(TITLES) + len(ENGINE_TITLES)
 
 
 def test_inspect_lists_every_problem_and_encoding(capsys: pytest.CaptureFixture[str]) -> None:

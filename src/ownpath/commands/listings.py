@@ -19,12 +19,13 @@ _EXAMPLE = (256, 512)
 
 def checks_of_verify() -> str:
     """Lists every check by id, with what makes it fail; then the combinations that E01 knows."""
-    from ownpath.verify.checks import FAILS_ON, TITLES
+    from ownpath.verify.checks import ENGINE_FAILS_ON, ENGINE_TITLES, FAILS_ON, TITLES
     from ownpath.verify.machine import KNOWN_BAD
 
     checks = _entries((id_, title, f"fails on: {FAILS_ON[id_]}") for id_, title in TITLES.items())
+    engine = _entries((id_, title, f"fails on: {ENGINE_FAILS_ON[id_]}") for id_, title in ENGINE_TITLES.items())
     known = _entries((f"{bad.what}", f"remedy: {bad.remedy}", f"source: {bad.source}") for bad in KNOWN_BAD)
-    return f"{checks}\n\nknown to fail (E01):\n{known}"
+    return f"{checks}\n{engine}\n\nknown to fail (E01):\n{known}"
 
 
 def problems_of_inspect() -> str:

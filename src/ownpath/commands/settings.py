@@ -15,6 +15,8 @@ from ownpath.files import FileError, read_bytes
 from ownpath.terminal.text import quoted
 
 _CONFIG = "config"
+PASSED_ON = "passed_on"
+"""The default of a parser that keeps options which it does not know: they are another program's."""
 _NO_SETTINGS = frozenset({"help", "list", _CONFIG})
 _MAX_BYTES = 2**20
 _YES_OR_NO = {"true": True, "1": True, "false": False, "0": False}
@@ -52,7 +54,12 @@ def parse_arguments(
     """
     actions = {action.dest: action for action in parser._actions if action.dest not in _NO_SETTINGS}
     if not any(action.dest == _CONFIG for action in parser._actions):
-        return parser.parse_intermixed_args(argv)
+        if parser.get_default(PASSED_ON) is None:
+            return parser.parse_intermixed_args(argv)
+        own, others = _split(parser, argv)
+        args = parser.parse_intermixed_args(own)
+        setattr(args, PASSED_ON, others)
+        return args
     # None stands for what the command line leaves out; no option reads a value as None.
     args = parser.parse_intermixed_args(argv, argparse.Namespace(**dict.fromkeys([*actions, _CONFIG])))
     if args.config is None:
@@ -63,6 +70,20 @@ def parse_arguments(
         if getattr(args, dest) is None:
             setattr(args, dest, _read(action, given[dest]) if dest in given else _default(action))
     return args
+
+
+def _split(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+    """Splits a command line into what the parser knows and long options that it does not, with the values that follow
+    them."""
+    known, own, others = list(parser._option_string_actions), list[str](), list[str]()
+    is_value = False
+    for word in argv:
+        is_option = word.startswith("-") and len(word) > 1
+        name = word.partition("=")[0]
+        is_other = name.startswith("--") and not any(option.startswith(name) for option in known)
+        is_value = is_other or (is_value and not is_option)
+        (others if is_value else own).append(word)
+    return own, tuple(others)
 
 
 def _of_file(path: Path, actions: Mapping[str, argparse.Action]) -> Iterator[tuple[str, _Found]]:

@@ -2,10 +2,13 @@
 
 Reads layer by layer: a checkpoint larger than memory needs no more than two layers of it. Exit code: 0 all passed,
 1 something failed, 2 config.json or the tensors cannot be read (or wrong usage).
+
+With --engine vllm, the modules of a running vLLM are compared instead: every option that is not listed here is vLLM's.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +23,7 @@ from ownpath.commands.arguments import (
     whole_number,
 )
 from ownpath.commands.listings import checks_of_verify
+from ownpath.commands.settings import PASSED_ON
 from ownpath.commands.start import starting
 from ownpath.terminal.console import show, write_data
 from ownpath.terminal.text import listed, quoted
@@ -27,6 +31,7 @@ from ownpath.verify.checks import STAGE_NAMES
 
 if TYPE_CHECKING:
     from ownpath.commands.arguments import Subparsers
+    from ownpath.verify.run import Verification
 
 
 def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
@@ -58,20 +63,35 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     parser.add_argument(
         "--work", type=folder_to_write, metavar="FOLDER", help="where to keep what a later run can resume from"
     )
+    parser.add_argument(
+        "--engine", choices=("ownpath", "vllm"), default="ownpath", help="whose modules to prove (default: ownpath)"
+    )
+    parser.add_argument(
+        "--rows",
+        type=_rows,
+        metavar="1,2,64",
+        help="with --engine vllm: sizes of the steps to run (default: 1,2,5,64,130,700)",
+    )
+    parser.set_defaults(**{PASSED_ON: ()})
     add_list_argument(parser, checks_of_verify, "every check and what makes it fail")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the report. Errors: ValueError for no such layer or device."""
+    """Prints the report. Errors: ValueError for no such layer or device, or an option that does not fit the engine."""
+    passed_on = getattr(args, PASSED_ON)
+    if args.engine == "vllm":
+        return _run_vllm(args, passed_on)
+    if passed_on or args.rows:
+        raise ValueError(
+            f"{passed_on[0] if passed_on else '--rows'}: only with --engine vllm (`ownpath verify --help`)"
+        )
     with starting(args.device):
         from dataclasses import replace
 
         from ownpath.config import EngineConfig
         from ownpath.loading import default_model_dir, device_caps, leave_a_core
-        from ownpath.verify.html import report_html
         from ownpath.verify.plan_file import read_plan_file
-        from ownpath.verify.report import report_dict, report_page
         from ownpath.verify.run import VerifyJob, verify
         from ownpath.verify.subject import Selection
 
@@ -87,7 +107,36 @@ def run(args: argparse.Namespace) -> int:
     )
     written = None if args.ledger is None else read_plan_file(args.ledger)
     job = VerifyJob(folder, engine, Selection(args.layers, args.experts, args.seed), args.source, args.work, written)
-    result = verify(job, args.stages or STAGE_NAMES, keeps_going=args.keep_going)
+    return _show(verify(job, args.stages or STAGE_NAMES, keeps_going=args.keep_going), args)
+
+
+_NOT_VLLM = ("stages", "experts", "source", "ledger", "keep_going", "batch_invariant", "numerics", "reference")
+"""Options of our own engine's verification."""
+
+
+def _run_vllm(args: argparse.Namespace, options: Sequence[str]) -> int:
+    """Verifies vLLM. Errors: ValueError where vLLM is not installed, or for an option of our own engine."""
+    given = [name for name in _NOT_VLLM if getattr(args, name)]
+    if given:
+        raise ValueError(f"--{given[0].replace('_', '-')} is of ownpath's own engine, not of vLLM's")
+    with starting("cpu"):
+        from tempfile import TemporaryDirectory
+
+        from ownpath.integrations.vllm.proof.run import VllmJob, verify_vllm
+        from ownpath.loading import default_model_dir
+
+    with TemporaryDirectory(prefix="ownpath-vllm-") as folder:
+        work = args.work or Path(folder)
+        rows = {"rows": args.rows} if args.rows else {}
+        job = VllmJob(args.model or default_model_dir(), work, tuple(options), args.layers, **rows)
+        return _show(verify_vllm(job), args)
+
+
+def _show(result: "Verification", args: argparse.Namespace) -> int:
+    """Writes and prints the report; returns the exit code."""
+    from ownpath.verify.html import report_html
+    from ownpath.verify.report import report_dict, report_page
+
     if isinstance(args.json, Path):
         args.json.write_text(json.dumps(report_dict(result), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if args.html is not None:
@@ -99,6 +148,14 @@ def run(args: argparse.Namespace) -> int:
     if result.unreadable:
         return 2
     return 0 if result.passed else 1
+
+
+def _rows(text: str) -> tuple[int, ...]:
+    """Parses numbers of rows: ``1,2,64``."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and 0 < int(part) <= 100_000 for part in parts):
+        raise argparse.ArgumentTypeError(f"{quoted(text)}: numbers of rows from 1 to 100000, with commas between them")
+    return tuple(dict.fromkeys(int(part) for part in parts))
 
 
 def _json_path(text: str) -> Path | str:

@@ -4,7 +4,7 @@ from types import MappingProxyType
 
 STAGE_NAMES = ("file", "environment", "load", "kernels", "layers", "ledger")
 """The stages, in the order in which they run."""
-SHARE_OF_BOUND = frozenset({"K01", "K04", "K06", "K07", "K08", "K09", "K11", "V01"})
+SHARE_OF_BOUND = frozenset({"K01", "K04", "K06", "K07", "K08", "K09", "K11", "V01", "VE01"})
 """Checks whose number is an error over what rounding may cause: 1 is the most that is allowed."""
 TITLES = MappingProxyType(
     {
@@ -121,3 +121,28 @@ FAILS_ON = MappingProxyType(
     }
 )
 """id -> what makes it fail."""
+
+ENGINE_TITLES = MappingProxyType(
+    {
+        "VE01": "each module's output, from what it got, within its budget",
+        "VE02": "experts and compressed entries are those that the scores say",
+        "VE03": "every worker: what multiplies each weight",
+        "VE04": "which steps and modules were looked at",
+    }
+)
+"""Checks of another engine's modules (``--engine``): id -> one line."""
+ENGINE_FAILS_ON = MappingProxyType(
+    {
+        "VE01": "with --engine vllm: a module whose output, in any of the steps, is further from the reference of the "
+        "same input than 4 times what rounding moves that reference by; anything not finite",
+        "VE02": "with --engine vllm: a row that goes to other experts than the logits of its router say, or attends "
+        "to an entry that is not complete, near ties aside",
+        "VE03": "with --engine vllm: a module of ours whose kernel is not the plan's, or that still has parameters",
+        "VE04": "nothing; tells what this vLLM lacks, what could not be captured, and steps that do not fit its limits",
+    }
+)
+
+
+def title_of(id_: str) -> str:
+    """Returns a check's line, "" for an id that is none."""
+    return TITLES.get(id_) or ENGINE_TITLES.get(id_, "")

@@ -58,6 +58,11 @@ class Cell:
         return bool(self.failures) or any(not m.is_within for m in self.values)
 
     @property
+    def is_of_runs(self) -> bool:
+        """True where a value was measured in several steps."""
+        return any(measured.run for measured in self.values)
+
+    @property
     def level(self) -> int:
         """The colour, from 0; a failure is never coloured as if it were within its budget."""
         least = LEVELS.index(3.0) + 1 if self.is_bad and (self.worst or 0) <= 1 else 0
@@ -93,6 +98,11 @@ def heat_map(result: Verification) -> HeatRows:
 def measured_name(measured: Measurement) -> str:
     """Returns a measured value's name, with its layer."""
     return measured.slot if measured.slot in ENDS else f"layers.{measured.layer_idx}.{measured.slot}"
+
+
+def shown_name(measured: Measurement) -> str:
+    """Returns a measured value's name, with the step that it is of."""
+    return f"{measured_name(measured)}, {measured.run}" if measured.run else measured_name(measured)
 
 
 def short_number(number: float) -> str:

@@ -11,9 +11,9 @@ from string import Template
 from ownpath.bench.record import device_name
 from ownpath.finding import Finding, failed
 from ownpath.verify import report
-from ownpath.verify.checks import TITLES
+from ownpath.verify.checks import title_of
 from ownpath.verify.fold import unfold_layers
-from ownpath.verify.heatmap import COLUMNS, LEVELS, Cell, Column, heat_map, measured_name, short_number
+from ownpath.verify.heatmap import COLUMNS, LEVELS, Cell, Column, heat_map, short_number, shown_name
 from ownpath.verify.layers.measure import Measurement
 from ownpath.verify.markup import Html, join, render
 from ownpath.verify.run import STAGES, StageResult, Verification
@@ -22,6 +22,8 @@ from ownpath.versions import versions
 _FRAME = Path(__file__).with_name("page.html")
 _MARKS = {"pass": ("good", "✓"), "FAIL": ("bad", "✕"), "warning": ("warn", "!"), "skipped": ("soft", "–")}
 """Verdict -> its class and its sign, so that nothing is said by colour alone."""
+_MAX_VALUES = 12
+"""Values of several steps that a cell tells on hover, the worst ones."""
 _MAX_TOLD = 4
 """Failures that a cell tells on hover; a layer may lack thousands of tensors."""
 _PARTS = {part: [column for column in COLUMNS if column[0] == part] for part, _ in COLUMNS}
@@ -32,7 +34,8 @@ def report_html(result: Verification) -> str:
     device, verdict = device_name(result.job.engine.device), report.verdict_of(result)
     name, dtype = result.job.folder.resolve().name, str(result.job.engine.dtype).removeprefix("torch.")
     word = render("b", "✓ PASS" if result.passed else "✕ FAIL")
-    about = render("span", render("strong", name), f" on {device}, {dtype}")
+    inside = f" in {result.engine}" * bool(result.engine)
+    about = render("span", render("strong", name), f"{inside} on {device}, {dtype}")
     return Template(_FRAME.read_text(encoding="utf-8")).substitute(
         title=join(f"{verdict.upper()}: {name} on {device}"),
         style=_FRAME.with_suffix(".css").read_text(encoding="utf-8"),
@@ -84,7 +87,7 @@ def _told(title: str, verdict: str, checks: Iterable[report.FailedCheck]) -> Htm
         others += [render("li", f"and {check.num_more} more (--json lists them)")] if check.num_more else []
         summary = render("summary", f"{len(check.shown) + check.num_more - 1} more")
         more = render("details", summary, render("ul", *others)) if others else Html()
-        head = render("h3", render("span", f"{sign} {check.id} ", class_=kind), TITLES.get(check.id, ""))
+        head = render("h3", render("span", f"{sign} {check.id} ", class_=kind), title_of(check.id))
         remedies = [render("p", render("b", "Remedy: "), remedy) for remedy in check.remedies]
         articles.append(render("article", head, render("ul", first), more, *remedies))
     return render("section", render("h2", title), *articles, class_=f"{kind}-list") if articles else Html()
@@ -158,7 +161,11 @@ def _cell(name: str, cell: Cell | None, kind: str, **attributes: str) -> Html:
     """Renders a cell: its number, and on hover everything that it stands for."""
     if cell is None:
         return render("td", "·", class_=kind)
-    told = [f"{m.slot} [{m.kernel}]: {short_number(m.excess)} of its budget {m.budget:.1e}" for m in cell.values]
+    values = sorted(cell.values, key=lambda m: -m.excess)[:_MAX_VALUES] if cell.is_of_runs else cell.values
+    told = [
+        f"{m.slot}{', ' * bool(m.run)}{m.run} [{m.kernel}]: {short_number(m.excess)} of its budget {m.budget:.1e}"
+        for m in values
+    ]
     told += [f"{finding.id} {finding.where}: {finding.message}" for finding in cell.failures[:_MAX_TOLD]]
     told += [f"and {len(cell.failures) - _MAX_TOLD} more failures"] if len(cell.failures) > _MAX_TOLD else []
     title = (f"{name}: {cell.text}", *told)
@@ -168,7 +175,10 @@ def _cell(name: str, cell: Cell | None, kind: str, **attributes: str) -> Html:
 def _stages(result: Verification) -> Html:
     """Renders a line for each stage; one that ran opens on its checks, those that failed first."""
     by_name = {stage.name: stage for stage in result.stages}
-    lines = [_stage(name, by_name.get(name), result) for name in dict.fromkeys((*STAGES, *by_name))]
+    lines = [
+        _stage(name, by_name.get(name), result)
+        for name in dict.fromkeys((*([] if result.engine else STAGES), *by_name))
+    ]
     return render("section", render("h2", "Stages"), *lines, class_="stages")
 
 
@@ -195,7 +205,7 @@ def _values(measurements: Sequence[Measurement]) -> Html:
     names = ("value", "error / budget", "all rows", "worst row", "budget", "largest: here / reference")
     rows = [
         _line(
-            join(measured_name(m), render("div", m.kernel, class_="soft")),
+            join(shown_name(m), render("div", m.kernel, class_="soft")),
             "✕ " * (not m.is_within) + short_number(m.excess),
             *(f"{number:.1e}" for number in (m.rel_l2, m.worst_row, m.budget)),
             f"{m.amax:.4g} / {m.reference_amax:.4g}",

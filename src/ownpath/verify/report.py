@@ -20,7 +20,7 @@ from ownpath.plan.plan import Plan
 from ownpath.plan.show import plan_dict
 from ownpath.terminal.page import Listing, fact, facts, line
 from ownpath.terminal.text import counted, listed
-from ownpath.verify.checks import SHARE_OF_BOUND, TITLES
+from ownpath.verify.checks import SHARE_OF_BOUND, title_of
 from ownpath.verify.fold import unfold_layers
 from ownpath.verify.layers.measure import Measurement
 from ownpath.verify.run import StageResult, Verification
@@ -118,6 +118,7 @@ def report_dict(result: Verification) -> dict[str, object]:
         "schema": SCHEMA,
         "verdict": verdict_of(result),
         "unreadable": result.unreadable or None,
+        "engine": result.engine or None,
         "model": str(job.folder),
         "checkpoint_digest": checkpoint_digest(job.folder),
         "plan_digest": None if plan is None else plan_digest(plan),
@@ -199,11 +200,13 @@ def report_page(result: Verification) -> list[RenderableType]:
     rows.append(("findings", f"{counts_text(findings)} in {seconds_of(result):.1f} s"))
     rows.append(("first bad layer", first_bad_layer(findings) or "none"))
     rows += [("largest error", worst_text(worst[1]))] if worst else []
-    rows += [("kernels", ", ".join(f"{n} x {kernel}" for kernel, n in kernels_of(plan).items()))] if plan else []
+    kernels = kernels_of(plan) if plan else kernels_ran(result)
+    rows += [("kernels", ", ".join(f"{n} x {kernel}" for kernel, n in kernels.items()))] if kernels else []
     rows += [("caches", caches_text(plan))] if plan else []
     rows += [("limited to", limit) for limit in limits_of(job.selection)]
     rows += [("not run", told) for told in _skipped_stages(result.stages)]
-    where = f"{job.folder.resolve().name} on {device_name(job.engine.device)}: "
+    inside = f" in {result.engine}" * bool(result.engine)
+    where = f"{job.folder.resolve().name}{inside} on {device_name(job.engine.device)}: "
     return [
         line(where, verdict_of(result).upper()),
         facts(rows),
@@ -331,7 +334,7 @@ def check_rows(result: Verification) -> list[tuple[str, ...]]:
             )
             numbers = [finding.number for finding in found if finding.number is not None]
             number = f"{max(numbers, key=_rank):.4g}" if numbers else "-"
-            rows.append((verdict.value, id_, TITLES.get(id_, ""), number, _outcome(found)))
+            rows.append((verdict.value, id_, title_of(id_), number, _outcome(found)))
     return rows
 
 

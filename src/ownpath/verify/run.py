@@ -106,11 +106,12 @@ class StageResult:
 @dataclass(frozen=True)
 class Verification:
     """The results of every stage that was asked for. unreadable: why nothing could be compared; empty where it
-    could."""
+    could. engine: whose layers were looked at, where they are not ours."""
 
     job: VerifyJob
     stages: tuple[StageResult, ...]
     unreadable: str = ""
+    engine: str = ""
 
     @property
     def findings(self) -> tuple[Finding, ...]:

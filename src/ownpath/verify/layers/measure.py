@@ -19,7 +19,8 @@ class Measurement:
     slot: its name; budget: the limit of ``rel_l2``. kernel: the one that computed it, empty for values between slots.
     rel_l2: |e - r| / |r| over all rows. worst_row: the largest over rows, of |r| the row's or the rows' root mean
     square, whichever is larger. nonfinite_share, zero_share: of the engine's entries that are not finite, or zero.
-    amax, reference_amax: largest magnitudes. dtypes: of the slot's input and output.
+    amax, reference_amax: largest magnitudes. dtypes: of the slot's input and output. run: the step that it is of, where
+    there are several.
     """
 
     layer_idx: int
@@ -36,6 +37,7 @@ class Measurement:
     kernel: str = ""
     dtype_in: str = ""
     dtype_out: str = ""
+    run: str = ""
 
     @classmethod
     def of(

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from itertools import cycle, islice
+from pathlib import Path
 
 import torch
 
 from ownpath.chat.tokenizer import Tokenizer, TokenizerError
-from ownpath.config import CSA_RATIO, HCA_RATIO
+from ownpath.config import CSA_RATIO, HCA_RATIO, ModelConfig
 from ownpath.verify.subject import Subject
 
 PARAGRAPH = """\
@@ -52,11 +53,15 @@ def text_of(subject: Subject) -> SampleText:
     Its length lets the indexer choose (more entries than ``index_topk``) where the device can afford that, and never
     exceeds what the engine is configured for.
     """
-    num_tokens = _num_tokens(subject)
-    words = _tokenize(subject)
+    return sample_text(subject.folder, subject.config, _num_tokens(subject))
+
+
+def sample_text(folder: Path, config: ModelConfig, num_tokens: int) -> SampleText:
+    """Repeats the paragraph up to ``num_tokens``."""
+    words = _tokenize(folder, config)
     if words is None:
         generator = torch.Generator().manual_seed(_SEED)
-        ids = torch.randint(0, subject.config.vocab_size, (num_tokens,), generator=generator).tolist()
+        ids = torch.randint(0, config.vocab_size, (num_tokens,), generator=generator).tolist()
         return SampleText(tuple(ids), f"{num_tokens} random tokens (seed {_SEED})")
     return SampleText(tuple(islice(cycle(words), num_tokens)), f"{num_tokens} tokens of a fixed text")
 
@@ -70,13 +75,13 @@ def _num_tokens(subject: Subject) -> int:
     return min(HCA_RATIO * windows + _EDGE, subject.engine.max_model_len, config.max_position_embeddings)
 
 
-def _tokenize(subject: Subject) -> list[int] | None:
+def _tokenize(folder: Path, config: ModelConfig) -> list[int] | None:
     """Tokenizes BOS and the paragraph; ``None`` where no tokenizer fits this model."""
-    if not (subject.folder / "tokenizer.json").exists():
+    if not (folder / "tokenizer.json").exists():
         return None
     try:
-        ids = Tokenizer.from_folder(subject.folder).encode_text(PARAGRAPH)
+        ids = Tokenizer.from_folder(folder).encode_text(PARAGRAPH)
     except TokenizerError:
         return None
-    ids = [subject.config.bos_token_id, *ids]
-    return ids if max(ids) < subject.config.vocab_size else None
+    ids = [config.bos_token_id, *ids]
+    return ids if max(ids) < config.vocab_size else None

@@ -1,0 +1,196 @@
+"""Holds what vLLM's modules gave against the reference of each, module by module and step by step.
+
+The budget of a value is measured where it is used: four times the distance between the reference computed wide and the
+same rounded as an engine of that dtype rounds, from the same inputs; never less than one rounding (``verify.budgets``
+has the reasons). So it knows the layer's own weights, widths and rows, and nothing of what came before.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ownpath.checkpoint.drafts import carried_draft
+from ownpath.checkpoint.index import CheckpointIndex
+from ownpath.checkpoint.schema import Encoding
+from ownpath.config import CSA_RATIO, Layer, ModelConfig
+from ownpath.formats import CacheFormat
+from ownpath.integrations.vllm.proof.reference import (
+    ORDER,
+    SequencePart,
+    chosen_entries,
+    found_ends,
+    found_values,
+    reference_ends,
+    reference_values,
+)
+from ownpath.integrations.vllm.proof.seen import StepRun
+from ownpath.integrations.vllm.proof.taps import Kept
+from ownpath.oracle.arithmetic import Arithmetic, OracleRun
+from ownpath.oracle.formulas import expert_scores
+from ownpath.oracle.weights import StoredWeights
+from ownpath.plan.census import take_census
+from ownpath.verify.budgets import NOISE_FACTOR
+from ownpath.verify.layers.choices import expert_candidates, judge, mask_of
+from ownpath.verify.layers.measure import Measurement, distance
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The model's files and the dtype that vLLM runs it in. cache_format: of its keys."""
+
+    config: ModelConfig
+    stored: StoredWeights
+    encodings: Mapping[str, Encoding]
+    dtype: torch.dtype
+    cache_format: CacheFormat
+
+    @classmethod
+    def of(cls, folder: Path, dtype: torch.dtype, cache_format: CacheFormat) -> "Proof":
+        """Opens a checkpoint. Errors: ConfigError, CheckpointError."""
+        index, config = CheckpointIndex.open(folder), ModelConfig.from_file(folder / "config.json")
+        census = take_census(config, index, carried_draft(index))
+        encodings = {module.spec.name: module.encoding for module in census.modules}
+        wide = torch.float64 if dtype.itemsize >= 4 else torch.float32
+        return cls(config, StoredWeights(index, torch.device("cpu"), wide), encodings, dtype, cache_format)
+
+    def run(self, *, is_narrow: bool) -> OracleRun:
+        """Starts a forward of the reference, wide or rounded as the engine rounds."""
+        arithmetic = Arithmetic(self.stored.dtype, self.dtype if is_narrow else None, cache_format=self.cache_format)
+        return OracleRun(self.config, self.stored, self.encodings, arithmetic)
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        return tuple(self.config.backbone_layers())
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One value of one step."""
+
+    step: StepRun
+    measured: Measurement
+
+
+def compare_layer(proof: Proof, layer_idx: int, steps: Sequence[StepRun], kernels: Mapping[str, str]) -> list[Compared]:
+    """Compares every tapped value of a layer in every step that is judged, in the order in which they are made.
+
+    kernels: value -> what ran there. All steps' rows go through the reference together. A value that only some steps
+    have is compared in those alone.
+    Errors: CheckpointError naming a tensor that cannot be read; ValueError for rows of nobody.
+    """
+    tapped = [(step, step.layer(layer_idx)) for step in steps]
+    common = set(tapped[0][1]).intersection(*(values for _, values in tapped[1:]))
+    comparison = _LayerProof(proof, layer_idx, kernels)
+    found = comparison.run(tapped, common, segments_of(steps))
+    groups: dict[tuple[str, ...], list[tuple[StepRun, Kept]]] = {}
+    for step, values in tapped:
+        if step.is_judged and values.keys() - common:
+            groups.setdefault(tuple(sorted(values)), []).append((step, values))
+    done = {(id(compared.step), compared.measured.slot) for compared in found}
+    for names, group in groups.items():
+        found += [one for one in comparison.run(group, set(names)) if (id(one.step), one.measured.slot) not in done]
+    place = {name: idx for idx, name in enumerate(ORDER)}
+    return sorted(found, key=lambda compared: place[compared.measured.slot])
+
+
+@dataclass(frozen=True)
+class _LayerProof:
+    proof: Proof
+    layer_idx: int
+    kernels: Mapping[str, str]
+
+    def run(
+        self, tapped: Sequence[tuple[StepRun, Kept]], names: set[str], segments: Sequence[SequencePart] | None = None
+    ) -> list[Compared]:
+        """Compares the values that need ``names`` alone, which every step has. segments: of all steps there are;
+        ``None`` where some are left out, so that nobody knows all keys of a sequence."""
+        proof, layer = self.proof, self.proof.layers[self.layer_idx]
+        values = {name: torch.cat([kept[name] for _, kept in tapped]) for name in names}
+        engine = found_values(layer, proof.run(is_narrow=False), values)
+        wide, narrow = (
+            reference_values(layer, proof.run(is_narrow=is_narrow), values, segments) for is_narrow in (False, True)
+        )
+        found, first = list[Compared](), 0
+        for step, _ in tapped:
+            rows = slice(first, first + step.num_rows)
+            first = rows.stop
+            for name in engine.keys() & wide.keys() if step.is_judged else ():
+                shape = engine[name].shape
+                values_of = (x[name].reshape(shape)[rows] for x in (engine, wide, narrow))
+                judged = self.judge(step, name, *values_of)
+                found += [] if judged is None else [judged]
+        return found
+
+    def judge(self, step: StepRun, name: str, engine: Tensor, wide: Tensor, narrow: Tensor) -> Compared | None:
+        """Compares the rows whose reference is finite: what gets NaN cannot be blamed for it. ``None``: no row is."""
+        is_judged_T = wide.isfinite().flatten(1).all(1)
+        if not is_judged_T.any():
+            return None
+        engine, wide, narrow = (value[is_judged_T] for value in (engine, wide, narrow))
+        budget = max(NOISE_FACTOR * distance(narrow, wide).rel_l2, float(torch.finfo(self.proof.dtype).eps) / 2)
+        measured = Measurement.of(self.layer_idx, name, (engine, wide), budget, self.kernels.get(name, ""))
+        return Compared(step, measured)
+
+
+def segments_of(steps: Sequence[StepRun]) -> list[SequencePart]:
+    """Finds each sequence's rows, in the order of their positions, among the rows of all steps."""
+    history: dict[str, list[int]] = {}
+    found, first = [], 0
+    for step in steps:
+        for part in step.parts:
+            rows = list(range(first + part.first_row, first + part.first_row + part.count))
+            own = history.setdefault(part.sequence, [])
+            assert len(own) == part.start, (part, len(own))
+            own += rows
+            found.append(SequencePart(torch.tensor(rows), torch.tensor(own)))
+        first += step.num_rows
+    return found
+
+
+def compare_ends(proof: Proof, steps: Sequence[StepRun], kernels: Mapping[str, str]) -> list[Compared]:
+    """Compares the embedding, the last boundary with its norm, and the logits, step by step. Errors:
+    CheckpointError."""
+    found = list[Compared]()
+    comparison = _LayerProof(proof, proof.config.num_hidden_layers - 1, kernels)
+    for step in steps:
+        if step.is_judged:
+            ends, last = step.ends(), step.layer(comparison.layer_idx)
+            engine = found_ends(ends)
+            wide, narrow = (reference_ends(proof.run(is_narrow=is_narrow), ends, last) for is_narrow in (False, True))
+            for name in engine.keys() & wide.keys():
+                judged = comparison.judge(step, name, engine[name], wide[name], narrow[name])
+                found += [] if judged is None else [judged]
+    return found
+
+
+def count_wrong_choices(proof: Proof, layer_idx: int, step: StepRun) -> Mapping[str, int]:
+    """Counts the rows whose experts, or compressed entries, are not those that the engine's own scores say.
+
+    Experts: by the logits that the engine's router got; near ties within their float32 rounding are either's. Entries:
+    all complete ones where ``index_topk`` holds them; else only their number, and that all are complete.
+    """
+    values, layer = step.layer(layer_idx), proof.layers[layer_idx]
+    config, counts = proof.config, dict[str, int]()
+    if "ffn.gate" in values and "ffn.router.ids" in values:
+        chosen_TE = mask_of(values["ffn.router.ids"], config.n_routed_experts)
+        if layer.is_hash:
+            ids_TK = proof.stored.rows(f"{layer.name}.ffn.gate.tid2eid", values["token_ids"].long())
+            wrong_T = (chosen_TE != mask_of(ids_TK, config.n_routed_experts)).any(1)
+        else:
+            logits, bias_E = values["ffn.gate"].double(), proof.stored.param(f"{layer.name}.ffn.gate.bias").double()
+            scores_TE = expert_scores(logits) + bias_E
+            wrong_T = judge(chosen_TE, expert_candidates(scores_TE, logits, bias_E, config.num_experts_per_tok)).wrong_T
+        counts["experts"] = int((wrong_T & values["ffn.gate"].isfinite().all(1)).sum())
+    if layer.ratio == CSA_RATIO and "attn.entry_ids" in values:
+        complete_T = (values["positions"] + 1) // CSA_RATIO
+        num_entries = max(int(complete_T.max()), 1)
+        ids_TK = values["attn.entry_ids"]
+        chosen_TC = chosen_entries(ids_TK, num_entries)
+        allowed_TC = torch.arange(num_entries) < complete_T[:, None]
+        wrong_T = (chosen_TC & ~allowed_TC).any(1) | (chosen_TC.sum(1) != complete_T.clamp(max=config.index_topk))
+        counts["compressed entries"] = int(wrong_T.sum())
+    return counts

@@ -1,0 +1,134 @@
+"""Turns compared values of a run into findings: each module that is off, with the steps in which it is off."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from ownpath.finding import Finding, Verdict
+from ownpath.integrations.vllm.proof.compare import Compared
+from ownpath.integrations.vllm.proof.seen import EngineRun, StepRun
+from ownpath.terminal.text import counted, listed
+from ownpath.verify.layers.measure import ROW_FACTOR, Measurement
+
+_WITHIN = f"an error of 1 budget over all rows and of {ROW_FACTOR:g} budgets in a single one, and finite values"
+_HYPER = "the hyper-connection: the same streams through another implementation of it (docs/vllm-proof.md)"
+_PRODUCT = "this module's method, or its weights: fused halves, scales and shards as this method takes them"
+_PLACES = {
+    "hc_attn.h": _HYPER,
+    "hc_ffn.x": _HYPER,
+    "hc_ffn.h": _HYPER,
+    "out": _HYPER,
+    "hc_head": _HYPER,
+    "attn.q": "the norm of query heads, and their rotation: theta of this kind of layer, YaRN",
+    "attn.core": "the attention: what its cache holds, window, sink, compressed entries, slots of other sequences",
+    "attn.wo_a": "the rotation back, or the product in groups: BF16, or FP8 with its scales",
+    "ffn.experts": "the experts: scales, order of gate and up, the clamp at swiglu_limit, which experts this rank has",
+    "ffn.router.weights": "weights from scores without the bias, their sum, routed_scaling_factor",
+    "ffn.shared_experts.swiglu": "the clamp at swiglu_limit, the order of gate and up",
+}
+"""Places to look at, by value."""
+
+
+def judge_values(where: str, compared: Sequence[Compared]) -> Iterator[Finding]:
+    """VE01: yields a failure for every value of a layer (or of the ends) that is off in some step, or one pass."""
+    by_slot: dict[str, list[Compared]] = {}
+    for one in compared:
+        by_slot.setdefault(one.measured.slot, []).append(one)
+    bad = {slot: found for slot, found in by_slot.items() if not all(one.measured.is_within for one in found)}
+    for slot, found in bad.items():
+        yield _off(slot if where == "ends" else f"{where}.{slot}", found)
+    if compared and not bad:
+        worst = max(compared, key=lambda one: one.measured.excess)
+        steps = counted(len({id(one.step) for one in compared}), "step")
+        nearest = f"nearest to its budget {worst.measured.slot} in a {worst.step.name}: {numbers(worst.measured)}"
+        message = f"{counted(len(by_slot), 'value')} in {steps}; {nearest}"
+        yield Finding(
+            "VE01", where, Verdict.PASS, message, worst.measured.excess, _WITHIN, kernel=worst.measured.kernel
+        )
+
+
+def _off(where: str, found: Sequence[Compared]) -> Finding:
+    off = [one for one in found if not one.measured.is_within]
+    right = [one.step for one in found if one.measured.is_within]
+    worst = max(off, key=lambda one: one.measured.excess)
+    only = f"right in {steps_text(right)}" if right else "right in no step"
+    message = f"off in {steps_text([one.step for one in off])}; {only}; worst: {numbers(worst.measured)}"
+    remedy = _PLACES.get(worst.measured.slot, _PRODUCT)
+    excess, kernel = worst.measured.excess, worst.measured.kernel
+    return Finding("VE01", where, Verdict.FAIL, message, excess, _WITHIN, remedy, kernel)
+
+
+def numbers(measured: Measurement) -> str:
+    """Formats the numbers that people look at first."""
+    bad = f", {measured.nonfinite_share:.1%} not finite" if measured.nonfinite_share else ""
+    empty = ", all zero" if measured.zero_share == 1 else ""
+    rows = f"relative error {measured.rel_l2:.1e}, worst row {measured.worst_row:.1e}, budget {measured.budget:.1e}"
+    return f"{rows}, largest {measured.amax:.3g} where {measured.reference_amax:.3g} is right{bad}{empty}"
+
+
+def steps_text(steps: Sequence[StepRun]) -> str:
+    """Formats steps by kind: ``prefill of 1, 2 and 5 rows, decode of 1 row (eager)``."""
+    told = []
+    for how in dict.fromkeys(step.how for step in steps):
+        kinds: dict[str, list[int]] = {}
+        for step in steps:
+            if step.how == how:
+                kinds.setdefault(step.planned.kind, []).append(step.num_rows)
+        parts = (f"{kind} of {listed(list(map(str, rows)))} row{'s' * (rows != [1])}" for kind, rows in kinds.items())
+        told.append(f"{', '.join(parts)} ({how})")
+    return "; ".join(told)
+
+
+def judge_choices(where: str, counts: Sequence[tuple[StepRun, Mapping[str, int]]]) -> Iterator[Finding]:
+    """VE02: yields a finding for each kind of choice that a layer makes."""
+    for what in dict.fromkeys(what for _, found in counts for what in found):
+        wrong = [(step, found[what]) for step, found in counts if found.get(what)]
+        places = {"experts": f"{where}.ffn.router", "compressed entries": f"{where}.attn.indexer"}
+        message = f"every row has the {what} that its scores say"
+        if wrong:
+            rows = sum(count for _, count in wrong)
+            message = f"{counted(rows, 'row')} with other {what}: {steps_text([step for step, _ in wrong])}"
+        number = float(sum(count for _, count in wrong))
+        remedy = "the choice itself: bias, ties to the lower id, the table of a hash layer, which entries are complete"
+        yield Finding.judged("VE02", places[what], not wrong, message, number, "no row, near ties aside", remedy)
+
+
+def judge_walk(run: EngineRun) -> Iterator[Finding]:
+    """VE03: yields what multiplies in every worker, and every module that does not run as it was planned."""
+    for rank in run.ranks:
+        where, planned = f"rank {rank['rank']}", 0
+        for path, found in rank["modules"].items():
+            if "slot" not in found:
+                continue
+            planned += 1
+            is_planned = found["planned"] is not None and found["planned"][1] == found["kernel"]
+            if not is_planned or found.get("parameters"):
+                message = f"{where}: {path} runs {found['kernel']}, the plan says {found['planned']}"
+                if found.get("parameters"):
+                    message = f"{where}: {path} has weights that another kernel could multiply: {found['parameters']}"
+                yield Finding("VE03", found["slot"], Verdict.FAIL, message, kernel=found["kernel"])
+        methods: dict[str, int] = {}
+        for found in rank["modules"].values():
+            if "parameters" in found:
+                methods[found["method"]] = methods.get(found["method"], 0) + 1
+        told = ", ".join(f"{count} x {method}" for method, count in methods.items())
+        message = f"{planned} modules run our kernels as planned; all that hold or multiply weights: {told}"
+        yield Finding("VE03", where, Verdict.PASS, message, float(planned))
+
+
+def judge_taps(run: EngineRun) -> Iterator[Finding]:
+    """VE04: yields what could not be looked at, with why."""
+    for refused in run.refused:
+        yield Finding("VE04", "steps", Verdict.SKIPPED, refused)
+    missed = {key: why for step in run.steps for key, why in step.missed.items()}
+    for key, why in missed.items():
+        yield Finding("VE04", key, Verdict.WARN, f"this tap could not be captured: {why}")
+    unwritten = sorted({key for step in run.steps if step.is_judged for key in step.unwritten} - missed.keys())
+    if unwritten:
+        told = f"{counted(len(unwritten), 'tap')} filled nothing in some step: {listed(unwritten[:4])}"
+        yield Finding("VE04", "taps", Verdict.SKIPPED, told)
+    for rank in run.ranks[:1]:
+        absent = [point for point in rank["absent"] if not point.endswith((".hc_post", ".forward_monolithic"))]
+        if absent:
+            yield Finding("VE04", "taps", Verdict.SKIPPED, f"this vLLM has no {listed(absent)}")
+    steps = [step for step in run.steps if step.is_judged]
+    if steps and not missed:
+        yield Finding("VE04", "taps", Verdict.PASS, f"looked at {counted(len(steps), 'step')}: {steps_text(steps)}")

@@ -1,0 +1,192 @@
+"""``ownpath verify --engine vllm``: runs vLLM with taps, compares, and returns a verification as our own verify makes.
+
+vLLM itself runs in a process of its own; here its values are compared, a layer at a time.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from ownpath.config import EngineConfig, ModelConfig
+from ownpath.files import read_bytes
+from ownpath.finding import Finding, Verdict
+from ownpath.formats import CacheFormat
+from ownpath.integrations.vllm.proof import findings
+from ownpath.integrations.vllm.proof.compare import Compared, Proof, compare_ends, compare_layer, count_wrong_choices
+from ownpath.integrations.vllm.proof.points import ENDS_MODULES, modules_of
+from ownpath.integrations.vllm.proof.seen import EngineRun
+from ownpath.integrations.vllm.proof.steps import FIRST_LENGTH, KINDS, ROWS
+from ownpath.integrations.vllm.proof.walk import kernels_of
+from ownpath.terminal.progress import Progress
+from ownpath.verify.layers.measure import Measurement
+from ownpath.verify.layers.text import sample_text
+from ownpath.verify.ledger_check import RanSlot
+from ownpath.verify.run import StageResult, Verification, VerifyJob
+from ownpath.verify.subject import Selection
+
+_CHILD = "ownpath.integrations.vllm.proof.child"
+_FIRST_ANSWER = 100
+_POLL_S = 0.5
+RUN, LOG = "run.json", "vllm.log"
+
+
+class NoVllm(ValueError):
+    """vLLM is not installed where this runs."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "vLLM is not installed in this environment: install ownpath beside it (pip install 'ownpath[vllm]', "
+            "docs/vllm.md), or run this with the Python that vLLM is installed for"
+        )
+
+
+@dataclass(frozen=True)
+class VllmJob:
+    """folder: the checkpoint. options: vLLM's own, as of ``vllm serve``. work: a folder for values and vLLM's log.
+
+    layers: ``None``: all. rows: of the steps to run.
+    """
+
+    folder: Path
+    work: Path
+    options: tuple[str, ...] = ()
+    layers: frozenset[int] | None = None
+    rows: tuple[int, ...] = ROWS
+
+
+def verify_vllm(job: VllmJob) -> Verification:
+    """Runs vLLM eagerly and, where it captures graphs, with them too; compares; returns the verification.
+
+    Errors: NoVllm; ConfigError, CheckpointError of the checkpoint.
+    """
+    if find_spec("vllm") is None:
+        raise NoVllm
+    eager = _run(job, "eager")
+    stages = [_stage("eager", job, eager)]
+    if "--enforce-eager" in job.options:
+        stages.append(StageResult("graphs", (), 0.0))
+    elif eager.facts.get("has_graphs"):
+        stages.append(_stage("graphs", job, _run(job, "graphs")))
+    elif eager.facts:
+        skipped = Finding("VE01", "graphs", Verdict.SKIPPED, f"vLLM captures no graphs on {eager.facts['platform']}")
+        stages.append(StageResult("graphs", (skipped,), 0.0))
+    facts = eager.facts
+    engine = EngineConfig(dtype=_dtype(facts)) if facts else EngineConfig()
+    told = VerifyJob(job.folder, engine, Selection(job.layers))
+    return Verification(told, tuple(stages), engine=f"vLLM {facts['version']}" if facts else "vLLM")
+
+
+def _dtype(facts: object) -> torch.dtype:
+    assert isinstance(facts, dict)
+    dtype = getattr(torch, facts["dtype"])
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _run(job: VllmJob, how: str) -> EngineRun:
+    """Runs vLLM in a process of its own, whose log is kept, and reads what it left."""
+    job.work.mkdir(parents=True, exist_ok=True)
+    out = job.work / how
+    out.mkdir(exist_ok=True)
+    (out / RUN).unlink(missing_ok=True)
+    asked = {
+        "model": str(job.folder.resolve()),
+        "out": str(out),
+        "how": how,
+        "rows": list(job.rows),
+        "kinds": list(KINDS),
+        "layers": None if job.layers is None else sorted(job.layers),
+        "text": list(_text(job)),
+        "answers": list(range(_FIRST_ANSWER, _FIRST_ANSWER + max(job.rows))),
+        "options": list(job.options),
+    }
+    num_steps = 2 * len(KINDS) * len(job.rows)  # about as many fill caches as are asked for
+    path = out / "asked.json"
+    path.write_text(json.dumps(asked), encoding="utf-8")
+    with (out / LOG).open("w", encoding="utf-8") as log, Progress(f"vLLM, {how}") as progress:
+        child = subprocess.Popen([sys.executable, "-m", _CHILD, str(path)], stdout=log, stderr=log, env=os.environ)
+        code = _wait(child, lambda: progress(len(list(out.glob(f"{how}.*.ends.*"))), num_steps, "steps"))
+    if (out / RUN).exists():
+        return EngineRun.of(out, json.loads(read_bytes(out / RUN)))
+    told = f"its process ended with code {code} before it could say why"
+    return EngineRun((), (), (), {}, told, "the start")
+
+
+def _text(job: VllmJob) -> tuple[int, ...]:
+    config = ModelConfig.from_file(job.folder / "config.json")
+    return sample_text(job.folder, config, max(*job.rows, FIRST_LENGTH)).token_ids
+
+
+def _wait(child: "subprocess.Popen[bytes]", look: Callable[[], None]) -> int:
+    try:
+        while child.poll() is None:
+            look()
+            time.sleep(_POLL_S)
+    finally:
+        if child.poll() is None:
+            child.terminate()
+            child.wait()
+    return child.returncode
+
+
+def _stage(name: str, job: VllmJob, run: EngineRun) -> StageResult:
+    """Compares one run."""
+    start = time.perf_counter()
+    found = list[Finding]()
+    measured = list[Measurement]()
+    if run.error is not None:
+        log = job.work / name / LOG
+        message = f"vLLM ended at {run.during}: {run.error}"
+        found.append(Finding("RUN", f"vLLM, {name}", Verdict.FAIL, message, remedy=f"its log is {log}"))
+    with Progress("comparing") as progress:
+        for part in _compare(job, run, progress):
+            if isinstance(part, Compared):
+                measured.append(replace(part.measured, run=part.step.name))
+            else:
+                found.append(part)
+    found += [*findings.judge_walk(run), *findings.judge_taps(run)]
+    return StageResult(name, tuple(found), time.perf_counter() - start, "", tuple(measured), tuple(_ran(run)))
+
+
+def _compare(job: VllmJob, run: EngineRun, progress: Progress) -> Iterator[Compared | Finding]:
+    """Yields what was compared, layer by layer, and its findings."""
+    if not any(step.is_judged for step in run.steps):
+        return
+    ranks = run.facts["tensor_parallel_size"] * run.facts["pipeline_parallel_size"]
+    if ranks > 1:
+        message = f"values are compared on one rank alone; there are {ranks}, of which each was walked"
+        yield Finding("VE01", "values", Verdict.SKIPPED, message)
+        return
+    cache = CacheFormat.FP8 if run.facts["cache_dtype"].startswith("fp8") else CacheFormat.BF16
+    proof = Proof.of(job.folder, _dtype(run.facts), cache)
+    modules = run.ranks[0]["modules"] if run.ranks else {}
+    layer_ids = sorted(job.layers) if job.layers is not None else range(proof.config.num_hidden_layers)
+    for done, layer_idx in enumerate(layer_ids):
+        progress(done, len(layer_ids), f"layers.{layer_idx}")
+        compared = compare_layer(proof, layer_idx, run.steps, kernels_of(modules, modules_of(layer_idx)))
+        yield from compared
+        yield from findings.judge_values(f"layers.{layer_idx}", compared)
+        steps = [step for step in run.steps if step.is_judged]
+        counts = [(step, count_wrong_choices(proof, layer_idx, step)) for step in steps]
+        yield from findings.judge_choices(f"layers.{layer_idx}", counts)
+    ends = compare_ends(proof, run.steps, kernels_of(modules, ENDS_MODULES))
+    yield from ends
+    yield from findings.judge_values("ends", ends)
+
+
+def _ran(run: EngineRun) -> Iterator[RanSlot]:
+    """Yields what multiplied in rank 0, by our slots."""
+    modules = run.ranks[0]["modules"] if run.ranks else {}
+    layers = sorted({int(path.split(".")[2]) for path in modules if path.startswith("model.layers.")})
+    for layer_idx in layers:
+        for value, kernel in kernels_of(modules, modules_of(layer_idx)).items():
+            if value not in ("ffn.router.weights", "ffn.sum"):
+                yield RanSlot(f"layers.{layer_idx}.{value}", kernel)

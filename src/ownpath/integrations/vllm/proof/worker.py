@@ -1,0 +1,85 @@
+"""Inside vLLM's workers: a loader that puts the taps on a model before it is profiled or captured, and what to ask it.
+
+vLLM imports this module in every worker, by the name of the class ``ProofWorker`` (``worker_extension_cls``). Values go
+through files, so that nothing but names and numbers travels between processes.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.config import LoadConfig, ModelConfig, VllmConfig
+from vllm.model_executor.model_loader import DefaultModelLoader, register_model_loader
+
+from ownpath.checkpoint.writer import write_shard
+from ownpath.integrations.vllm.proof.points import layer_of, points_of
+from ownpath.integrations.vllm.proof.taps import Taps
+from ownpath.integrations.vllm.proof.walk import describe_modules
+
+LOAD_FORMAT = "ownpath_taps"
+EXTENSION = f"{__name__}.ProofWorker"
+TAPS_FIELD = "ownpath_taps"
+ENDS = "ends"
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+@register_model_loader(LOAD_FORMAT)
+class TappedLoader(DefaultModelLoader):  # type: ignore[misc]
+    """vLLM's own loader, and taps on what it loaded, with room for the largest step. Its extra config says in which
+    layers."""
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        fields = dict(load_config.model_loader_extra_config)
+        self._asked: dict[str, Any] = fields.pop(TAPS_FIELD)
+        super().__init__(replace(load_config, load_format="auto", model_loader_extra_config=fields))
+
+    def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> torch.nn.Module:
+        """Loads the model, and taps it. Errors: as vLLM's."""
+        model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
+        layers = self._asked["layers"]
+        taps = Taps(vllm_config.scheduler_config.max_num_batched_tokens, is_capturing=_is_capturing)
+        taps.add(model, points_of(None if layers is None else frozenset(layers)))
+        model.ownpath_taps = taps  # type: ignore[assignment]
+        return model
+
+
+class ProofWorker:
+    """The calls that the driver makes in every worker. Only rank 0 writes values."""
+
+    rank: int
+
+    def ownpath_start_step(self) -> None:
+        """Marks all buffers as unwritten."""
+        self._ownpath_taps.start_step()
+
+    def ownpath_take(self, num_rows: int, folder: str, step: str) -> dict[str, Any]:
+        """Writes what the step's taps hold, a file for each layer; returns their names and which taps were missed."""
+        taps = self._ownpath_taps
+        if self.rank:
+            return {"files": {}, "missed": taps.missed}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        parts: dict[str, dict[str, torch.Tensor]] = {}
+        for key, value in taps.take(num_rows).items():
+            layer = layer_of(key)
+            parts.setdefault(ENDS if layer is None else str(layer), {})[key] = value.contiguous()
+        files = {part: f"{step}.{part}.safetensors" for part in parts}
+        for part, tensors in parts.items():
+            write_shard(Path(folder, files[part]), tensors, {})
+        unwritten = sorted(set(taps.buffers) - {key for tensors in parts.values() for key in tensors})
+        return {"files": files, "missed": taps.missed, "unwritten": unwritten, "from_python": bool(taps.calls)}
+
+    def ownpath_walk(self) -> dict[str, Any]:
+        """Describes every module of this worker, and the points that fitted none."""
+        model: torch.nn.Module = self.get_model()  # type: ignore[attr-defined]
+        return {"rank": self.rank, "modules": describe_modules(model), "absent": self._ownpath_taps.absent}
+
+    @property
+    def _ownpath_taps(self) -> Taps:
+        taps = self.get_model().ownpath_taps  # type: ignore[attr-defined]
+        assert isinstance(taps, Taps)
+        return taps
