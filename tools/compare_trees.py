@@ -11,6 +11,7 @@ above 1 means slower. The middle half of the rounds' ratios shows how sure that 
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import re
@@ -25,7 +26,8 @@ from serve_rate import Server, exchange
 from ownpath.bench.record import append_lines, provenance
 
 PATH = "/v1/completions"
-LONG_PROMPT = 200
+LONG_PROMPT, BLOCK_PROMPT = 200, 300
+_FRESH = itertools.count()
 
 
 class Cost(NamedTuple):
@@ -50,10 +52,21 @@ def long_body(idx: int, num_tokens: int) -> dict[str, object]:
     return {"prompt": [3 + idx, *range(5, LONG_PROMPT + 4)], "max_tokens": 1, "temperature": 0}
 
 
+def block_body(idx: int, num_tokens: int) -> dict[str, object]:
+    """Returns a request that mostly reads a prompt of more than a block of the caches, which none before began like."""
+    number = next(_FRESH)
+    return {
+        "prompt": [3 + number % 1000, 3 + number // 1000, *range(5, BLOCK_PROMPT + 3)],
+        "max_tokens": 1,
+        "temperature": 0,
+    }
+
+
 WORKLOADS: dict[str, tuple[str, Callable[[int, int], dict[str, object]]]] = {
     "whole": ("completion_tokens", short_body),
     "stream": ("completion_tokens", streamed_body),
     "prompt": ("prompt_tokens", long_body),
+    "block": ("prompt_tokens", block_body),
 }
 """Name -> what is counted, and the requests."""
 
