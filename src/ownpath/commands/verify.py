@@ -123,12 +123,13 @@ def _run_vllm(args: argparse.Namespace, options: Sequence[str]) -> int:
         from tempfile import TemporaryDirectory
 
         from ownpath.integrations.vllm.proof.run import VllmJob, verify_vllm
+        from ownpath.integrations.vllm.proof.steps import ROWS
         from ownpath.loading import default_model_dir
 
     with TemporaryDirectory(prefix="ownpath-vllm-") as folder:
         work = args.work or Path(folder)
-        rows = {"rows": args.rows} if args.rows else {}
-        job = VllmJob(args.model or default_model_dir(), work, tuple(options), args.layers, **rows)
+        model, is_kept = args.model or default_model_dir(), args.work is not None
+        job = VllmJob(model, work, tuple(options), args.layers, args.rows or ROWS, is_kept)
         return _show(verify_vllm(job), args)
 
 

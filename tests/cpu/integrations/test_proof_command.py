@@ -1,6 +1,6 @@
 """``ownpath verify --engine vllm``: what is refused before anything runs, and whose option an option is."""
 
-from importlib.util import find_spec
+from importlib.metadata import packages_distributions
 
 import pytest
 
@@ -15,7 +15,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *options: str) -> str:
     return told
 
 
-@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+@pytest.mark.skipif("vllm" in packages_distributions(), reason="vLLM is installed")
 def test_without_vllm_it_says_how_to_install_it(capsys: pytest.CaptureFixture[str]) -> None:
     told = error_of(capsys, "--engine", "vllm")
     assert "vLLM is not installed in this environment" in told

@@ -35,6 +35,7 @@ from ownpath.verify.subject import Selection
 _CHILD = "ownpath.integrations.vllm.proof.child"
 _FIRST_ANSWER = 100
 _POLL_S = 0.5
+_LAST_BYTES = 4096
 RUN, LOG = "run.json", "vllm.log"
 
 
@@ -52,7 +53,7 @@ class NoVllm(ValueError):
 class VllmJob:
     """folder: the checkpoint. options: vLLM's own, as of ``vllm serve``. work: a folder for values and vLLM's log.
 
-    layers: ``None``: all. rows: of the steps to run.
+    is_kept: False where it goes with the report. layers: ``None``: all. rows: of the steps to run.
     """
 
     folder: Path
@@ -60,6 +61,7 @@ class VllmJob:
     options: tuple[str, ...] = ()
     layers: frozenset[int] | None = None
     rows: tuple[int, ...] = ROWS
+    is_kept: bool = True
 
 
 def verify_vllm(job: VllmJob) -> Verification:
@@ -67,7 +69,8 @@ def verify_vllm(job: VllmJob) -> Verification:
 
     Errors: NoVllm; ConfigError, CheckpointError of the checkpoint.
     """
-    if find_spec("vllm") is None:
+    found = find_spec("vllm")
+    if found is None or found.origin is None:  # a folder of that name is no package
         raise NoVllm
     eager = _run(job, "eager")
     stages = [_stage("eager", job, eager)]
@@ -116,8 +119,15 @@ def _run(job: VllmJob, how: str) -> EngineRun:
         code = _wait(child, lambda: progress(len(list(out.glob(f"{how}.*.ends.*"))), num_steps, "steps"))
     if (out / RUN).exists():
         return EngineRun.of(out, json.loads(read_bytes(out / RUN)))
-    told = f"its process ended with code {code} before it could say why"
+    told = f"its process ended with code {code}; the last line of its log: {_last_line(out / LOG)}"
     return EngineRun((), (), (), {}, told, "the start")
+
+
+def _last_line(path: Path) -> str:
+    with path.open("rb") as log:
+        log.seek(max(0, path.stat().st_size - _LAST_BYTES))
+        lines = [line.strip() for line in log.read().decode("utf-8", "replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "nothing"
 
 
 def _text(job: VllmJob) -> tuple[int, ...]:
@@ -143,9 +153,9 @@ def _stage(name: str, job: VllmJob, run: EngineRun) -> StageResult:
     found = list[Finding]()
     measured = list[Measurement]()
     if run.error is not None:
-        log = job.work / name / LOG
+        remedy = f"its log is {job.work / name / LOG}" if job.is_kept else "--work FOLDER keeps its log"
         message = f"vLLM ended at {run.during}: {run.error}"
-        found.append(Finding("RUN", f"vLLM, {name}", Verdict.FAIL, message, remedy=f"its log is {log}"))
+        found.append(Finding("RUN", f"vLLM, {name}", Verdict.FAIL, message, remedy=remedy))
     with Progress("comparing") as progress:
         for part in _compare(job, run, progress):
             if isinstance(part, Compared):
