@@ -6,7 +6,13 @@ The embedded model, greedy, each request submitted by itself. Served: from the m
 the first end, so that neither prompts nor a last straggler count. Replayed: the same bucket, over the same range of
 positions, with nothing between two replays. The gap is from the end of a graph to the start of the next, by the
 device's clock, twice: by events in the stream, in a run of its own, as they cost some time; and by the profiler,
-which slows all of it.
+which slows all of it. The profiler also tells what the device did between two graphs.
+
+The host's part of a step is taken apart in another run of its own, on the engine's thread, in microseconds of a step:
+plan (who runs, and what the prefix cache takes up), stage (rows as the device holds them, and their upload's buffer),
+launch (upload, graph, copy of the results), wait (until the device is there), read (tokens out of the copy), report
+(tokens to requests, ends), rest. Without ``wait`` they are what a graph has to hide. A step was late if the device had
+nothing left when it was launched: after the first step that is what costs throughput.
 A CPU only tries the harness.
 """
 
@@ -16,7 +22,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -27,7 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ownpath.bench.record import append_lines, provenance
 from ownpath.config import EngineConfig
-from ownpath.engine.decoder import Decoder
+from ownpath.engine.decoder import Decoder, Mark
 from ownpath.engine.engine import Engine
 from ownpath.engine.request import Request, SamplingParams, StepOutput
 from ownpath.engine.rows import DecodeRow, StepRows
@@ -43,14 +49,19 @@ ROUNDS = 3
 """Rounds of each measurement; the median counts."""
 PROFILED_TOKENS = 200
 """Tokens of a request under the profiler, and two more for each request: a trace has every kernel."""
+PARTS = ("plan", "stage", "launch", "wait", "read", "report", "rest")
 LEAST_KERNELS = 10
 """Kernels of one launch from which on it is taken for a step's graph."""
+DEVICE_WORK, NAME_CHARS, LEAST_OFTEN = ("kernel", "gpu_memcpy", "gpu_memset"), 60, 0.05
+"""Categories of the device's work; of what is told of it: characters of a name, and least times a graph."""
 
 
 class StampedDecoder(Decoder):
     """A decoder that can put events around its graphs. stamps: a pair for each launch, while that is a list."""
 
     stamps: "list[tuple[torch.cuda.Event, torch.cuda.Event]] | None" = None
+    num_late = 0
+    """Launches for which the device had nothing left to do."""
 
     def launch(self, count: int) -> torch.Tensor:
         """As ``Decoder.launch``."""
@@ -63,11 +74,64 @@ class StampedDecoder(Decoder):
         self.stamps.append((before, after))
         return logits_TV
 
+    def _enqueue(self, work: Callable[[], None], turn: int) -> Mark:
+        self.num_late += self._marks[turn - 1].is_reached
+        return super()._enqueue(work, turn)
+
     def gaps_us(self) -> list[float]:
         """Returns the time from each launch's end to the next one's start."""
         torch.cuda.synchronize(self.pool.spec.device)
         stamps = self.stamps or []
         return [1e3 * after.elapsed_time(before) for (_, after), (before, _) in pairwise(stamps)]
+
+
+class HostClock:
+    """Time of calls on one thread, by part, each without the calls inside it that count for themselves."""
+
+    def __init__(self) -> None:
+        self.spent_s: dict[str, float] = defaultdict(float)
+        self._inside_s = 0.0
+
+    def time(self, part: str, owner: object, name: str) -> None:
+        """Lets a method of this object count for a part, from now on."""
+        call: Callable[..., object] = getattr(owner, name)
+
+        def timed(*args: object) -> object:
+            outside_s, self._inside_s = self._inside_s, 0.0
+            start = time.perf_counter()
+            try:
+                return call(*args)
+            finally:
+                spent_s = time.perf_counter() - start
+                self.spent_s[part] += spent_s - self._inside_s
+                self._inside_s = outside_s + spent_s
+
+        setattr(owner, name, timed)
+
+
+def host_parts(engine: Engine, decoder: StampedDecoder, count: int, num_tokens: int) -> dict[str, object]:
+    """Measures the host's part of a step, part by part, and how many steps were late."""
+    clock, runner = HostClock(), engine._runner
+    for part, owner, names in (
+        ("rest", engine, ("_step_or_fail",)),
+        ("plan", engine, ("_schedule", "_note")),
+        ("stage", decoder, ("begin", "repeat")),
+        ("launch", decoder, ("_enqueue",)),
+        ("read", decoder, ("finish",)),
+        ("report", runner, ("_land",)),
+        *(("wait", mark, ("wait",)) for mark in decoder._marks),
+    ):
+        for name in names:
+            clock.time(part, owner, name)
+    before, decoder.num_late = engine.load().times.num_steps, 0
+    Crowd(engine, count, num_tokens).rate()
+    num_steps = engine.load().times.num_steps - before
+    for owner in (decoder, *decoder._marks):
+        for name in [name for name, value in vars(owner).items() if getattr(value, "__name__", "") == "timed"]:
+            delattr(owner, name)
+    parts = {part: round(1e6 * clock.spent_s[part] / num_steps, 2) for part in PARTS}
+    whole = round(sum(us for part, us in parts.items() if part != "wait"), 2)
+    return {"host_us": whole, "host_parts_us": parts, "late_share": round(decoder.num_late / num_steps, 4)}
 
 
 class Crowd:
@@ -149,15 +213,29 @@ def graph_gaps(events: Iterable[TraceEvent]) -> list[float]:
     return [later[0] - earlier[1] for earlier, later in pairwise(graphs)]
 
 
-def profiled_gaps(run: Callable[[], object]) -> list[float]:
-    """Runs under the profiler and returns the gaps between graphs."""
+def between_graphs(events: Sequence[TraceEvent]) -> dict[str, tuple[float, float]]:
+    """Returns what the device did outside of graphs, by name: how often a graph, and the microseconds of each."""
+    launches = Counter(event["args"].get("correlation") for event in events if event.get("cat") == "kernel")
+    num_graphs = sum(count >= LEAST_KERNELS for count in launches.values())
+    found: dict[str, list[float]] = defaultdict(list)
+    for event in events:
+        if event.get("cat") in DEVICE_WORK and launches[event["args"].get("correlation")] < LEAST_KERNELS:
+            found[event["name"][:NAME_CHARS]].append(float(event["dur"]))
+    often = sorted(found.items(), key=lambda pair: -sum(pair[1]))
+    rates = {name: (round(len(us) / max(num_graphs, 1), 3), round(statistics.mean(us), 2)) for name, us in often}
+    return {name: rate for name, rate in rates.items() if rate[0] >= LEAST_OFTEN}
+
+
+def profiled(run: Callable[[], object]) -> list[TraceEvent]:
+    """Runs under the profiler and returns its events."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         run()
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        return graph_gaps(json.loads(path.read_text(encoding="utf-8"))["traceEvents"])
+        events: list[TraceEvent] = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+        return events
 
 
 def spread(name: str, gaps: Sequence[float]) -> dict[str, object]:
@@ -185,6 +263,7 @@ def measure(device: str, counts: Sequence[int], num_tokens: int) -> Iterator[dic
         rate = statistics.median([Crowd(engine, count, num_tokens).rate() for _ in range(ROUNDS)])
         times = engine.load().times
         gaps = gaps_of(engine, decoder, count, num_tokens) if is_on_gpu else {}
+        parts = host_parts(engine, decoder, count, num_tokens)
         engine.stop()
         yield {
             "requests": count,
@@ -193,6 +272,7 @@ def measure(device: str, counts: Sequence[int], num_tokens: int) -> Iterator[dic
             "served_share": round(rate * us / (1e6 * count), 4),
             "step_us": round(1e6 * count / rate, 2),
             "replay_us": round(us, 2),
+            **parts,
             **gaps,
             "host_gap_share": round(times.gap_s / (times.gap_s + times.busy_s), 4),
         }
@@ -204,8 +284,9 @@ def gaps_of(engine: Engine, decoder: StampedDecoder, count: int, num_tokens: int
     Crowd(engine, count, num_tokens).rate()
     by_events, decoder.stamps = decoder.gaps_us(), None
     fewer = min(num_tokens, PROFILED_TOKENS + 2 * count)
-    by_profiler = profiled_gaps(lambda: Crowd(engine, count, fewer).rate())
-    return spread("gap_us", by_events) | spread("gap_us_profiler", by_profiler)
+    events = profiled(lambda: Crowd(engine, count, fewer).rate())
+    gaps = spread("gap_us", by_events) | spread("gap_us_profiler", graph_gaps(events))
+    return {**gaps, "between_graphs": between_graphs(events)}
 
 
 def main() -> None:

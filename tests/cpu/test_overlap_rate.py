@@ -27,6 +27,37 @@ def test_gaps_lie_between_graphs() -> None:
     assert overlap_rate.graph_gaps(events) == [21.0, 1.5]
 
 
+def test_work_between_graphs_is_told_by_name() -> None:
+    """Two graphs; a copy of 3 us behind each, and a kernel of 2 us once; what the host did is none of it."""
+    copies = [{"cat": "gpu_memcpy", "name": "DtoH", "ts": ts, "dur": 3.0, "args": {"correlation": 9}} for ts in (1, 2)]
+    small = [{**event, "name": "small"} for event in kernels(7, 50.0, 1)]
+    host = [{"cat": "cuda_runtime", "name": "launch", "ts": 5.0, "dur": 9.0, "args": {"correlation": 7}}]
+    events = [*kernels(1, 100.0, 10), *copies, *host, *small, *kernels(2, 200.0, 12)]
+    assert overlap_rate.between_graphs(events) == {"DtoH": (1.0, 3.0), "small": (0.5, 2.0)}
+
+
+def test_a_part_counts_without_the_parts_inside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outer from 0 to 10; inner from 1 to 3 and from 4 to 8, the second time with a wait from 5 to 6."""
+
+    class Calls:
+        def outer(self) -> None:
+            self.inner(False)
+            self.inner(True)
+
+        def inner(self, waits: bool) -> None:
+            if waits:
+                self.wait()
+
+        def wait(self) -> None: ...
+
+    clock, calls, times = overlap_rate.HostClock(), Calls(), iter([0.0, 1.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0])
+    monkeypatch.setattr(overlap_rate.time, "perf_counter", lambda: next(times))
+    for name in ("outer", "inner", "wait"):
+        clock.time(name, calls, name)
+    calls.outer()
+    assert clock.spent_s == {"outer": 4.0, "inner": 5.0, "wait": 1.0}
+
+
 def test_the_first_quarter_of_gaps_is_left_out() -> None:
     assert overlap_rate.spread("gap", [99.0, *[1.0, 3.0, 2.0]]) == {"gap": 2.0, "gap_p90": 3.0}
     assert overlap_rate.spread("gap", []) == {"gap": None, "gap_p90": None}

@@ -28,8 +28,9 @@ Without graphs the same step runs eagerly, in the same buckets, with the same bi
 Legend: T rows of a step, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -49,6 +50,7 @@ from ownpath.engine.rows import (
     StepTokens,
 )
 from ownpath.engine.sampler import sampler_of
+from ownpath.engine.tops import PendingTops, read_tops, start_tops
 from ownpath.kernels.dsl.compilations import COMPILATIONS
 from ownpath.kernels.registry import spec_of
 from ownpath.kernels.sample.types import SampleRows
@@ -58,6 +60,7 @@ from ownpath.trace import Ledger
 from ownpath.trace.ledger import CapturedCalls
 
 BUCKETS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+NOTHING: Mapping[int, int] = MappingProxyType({})
 
 
 class DecodingModel(Protocol):
@@ -86,15 +89,18 @@ class _Captured:
 
 @dataclass
 class StepBegun:
-    """A step that is launched and not read. turn: the buffers of its results; its logits are there once it is.
+    """A step that is launched and not read. turn: the buffers of its results. num_tops: row -> number of its
+    likeliest tokens. Once it is launched its logits are there, and what is on the way of those tokens.
 
     is_open: its rows are still to be drawn again.
     """
 
     num_rows: int
     turn: int
+    num_tops: Mapping[int, int] = field(default_factory=dict)
     is_open: bool = False
     logits_TV: torch.Tensor = field(init=False)
+    tops: PendingTops | None = None
 
 
 class Mark:
@@ -108,6 +114,11 @@ class Mark:
         if self._event is not None:
             self._event.record(torch.cuda.current_stream(self._device))
         return self
+
+    @property
+    def is_reached(self) -> bool:
+        """True if the device is there."""
+        return self._event is None or self._event.query()
 
     def wait(self) -> None:
         """Waits until the device is there."""
@@ -165,7 +176,7 @@ class Decoder:
 
     def step(self, rows: StepRows, adjusted: SampleRows | None = None) -> StepTokens:
         """Runs a step of at least one row and extends the rows' caches by one token; see ``begin`` and ``redraw``."""
-        begun = self.begin(rows, adjusted is not None)
+        begun = self.begin(rows, is_open=adjusted is not None)
         if begun.is_open:
             self.redraw(begun, adjusted)
         return self.finish(begun)
@@ -174,11 +185,12 @@ class Decoder:
         """Returns True if steps of so many rows are graphs, so that ``begin`` is back long before they have run."""
         return self._bucket_of(num_rows) in self._graphs
 
-    def begin(self, rows: StepRows, is_open: bool = False) -> StepBegun:
+    def begin(self, rows: StepRows, tops: Mapping[int, int] = NOTHING, is_open: bool = False) -> StepBegun:
         """Launches a step of at least one row and extends the rows' caches by one token. Does not wait; at most one
         other step may be unread.
 
-        is_open: ``redraw`` follows, before this step is finished and before another one is begun.
+        tops: row -> number of its likeliest tokens that the results are to have. is_open: ``redraw`` follows, before
+        this step is finished and before another one is begun.
         """
         lengths, slots = self.pool.slots.lengths, [cache.slot for cache in rows.caches]
         positions, held = [lengths[slot] for slot in slots], self._held
@@ -187,7 +199,7 @@ class Decoder:
         assert next_held.num_left > 0, "a row has no room"
         turn = self._take_turn()
         staged = self._rows.stage(rows, turn) if held is None or not wanted.continues(held.rows()) else None
-        return self._begin(next_held, turn, staged, is_open)
+        return self._begin(next_held, StepBegun(rows.num_rows, turn, tops, is_open), staged)
 
     @property
     def can_repeat(self) -> bool:
@@ -195,10 +207,13 @@ class Decoder:
         return self._held is not None and self._held.are_those_of(self.pool)
 
     def repeat(self, is_open: bool = False) -> StepBegun:
-        """Launches the rows of the last step once more, as ``begin`` does: each goes on from its own token."""
-        assert self._held is not None
-        assert self._held.num_left > 0, "a row has no room"
-        return self._begin(self._held, self._take_turn(), None, is_open)
+        """Launches the rows of the last step once more, as ``begin`` does: each goes on from its own token, and as many
+        of its likeliest tokens are wanted."""
+        held, last = self._held, self._last
+        assert held is not None
+        assert last is not None
+        assert held.num_left > 0, "a row has no room"
+        return self._begin(held, StepBegun(last.num_rows, self._take_turn(), last.num_tops, is_open), None)
 
     def redraw(self, begun: StepBegun, adjusted: SampleRows | None) -> None:
         """Draws rows of an open step again, behind its graph and before anything reads their tokens. Does not wait.
@@ -207,11 +222,10 @@ class Decoder:
         begun.is_open = False
         self._marks[begun.turn] = self._enqueue(lambda: self._launch_redraw(begun, adjusted), begun.turn)
 
-    def _begin(self, held: HeldRows, turn: int, staged: Staged | None, is_open: bool) -> StepBegun:
+    def _begin(self, held: HeldRows, begun: StepBegun, staged: Staged | None) -> StepBegun:
         self._held = None  # until the step is launched: one that fails leaves rows that nobody knows
-        num_rows, lengths = len(held.caches), self.pool.slots.lengths
         assert self._last is None or not self._last.is_open or not self._num_unread, "the step before is open"
-        begun, count = StepBegun(num_rows, turn, is_open), self._bucket_of(num_rows)
+        lengths, turn, count = self.pool.slots.lengths, begun.turn, self._bucket_of(begun.num_rows)
         self._marks[turn] = self._enqueue(lambda: self._launch_whole(begun, count, staged), turn)
         held.advance()
         for slot, position in zip(held.first.slots, held.positions, strict=True):
@@ -227,7 +241,7 @@ class Decoder:
         self._num_unread -= 1
         if begun is self._last and self._held is not None:
             self._held.token_ids = tokens
-        return results
+        return results if begun.tops is None else results._replace(tops=read_tops(begun.tops))
 
     def forget(self) -> None:
         """Gives unread steps up: nobody will read them, and nothing goes on from their rows."""
@@ -261,14 +275,20 @@ class Decoder:
             self._rows.send(staged, self._results.drawn_R)
         begun.logits_TV = self.launch(count)
         if not begun.is_open:
-            self._results.copy(begun.turn)
+            self._launch_results(begun)
 
     def _launch_redraw(self, begun: StepBegun, adjusted: SampleRows | None) -> None:
-        """Launches the second draw, and the copy of the results."""
+        """Launches the second draw, and what follows it."""
         if adjusted is not None:
             drawn, columns = self._results.sampled(len(begun.logits_TV)), self._rows.columns
             self._sampler.run(begun.logits_TV.float(), adjusted, self._sampler_operand, out=drawn)
             torch.bitwise_or(self._results.drawn_R, columns.pads, out=columns.tokens)
+        self._launch_results(begun)
+
+    def _launch_results(self, begun: StepBegun) -> None:
+        """Launches the pass for likeliest tokens, and the copy of the results."""
+        if begun.num_tops:
+            begun.tops = start_tops(begun.logits_TV, begun.num_tops)
         self._results.copy(begun.turn)
 
     def launch(self, count: int) -> torch.Tensor:

@@ -68,6 +68,7 @@ class Engine:
         self._runner = StepRunner(model, decoder, config.device, num_vocab, self._adjuster, self._reporter)
         self._memory = RequestMemory(model, self._runner.release, prefix)
         self._scheduler = Scheduler(config.max_num_seqs, config.max_prefill_tokens, self._memory)
+        self._planned: list[ScheduledChunk] = []
         self._open: set[Request] = set()
         self._lock = threading.Lock()
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
@@ -182,11 +183,12 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            while self._take_messages():
-                self._is_stepping = True
-                self.num_steps += 1
-                self._step_or_fail()
-                self._is_stepping = False
+            with torch.inference_mode():
+                while self._take_messages():
+                    self._is_stepping = True
+                    self.num_steps += 1
+                    self._step_or_fail()
+                    self._is_stepping = False
         except BaseException:
             logger.exception("the engine's thread failed")
             self.failure = self.failure or "the engine's thread failed"
@@ -222,12 +224,11 @@ class Engine:
         whose own step does."""
         chunks: list[ScheduledChunk] = []
         try:
-            with torch.inference_mode():
-                if self._scheduler.is_short:
-                    self._runner.settle()  # who ends there makes room, and who is sent back has no row that runs
-                chunks = self._runner.in_rows(self._schedule())
-                self._note(chunks)
-                self._runner.step(chunks)
+            if self._scheduler.is_short:
+                self._runner.settle()  # who ends there makes room, and who is sent back has no row that runs
+            chunks = self._schedule()
+            self._note(chunks)
+            self._runner.step(chunks)
         except Exception:
             logger.exception("a step of %d sequences failed", len(chunks))
             affected = [*self._runner.abandon(), *chunks]
@@ -247,9 +248,8 @@ class Engine:
                     self.counts.num_step_retries += 1
                     for chunk in chunks_alone(request, num_tokens, most, self._memory):
                         self.num_steps += 1
-                        with torch.inference_mode():
-                            self._note([chunk])
-                            self._runner.step_alone(chunk)
+                        self._note([chunk])
+                        self._runner.step_alone(chunk)
             except Exception:
                 logger.exception("a step of a request of %d tokens failed by itself", request.num_tokens)
                 self._runner.abandon()
@@ -274,6 +274,9 @@ class Engine:
     def _schedule(self) -> list[ScheduledChunk]:
         """Plans a step, and ends requests for which there is no memory."""
         planned = self._scheduler.schedule()
+        if planned and planned is self._planned:
+            return planned  # all have memory, and a row each
+        self._planned = planned
         self.counts.num_preempted = self._scheduler.num_preempted
         unfit = [chunk.request for chunk in planned if chunk.request.cache is None]
         if unfit:
@@ -282,7 +285,8 @@ class Engine:
             unfit = [stuck]
         for request in unfit:
             self._reporter.fail(request, _NO_MEMORY if self.failure is None else self._why_stopped())
-        return [chunk for chunk in planned if chunk.request.cache is not None]
+            planned = [chunk for chunk in planned if chunk.request.cache is not None]
+        return self._runner.in_rows(planned)
 
     def _note(self, chunks: Sequence[ScheduledChunk]) -> None:
         """Has the prefix cache take up what the requests of the next step have filled."""

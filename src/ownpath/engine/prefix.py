@@ -101,9 +101,9 @@ class PrefixCache:
         """Takes up what requests have filled. Call before each step of theirs is launched."""
         lengths = self._pool.slots.lengths
         for request in requests:
-            num_tokens = lengths[request.caches.slot]
-            if num_tokens % BLOCK_TOKENS == 0:
-                self._note(request, num_tokens)
+            cache = request.cache
+            if cache is not None and lengths[cache.slot] % BLOCK_TOKENS == 0:
+                self._note(request, lengths[cache.slot])
 
     def _note(self, request: Request, num_tokens: int) -> None:
         prefix = self._prefix_of(request)

@@ -139,11 +139,6 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0
 
-    @property
-    def needs_logits(self) -> bool:
-        """True if the sampler's results do not answer a step: the likeliest tokens are wanted, or no token at all."""
-        return bool(self.num_logprobs) or self.max_tokens == 0
-
 
 class FinishReason(Enum):
     """The reason why generation ended. EOS ends with ``STOP``, a reached limit with ``LENGTH``."""
@@ -288,11 +283,6 @@ class Request:
         return self.room < self.most_tokens
 
     @property
-    def needs_room(self) -> bool:
-        """True if its blocks do not hold its next tokens, see ``ROOM_AHEAD``."""
-        return self.num_computed >= self.room - ROOM_AHEAD and self.may_grow
-
-    @property
     def is_prefilling(self) -> bool:
         return self.num_computed < len(self.prompt_ids)
 
@@ -304,9 +294,9 @@ class Request:
         return self.num_computed < len(self.prompt_ids) + num_drawn - (num_drawn > 0)
 
     @property
-    def needs_logits(self) -> bool:
-        """True if more than the sampler's results decides what this step reports."""
-        return self.is_reading or self.flagged_layer is not None or self.params.needs_logits
+    def scores_prompt(self) -> bool:
+        """True if the logits of the next tokens score the prompt."""
+        return self.params.prompt_logprobs is not None and self.is_prefilling
 
     @property
     def must_go_on(self) -> bool:
@@ -336,11 +326,10 @@ class Request:
             return replace(output, finish_reason=FinishReason.LENGTH)
         return output
 
-    @property
-    def next_id(self) -> int:
-        """The next token to run."""
-        num_prompt, at = len(self.prompt_ids), self.num_computed
-        return self.prompt_ids[at] if at < num_prompt else self.output_ids[at - num_prompt]
+    def id_at(self, position: int) -> int:
+        """Returns the token at a position, of prompt or answer."""
+        num_prompt = len(self.prompt_ids)
+        return self.prompt_ids[position] if position < num_prompt else self.output_ids[position - num_prompt]
 
     def next_ids(self, num_tokens: int) -> list[int]:
         """Returns the next ``num_tokens`` tokens to run."""

@@ -4,17 +4,20 @@ Legend: R rows of the largest bucket, B blocks of a table, L layers, V vocabular
 """
 
 from collections.abc import Mapping, Sequence
+from operator import sub
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ownpath.cache.layout import NOBODY, aligned_rows
+from ownpath.cache.layout import BLOCK_TOKENS, NOBODY, aligned_rows
 from ownpath.cache.pools import CachePool, SequenceCache
 from ownpath.cache.tables import DecodeTables, first_flagged, new_flags
-from ownpath.engine.request import Request, SamplingParams
+from ownpath.engine.request import SamplingParams
 from ownpath.engine.sampler import NUM_SAMPLED, SampleRow, sampled_views
+from ownpath.engine.tops import Top
 from ownpath.kernels.sample.types import FilterRows, Sampled, SampleRows
 
 NUM_TURNS = 2
@@ -76,7 +79,7 @@ class StepRows(NamedTuple):
 
 class StepTokens(NamedTuple):
     """A step's results. token_ids: the token drawn for each row; ``None`` where a logit is not finite. flagged: rows
-    whose index scores are not finite, with the first such layer.
+    whose index scores are not finite, with the first such layer. tops: the likeliest tokens of rows that want some.
 
     Valid until the next step begins: logits_TV. Until the one after it begins: logprobs_T, of the tokens by their raw
     logits, on the host.
@@ -86,27 +89,10 @@ class StepTokens(NamedTuple):
     token_ids: list[int | None]
     logprobs_T: "npt.NDArray[np.float32]"
     flagged: dict[int, int]
+    tops: Mapping[int, Top] = MappingProxyType({})
 
 
 NO_ROWS = StepRows.of(())
-
-
-def step_rows(requests: Sequence[Request], ahead: Mapping[Request, int]) -> StepRows:
-    """Returns the rows of requests that each run their next token. ahead: the rows of those whose token is still to be
-    read from the step before."""
-    if not ahead:
-        tokens = [one.next_id for one in requests]
-        num_drawn = [len(one.output_ids) for one in requests]
-    else:
-        tokens = [unread(ahead[one]) if one in ahead else one.next_id for one in requests]
-        num_drawn = [len(one.output_ids) + (one in ahead) for one in requests]
-    return StepRows(
-        [one.caches for one in requests],
-        tokens,
-        [one.params for one in requests],
-        [one.seed for one in requests],
-        num_drawn,
-    )
 
 
 class Staged(NamedTuple):
@@ -156,14 +142,14 @@ class RowArrays:
         count, host = rows.num_rows, self._hosts[turn]
         host.integers[:, count:], host.floats[:, count:] = _PADDED_INTEGERS, _PADDED_FLOATS
         if count:
-            positions, slots = [cache.num_tokens for cache in caches], [cache.slot for cache in caches]
-            top_k = [one.top_k for one in params]
-            known, carries = [max(token, 0) for token in tokens], [int(token < PADDED) for token in tokens]
-            sources = [max(unread(token), 0) for token in tokens]
-            columns = (known, slots, positions, drawn, [1] * count, [0] * count, top_k, sources, carries)
-            host.integers[:, :count] = columns
-            temperatures, top_p = [one.temperature for one in params], [one.top_p for one in params]
-            host.floats[:, :count] = (temperatures, top_p, [one.min_p for one in params])
+            named = np.array(tokens)
+            columns = (
+                *(np.maximum(named, 0), [cache.slot for cache in caches], [cache.num_tokens for cache in caches]),
+                *(drawn, 1, 0, [one.top_k for one in params], np.maximum(PADDED - 1 - named, 0), named < PADDED),
+            )
+            for integers, values in zip(host.integers, columns, strict=True):
+                integers[:count] = values
+            host.floats[:, :count] = np.array([(one.temperature, one.top_p, one.min_p) for one in params]).T
             host.seeds[:count] = seeds
         return Staged(turn, self._stage_blocks([cache.blocks for cache in caches], host))
 
@@ -192,20 +178,22 @@ class RowArrays:
         for row in range(some.start, some.stop):
             if (table := wanted[row]) != host.written[row]:
                 num_blocks = 0 if table is None else len(table)
-                host.blocks[row, :num_blocks] = torch.tensor(table or (), dtype=torch.int32)
-                host.blocks[row, num_blocks:] = NOBODY
+                host.tables[row, :num_blocks] = table or ()
+                host.tables[row, num_blocks:] = NOBODY
                 host.written[row] = table
         return some
 
 
 class _HostArrays(NamedTuple):
-    """One of the host's buffers of ``RowArrays``, and views of it. written: the block tables that it holds."""
+    """One of the host's buffers of ``RowArrays``, and views of it. blocks, tables: its block tables, as torch and numpy
+    have them. written: those that it holds."""
 
     buffer: torch.Tensor
     seeds: "npt.NDArray[np.int64]"
     integers: "npt.NDArray[np.int32]"
     floats: "npt.NDArray[np.float32]"
     blocks: torch.Tensor
+    tables: "npt.NDArray[np.int32]"
     written: list[tuple[int, ...] | None]
 
     @classmethod
@@ -213,7 +201,8 @@ class _HostArrays(NamedTuple):
         buffer = torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")
         heads = buffer.numpy()[: RowArrays.WORDS * num_rows].reshape(RowArrays.WORDS, num_rows)
         seeds, floats = heads[:2].reshape(-1).view(np.int64), heads[11:].view(np.float32)
-        return cls(buffer, seeds, heads[2:11], floats, _Columns.of(buffer, num_rows).blocks, [None] * num_rows)
+        blocks = _Columns.of(buffer, num_rows).blocks
+        return cls(buffer, seeds, heads[2:11], floats, blocks, blocks.numpy(), [None] * num_rows)
 
 
 class _Columns(NamedTuple):
@@ -278,14 +267,17 @@ class HeldRows:
 
     def __init__(self, caches: Sequence[SequenceCache], first: ResidentRows) -> None:
         self.caches, self.first, self.positions = caches, first, first.positions
-        self.num_left = min(cache.max_tokens - at for cache, at in zip(caches, first.positions, strict=True))
+        most = caches[0].pool.spec.max_tokens
+        ends = [min(BLOCK_TOKENS * len(blocks), most) for blocks in first.blocks]
+        self.num_left = min(map(sub, ends, first.positions))
         self.token_ids: list[int] | None = None
         self._num_steps = 0
 
     def are_those_of(self, pool: CachePool) -> bool:
         """Returns True if the caches have the block tables and lengths that the device has."""
-        lengths, blocks = pool.slots.lengths, [cache.blocks for cache in self.caches]
-        return blocks == self.first.blocks and [lengths[slot] for slot in self.first.slots] == self.positions
+        lengths, owned, slots = pool.slots.lengths, pool.slots.owned, self.first.slots
+        blocks = [*map(owned.get, slots)]
+        return blocks == self.first.blocks and [*map(lengths.__getitem__, slots)] == self.positions
 
     def advance(self) -> None:
         """Notes that a step is launched."""

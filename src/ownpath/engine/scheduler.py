@@ -31,7 +31,7 @@ began first never gives its blocks back to a later one; and clients begin in tur
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
-from ownpath.engine.request import Request
+from ownpath.engine.request import ROOM_AHEAD, Request
 from ownpath.engine.turns import Party, WaitingLine
 
 
@@ -80,6 +80,10 @@ class Scheduler:
         self._line = WaitingLine(max_num_seqs - max_num_seqs // 4)
         # What was free when the request whose turn it is did not fit; None once something came or ended.
         self._full_with: tuple[int, int] | None = None
+        # True once all that wait belong to parties that have their fill, until something came or ended.
+        self._all_wait = False
+        # The plan while nobody reads, comes or goes; None: it is to be made anew.
+        self._going: list[ScheduledChunk] | None = None
         self.running: list[Request] = []
         """In the order in which they began; one that was sent back begins again."""
         self.num_preempted = 0
@@ -106,7 +110,7 @@ class Scheduler:
             self._single[request] = ScheduledChunk(request, 1)
         self._num_of_client[party.client] = self._num_of_client.get(party.client, 0) + len(requests)
         self._line.join(party, requests)
-        self._full_with = None
+        self._full_with, self._all_wait = None, False
 
     def remove(self, request: Request) -> bool:
         """Forgets a finished or aborted request, queued or running, and takes back its memory. Returns whether it was
@@ -117,19 +121,25 @@ class Scheduler:
         del self._single[request]
         if request in self.running:
             self.running.remove(request)
+            self._going = None
         self._line.leave(party, request)
         self._num_of_client[party.client] -= 1
         if not self._num_of_client[party.client]:
             del self._num_of_client[party.client]
             self._line.forget(party.client)
         self._memory.end(request)
-        self._full_with = None
+        self._full_with, self._all_wait = None, False
         return True
 
     def schedule(self) -> list[ScheduledChunk]:
-        """Plans the next step. Its requests stay in ``running`` until they are removed, or sent back."""
+        """Plans the next step. Its requests stay in ``running`` until they are removed, or sent back.
+
+        The plan is the same object as the one before while the same requests go on with a token each.
+        """
         self._make_room()
         self._admit()
+        if self._going is not None:
+            return self._going
         chunks: list[ScheduledChunk] = []
         unread: list[Request] = []
         for request in self.running:
@@ -139,13 +149,15 @@ class Scheduler:
                 chunks.append(self._single[request])
         if unread:
             chunks += self._read(unread)
+        else:
+            self._going = chunks
         return chunks
 
     @property
     def is_short(self) -> bool:
         """True if running requests need more blocks than are free: the next plan sends some back."""
-        num_needed = sum(request.needs_room for request in self.running)
-        return bool(num_needed) and num_needed > self._memory.free[1]
+        num_free = self._memory.free[1]  # a request needs one block at most
+        return num_free < len(self.running) and num_free < len(self._short())
 
     def find_unfit(self) -> Request | None:
         """Returns the request whose turn it is if it does not fit although nothing else runs: it never will."""
@@ -156,16 +168,20 @@ class Scheduler:
 
     def _make_room(self) -> None:
         """Gives running requests room for their next tokens, and sends others back for it where it must."""
-        short = [request for request in self.running if request.needs_room]
-        for request in sorted(short, key=lambda one: one.priority):
+        for request in sorted(self._short(), key=lambda one: one.priority):
             while request in self.running and not self._memory.extend(request):
                 self._send_back()
+
+    def _short(self) -> list[Request]:
+        """Returns the running requests that need room. The first comparison alone is made in nearly every step."""
+        return [one for one in self.running if one.num_computed >= one.room - ROOM_AHEAD and one.may_grow]
 
     def _send_back(self) -> None:
         """Preempts the running request that has to yield first."""
         highest = max(request.priority for request in self.running)
         victim = next(request for request in reversed(self.running) if request.priority == highest)
         self.running.remove(victim)
+        self._going, self._all_wait = None, False
         self._memory.end(victim)
         victim.num_computed = 0
         self.num_preempted += 1
@@ -173,9 +189,10 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Gives free sequences to waiting requests."""
-        while self._line and len(self.running) < self._max_num_seqs and self._full_with != self._memory.free:
+        while self._line and not self._all_wait and self._has_place():
             turn = self._line.next([self._party_of[request] for request in self.running])
             if turn is None:
+                self._all_wait = True
                 return
             party, request = turn
             if not self._memory.begin(request, sum(one.may_grow for one in self.running)):
@@ -183,6 +200,10 @@ class Scheduler:
                 return
             self._line.begin(party)
             self.running.append(request)
+            self._going = None
+
+    def _has_place(self) -> bool:
+        return len(self.running) < self._max_num_seqs and self._full_with != self._memory.free
 
     def _read(self, unread: Iterable[Request]) -> Iterator[ScheduledChunk]:
         """Shares the prefill limit: by priority, then among clients, then among their parties."""

@@ -9,10 +9,11 @@ from one to the next while the host reads, reports and schedules. At most two ar
 - A request that ended, was aborted or had to give its cache up while a step with its row ran hears nothing of that
   step. Its slot and blocks are given back once no launched step has a row of it.
 - A request whose unread token is its last by ``max_tokens`` has no row more, so no row is beyond its memory.
-- A step is read at once if a report needs its logits, which the next one overwrites. Steps by ``forward`` wait for all
-  before them.
+- Rows that read a prompt go on from its tokens, which the host knows. The likeliest tokens are taken behind the graph,
+  before the next one overwrites the logits, and come with the results.
 - Where logits change by what was drawn before, by grammars and penalties, the step is launched all the same, and its
   rows are drawn again when the tokens before it are read, while the device runs it.
+- A step is read at once if its logits score a prompt. Steps by ``forward`` wait for all before them.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,12 +27,11 @@ from ownpath.engine.adjust import Adjuster
 from ownpath.engine.batch import LogitsShare, build_batch, decode_share
 from ownpath.engine.decoder import Decoder
 from ownpath.engine.flags import IndexFlags, tell_flagged
-from ownpath.engine.flight import Flight
+from ownpath.engine.flight import Flight, NextRows
 from ownpath.engine.load import StepTimes
 from ownpath.engine.memory import CachingModel
 from ownpath.engine.reports import Reporter
 from ownpath.engine.request import Request, ScoredToken, StepOutput, plain_output
-from ownpath.engine.rows import step_rows
 from ownpath.engine.sampler import (
     Drawn,
     NonFiniteIndexScores,
@@ -42,7 +42,7 @@ from ownpath.engine.sampler import (
     score_tokens,
 )
 from ownpath.engine.scheduler import ScheduledChunk
-from ownpath.engine.tops import Top, top_tokens, with_own
+from ownpath.engine.tops import top_tokens, with_own
 from ownpath.model.batch import ForwardBatch
 
 MOST_ALONE, MOST_BESIDE = 16, 64
@@ -99,11 +99,22 @@ class StepRunner:
         there has a row too many in this one, which nobody reads. Without chunks, reads what is left.
         """
         decoder = self._decoder
+        is_open = self._adjuster.may_change(chunk.request for chunk in chunks)
+        last = self._flights[-1] if self._flights else None
+        if decoder is not None and last is not None and last.repeats(chunks) and decoder.can_repeat:
+            self._launch(lambda at: last.repeated(decoder.repeat(is_open), at))
+            self._land_to(1)
+            return
         if decoder is not None and chunks and all(chunk.num_tokens == 1 for chunk in chunks):
-            self._decode(decoder, chunks)
+            self._decode(decoder, chunks, {} if last is None else last.rows(), is_open)
             return
         self.settle()
-        chunks = [chunk for chunk in chunks if chunk.request.cache is not None]
+        # What was launched may have read some of it, up to the last known token.
+        chunks = [
+            chunk._replace(num_tokens=min(chunk.num_tokens, chunk.request.most_next))
+            for chunk in chunks
+            if chunk.request.cache is not None
+        ]
         if chunks:
             begun = perf_counter()
             self._forward(chunks)
@@ -122,8 +133,7 @@ class StepRunner:
 
     def settle(self) -> None:
         """Reads the steps that are launched and reports them: every request is then where its cache is."""
-        while self._flights:
-            self._land()
+        self._land_to(0)
 
     def release(self, request: Request) -> None:
         """Takes a request's cache from it, and gives it back as soon as no launched step writes to it."""
@@ -158,21 +168,15 @@ class StepRunner:
         for share, one in zip(shares, drawn, strict=True):
             self._answer(share, one, logits_RV)
 
-    def _decode(self, decoder: Decoder, chunks: Sequence[ScheduledChunk]) -> None:
-        """Launches a decode step, and reads the one before."""
-        is_open = self._adjuster.may_change(chunk.request for chunk in chunks)
-        last, num_flying = self._flights[-1] if self._flights else None, 0
-        if last is not None and last.repeats(chunks) and decoder.can_repeat:
-            self._launch(lambda at: last.repeated(decoder.repeat(is_open), at))
-            num_flying = 1
-        else:
-            ahead = {} if last is None else last.rows()
-            chunks = [chunk for chunk in chunks if chunk.request.cache is not None and not _ends(chunk.request, ahead)]
-            if chunks:
-                flight = self._launch(lambda at: self._begun(decoder, chunks, ahead, is_open, at))
-                num_flying = int(decoder.has_graph(len(chunks)) and not flight.asks)
-        while len(self._flights) > num_flying:
-            self._land()
+    def _decode(
+        self, decoder: Decoder, chunks: Sequence[ScheduledChunk], ahead: Mapping[Request, int], is_open: bool
+    ) -> None:
+        """Launches a decode step of other rows, and reads the one before. ahead: the rows whose tokens are unread."""
+        num_flying, following = 0, NextRows.of(chunks, ahead)
+        if following.chunks:
+            flight = self._launch(lambda at: self._begun(decoder, following, is_open, at))
+            num_flying = int(decoder.has_graph(len(following.chunks)) and not flight.asks)
+        self._land_to(num_flying)
 
     def _launch(self, launch: Callable[[float], Flight]) -> Flight:
         """Launches a step, and draws its rows again where logits change. launch: is given the time."""
@@ -189,23 +193,20 @@ class StepRunner:
     def _redraw(self, flight: Flight) -> None:
         """Reads the steps before the last, and draws the rows of that one whose logits change by what was read."""
         assert self._decoder is not None
-        while len(self._flights) > 1:
-            self._land()
+        self._land_to(1)
         self._decoder.redraw(flight.begun, self._adjuster.rows_of(flight.drawing()))
 
-    def _begun(
-        self,
-        decoder: Decoder,
-        chunks: Sequence[ScheduledChunk],
-        ahead: Mapping[Request, int],
-        is_open: bool,
-        at: float,
-    ) -> Flight:
-        requests = [chunk.request for chunk in chunks]
-        if is_open and not ahead and not decoder.has_graph(len(requests)):
+    def _begun(self, decoder: Decoder, following: NextRows, is_open: bool, at: float) -> Flight:
+        requests = [chunk.request for chunk in following.chunks]
+        if is_open and not self._flights and not decoder.has_graph(len(requests)):
             self._adjuster.start([one if one.num_pending == 1 else None for one in requests])
-        begun = decoder.begin(step_rows(requests, ahead), is_open)
-        return Flight.of(chunks, ahead, begun, at)
+        begun = decoder.begin(following.rows, wanted_tops(enumerate(requests)), is_open)
+        return Flight.of(following, self._reporter.ends_of(requests), begun, at)
+
+    def _land_to(self, num_flying: int) -> None:
+        """Reads steps until so many are unread."""
+        while len(self._flights) > num_flying:
+            self._land()
 
     def _land(self) -> None:
         """Reads the oldest step and reports it.
@@ -219,30 +220,28 @@ class StepRunner:
         self._flags.read()
         if done.flagged:
             tell_flagged(done.flagged, flight.requests)
-        rows = [*zip(flight.requests, flight.caches, done.token_ids, strict=True)]
-        tops: dict[int, Top] = {}
-        if flight.asks:
-            live = [(row, request) for row, (request, cache, _) in enumerate(rows) if request.cache is cache]
-            tops = top_tokens(done.logits_TV, wanted_tops(live))
-        for row, (request, cache, token_id) in enumerate(rows):
+        looks, scores, ends, any_may_end = flight.looks, flight.scores, flight.ends, flight.ends_one
+        deliver, tell = self._reporter.deliver, self._reporter.tell
+        for row, (request, cache, token_id) in enumerate(
+            zip(flight.requests, flight.caches, done.token_ids, strict=True)
+        ):
             if request.cache is not cache:
                 continue  # it ended while this step ran
-            if token_id is None or request.flagged_layer is not None or (flight.asks and request.needs_logits):
-                drawn = Drawn(token_id, float(done.logprobs_T[row]), tops.get(row, ()))
+            if token_id is None or request.flagged_layer is not None or row in looks:
+                drawn = Drawn(token_id, float(done.logprobs_T[row]), done.tops.get(row, ()))
                 self._answer(decode_share(row, flight.chunks[row]), drawn, done.logits_TV)
-            elif request.params.num_logprobs is None:
-                self._extend(request, token_id, plain_output(token_id))
+                continue
+            output = plain_output(token_id)
+            if scores and request.params.num_logprobs is not None:
+                output = StepOutput(token=ScoredToken(token_id, float(done.logprobs_T[row])))
+            request.output_ids.append(token_id)
+            request.num_computed += 1
+            if any_may_end or token_id in ends:
+                tell(request, output)
             else:
-                token = ScoredToken(token_id, float(done.logprobs_T[row]))
-                self._extend(request, token_id, StepOutput(token=token))
+                deliver(request, output)
         flight.release_left(self._flights)
         self._landing = None
-
-    def _extend(self, request: Request, token_id: int, output: StepOutput) -> None:
-        """Reports one more token of an answer."""
-        request.output_ids.append(token_id)
-        request.num_computed += 1
-        self._reporter.tell(request, output)
 
     def _sample(self, logits_RV: torch.Tensor, shares: list[LogitsShare]) -> list[Drawn]:
         """Samples the next token of every share; without a token where none is due or none can be chosen."""
@@ -290,8 +289,3 @@ class StepRunner:
         if share.ends_prompt and params.prompt_logprobs is not None:
             prompt = (ScoredToken(request.prompt_ids[0]), *request.scored_prompt)
         return StepOutput(prompt, token)
-
-
-def _ends(request: Request, ahead: Mapping[Request, int]) -> bool:
-    """Returns True if the token that is still to be read is the last that a request may have."""
-    return request in ahead and len(request.output_ids) + 1 >= request.params.max_tokens

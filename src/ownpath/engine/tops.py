@@ -4,20 +4,22 @@ Shapes: V vocabulary, S rows that ask, K likeliest tokens, the same number for a
 depend on what others ask.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from ownpath.engine.limits import MAX_TOP_LOGPROBS
+from ownpath.engine.transfer import to_device, to_host
 
 Top = tuple[tuple[int, float], ...]
 """Tokens and their log-probs, the likeliest first; of equal ones the lower id."""
 
 
 class PendingTops(NamedTuple):
-    """A pass under way. packed: ids, then log-probs as integers, int32 [2, S, K]. wanted: row -> number of tokens."""
+    """A pass under way. packed: ids, then log-probs as integers, int32 [2, S, K], on the host once the device is
+    behind the pass. wanted: row -> number of tokens."""
 
     packed: torch.Tensor
     wanted: Mapping[int, int]
@@ -25,31 +27,35 @@ class PendingTops(NamedTuple):
 
 def start_tops(logits_RV: torch.Tensor, wanted: Mapping[int, int]) -> PendingTops:
     """Starts the pass over these rows of float32 [R, V]; does not wait. wanted: row -> number of tokens, at most 20."""
-    rows_SV = logits_RV[list(wanted)].float()
+    rows_SV = logits_RV[to_device(np.array([*wanted]), logits_RV.device)].float()
     top = torch.log_softmax(rows_SV, dim=-1).topk(min(MAX_TOP_LOGPROBS, rows_SV.shape[-1]), dim=-1)
-    return PendingTops(torch.stack((top.indices.int(), top.values.view(torch.int32))), wanted)
+    return PendingTops(to_host(torch.stack((top.indices.int(), top.values.view(torch.int32)))), wanted)
 
 
 def read_tops(pending: PendingTops) -> dict[int, Top]:
-    """Waits for the pass; returns each row's likeliest tokens. Those of rows that are not finite mean nothing."""
-    ids_SK, values_SK = pending.packed.numpy(force=True)
-    pairs = zip(ids_SK.tolist(), values_SK.view(np.float32).tolist(), strict=True)
+    """Returns each row's likeliest tokens; the device is behind the pass. Those of rows that are not finite mean
+    nothing."""
+    ids_SK, values_SK = pending.packed.numpy()
+    values_SK = values_SK.view(np.float32)
+    order_SK = np.lexsort((ids_SK, -values_SK))
+    ids, values = (np.take_along_axis(array, order_SK, axis=1).tolist() for array in (ids_SK, values_SK))
     return {
-        row: _ordered(ids, values)[:count]
-        for (row, count), (ids, values) in zip(pending.wanted.items(), pairs, strict=True)
+        row: tuple(zip(ids[n][:count], values[n][:count], strict=True))
+        for n, (row, count) in enumerate(pending.wanted.items())
     }
 
 
 def top_tokens(logits_RV: torch.Tensor, wanted: Mapping[int, int]) -> dict[int, Top]:
     """Returns the likeliest tokens of the rows that want some; without any, does not look at the logits."""
-    return read_tops(start_tops(logits_RV, wanted)) if wanted else {}
+    if not wanted:
+        return {}
+    pending = start_tops(logits_RV, wanted)
+    if logits_RV.device.type == "cuda":
+        torch.cuda.current_stream(logits_RV.device).synchronize()
+    return read_tops(pending)
 
 
 def with_own(top: Top, token_id: int, logprob: float) -> Top:
     """Returns the likeliest tokens with the sampler's number for the chosen one, if it is among them: a client that
     looks it up finds the same there."""
     return tuple((other, logprob if other == token_id else value) for other, value in top)
-
-
-def _ordered(ids: Sequence[int], values: Sequence[float]) -> Top:
-    return tuple(sorted(zip(ids, values, strict=True), key=lambda pair: (-pair[1], pair[0])))

@@ -155,6 +155,38 @@ def test_removing_frees_the_place(is_running: bool) -> None:
     assert [chunk.request for chunk in scheduler.schedule()] == [second if is_running else first]
 
 
+def test_a_plan_stays_while_the_same_requests_go_on() -> None:
+    """A change of who runs, or by how many tokens, changes the plan; one of who waits does not."""
+    scheduler = make_scheduler(max_num_seqs=2, max_prefill_tokens=8)
+    first, second, third = (make_request(2, max_tokens=50) for _ in range(3))
+    scheduler.add(first)
+    run_step(scheduler)
+    plan = scheduler.schedule()
+    assert plan == [(first, 1)]
+    assert scheduler.schedule() is plan
+    scheduler.add(second)
+    assert scheduler.schedule() == [(first, 1), (second, 2)]
+    run_step(scheduler)
+    plan = scheduler.schedule()
+    assert plan == [(first, 1), (second, 1)]
+    scheduler.add(third)
+    assert scheduler.schedule() is plan
+    scheduler.remove(third)
+    assert scheduler.schedule() is plan
+    scheduler.remove(first)
+    assert scheduler.schedule() == [(second, 1)]
+
+
+def test_who_has_its_fill_begins_when_one_of_its_own_ends() -> None:
+    scheduler = make_scheduler(max_num_seqs=4, max_prefill_tokens=64)
+    many = [make_request(1, max_tokens=90) for _ in range(5)]
+    scheduler.add(*many)
+    for _ in range(3):
+        assert [request for request, _ in run_step(scheduler)] == many[:3]
+    scheduler.remove(many[1])
+    assert [request for request, _ in run_step(scheduler)] == [many[0], many[2], many[3]]
+
+
 def test_chunks_say_whether_they_reach_the_end() -> None:
     request = make_request(5)
     assert not ScheduledChunk(request, 4).reaches_end

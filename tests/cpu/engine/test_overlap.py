@@ -18,7 +18,7 @@ from ownpath.config import EngineConfig
 from ownpath.engine import steps
 from ownpath.engine.decoder import StepBegun
 from ownpath.engine.engine import Engine
-from ownpath.engine.flight import Flight
+from ownpath.engine.flight import Flight, NextRows
 from ownpath.engine.request import FinishReason, Request, SamplingParams, StepOutput
 from ownpath.engine.rows import DecodeRow, StepRows, unread
 from ownpath.engine.scheduler import ScheduledChunk
@@ -306,12 +306,15 @@ def test_a_device_that_fails_ends_the_requests_of_both_steps(lost: str | None, m
 
 
 def test_likeliest_tokens_are_those_of_their_own_step() -> None:
-    """The next step's logits overwrite a step's, so it is read before."""
-    wanted = [([5, 6], SamplingParams(9, temperature=0)), ([7], SamplingParams(12, 0.8, seed=3, num_logprobs=3))]
+    """They are taken before the next step's logits overwrite a step's, although that is launched before the read."""
+    asks = SamplingParams(12, 0.8, seed=3, num_logprobs=3, ignore_eos=True)
+    wanted = [([5, 6], SamplingParams(9, temperature=0)), ([7], asks)]
     expected = [alone(*one) for one in wanted]
-    with served() as running:
+    assert len(expected[1]) == 12
+    with served(most_s=0.001) as running:
         asked = running.start(*wanted)
         assert [one.all() for one in asked] == expected
+        assert running.decoder.num_behind >= 10, "the first token is the prompt's step's, and the next has none before"
 
 
 @pytest.mark.parametrize("num_failures", [1, 2])
@@ -361,7 +364,7 @@ def test_rows_whose_cache_was_taken_are_no_repetition() -> None:
         one.request.cache, one.request.num_computed = model.new_cache(), 2
         one.request.output_ids.append(7)
     chunks = [ScheduledChunk(one.request, 1) for one in asked]
-    flight = Flight.of(chunks, {asked[0].request: 0}, StepBegun(2, 0), 0.0)
+    flight = Flight.of(NextRows.of(chunks, {asked[0].request: 0}), ENDS, StepBegun(2, 0), 0.0)
     assert flight.num_more == 1, "of four tokens one is read, one unread, one this step's"
     assert flight.repeats(list(chunks))
     assert not flight.repeats(chunks[:1])

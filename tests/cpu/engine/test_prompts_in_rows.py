@@ -1,6 +1,7 @@
 """Short prompts that are read by graphs, a token a step: the same answers, and answers beside them do not wait."""
 
 import random
+import time
 from typing import Any
 
 import pytest
@@ -72,3 +73,32 @@ def test_many_prompts_that_come_and_go() -> None:
     with served() as running:
         asked = [running.start(one)[0] for one in wanted]
         assert [ids_of(one.all()) for one in asked] == [ids_of(alone(*one)) for one in wanted]
+
+
+def test_a_prompt_is_read_by_steps_that_overlap() -> None:
+    """Each of its rows goes on from a token that the host knows; only the first has no step before it."""
+    asked_for = prompt_of(12), SamplingParams(NUM_TOKENS, temperature=0)
+    with served(most_s=0.001) as running:
+        (asked,) = running.start(asked_for)
+        assert asked.all() == alone(*asked_for)
+        assert [step[0][1] for step in running.model.rows] == list(range(12 + NUM_TOKENS - 1))
+        assert running.decoder.num_behind == 12 + NUM_TOKENS - 2
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_long_prompt_comes_while_short_ones_are_under_way(seed: int) -> None:
+    """Its steps are forwards, planned while rows of the others' prompts are unread."""
+    chance = random.Random(seed)
+    wanted = [
+        (prompt_of(chance.choice((2, 5, 15, 60, 90))), SamplingParams(chance.randint(0, 9), seed=n, **PLAIN[n % 4]))
+        for n in range(24)
+    ]
+    with served(most_s=0.001, seed=seed, max_prefill_tokens=32) as running:
+        sizes = count_forwards(running)
+        asked = []
+        for one in wanted:
+            asked += running.start(one)
+            time.sleep(chance.random() * 0.004)
+        assert [one.all() for one in asked] == [alone(*one) for one in wanted]
+        assert sizes
+        assert running.decoder.num_behind > 10
