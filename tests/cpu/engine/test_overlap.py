@@ -317,6 +317,47 @@ def test_likeliest_tokens_are_those_of_their_own_step() -> None:
         assert running.decoder.num_behind >= 10, "the first token is the prompt's step's, and the next has none before"
 
 
+ADJUSTED = {"presence_penalty": 0.7, "frequency_penalty": 0.9, "repetition_penalty": 1.3}
+
+
+@pytest.mark.parametrize("adjusted", [ADJUSTED, {"logit_bias": ((9, 4.0),)}, {"min_tokens": 7}], ids=str)
+def test_adjusted_rows_go_on_from_tokens_that_nobody_has_read(adjusted: dict[str, Any]) -> None:
+    params = SamplingParams(14, 0.9, seed=6, ignore_eos=True, stop_token_ids=frozenset({3}), **adjusted)
+    wanted = [([5, 6], SamplingParams(9, temperature=0)), ([7], params)]
+    expected = [alone(*one) for one in wanted]
+    num_tokens = len(expected[1])
+    assert num_tokens > 7
+    with served(most_s=0.001) as running:
+        asked = running.start(*wanted)
+        assert [one.all() for one in asked] == expected
+        assert running.decoder.num_behind >= num_tokens - 3, "a table of counts is made when the first token is read"
+
+
+@pytest.mark.parametrize("failing_step", [1, 3, 6])
+def test_a_step_that_fails_is_not_counted(failing_step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SamplingParams(14, 0.9, seed=6, ignore_eos=True, **ADJUSTED)
+    expected = alone([7], params)
+    with served() as running:
+        launch, num_begun = running.decoder._launch_whole, 0
+
+        def failing(*work: Any) -> None:
+            nonlocal num_begun
+            num_begun += 1
+            launch(*work)
+            if num_begun == failing_step:
+                raise RuntimeError("out of memory")
+
+        def enqueue(work: Callable[[], None], turn: int) -> object:
+            work()  # at once, so that it fails here
+            return running.device.put(lambda: None)
+
+        monkeypatch.setattr(running.decoder, "_launch_whole", failing)
+        monkeypatch.setattr(running.decoder, "_enqueue", enqueue)
+        (asked,) = running.start(([7], params))
+        assert asked.all() == expected
+        assert running.engine.load().counts.num_step_retries == 1
+
+
 @pytest.mark.parametrize("num_failures", [1, 2])
 @pytest.mark.parametrize("failing_step", [1, 2, 5])
 def test_a_step_that_cannot_be_launched_leaves_the_one_before_whole(
