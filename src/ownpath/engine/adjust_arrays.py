@@ -66,7 +66,7 @@ class AdjustArrays:
 
 
 class _Views(NamedTuple):
-    """What is sent for so many rows, and the rows as the device has them, but for penalties and bias."""
+    """The sent part for so many rows, and the rows as the device has them, but for penalties and bias."""
 
     host: torch.Tensor
     device: torch.Tensor
