@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ownpath.engine.adjust_arrays import AdjustArrays, upload
+from ownpath.engine.adjust_arrays import AdjustArrays
 from ownpath.engine.limits import MAX_LOGIT_BIAS, MAX_STOP_TOKENS
 from ownpath.engine.masks import Fill, Masks, fill_rows
 from ownpath.engine.request import Request, RequestError, SamplingParams
+from ownpath.engine.transfer import to_device
 from ownpath.kernels.sample.numbers import LARGEST
 from ownpath.kernels.sample.types import IN_PROMPT, SampleRows
 
@@ -53,7 +54,7 @@ class CountTables:
             num_vocab = self.tables_RV.shape[1]
             places = [np.asarray(ids, np.int64) + table * num_vocab for table, ids, _ in entries]
             amounts = np.repeat([amount for _, _, amount in entries], [len(some) for some in places])
-            place_E, amount_E = upload(np.stack((np.concatenate(places), amounts)), self.tables_RV.device)
+            place_E, amount_E = to_device(np.stack((np.concatenate(places), amounts)), self.tables_RV.device)
             self.tables_RV.view(-1).index_add_(0, place_E, amount_E.int())
 
     def table_of(self, request: Request) -> int:
@@ -233,4 +234,4 @@ class Adjuster:
         places = np.zeros((2, NUM_PLACES), np.int32)
         places[0, : len(ids)] = ids
         places[1].view(np.float32)[: len(ids)] = [biases[token_id] for token_id in ids]
-        return upload(places, self._device)
+        return to_device(places, self._device)

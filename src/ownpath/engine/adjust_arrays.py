@@ -21,13 +21,6 @@ WORDS = 2 + NUM_INTEGERS + NUM_FLOATS
 top_p, min_p, presence, frequency and repetition."""
 
 
-def upload(array: "npt.NDArray[np.int64] | npt.NDArray[np.int32]", device: torch.device) -> torch.Tensor:
-    """Sends a copy of an array to a device. Does not wait; a transfer from ordinary memory would, for all work before
-    it, which is the step that runs."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.clone()
-
-
 class AdjustArrays:
     """Room for at least so many rows. num_words: of a mask."""
 

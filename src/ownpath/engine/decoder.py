@@ -90,8 +90,10 @@ class _Captured:
 @dataclass
 class StepBegun:
     """A step that is launched and not read. turn: the buffers of its results. num_tops: row -> number of its
-    likeliest tokens. is_open: its rows are still to be drawn again. Once it is launched its logits are there, and what
-    is on the way of those tokens."""
+    likeliest tokens. Once it is launched its logits are there, and what is on the way of those tokens.
+
+    is_open: its rows are still to be drawn again.
+    """
 
     num_rows: int
     turn: int
@@ -268,22 +270,25 @@ class Decoder:
         return self._marks[turn].set()
 
     def _launch_whole(self, begun: StepBegun, count: int, staged: Staged | None) -> None:
-        """Launches a step: upload, bucket, likeliest tokens, and copy of the results, unless rows are still to be drawn
-        again."""
+        """Launches a step: upload, bucket, and copy of the results, unless rows are still to be drawn again."""
         if staged is not None:
             self._rows.send(staged, self._results.drawn_R)
-        begun.logits_TV = logits_TV = self.launch(count)
-        if begun.num_tops:
-            begun.tops = start_tops(logits_TV, begun.num_tops)
+        begun.logits_TV = self.launch(count)
         if not begun.is_open:
-            self._results.copy(begun.turn)
+            self._launch_results(begun)
 
     def _launch_redraw(self, begun: StepBegun, adjusted: SampleRows | None) -> None:
-        """Launches the second draw, and the copy of the results."""
+        """Launches the second draw, and what follows it."""
         if adjusted is not None:
             drawn, columns = self._results.sampled(len(begun.logits_TV)), self._rows.columns
             self._sampler.run(begun.logits_TV.float(), adjusted, self._sampler_operand, out=drawn)
             torch.bitwise_or(self._results.drawn_R, columns.pads, out=columns.tokens)
+        self._launch_results(begun)
+
+    def _launch_results(self, begun: StepBegun) -> None:
+        """Launches the pass for likeliest tokens, and the copy of the results."""
+        if begun.num_tops:
+            begun.tops = start_tops(begun.logits_TV, begun.num_tops)
         self._results.copy(begun.turn)
 
     def launch(self, count: int) -> torch.Tensor:

@@ -97,19 +97,20 @@ class Flight(NamedTuple):
         pairs = zip(self.requests, self.caches, strict=True)
         return {request: row for row, (request, cache) in enumerate(pairs) if request.cache is cache}
 
+    @property
+    def ends_one(self) -> bool:
+        """True if this step's token is the last of an answer by ``max_tokens``."""
+        return self.num_more <= 0
+
     def drawing(self) -> list[Request | None]:
         """Returns the requests of the rows, of which all tokens before this step are read; ``None`` where a row's
         request has left, or has more to read before it draws."""
         pairs = zip(self.requests, self.caches, strict=True)
         living = [one if one.cache is cache else None for one, cache in pairs]
-        if not self.looks:  # nobody reads a prompt
-            return living
-        return [None if one is None or one.num_pending > 1 else one for one in living]
-
-    @property
-    def ends_one(self) -> bool:
-        """True if this step's token is the last of an answer by ``max_tokens``."""
-        return self.num_more <= 0
+        for row in self.looks:
+            if (one := living[row]) is not None and one.num_pending > 1:
+                living[row] = None
+        return living
 
     def release_left(self, others: "Sequence[Flight]") -> None:
         """Gives back the caches that requests have left since, except those in others' rows."""

@@ -11,9 +11,9 @@ from one to the next while the host reads, reports and schedules. At most two ar
 - A request whose unread token is its last by ``max_tokens`` has no row more, so no row is beyond its memory.
 - Rows that read a prompt go on from its tokens, which the host knows. The likeliest tokens are taken behind the graph,
   before the next one overwrites the logits, and come with the results.
-- A step is read at once if its logits score a prompt. Steps by ``forward`` wait for all before them.
 - Where logits change by what was drawn before, by grammars and penalties, the step is launched all the same, and its
   rows are drawn again when the tokens before it are read, while the device runs it.
+- A step is read at once if its logits score a prompt. Steps by ``forward`` wait for all before them.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -99,8 +99,8 @@ class StepRunner:
         there has a row too many in this one, which nobody reads. Without chunks, reads what is left.
         """
         decoder = self._decoder
-        last = self._flights[-1] if self._flights else None
         is_open = self._adjuster.may_change(chunk.request for chunk in chunks)
+        last = self._flights[-1] if self._flights else None
         if decoder is not None and last is not None and last.repeats(chunks) and decoder.can_repeat:
             self._launch(lambda at: last.repeated(decoder.repeat(is_open), at))
             self._land_to(1)
@@ -174,7 +174,7 @@ class StepRunner:
         """Launches a decode step of other rows, and reads the one before. ahead: the rows whose tokens are unread."""
         num_flying, following = 0, NextRows.of(chunks, ahead)
         if following.chunks:
-            flight = self._launch(lambda at: self._begun(decoder, following, bool(ahead), is_open, at))
+            flight = self._launch(lambda at: self._begun(decoder, following, is_open, at))
             num_flying = int(decoder.has_graph(len(following.chunks)) and not flight.asks)
         self._land_to(num_flying)
 
@@ -196,9 +196,9 @@ class StepRunner:
         self._land_to(1)
         self._decoder.redraw(flight.begun, self._adjuster.rows_of(flight.drawing()))
 
-    def _begun(self, decoder: Decoder, following: NextRows, has_unread: bool, is_open: bool, at: float) -> Flight:
+    def _begun(self, decoder: Decoder, following: NextRows, is_open: bool, at: float) -> Flight:
         requests = [chunk.request for chunk in following.chunks]
-        if is_open and not has_unread and not decoder.has_graph(len(requests)):
+        if is_open and not self._flights and not decoder.has_graph(len(requests)):
             self._adjuster.start([one if one.num_pending == 1 else None for one in requests])
         begun = decoder.begin(following.rows, wanted_tops(enumerate(requests)), is_open)
         return Flight.of(following, self._reporter.ends_of(requests), begun, at)
