@@ -161,7 +161,10 @@ class Adjuster:
         return bool(self._asking) and any(one in self._asking and self._waits(one) for one in requests)
 
     def _waits(self, request: Request) -> bool:
-        return request.matcher is not None or (request.params.has_penalties and not self.counts.has(request))
+        if request.matcher is not None:
+            return True
+        # A prompt's rows draw nothing but for the last one, which comes next at the earliest.
+        return request.params.has_penalties and request.num_pending <= 2 and not self.counts.has(request)
 
     def rows_of(
         self, requests: Sequence[Request], num_drawn: Sequence[int] | None = None, passing: Container[int] = ()
