@@ -11,13 +11,16 @@ The exact values come from float64. u is float32's rounding unit, v that of the 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import ask, greedy, prompts, reference
 from torch import Tensor
 
 from ownpath.integrations.vllm.hyper import REFERENCE, Hyper
 from ownpath.kernels.hyper.ref import HyperWeights, Mix, hyper_post, hyper_pre
+from ownpath.loading import default_model_dir
 
 kernels = pytest.importorskip("vllm.model_executor.kernels.mhc.cpu")
 
@@ -146,3 +149,13 @@ def test_the_bound_sees_a_transposed_mix() -> None:
     bound = torch.expm1(2 * (2 * ITERS - 1) * (softmax + 8 * U))[:, None, None] * exact.comb_TSS
     with pytest.raises(AssertionError, match="of the bound"):
         assert_within(exact.comb_TSS.transpose(1, 2), exact.comb_TSS, bound, "comb")
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(("parts", "taken"), [("all", True), ("linears,experts,wo_a", False)])
+def test_the_model_answers_the_same_with_either(parts: str, taken: bool, tmp_path: Path) -> None:
+    """The embedded model inside vLLM: our own engine's greedy ids, with our hyper-connections and with vLLM's."""
+    found = ask(default_model_dir(), tmp_path / "out.json", {"prompts": prompts()}, OWNPATH_VLLM=parts)
+    own = reference(default_model_dir())
+    assert found.ids == [greedy(own, ids, 4) for ids in prompts()]
+    assert ("hyper-connections: ref.hyper_boundary in place of vLLM's (MHCPreOp" in found.log) == taken
