@@ -39,7 +39,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 @pytest.fixture(scope="session")
 def served_small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A server whose context bounds what a request at its defaults may take: 64 answers of it, at most."""
-    with running(tmp_path_factory.mktemp("served"), max_model_len=128) as server:
+    with running(tmp_path_factory.mktemp("served"), max_model_len=64) as server:
         yield server
 
 

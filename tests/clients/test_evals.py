@@ -76,7 +76,7 @@ def weather():
 '''
 
 
-def run_tool(package: str, *command: str, cwd: Path, **environment: str) -> str:
+def run_tool(package: str, *command: str, cwd: Path, limit_s: float = LIMIT_S, **environment: str) -> str:
     """Runs a program of this environment; returns what it printed. Skips where its package is missing."""
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
@@ -84,7 +84,7 @@ def run_tool(package: str, *command: str, cwd: Path, **environment: str) -> str:
     unset = {"OPENAI_API_KEY", "OPENAI_BASE_URL", "PYTHONPATH"}
     own = {name: value for name, value in os.environ.items() if name not in unset}
     done = subprocess.run(
-        [program, *command[1:]], cwd=cwd, env=own | environment, capture_output=True, text=True, timeout=LIMIT_S
+        [program, *command[1:]], cwd=cwd, env=own | environment, capture_output=True, text=True, timeout=limit_s
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return done.stdout + done.stderr

@@ -92,7 +92,8 @@ def _opened(schema: Schema, neutral: Neutral, labels: Collection[str] | None) ->
 
 def _or_null(field: Schema) -> Schema:
     if "enum" in field:
-        return field if None in field["enum"] else field | {"enum": [*field["enum"], None]}
+        others = {name: value for name, value in field.items() if name != "type"}
+        return others | {"enum": [*(value for value in field["enum"] if value is not None), None]}
     inner = {name: value for name, value in field.items() if name not in ("description", "default", "title")}
     if not inner:  # anything
         return field

@@ -150,7 +150,7 @@ def test_declared_fields_are_read_and_no_others(whole: Harness, name: str) -> No
         read(good | {"undeclared": 1}, Labels())
 
 
-WRONG_VALUES = (True, 7, -7, 1.5, 1e9, "x", "", [], [1], ["x"], [[]], [{}], {}, {"a": 1})
+WRONG_VALUES = (None, True, 7, -7, 1.5, 1e9, "x", "", [], [1], ["x"], [[]], [{}], {}, {"a": 1})
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -169,6 +169,81 @@ def forbidden_values(served: Harness, name: str, good: dict[str, Any]) -> list[t
     assert judge.is_valid(good)
     pairs = itertools.product(components["schemas"][name]["properties"], WRONG_VALUES)
     return [(field, value) for field, value in pairs if not judge.is_valid(good | {field: value})]
+
+
+CALLS: dict[str, Any] = {"type": "function_call", "call_id": "c", "name": "f"}
+CUSTOM: dict[str, Any] = {"type": "custom", "name": "f", "input_schema": {}}
+USES: dict[str, Any] = {"type": "tool_use", "id": "c", "name": "f"}
+WITHIN: dict[str, tuple[str, dict[str, Any], Any]] = {
+    "item message": ("ResponsesRequest", {"role": "user", "content": "a"}, lambda it: {"input": [it, *HELLO]}),
+    "item call": ("ResponsesRequest", CALLS | {"arguments": "{}"}, lambda it: {"input": [it, *HELLO]}),
+    "item custom": (
+        "ResponsesRequest",
+        {"type": "custom_tool_call", "call_id": "c", "name": "f", "input": "a"},
+        lambda it: {"input": [it, *HELLO]},
+    ),
+    "item output": (
+        "ResponsesRequest",
+        {"type": "function_call_output", "call_id": "c", "output": "a"},
+        lambda it: {"input": [CALLS, it]},
+    ),
+    "item reasoning": (
+        "ResponsesRequest",
+        {"type": "reasoning", "summary": [], "encrypted_content": "a"},
+        lambda it: {"input": [it, *HELLO]},
+    ),
+    "chosen tool": (
+        "ResponsesRequest",
+        {"type": "function", "name": "f"},
+        lambda it: {"input": "a", "tools": [{"type": "function", "name": "f"}], "tool_choice": it},
+    ),
+    "tool": ("ResponsesRequest", {"type": "web_search"}, lambda it: {"input": "a", "tools": [CUSTOM_TOOL, it]}),
+    "block text": ("MessagesRequest", {"type": "text", "text": "a"}, lambda it: message([it])),
+    "block result": (
+        "MessagesRequest",
+        {"type": "tool_result", "tool_use_id": "c", "content": "a", "is_error": True},
+        lambda it: message([it], {"role": "assistant", "content": [USES]}),
+    ),
+    "block use": ("MessagesRequest", USES, lambda it: message("a", {"role": "assistant", "content": [it]})),
+    "block thinking": (
+        "MessagesRequest",
+        {"type": "thinking", "thinking": "a", "signature": "b"},
+        lambda it: message("a", {"role": "assistant", "content": [it]}),
+    ),
+    "custom tool": ("MessagesRequest", CUSTOM | {"description": "a"}, lambda it: message("a") | {"tools": [it]}),
+    "hosted tool": (
+        "MessagesRequest",
+        {"type": "web_search_1", "name": "w"},
+        lambda it: message("a") | {"tools": [CUSTOM, it]},
+    ),
+    "choice": (
+        "MessagesRequest",
+        {"type": "auto", "name": "f"},
+        lambda it: message("a") | {"tools": [CUSTOM], "tool_choice": it},
+    ),
+}
+"""Name -> the request, an object in it that is read by hand, and the request around that."""
+CUSTOM_TOOL = {"type": "custom", "name": "g"}
+
+
+def message(content: Any, *earlier: dict[str, Any]) -> dict[str, Any]:
+    return {"max_tokens": 1, "messages": [*earlier, {"role": "user", "content": content}]}
+
+
+@pytest.mark.parametrize("within", WITHIN)
+def test_what_the_schema_forbids_inside_is_refused(whole: Harness, within: str) -> None:
+    """Of items, blocks and tools, which are read by hand: another value of a field, and none."""
+    name, good, around = WITHIN[within]
+    read = READERS[name][0]
+    components = described(whole)["components"]
+    judge = jsonschema.Draft202012Validator({"$ref": f"#/components/schemas/{name}", "components": components})
+    assert judge.is_valid(around(good))
+    assert is_taken(read, around(good))
+    changed = [good | {field: value} for field in good for value in WRONG_VALUES]
+    changed += [{name: value for name, value in good.items() if name != field} for field in good]
+    forbidden = [one for one in changed if not judge.is_valid(around(one))]
+    assert forbidden
+    assert [one for one in forbidden if is_taken(read, around(one))] == []
 
 
 def is_taken(read: Any, body: dict[str, Any]) -> bool:

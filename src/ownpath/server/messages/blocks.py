@@ -108,7 +108,8 @@ def _read_answer(message: GivenObject, transcript: Transcript) -> None:
 
 def _reasoning(block: GivenObject) -> str:
     """Returns reasoning that is shown, or carried in the signature."""
-    return block.text("thinking") or carried(block.maybe_text("signature") or "") or ""
+    text, signature = block.text("thinking"), block.maybe_text("signature")
+    return text or carried(signature or "") or ""
 
 
 def _read_call(block: GivenObject, transcript: Transcript) -> None:

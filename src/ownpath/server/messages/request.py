@@ -11,8 +11,8 @@ from ownpath.server.errors import bad_request
 from ownpath.server.fields import LABELS, THINKING_LABELS, FieldTable, Neutral
 from ownpath.server.given import GivenObject
 from ownpath.server.labels import Labels
-from ownpath.server.messages.blocks import BLOCK_TYPES, MESSAGE_ROLES, read_conversation_of
-from ownpath.server.messages.tools import read_tool_choice, read_tools
+from ownpath.server.messages.blocks import MESSAGE_ROLES, read_conversation_of
+from ownpath.server.messages.tools import HOSTED, read_tool_choice, read_tools
 from ownpath.server.passed import PASSED_EVERYWHERE
 from ownpath.server.protocol import ChatRequest
 from ownpath.server.reading import read_chat_request
@@ -26,19 +26,29 @@ _TEXT_BLOCK = {
     "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
     "required": ["type", "text"],
 }
+_TEXT_OR_LIST = {"type": ["string", "array", "null"]}
+_MAYBE_TEXT = {"type": ["string", "null"]}
+_NAME = {"type": "string", "pattern": '^[^"]+$'}
+
+
+def _of_type(kind: str, required: dict[str, object], others: dict[str, object]) -> dict[str, object]:
+    """The schema of a block of one type."""
+    properties = {"type": {"const": kind}, **required, **others}
+    return {"type": "object", "properties": properties, "required": ["type", *required]}
+
+
 _BLOCK = {
-    "type": "object",
-    "properties": {
-        "type": {"enum": BLOCK_TYPES},
-        "text": {"type": "string"},
-        "thinking": {"type": "string"},
-        "id": {"type": "string"},
-        "name": {"type": "string", "pattern": '^[^"]+$'},
-        "input": {"type": "object"},
-        "tool_use_id": {"type": "string"},
-        "content": {"type": "string"},
-    },
-    "required": ["type"],
+    "anyOf": [
+        _TEXT_BLOCK,
+        _of_type("tool_use", {"id": {"type": "string"}, "name": _NAME}, {}),
+        _of_type(
+            "tool_result",
+            {"tool_use_id": {"type": "string"}},
+            {"content": _TEXT_OR_LIST, "is_error": {"enum": [True, False, None]}},
+        ),
+        _of_type("thinking", {"thinking": {"type": "string"}}, {"signature": _MAYBE_TEXT}),
+        _of_type("redacted_thinking", {}, {}),
+    ]
 }
 _SYSTEM_SCHEMA = {
     "anyOf": [{"type": "string"}, {"type": "array", "maxItems": MAX_PARTS, "items": _TEXT_BLOCK}],
@@ -59,18 +69,29 @@ _TOOLS_SCHEMA = {
     "type": "array",
     "maxItems": MAX_TOOLS,
     "items": {
-        "type": "object",
-        "properties": {
-            "name": {"type": "string", "pattern": '^[^"]+$'},
-            "description": {"type": "string"},
-            "input_schema": {"type": "object"},
-        },
-        "required": ["name", "input_schema"],
+        "anyOf": [
+            {
+                "type": "object",
+                "properties": {
+                    "type": {"enum": ["custom", None]},
+                    "name": _NAME,
+                    "description": _MAYBE_TEXT,
+                    "input_schema": {"type": "object"},
+                },
+                "required": ["name", "input_schema"],
+            },
+            {
+                "type": "object",
+                "description": "left out beside others",
+                "properties": {"type": {"type": "string", "pattern": f"^({'|'.join(HOSTED)})"}},
+                "required": ["type"],
+            },
+        ]
     },
 }
 _CHOICE_SCHEMA = {
     "type": "object",
-    "properties": {"type": {"enum": ["auto", "any", "tool", "none"]}, "name": {"type": "string"}},
+    "properties": {"type": {"enum": ["auto", "any", "tool", "none"]}, "name": _MAYBE_TEXT},
     "required": ["type"],
 }
 _FORMAT_SCHEMA = {

@@ -9,7 +9,7 @@ from ownpath.server.given import GivenObject
 from ownpath.server.offers import Offer, ToolKey, choice_of, not_run_here
 from ownpath.server.sse import JsonObject
 
-_HOSTED = ("web_search_", "web_fetch_", "code_execution_", "tool_search_tool_", "mcp_toolset")
+HOSTED = ("web_search_", "web_fetch_", "code_execution_", "tool_search_tool_", "mcp_toolset")
 _OF_CLIENTS = ("bash_", "text_editor_", "computer_", "memory_", "browser_")
 """Beginnings of their types."""
 
@@ -25,7 +25,7 @@ def read_tools(request: GivenObject) -> Offer:
     offer = Offer()
     for tool in request.objects("tools", MAX_TOOLS):
         kind = tool.type_name("custom")
-        if kind.startswith(_HOSTED):
+        if kind.startswith(HOSTED):
             offer.leave_out(tool)
         elif kind.startswith(_OF_CLIENTS):
             raise not_run_here(tool, kind)
@@ -56,6 +56,7 @@ def read_tool_choice(request: GivenObject, offer: Offer) -> JsonObject:
         return {}
     choice = given.keep(_CHOICE)
     kind, at_most_one = choice.type_name(), choice.value.get("disable_parallel_tool_use", False)
+    choice.maybe_text("name")
     if not isinstance(at_most_one, bool):
         raise choice.refusal("disable_parallel_tool_use", "must be true or false")
     fields: JsonObject = {"parallel_tool_calls": not at_most_one}

@@ -30,6 +30,16 @@ _OF_HOSTED_TOOLS = (
 """Names of data of tools and inputs that there are none of here."""
 _INCLUDABLE = (ENCRYPTED, LOGPROBS, *_OF_HOSTED_TOOLS)
 _Summary = Literal["auto", "concise", "detailed"]
+_TEXT_OR_LIST = {"type": ["string", "array", "null"]}
+_CALLED: dict[str, object] = {"call_id": {"type": "string"}, "name": {"type": "string", "pattern": '^[^"]+$'}}
+
+
+def _item(kinds: tuple[str | None, ...], required: dict[str, object], others: dict[str, object]) -> dict[str, object]:
+    """The schema of an item of some types; ``None``: it may be left out."""
+    properties = {"type": {"enum": kinds}, **required, **others}
+    return {"type": "object", "properties": properties, "required": [*(["type"] * (None not in kinds)), *required]}
+
+
 _ITEMS_SCHEMA = {
     "anyOf": [
         {"type": "string"},
@@ -37,16 +47,17 @@ _ITEMS_SCHEMA = {
             "type": "array",
             "minItems": 1,
             "items": {
-                "type": "object",
-                "properties": {
-                    "type": {"enum": ITEM_TYPES},
-                    "role": {"enum": INPUT_ROLES},
-                    "content": {"type": ["string", "null"]},
-                    "call_id": {"type": "string"},
-                    "name": {"type": "string", "pattern": '^[^"]+$'},
-                    "arguments": {"type": "string"},
-                    "output": {"type": "string"},
-                },
+                "anyOf": [
+                    _item(("message", None), {"role": {"enum": INPUT_ROLES}}, {"content": _TEXT_OR_LIST}),
+                    _item(("function_call",), _CALLED, {"arguments": {"type": ["string", "null"]}}),
+                    _item(("custom_tool_call",), {**_CALLED, "input": {"type": "string"}}, {}),
+                    _item(
+                        ("function_call_output", "custom_tool_call_output"),
+                        {"call_id": {"type": "string"}},
+                        {"output": _TEXT_OR_LIST},
+                    ),
+                    _item(("reasoning",), {}, {"encrypted_content": {"type": ["string", "null"]}}),
+                ]
             },
         },
     ]
@@ -56,13 +67,9 @@ _TOOLS_SCHEMA = {
     "maxItems": MAX_TOOLS,
     "items": {
         "type": "object",
-        "properties": {
-            "type": {"enum": TOOL_TYPES},
-            "name": {"type": "string", "pattern": '^[^"]+$'},
-            "description": {"type": ["string", "null"]},
-            "parameters": {"type": ["object", "null"]},
-        },
-        "required": ["type", "name"],
+        "description": ", ".join(TOOL_TYPES),
+        "properties": {"type": {"type": "string"}},
+        "required": ["type"],
     },
 }
 _CHOICE_SCHEMA = {
@@ -70,9 +77,10 @@ _CHOICE_SCHEMA = {
         {"enum": ["none", "auto", "required"]},
         {
             "type": "object",
-            "properties": {"type": {"enum": ["function", "custom", "allowed_tools"]}, "name": {"type": "string"}},
-            "required": ["type"],
+            "properties": {"type": {"enum": ["function", "custom"]}, "name": {"type": "string"}},
+            "required": ["type", "name"],
         },
+        {"type": "object", "properties": {"type": {"const": "allowed_tools"}}, "required": ["type"]},
     ]
 }
 _STREAM_SCHEMA = {
