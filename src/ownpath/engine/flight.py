@@ -85,7 +85,8 @@ class Flight(NamedTuple):
 
     def repeated(self, begun: StepBegun, at: float) -> "Flight":
         """Returns the next step of the same rows."""
-        return self._replace(num_more=self.num_more - 1, begun=begun, begun_at=at)
+        looks = frozenset(begun.num_tops)  # nobody reads a prompt any more
+        return self._replace(looks=looks, num_more=self.num_more - 1, begun=begun, begun_at=at)
 
     def repeats(self, chunks: Sequence[ScheduledChunk]) -> bool:
         """Returns True if these chunks are one more step of the same rows, none of which has had its last token."""

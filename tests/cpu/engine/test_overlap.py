@@ -414,6 +414,21 @@ def test_rows_whose_cache_was_taken_are_no_repetition() -> None:
     assert not flight.repeats(chunks)
 
 
+def test_a_prompts_last_row_is_looked_at_once() -> None:
+    """The step behind it is the same one more, in which each row only extends an answer."""
+    model = PagedModel(ENDLESS, VOCAB, device := LateDevice())
+    device.end()
+    asked = Asked.of([5, 6], SamplingParams(9))
+    asked.request.cache, asked.request.num_computed = model.new_cache(), 1
+    following = NextRows.of([ScheduledChunk(asked.request, 1)], {})
+    assert (following.reading, following.passing) == ({0}, frozenset())
+    flight = Flight.of(following, ENDS, StepBegun(1, 0), 0.0, is_adjusted=False)
+    assert flight.goes_on
+    assert flight.looks == {0}
+    assert flight.repeated(StepBegun(1, 1), 0.0).looks == frozenset()
+    assert flight.repeated(StepBegun(1, 1, {0: 3}), 0.0).looks == {0}
+
+
 @torch.inference_mode()
 def test_rows_move_while_their_tokens_are_unread() -> None:
     """The decoder alone, its device held: rows leave, join and change places, and two uploads wait side by side."""
