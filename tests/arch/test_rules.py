@@ -30,7 +30,7 @@ ROOMS = (
     ("cache",),
     ("attention",),
     ("model",),
-    ("startup",),
+    ("startup", "allocator"),
     ("assembly",),
     ("loading", "conformance"),
     ("engine", "chat"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ownpath.allocator import keep_freed_memory
 from ownpath.cache.layout import BLOCK_TOKENS, num_blocks
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.config import EngineConfig, ModelConfig
@@ -62,6 +63,8 @@ def load_for(
     folder = args.model or default_model_dir()
     device_caps(args.device)  # says that a device is not there before torch does
     leave_a_core()
+    if args.device == "cpu":
+        keep_freed_memory()
     tokenizer = Tokenizer.from_folder(folder)
     config = EngineConfig.for_device(args.device, args.max_model_len)
     config = replace(config, is_batch_invariant=args.batch_invariant, official=args.numerics)
