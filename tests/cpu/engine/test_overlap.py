@@ -421,8 +421,8 @@ def test_a_prompts_last_row_is_looked_at_once() -> None:
     asked = Asked.of([5, 6], SamplingParams(9))
     asked.request.cache, asked.request.num_computed = model.new_cache(), 1
     following = NextRows.of([ScheduledChunk(asked.request, 1)], {})
-    assert (following.reading, following.passing) == ({0}, frozenset())
-    flight = Flight.of(following, ENDS, StepBegun(1, 0), 0.0, is_adjusted=False)
+    assert following.reading == {0}
+    flight = Flight.of(following, ENDS, StepBegun(1, 0), 0.0)
     assert flight.goes_on
     assert flight.looks == {0}
     assert flight.repeated(StepBegun(1, 1), 0.0).looks == frozenset()
