@@ -19,7 +19,8 @@ from ownpath.config import EngineConfig
 from ownpath.engine.decoder import Decoder
 from ownpath.engine.engine import Engine
 from ownpath.engine.request import Request, SamplingParams, StepOutput
-from ownpath.kernels.sample.types import Sampled, SampleRows
+from ownpath.kernels.sample.ref import go_on
+from ownpath.kernels.sample.types import NextStep, Sampled, SampleRows
 from ownpath.loading import default_model_dir, load_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
@@ -204,7 +205,9 @@ class AllowedTokens:
     def __init__(self) -> None:
         self._random = np.random.default_rng(0)
 
-    def run(self, logits_TV: torch.Tensor, rows: SampleRows, operand: object, *, out: Sampled) -> Sampled:
+    def run(
+        self, logits_TV: torch.Tensor, rows: SampleRows, operand: object, *, out: Sampled, following: NextStep
+    ) -> Sampled:
         """As a sampler's; log-probs stay as they are."""
         with _disable_current_modes():
             chance = self._random.random((len(rows.seed_T), logits_TV.shape[1]), np.float32)
@@ -214,6 +217,7 @@ class AllowedTokens:
             places = torch.arange(len(chance)) if rows.place_T is None else rows.place_T.long()
             out.token_T[places] = torch.from_numpy(chance.argmax(axis=1)).to(out.token_T.dtype)
             out.fault_T[places] = 0
+            go_on(out, following, rows.place_T)
         return out
 
 
@@ -233,10 +237,7 @@ class FreeDecoder(Decoder):
     def launch(self, count: int) -> torch.Tensor:
         """Draws tokens, and goes on a step."""
         with _disable_current_modes():
-            columns, found = self._rows.columns, self._results.sampled(count)
-            self.kernel.run(self._logits_TV[:count], self._rows.sample_rows(count), None, out=found)
-            columns.counts[:, :count].add_(columns.steps[:count])
-            torch.bitwise_or(found.token_T, columns.pads[:count], out=columns.tokens[:count])
+            self._sample(self._logits_TV[:count], self._rows.sample_rows(count))
             return self._logits_TV[:count]
 
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from support.sampling import mixed_rows, plain_rows
+from support.sampling import mixed_rows, next_step, plain_rows
 from support.triton_aot import Compiled, compile_launch, recorded_launches
 
 from ownpath.kernels.sample import launch
@@ -26,8 +26,10 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
         logits, (token, fault) = torch.empty(NUM_ROWS, NUM_VOCAB), torch.empty(2, NUM_ROWS, dtype=torch.int64)
         out, plain = Sampled(token, fault, torch.empty(NUM_ROWS)), plain_rows(NUM_ROWS)
         launch.SAMPLE.run(logits, plain, launch.SAMPLE.prepare(), out=out._replace(logprob_T=None))
-        for rows in (plain._replace(filters=everything.filters), everything, placed):
-            launch.SAMPLE.run(logits, rows, launch.SAMPLE.prepare(), out=out)
+        launch.SAMPLE.run(logits, everything, launch.SAMPLE.prepare(), out=out)
+        out, following = next_step(NUM_ROWS, 43 + 3)
+        for rows in (plain._replace(filters=everything.filters), placed):
+            launch.SAMPLE.run(logits, rows, launch.SAMPLE.prepare(), out=out, following=following)
     folder = tmp_path_factory.mktemp("cubins")
     return [compile_launch(one, 90, folder) for one in launches]
 

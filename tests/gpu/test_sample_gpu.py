@@ -5,12 +5,13 @@ from typing import TypeVar
 
 import pytest
 import torch
-from support.sampling import filters, mixed_rows, plain_rows
+from support.sampling import filters, mixed_rows, next_step, plain_rows
 
 from ownpath.engine.request import SamplingParams
 from ownpath.engine.sampler import SampleRow, choose_tokens
 from ownpath.kernels.registry import KERNELS
 from ownpath.kernels.sample.launch import SampleShape, TritonSample
+from ownpath.kernels.sample.ref import SAMPLE as SAMPLE_TWIN
 from ownpath.kernels.sample.ref import gumbel, sample, weights
 from ownpath.kernels.sample.types import Sampled, SampleRows
 
@@ -120,6 +121,39 @@ def test_a_graph_follows_its_rows(cuda: torch.device) -> None:
         found.token_T.fill_(-7)
         graph.replay()
         assert_equal(found, fresh, new_rows)
+
+
+@pytest.mark.parametrize("count", [1, 8, 200])
+def test_rows_go_on_as_the_twins_do(count: int, cuda: torch.device) -> None:
+    """Replays of a graph write what the next step and the host read, the host's to its own memory, in turn; a second
+    draw of some rows goes over the last of them."""
+    g, width = torch.Generator().manual_seed(count), 256
+    logits, rows = torch.randn(count, VOCAB, generator=g) * 2, mixed_rows(count, VOCAB, g, with_all=False)
+    on_device, given, operand = moved(rows, cuda), logits.to(cuda), SAMPLE.prepare()
+    (found, ours), (wanted, twins) = next_step(count, 46, cuda, width), next_step(count, 46, None, width)
+    SAMPLE.run(given, on_device, operand, out=found, following=ours)
+    SAMPLE_TWIN.run(logits, rows, None, out=wanted, following=twins)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        SAMPLE.run(given, on_device, operand, out=found, following=ours)
+    for is_placed in (False, False, True):
+        if is_placed:
+            places = torch.arange(count - 1, -1, -2, dtype=torch.int32)
+            some = mixed_rows(len(places), VOCAB, g)._replace(place_T=places)
+            SAMPLE.run(given, moved(some, cuda), operand, out=found, following=ours)
+            SAMPLE_TWIN.run(logits, some, None, out=wanted, following=twins)
+        else:
+            graph.replay()
+            SAMPLE_TWIN.run(logits, rows, None, out=wanted, following=twins)
+        torch.cuda.synchronize()
+        for name, own, other in zip(ours._fields, ours, twins, strict=True):
+            own = own.cpu().clone()
+            if name in ("results_NW", "shared_2NW"):
+                logprobs = [part[..., 2, :count].view(torch.float32) for part in (own, other)]
+                sound = other[..., 1, :count] == 0
+                assert torch.allclose(*(part[sound] for part in logprobs), rtol=0, atol=64 * 2**-20)
+                own[..., 2, :] = other[..., 2, :]
+            assert torch.equal(own, other), name
 
 
 def leaves(value: object) -> list[torch.Tensor]:

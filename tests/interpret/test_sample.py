@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.sampling import filters, mixed_rows, plain_rows
+from support.sampling import filters, mixed_rows, next_step, plain_rows
 
 from ownpath.engine.adjust import Adjuster
 from ownpath.engine.request import Request, SamplingParams
 from ownpath.kernels.sample.launch import SAMPLE, SampleShape, TritonSample, choose_shape
+from ownpath.kernels.sample.ref import SAMPLE as SAMPLE_TWIN
 from ownpath.kernels.sample.ref import sample
 from ownpath.kernels.sample.types import Sampled, SampleRows
 
@@ -180,3 +181,49 @@ def test_how_rows_are_shared() -> None:
 
 def test_no_rows() -> None:
     assert SAMPLE.run(torch.zeros(0, 5), plain_rows(0), SAMPLE.prepare()).token_T.shape == (0,)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_rows_go_on_as_the_twins_do(splits: int) -> None:
+    """Three steps whose rows count up and whose results lie in two copies in turn, and a second draw over the third's:
+    token, position, number of drawn tokens and every result, of what the step has and of nothing else."""
+    g, num_vocab, count = torch.Generator().manual_seed(splits), 1100, 3
+    kernel = TritonSample(SampleShape(splits, 256, 4))
+    operand, placed = kernel.prepare(), torch.tensor([2, 0], dtype=torch.int32)
+    (found, ours), (wanted, twins) = next_step(count, 6), next_step(count, 6)
+    for step, num_rows in enumerate((count, count, count, len(placed))):
+        logits, rows = torch.randn(count, num_vocab, generator=g) * 2, mixed_rows(num_rows, num_vocab, g, step > 1)
+        logits[1, 7] = math.nan
+        rows = rows._replace(place_T=placed if num_rows < count else None)
+        if splits > 1:  # the interpreter runs programs one by one, and those of a row with filters wait for each other
+            rows = rows._replace(filters=None)
+        before = twins.turn_W.clone()
+        kernel.run(logits, rows, operand, out=found, following=ours)
+        SAMPLE_TWIN.run(logits, rows, None, out=wanted, following=twins)
+        for name, own, other in zip(ours._fields, ours, twins, strict=True):
+            is_float = name in ("results_NW", "shared_2NW")
+            own, other = (
+                torch.cat((part[..., :2, :], part[..., 3:, :]), -2) if is_float else part for part in (own, other)
+            )
+            assert torch.equal(own, other), (step, name)
+        logprobs = [part.shared_2NW[:, 2, :count].view(torch.float32) for part in (ours, twins)]
+        sound = twins.shared_2NW[:, 1, :count] == 0
+        assert torch.allclose(logprobs[0][sound], logprobs[1][sound], rtol=0, atol=32 * 2**-20)
+        assert torch.equal(
+            twins.turn_W != before, torch.arange(64) < count if num_rows == count else torch.zeros(64) > 0
+        )
+
+
+def test_what_a_step_leaves_is_checked() -> None:
+    logits, rows, operand = torch.randn(4, 50), plain_rows(4), SAMPLE.prepare()
+    found, following = next_step(4, 5)
+    for wrong, message in (
+        (following._replace(pad_W=following.pad_W[:8]), "pad_W must have shape"),
+        (following._replace(turn_W=following.turn_W.long()), "turn_W must be torch.int32"),
+        (following._replace(results_NW=following.results_NW[:2]), "results_NW must have 3 rows or more"),
+        (following._replace(shared_2NW=following.shared_2NW[:1]), "shared_2NW must have shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SAMPLE.run(logits, rows, operand, out=found, following=wrong)
+    with pytest.raises(ValueError, match="out must have tokens of int32 and log-probs"):
+        SAMPLE.run(logits, rows, operand, out=outputs(4), following=following)

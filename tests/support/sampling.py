@@ -9,7 +9,9 @@ from ownpath.kernels.sample.types import (
     IN_PROMPT,
     BiasRows,
     FilterRows,
+    NextStep,
     PenaltyRows,
+    Sampled,
     SampleRows,
 )
 
@@ -65,6 +67,22 @@ def mixed_rows(num_rows: int, num_vocab: int, g: torch.Generator, with_all: bool
     mask = torch.randint(-(2**31), 2**31 - 1, (num_rows, -(-num_vocab // 32)), generator=g, dtype=torch.int32)
     mask[::3] = -1
     return rows._replace(penalties=penalties, bias=bias, mask_TW=mask)
+
+
+def next_step(
+    count: int, num_fields: int, device: torch.device | None = None, width: int = 64
+) -> tuple[Sampled, NextStep]:
+    """Where ``count`` rows of a step go on, of which the last is padded, and the results; all else is marked."""
+    device = device or torch.device("cpu")
+    g = torch.Generator().manual_seed(count)
+    on_host = torch.full((2, num_fields, width), -9, dtype=torch.int32, pin_memory=device.type == "cuda")
+    results = torch.randint(-5, 5, (num_fields, width), generator=g, dtype=torch.int32).to(device)
+    counts = torch.randint(0, 900, (2, width), generator=g, dtype=torch.int32).to(device)
+    pad, turn = torch.zeros(2, width, dtype=torch.int32, device=device)
+    pad[count - 1 :] = -1
+    following = NextStep(torch.full_like(pad, -9), pad, counts, turn, results, on_host)
+    token, fault, logprob = results[:3, :count]
+    return Sampled(token, fault, logprob.view(torch.float32)), following
 
 
 def adjusted_logits(logits_V: list[float], rows: SampleRows, row: int) -> list[float]:

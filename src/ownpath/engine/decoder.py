@@ -136,6 +136,7 @@ class Decoder:
         self._rows = RowArrays(max_rows, self.pool.blocks_per_sequence, device)
         self._sampler, self._sampler_operand = sampler_of(device)
         self._results = StepResults(self.pool, max_rows)
+        self._following = self._results.following(self._rows.columns)
         self._marks = [Mark(device) for _ in range(NUM_TURNS)]
         self._turn = self._num_unread = 0
         self._last: StepBegun | None = None
@@ -197,6 +198,7 @@ class Decoder:
         wanted = ResidentRows(slots, [cache.blocks for cache in rows.caches], positions, *rows[1:])
         next_held = HeldRows(rows.caches, wanted)
         assert next_held.num_left > 0, "a row has no room"
+        self._held = None  # as a turn without a step leaves the device behind
         turn = self._take_turn()
         staged = self._rows.stage(rows, turn) if held is None or not wanted.continues(held.rows()) else None
         return self._begin(next_held, StepBegun(rows.num_rows, turn, tops, is_open), staged)
@@ -270,26 +272,23 @@ class Decoder:
         return self._marks[turn].set()
 
     def _launch_whole(self, begun: StepBegun, count: int, staged: Staged | None) -> None:
-        """Launches a step: upload, bucket, and copy of the results, unless rows are still to be drawn again."""
+        """Launches a step: upload, bucket, and likeliest tokens, unless rows are still to be drawn again."""
         if staged is not None:
             self._rows.send(staged, self._results.drawn_R)
         begun.logits_TV = self.launch(count)
         if not begun.is_open:
-            self._launch_results(begun)
+            self._launch_tops(begun)
 
     def _launch_redraw(self, begun: StepBegun, adjusted: SampleRows | None) -> None:
         """Launches the second draw, and what follows it."""
         if adjusted is not None:
-            drawn, columns = self._results.sampled(len(begun.logits_TV)), self._rows.columns
-            self._sampler.run(begun.logits_TV.float(), adjusted, self._sampler_operand, out=drawn)
-            torch.bitwise_or(self._results.drawn_R, columns.pads, out=columns.tokens)
-        self._launch_results(begun)
+            self._sample(begun.logits_TV, adjusted)
+        self._launch_tops(begun)
 
-    def _launch_results(self, begun: StepBegun) -> None:
-        """Launches the pass for likeliest tokens, and the copy of the results."""
+    def _launch_tops(self, begun: StepBegun) -> None:
+        """Launches the pass for likeliest tokens, if rows want some."""
         if begun.num_tops:
             begun.tops = start_tops(begun.logits_TV, begun.num_tops)
-        self._results.copy(begun.turn)
 
     def launch(self, count: int) -> torch.Tensor:
         """Replays the graph of a bucket, or runs it eagerly where there is none; returns the logits. Does not wait."""
@@ -302,16 +301,17 @@ class Decoder:
         return captured.logits_TV
 
     def run(self, count: int) -> torch.Tensor:
-        """Runs the first ``count`` rows eagerly: the model, a token for each, and the arrays for the next step."""
+        """Runs the first ``count`` rows eagerly: the model, and a token for each, with the arrays for the next step."""
         tokens_T = self._rows.columns.tokens[:count]
         tables = self._rows.tables(self.pool, count, self._results.flags(count))
         logits_TV = self._model.decode(tokens_T, tables)[:, : self._num_vocab]
-        found = self._results.sampled(count)
-        self._sampler.run(logits_TV.float(), self._rows.sample_rows(count), self._sampler_operand, out=found)
-        columns = self._rows.columns
-        columns.counts[:, :count].add_(columns.steps[:count])
-        torch.bitwise_or(found.token_T, columns.pads[:count], out=tokens_T)  # -1 where a row is padded
+        self._sample(logits_TV, self._rows.sample_rows(count))
         return logits_TV
+
+    def _sample(self, logits_TV: torch.Tensor, rows: SampleRows) -> None:
+        """Draws tokens, and leaves the rows as the next step finds them and the results where the host does."""
+        out = self._results.sampled(len(logits_TV))
+        self._sampler.run(logits_TV.float(), rows, self._sampler_operand, out=out, following=self._following)
 
 
 def no_graph_of(ledger: Ledger) -> str | None:

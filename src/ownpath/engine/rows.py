@@ -18,7 +18,7 @@ from ownpath.cache.tables import DecodeTables, first_flagged, new_flags
 from ownpath.engine.request import SamplingParams
 from ownpath.engine.sampler import NUM_SAMPLED, SampleRow, sampled_views
 from ownpath.engine.tops import Top
-from ownpath.kernels.sample.types import FilterRows, Sampled, SampleRows
+from ownpath.kernels.sample.types import FilterRows, NextStep, Sampled, SampleRows
 
 NUM_TURNS = 2
 """Steps that may be under way at a time: each has buffers of its own on the host."""
@@ -26,7 +26,7 @@ PADDED = -1
 """The token id of a padded row."""
 _PADDED_INTEGERS = np.array([[PADDED], [NOBODY], [0], [0], [0], [-1], [0], [0], [0]])
 _PADDED_FLOATS = np.array([[0.0], [1.0], [0.0]])
-"""A padded row's token, slot, position, drawn tokens, step, pad, top_k, source and carry; its temperature, top_p and
+"""A padded row's token, slot, position, drawn tokens, turn, pad, top_k, source and carry; its temperature, top_p and
 min_p."""
 GREEDY = SampleRow(SamplingParams(1, temperature=0.0), seed=0, num_drawn=0)
 """Takes the likeliest token."""
@@ -105,9 +105,9 @@ class Staged(NamedTuple):
 
 class RowArrays:
     """The rows' arrays in one buffer of int32: seeds (two words a row), tokens, slots, positions, numbers of drawn
-    tokens, steps (1 for a row, 0 where padded), pads (0 for a row, -1 where padded), top_k, sources (the row of the
-    step before whose token a row goes on with) and carries (1 where it does, 0 where the host knows the token),
-    temperatures, top_p, min_p [R]; block tables [R, B].
+    tokens, turns (whose copy of the results the step writes), pads (0 for a row, -1 where padded), top_k, sources (the
+    row of the step before whose token a row goes on with) and carries (1 where it does, 0 where the host knows the
+    token), temperatures, top_p, min_p [R]; block tables [R, B].
 
     ``stage`` writes them in host memory, one of two buffers in turn, as the other may still be on its way. ``send``
     transfers them. Both touch only block tables that change: with a context of a million tokens a table has 4,096
@@ -137,15 +137,16 @@ class RowArrays:
         return SampleRows(columns.temperatures[:count], columns.seeds[:count], columns.drawn[:count], filters)
 
     def stage(self, rows: StepRows, turn: int) -> Staged:
-        """Writes these rows into a buffer that nothing reads any more, and pads the others."""
+        """Writes these rows into a buffer that nothing reads any more, and pads the others. turn: the step's."""
         caches, tokens, params, seeds, drawn = rows
         count, host = rows.num_rows, self._hosts[turn]
         host.integers[:, count:], host.floats[:, count:] = _PADDED_INTEGERS, _PADDED_FLOATS
+        host.integers[4] = turn
         if count:
             named = np.array(tokens)
             columns = (
                 *(np.maximum(named, 0), [cache.slot for cache in caches], [cache.num_tokens for cache in caches]),
-                *(drawn, 1, 0, [one.top_k for one in params], np.maximum(PADDED - 1 - named, 0), named < PADDED),
+                *(drawn, turn, 0, [one.top_k for one in params], np.maximum(PADDED - 1 - named, 0), named < PADDED),
             )
             for integers, values in zip(host.integers, columns, strict=True):
                 integers[:count] = values
@@ -206,14 +207,14 @@ class _HostArrays(NamedTuple):
 
 
 class _Columns(NamedTuple):
-    """Views of the buffer of ``RowArrays``. counts: positions and drawn [2, R], which a step counts up by ``steps``."""
+    """Views of the buffer of ``RowArrays``. counts: positions and drawn [2, R], which a step counts up."""
 
     seeds: torch.Tensor
     tokens: torch.Tensor
     slots: torch.Tensor
     positions: torch.Tensor
     drawn: torch.Tensor
-    steps: torch.Tensor
+    turns: torch.Tensor
     pads: torch.Tensor
     temperatures: torch.Tensor
     top_p: torch.Tensor
@@ -228,10 +229,10 @@ class _Columns(NamedTuple):
     def of(cls, buffer: torch.Tensor, num_rows: int) -> "_Columns":
         heads = buffer[: RowArrays.WORDS * num_rows].view(RowArrays.WORDS, num_rows)
         seeds, (temperatures, top_p, min_p) = heads[:2].flatten().view(torch.int64), heads[11:].view(torch.float32)
-        tokens, slots, positions, drawn, steps, pads, top_k, sources, carries = heads[2:11]
+        tokens, slots, positions, drawn, turns, pads, top_k, sources, carries = heads[2:11]
         blocks = buffer[RowArrays.WORDS * num_rows :].view(num_rows, -1)
         return cls(
-            *(seeds, tokens, slots, positions, drawn, steps, pads, temperatures, top_p),
+            *(seeds, tokens, slots, positions, drawn, turns, pads, temperatures, top_p),
             *(blocks, top_k, min_p, sources, carries),
             counts=heads[4:6],
         )
@@ -292,17 +293,16 @@ class HeldRows:
 
 
 class StepResults:
-    """The results of a step that the host reads, in one copy of int32 [3 + L, R]: the sampler's tokens, faults and
-    log-probs, then the flags of each layer's index scores, 0 where a layer has none. The host has two copies in turn,
-    as it may still read one step's while the next one's arrive."""
+    """The results of a step, int32 [3 + L, R]: the sampler's tokens, faults and log-probs, then the flags of each
+    layer's index scores, 0 where a layer has none. The sampler writes them to the host's memory as well, to one of two
+    copies in turn, as the host may still read one step's while the next one's arrive."""
 
     def __init__(self, pool: CachePool, max_rows: int) -> None:
         device, flags_LT = pool.spec.device, new_flags(pool, max_rows)
         shape = NUM_SAMPLED + len(flags_LT), aligned_rows(max_rows)
         self.on_device = torch.zeros(shape, dtype=torch.int32, device=device)
-        pinned = device.type == "cuda"
-        self._copies = [torch.zeros(shape, dtype=torch.int32, pin_memory=pinned) for _ in range(NUM_TURNS)]
-        self._integers = [copy.numpy() for copy in self._copies]
+        self._shared = torch.zeros(NUM_TURNS, *shape, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._integers = self._shared.numpy()
         self._sampled: dict[int, Sampled] = {}
         self.drawn_R = self.on_device[0]
         """The tokens that the last step drew, int32 [R]."""
@@ -317,9 +317,9 @@ class StepResults:
         """Returns where selections write: int32 [L, count]."""
         return self.on_device[NUM_SAMPLED:, :count]
 
-    def copy(self, turn: int) -> None:
-        """Copies all to the host. Does not wait."""
-        self._copies[turn].copy_(self.on_device, non_blocking=True)
+    def following(self, columns: "_Columns") -> NextStep:
+        """Returns where the rows of a step go on."""
+        return NextStep(columns.tokens, columns.pads, columns.counts, columns.turns, self.on_device, self._shared)
 
     def read(self, turn: int, logits_TV: torch.Tensor) -> tuple[list[int], StepTokens]:
         """Returns the tokens that the device goes on with, and the results of as many rows as there are logits."""

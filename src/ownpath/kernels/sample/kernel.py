@@ -74,7 +74,43 @@ def _likeliest(reals_ptr, wholes_ptr, splits):
 
 
 @triton.jit
-def _finish(outs, place, row_ptr, token, fault, reals_ptr, splits, LOGPROB: tl.constexpr):
+def _go_on(following, place, token, fault, logprob, FIELDS: tl.constexpr, PLACED: tl.constexpr):
+    """Writes what the next step and the host read of a row. Only this program writes the row's column."""
+    token_ptr, pad_ptr, counts_ptr, turn_ptr, results_ptr, shared_ptr, num_fields, width = following
+    pad, turn = tl.load(pad_ptr + place), tl.load(turn_ptr + place)
+    position, drawn = tl.load(counts_ptr + place), tl.load(counts_ptr + width + place)
+    tl.debug_barrier()  # one thread writes below what all have read above
+    if PLACED:
+        turn = 1 - turn
+    else:
+        tl.store(turn_ptr + place, 1 - turn)
+        tl.store(counts_ptr + place, position + pad + 1)
+        tl.store(counts_ptr + width + place, drawn + pad + 1)
+    tl.store(token_ptr + place, token | pad)
+    shared_ptr += turn * num_fields * width + place
+    tl.store(shared_ptr, token)
+    tl.store(shared_ptr + width, fault)
+    tl.store(shared_ptr + 2 * width, logprob.to(tl.int32, bitcast=True))
+    fields = tl.arange(0, FIELDS)
+    others = (fields >= 3) & (fields < num_fields)
+    found = tl.load(results_ptr + fields * width + place, mask=others)
+    tl.store(shared_ptr + fields * width, found, mask=others)
+
+
+@triton.jit
+def _finish(
+    outs,
+    following,
+    place,
+    row_ptr,
+    token,
+    fault,
+    reals_ptr,
+    splits,
+    LOGPROB: tl.constexpr,
+    FIELDS: tl.constexpr,
+    PLACED: tl.constexpr,
+):
     token = tl.where(fault != 0, 0, token)
     tl.store(outs[0] + place, token.to(outs[0].dtype.element_ty))
     tl.store(outs[1] + place, fault.to(outs[1].dtype.element_ty))
@@ -83,7 +119,10 @@ def _finish(outs, place, row_ptr, token, fault, reals_ptr, splits, LOGPROB: tl.c
         top = tl.max(tops, axis=0)
         scaled = _partials(reals_ptr, RAW_SUM, splits, 0.0) * tl.exp((tops - top).to(tl.float32)).to(tl.float64)
         total = tl.sum(scaled, axis=0).to(tl.float32)
-        tl.store(outs[2] + place, tl.load(row_ptr + token) - top.to(tl.float32) - tl.log(total))
+        logprob = tl.load(row_ptr + token) - top.to(tl.float32) - tl.log(total)
+        tl.store(outs[2] + place, logprob)
+        if FIELDS:
+            _go_on(following, place, token, fault, logprob, FIELDS, PLACED)
 
 
 @triton.jit(do_not_specialize=["num_rows", "splits"])
@@ -108,6 +147,12 @@ def sample_kernel(
     token_ptr,
     fault_ptr,
     logprob_ptr,
+    next_ptr,
+    pad_ptr,
+    counts_ptr,
+    turn_ptr,
+    results_ptr,
+    shared_ptr,
     counters_ptr,
     reals_ptr,
     wholes_ptr,
@@ -116,6 +161,8 @@ def sample_kernel(
     num_rows,
     num_places,
     splits,
+    num_fields,
+    width,
     PLACES: tl.constexpr,
     BLOCK: tl.constexpr,
     FILTERS: tl.constexpr,
@@ -124,9 +171,13 @@ def sample_kernel(
     MASK: tl.constexpr,
     PLACED: tl.constexpr,
     LOGPROB: tl.constexpr,
+    FIELDS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Chooses one row's token. Program (split, row) has blocks split, split + splits, ... of 4 * BLOCK tokens."""
+    """Chooses one row's token. Program (split, row) has blocks split, split + splits, ... of 4 * BLOCK tokens.
+
+    FIELDS: a power of two with room for a row's results, 0 where no step follows.
+    """
     split, t = tl.program_id(0), tl.program_id(1)
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -148,6 +199,7 @@ def sample_kernel(
     draws = temperature >= 1e-30
     rate = 1.0 / tl.where(draws, temperature, 1.0).to(tl.float64)
     outs = (token_ptr, fault_ptr, logprob_ptr)
+    following = (next_ptr, pad_ptr, counts_ptr, turn_ptr, results_ptr, shared_ptr, num_fields, width)
 
     presence, frequency, shrinks, grows, punishes = 0.0, 0.0, 1.0, 1.0, draws
     if PENALTIES:
@@ -234,7 +286,7 @@ def sample_kernel(
             top_x, token, fault = _likeliest(reals_ptr, wholes_ptr, splits)
             if draws:
                 token, _x = _race_winner(reals_ptr, wholes_ptr, splits)
-            _finish(outs, place, row_ptr, token, fault, reals_ptr, splits, LOGPROB)
+            _finish(outs, following, place, row_ptr, token, fault, reals_ptr, splits, LOGPROB, FIELDS, PLACED)
             tl.store(arrived_ptr, 0)
 
     # A row with filters: test the winner, and draw again before it if it is out.
@@ -319,7 +371,7 @@ def sample_kernel(
                     meet(arrived_ptr, goal)
                     token, token_x = _race_winner(reals_ptr, wholes_ptr, splits)
             if split == 0:
-                _finish(outs, place, row_ptr, token, fault, reals_ptr, splits, LOGPROB)
+                _finish(outs, following, place, row_ptr, token, fault, reals_ptr, splits, LOGPROB, FIELDS, PLACED)
             if arrive(left_ptr) == splits - 1:
                 tl.store(arrived_ptr, 0)
                 tl.store(left_ptr, 0)

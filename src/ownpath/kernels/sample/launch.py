@@ -23,14 +23,15 @@ from ownpath.kernels.dsl.driver import current_stream, num_sms
 from ownpath.kernels.dsl.triton import TritonCall, launch
 from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.sample.kernel import MAX_SPLITS, NUM_REALS, NUM_WHOLES, sample_kernel
-from ownpath.kernels.sample.types import Sampled, SampleRows
+from ownpath.kernels.sample.types import NextStep, Sampled, SampleRows
 from ownpath.kernels.variants import variant_name
 
 INTERPRETED = triton.knobs.runtime.interpret
 MAX_VOCAB = 1 << 24
 BLOCK, PROGRAMS_PER_SM, MAX_REGISTERS = 256, 4, 128
 """Programs of four warps: with so many registers a thread, a multiprocessor holds four at once."""
-NUM_POINTERS = 23
+NUM_POINTERS = 29
+NUM_FOLLOWING = len(NextStep._fields)
 
 
 class SampleShape(NamedTuple):
@@ -107,7 +108,13 @@ class TritonSample:
         return variant_name("sample", splits=shape.splits, block=shape.block)
 
     def run(
-        self, logits_TV: torch.Tensor, rows: SampleRows, operand: SampleOperand, *, out: Sampled | None = None
+        self,
+        logits_TV: torch.Tensor,
+        rows: SampleRows,
+        operand: SampleOperand,
+        *,
+        out: Sampled | None = None,
+        following: NextStep | None = None,
     ) -> Sampled:
         """Computes ``ref.sample``. See ``SampleKernel``."""
         check_rank("logits_TV", logits_TV, 2, INTERPRETED)
@@ -116,7 +123,7 @@ class TritonSample:
             assert rows.place_T is None, "results that have places need somewhere to be"
             pair = logits_TV.new_empty(2, num_rows, dtype=torch.int64)
             out = Sampled(pair[0], pair[1], None)
-        tensors = _tensors(logits_TV, rows, out)
+        tensors = _tensors(logits_TV, rows, out, following)
         _check(logits_TV, rows, out, num_rows)
         if not num_rows:
             return out
@@ -125,14 +132,17 @@ class TritonSample:
         key = (
             *(num_rows, num_vocab, logits_TV.stride(0), logits_TV.data_ptr() % 16, logits_TV.get_device()),
             *(shape, places, out.token_T.dtype, *_options(rows, out).values()),
+            None if following is None else (following.results_NW.shape, *(part.data_ptr() for part in following)),
         )
         with operand.lock:
             call = operand.launches.get(key)
             if call is not None:
                 call.start(current_stream(logits_TV.get_device()), *(tensor.data_ptr() for tensor in tensors))
                 return out
+            if following is not None:
+                _check_following(following, out)
             scratch = operand.scratch_for(num_rows, logits_TV.device)
-            made = _first_launch((*tensors, *scratch), rows, out, shape, logits_TV.stride(0))
+            made = _first_launch((*tensors, *scratch), rows, out, shape, logits_TV.stride(0), following)
             if made is not None:
                 operand.launches.add(key, made)
         return out
@@ -148,7 +158,9 @@ def _num_rows(logits_TV: torch.Tensor, rows: SampleRows) -> int:
     return len(logits_TV if rows.place_T is None else rows.place_T)
 
 
-def _tensors(logits_TV: torch.Tensor, rows: SampleRows, out: Sampled) -> tuple[torch.Tensor, ...]:
+def _tensors(
+    logits_TV: torch.Tensor, rows: SampleRows, out: Sampled, following: NextStep | None
+) -> tuple[torch.Tensor, ...]:
     """Returns the kernel's tensors in order; an absent one is replaced by one that is not read."""
     unread = rows.temperature_T
     return (
@@ -159,23 +171,31 @@ def _tensors(logits_TV: torch.Tensor, rows: SampleRows, out: Sampled) -> tuple[t
         unread if rows.mask_TW is None else rows.mask_TW,
         unread if rows.place_T is None else rows.place_T,
         *(out.token_T, out.fault_T, unread if out.logprob_T is None else out.logprob_T),
+        *((unread,) * NUM_FOLLOWING if following is None else following),
     )
 
 
 def _first_launch(
-    tensors: tuple[torch.Tensor, ...], rows: SampleRows, out: Sampled, shape: SampleShape, pitch: int
+    tensors: tuple[torch.Tensor, ...],
+    rows: SampleRows,
+    out: Sampled,
+    shape: SampleShape,
+    pitch: int,
+    following: NextStep | None,
 ) -> TritonCall | None:
     num_rows, num_vocab = _num_rows(tensors[0], rows), tensors[0].shape[1]
     places, pdl = 0 if rows.bias is None else rows.bias.ids_TK.shape[1], not INTERPRETED
+    num_fields, width = (0, 0) if following is None else following.results_NW.shape
     assert len(tensors) == NUM_POINTERS
     return launch(
         sample_kernel,
         (shape.splits, num_rows),
-        (*tensors, pitch, num_vocab, num_rows, places, shape.splits),
+        (*tensors, pitch, num_vocab, num_rows, places, shape.splits, num_fields, width),
         {
             "PLACES": triton.next_power_of_2(max(places, 1)),
             "BLOCK": shape.block,
             **_options(rows, out),
+            "FIELDS": 0 if following is None else triton.next_power_of_2(num_fields),
             "PDL": pdl,
             "num_warps": shape.num_warps,
             "maxnreg": MAX_REGISTERS,
@@ -207,6 +227,23 @@ def _results(out: Sampled) -> Iterator[tuple[str, torch.Tensor, tuple[torch.dtyp
     yield "out.fault_T", out.fault_T, (out.token_T.dtype,)
     if out.logprob_T is not None:
         yield "out.logprob_T", out.logprob_T, (torch.float32,)
+
+
+def _check_following(following: NextStep, out: Sampled) -> None:
+    """Checks what is written beside the results. The shared copies may be in the host's memory."""
+    num_fields, width = following.results_NW.shape
+    device, count = out.token_T.device, len(out.token_T)
+    if out.token_T.dtype is not torch.int32 or out.logprob_T is None:
+        raise ValueError("out must have tokens of int32 and log-probs where a step follows")
+    if num_fields < len(Sampled._fields) or width < count:
+        raise ValueError(f"results_NW must have {len(Sampled._fields)} rows or more of at least {count} columns")
+    shapes = (width,), (width,), (2, width), (width,), (num_fields, width)
+    for name, tensor, size in zip(following._fields, following, shapes, strict=False):
+        check(name, tensor, (torch.int32,), size, device)
+    shared = following.shared_2NW
+    check("shared_2NW", shared, (torch.int32,), (2, num_fields, width), shared.device)
+    if device.type == "cuda" and not (shared.device == device or shared.is_pinned()):
+        raise ValueError(f"shared_2NW must be on {device} or in pinned memory")
 
 
 def _check(logits_TV: torch.Tensor, rows: SampleRows, out: Sampled, num_rows: int) -> None:

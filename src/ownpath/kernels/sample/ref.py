@@ -36,6 +36,7 @@ from ownpath.kernels.sample.types import (
     LEAST_TEMPERATURE,
     BiasRows,
     FilterRows,
+    NextStep,
     PenaltyRows,
     Sampled,
     SampleRows,
@@ -279,6 +280,26 @@ def _sample_placed(logits_RV: torch.Tensor, rows: SampleRows, place_T: torch.Ten
     return out
 
 
+def go_on(found: Sampled, following: NextStep, place_T: torch.Tensor | None = None) -> None:
+    """Writes where the rows of a step go on: all of them, or those with places, which have been counted."""
+    assert found.logprob_T is not None, "a step's results have log-probs"
+    count = len(found.token_T)
+    chosen_T = torch.arange(count, device=found.token_T.device) if place_T is None else place_T.long()
+    columns_NT = following.results_NW[:, chosen_T]
+    own = found.token_T.int(), found.fault_T.int(), found.logprob_T.view(torch.int32)
+    columns_NT[: len(own)] = torch.stack(own)[:, chosen_T]
+    pad_T, turn_T = following.pad_W[chosen_T], following.turn_W[chosen_T]
+    if place_T is None:
+        following.turn_W[chosen_T] = 1 - turn_T
+        following.counts_2W[:, chosen_T] += 1 + pad_T
+    else:
+        turn_T = 1 - turn_T
+    following.token_W[chosen_T] = columns_NT[0] | pad_T
+    shared_2NW = following.shared_2NW
+    turn_T, chosen_T, columns_NT = (part.to(shared_2NW.device) for part in (turn_T, chosen_T, columns_NT))
+    shared_2NW[turn_T.long(), :, chosen_T] = columns_NT.T
+
+
 class SampleReference(Reference):
     """``sample`` as a kernel."""
 
@@ -288,9 +309,20 @@ class SampleReference(Reference):
     def variant(self, logits_TV: torch.Tensor, rows: SampleRows, operand: None) -> None:
         """Returns ``None``: the kernel has no variants."""
 
-    def run(self, logits_TV: torch.Tensor, rows: SampleRows, operand: None, *, out: Sampled | None = None) -> Sampled:
-        """Computes ``sample``."""
-        return sample(logits_TV, rows, out)
+    def run(
+        self,
+        logits_TV: torch.Tensor,
+        rows: SampleRows,
+        operand: None,
+        *,
+        out: Sampled | None = None,
+        following: NextStep | None = None,
+    ) -> Sampled:
+        """Computes ``sample`` and ``go_on``."""
+        found = sample(logits_TV, rows, out)
+        if following is not None:
+            go_on(found, following, rows.place_T)
+        return found
 
 
 SAMPLE = SampleReference()

@@ -1,6 +1,7 @@
 """Arguments and results of the sampler.
 
-Legend: T rows of logits, V tokens of the vocabulary, K places for biased tokens, R tables of counts.
+Legend: T rows of logits, V tokens of the vocabulary, K places for biased tokens, R tables of counts, W rows that there
+is room for, N numbers of a row's results.
 """
 
 from typing import NamedTuple, Protocol
@@ -88,6 +89,25 @@ class Sampled(NamedTuple):
     logprob_T: Tensor | None = None
 
 
+class NextStep(NamedTuple):
+    """Where a decode step's rows go on, written with their tokens; row t is column t.
+
+    Shapes, all int32: token_W, the token that the next step reads, -1 in a padded row. pad_W: -1 in a padded row,
+        else 0. counts_2W: the row's position and the number of its drawn tokens, each one more than before but in a
+        padded row. results_NW: token, fault and log-prob, then what other kernels of the step have written.
+        shared_2NW: two copies of the results, in memory that the host reads too. turn_W, 0 or 1: the copy that is
+        written, 1 - turn after it.
+    Rows with places were in a step that has counted them: their tokens and results are written over those it wrote.
+    """
+
+    token_W: Tensor
+    pad_W: Tensor
+    counts_2W: Tensor
+    turn_W: Tensor
+    results_NW: Tensor
+    shared_2NW: Tensor
+
+
 class SampleKernel(Kernel[Operand], Protocol[Operand]):
     """One token for each row of logits."""
 
@@ -97,9 +117,18 @@ class SampleKernel(Kernel[Operand], Protocol[Operand]):
     def variant(self, logits_TV: Tensor, rows: SampleRows, operand: Operand) -> str | None:
         """Returns the name of the variant that a call launches; ``None`` for a kernel without variants."""
 
-    def run(self, logits_TV: Tensor, rows: SampleRows, operand: Operand, *, out: Sampled | None = None) -> Sampled:
+    def run(
+        self,
+        logits_TV: Tensor,
+        rows: SampleRows,
+        operand: Operand,
+        *,
+        out: Sampled | None = None,
+        following: NextStep | None = None,
+    ) -> Sampled:
         """Chooses tokens. Shapes: logits_TV float32 [T, V], rows any number of elements apart; V tokens, no padding.
-            With ``rows.place_T`` logits and ``out``, which must be given then, may have more rows.
+            With ``rows.place_T`` logits and ``out``, which must be given then, may have more rows. With ``following``
+            the tokens of ``out`` are int32, and log-probs are computed.
 
         Errors: ValueError naming what is wrong with the logits, the rows or out.
         """
