@@ -1,11 +1,11 @@
-"""Writes a few decoder layers at V4-Flash's real widths, with random weights, as a checkpoint that vLLM and ownpath load.
+"""Writes a few layers at V4-Flash's real widths, with random weights, as a checkpoint that vLLM and ownpath load.
 
     python tools/flash_layers.py /dev/shm/flash4               # 4 layers: sliding, CSA, HCA, CSA; 15 GB
     python tools/flash_layers.py /tmp/tiny4 --widths tiny      # the same kinds of layers, 30 MB
 
-Experts are ModelOpt's NVFP4, dense weights FP8 in blocks (wo_a too), the rest BF16: NVIDIA's export. config.json says so
-in the words that stock vLLM asks for. The first layers look their experts up by token id, the others choose by score.
-The tokenizer is the embedded model's: its ids are a part of the vocabulary.
+Experts are ModelOpt's NVFP4, dense weights FP8 in blocks (wo_a too), the rest BF16: NVIDIA's export. config.json says
+so in the words that stock vLLM asks for. The first layers look their experts up by token id, the others choose by
+score. The tokenizer is the embedded model's: its ids are a part of the vocabulary.
 """
 
 import argparse

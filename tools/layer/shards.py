@@ -25,7 +25,7 @@ SHARD_BYTES = 2 * 10**9
 NUM_WRITERS = 8
 TILE_BYTES = 2**23
 ITEM_BYTES = {"I64": 8, "F32": 4, "BF16": 2}
-# dtype -> random bits to keep, and bits to set. BF16: near 2^-7; E4M3: 0.5 to 0.94; both with a sign; E8M0: 2^-7 or 2^-6.
+# dtype -> random bits to keep, and bits to set. BF16: near 2^-7; E4M3: 0.5 to 0.94; both signed; E8M0: 2^-7 or 2^-6.
 BITS = {"BF16": (0x807F, 0x3C00), "U8": (0xFF, 0), "F8_E4M3": (0x87, 0x30), "F8_E8M0": (0x01, 0x78)}
 BLOCK_SCALE_BITS = (0x0F, 0x30)  # E4M3 from 0.5 to 1.875
 GLOBAL_EXPONENTS = (-9.0, -6.5)  # of NVFP4's global scales: rows of 4096 then keep their size, or grow up to 2.5 times
@@ -93,13 +93,14 @@ def _drawn(info: TensorInfo) -> np.ndarray | None:
     leaf, name = info.name.rpartition(".")[2], info.name
     if leaf == "weight_scale_2":  # one for gate and up, as exporters have it
         draw = np.random.default_rng(_seed(name.replace(".w3.", ".w1.")))
-        return np.exp2(draw.uniform(*GLOBAL_EXPONENTS, info.shape))
+        exponents: np.ndarray = draw.uniform(*GLOBAL_EXPONENTS, info.shape)
+        return 2.0**exponents
     if leaf == "input_scale":
         return np.full(info.shape, INPUT_SCALE)
     noise = None if info.dtype not in ("F32", "BF16") else np.random.default_rng(_seed(name))
     if noise is None or (info.dtype == "BF16" and not name.endswith("norm.weight")):
         return None
-    normal = noise.standard_normal(info.shape)
+    normal: np.ndarray = noise.standard_normal(info.shape)
     if name.endswith("norm.weight"):
         return 1 + 0.1 * normal
     if name.endswith("_fn"):
