@@ -117,12 +117,12 @@ class Engine:
         if self._is_cuda:
             graphs = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sorted(args.requests)}
             options = {"compilation_config": graphs, "gpu_memory_utilization": 0.4}
-            options["kv_cache_memory_bytes"] = int(args.cache_gib * 2**30)
-        steps = 2 * (WARM_UPS + PROFILED + TIMED)
+            options |= {"kv_cache_memory_bytes": int(args.cache_gib * 2**30), "block_size": 256}
+        longest = max(context + num_steps(max(args.requests), context) for context in args.contexts)
         self._llm = LLM(
             model=str(args.folder),
             kv_cache_dtype="fp8",
-            max_model_len=max(CHUNK, *args.contexts) + steps,
+            max_model_len=max(CHUNK, longest) + 1,
             max_num_seqs=max(args.requests),
             max_num_batched_tokens=CHUNK,
             enable_prefix_caching=False,
@@ -173,7 +173,7 @@ class Engine:
         cleanup_dist_env_and_memory()
 
     def _decode(self, num_requests: int, context: int) -> tuple[Timed, list[str]]:
-        names = [self._add(context, 2 * (WARM_UPS + PROFILED + TIMED)) for _ in range(num_requests)]
+        names = [self._add(context, num_steps(num_requests, context)) for _ in range(num_requests)]
         answered = set[str]()
         while len(answered) < num_requests:
             answered |= set(self._step())
@@ -217,8 +217,9 @@ class Engine:
         ids = [draw.randrange(3, self._vocab) for _ in range(num_tokens)]
         self._count += 1
         params = SamplingParams(temperature=0, max_tokens=num_answers, ignore_eos=True, detokenize=False)
-        name: str = self._engine.add_request(f"r{self._count}", {"prompt_token_ids": ids}, params)
-        return name or f"r{self._count}"
+        name = f"r{self._count}"
+        self._engine.add_request(name, {"prompt_token_ids": ids}, params)
+        return name
 
     def _step(self) -> list[str]:
         return [output.request_id for output in self._engine.step() if output.outputs and output.outputs[0].token_ids]
@@ -233,6 +234,11 @@ class Engine:
         if len(answered) != num_requests:
             raise RuntimeError(f"a step of {num_requests} requests answered {len(answered)}")
         return wall_us
+
+
+def num_steps(num_requests: int, context: int) -> int:
+    """Returns the most steps that a request may be answered in: those in which the others are read, and the timed."""
+    return -(-num_requests * context // max(CHUNK - num_requests, 1)) + WARM_UPS + PROFILED + TIMED + 8
 
 
 def look(model: torch.nn.Module) -> dict[str, Any]:

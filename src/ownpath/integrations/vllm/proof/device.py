@@ -17,6 +17,8 @@ from ownpath.ops import OpKind
 
 _SPECS = MappingProxyType({spec.name: spec for spec in SPECS})
 _OUR_KINDS = (OpKind.LINEAR, OpKind.GROUPED, OpKind.MOE, OpKind.HYPER)
+_OURS = tuple(spec for spec in SPECS if spec.kind in _OUR_KINDS and (spec.min_sm or 0) < 100)
+"""Those of Blackwell's have names that others have too, and run nowhere else."""
 STOCK_EXPERTS = r"marlin_moe|moe_align|count_and_sort_expert|fused_moe|moe_sum|humming"
 STOCK_LINEARS = r"fp8_gemm_1d|scaled_mm|w8a8_block|\bmarlin::Marlin|per_token_group_quant"
 STOCK_WO_A = r"inv_rope_fp8_quant"
@@ -26,7 +28,7 @@ STOCK_HYPER = r"mhc_|hc_prenorm|hc_head_fuse"
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """What a step must launch. kernels: of our kernels, how many calls a step has. foreign: patterns of names that it
+    """A step's launches. kernels: of our kernels, how many calls a step has. foreign: patterns of names that it
     must not have."""
 
     kernels: Mapping[str, int]
@@ -59,7 +61,7 @@ class PlannedStep:
         for pattern in self.foreign:
             yield from (f"the device ran {name[:80]}, of a part that is ours" for name in _found(pattern, launched))
         known = {pattern for spec in planned for pattern in spec.launches}
-        others = {pattern for spec in SPECS if spec.kind in _OUR_KINDS for pattern in spec.launches} - known
+        others = {pattern for spec in _OURS for pattern in spec.launches} - known
         for name in {name for pattern in others for name in _found(pattern, launched)}:
             if not any(re.search(pattern, name) for pattern in known):
                 yield f"the device ran {name[:80]}, a kernel of ours that is not planned"

@@ -19,7 +19,7 @@ from ownpath.oracle.attention import project_groups
 from ownpath.oracle.formats import fp8
 
 ROUNDINGS = MappingProxyType({"E4M3 inputs": False, "E4M3 inputs, powers of two": True})
-"""What a report says -> whether scales are powers of two; else they are amax / 448."""
+"""Names in a report -> whether scales are powers of two; else they are amax / 448."""
 _BLOCK = 128
 
 
