@@ -94,7 +94,7 @@ def _drawn(info: TensorInfo) -> np.ndarray | None:
     if leaf == "weight_scale_2":  # one for gate and up, as exporters have it
         draw = np.random.default_rng(_seed(name.replace(".w3.", ".w1.")))
         exponents: np.ndarray = draw.uniform(*GLOBAL_EXPONENTS, info.shape)
-        return np.exp2(exponents)
+        return np.asarray(np.exp2(exponents))
     if leaf == "input_scale":
         return np.full(info.shape, INPUT_SCALE)
     noise = None if info.dtype not in ("F32", "BF16") else np.random.default_rng(_seed(name))
