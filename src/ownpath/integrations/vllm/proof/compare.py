@@ -5,7 +5,7 @@ same rounded as an engine of that dtype rounds, from the same inputs; never less
 has the reasons). So it knows the layer's own weights, widths and rows, and nothing of what came before.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from ownpath.integrations.vllm.proof.reference import (
     found_ends,
     found_values,
     reference_ends,
+    reference_logits,
     reference_values,
 )
 from ownpath.integrations.vllm.proof.rounded_inputs import ROUNDINGS, rounded_values
@@ -185,15 +186,25 @@ def compare_ends(proof: Proof, steps: Sequence[StepRun], kernels: Mapping[str, s
     CheckpointError."""
     found = list[Compared]()
     comparison = _LayerProof(proof, proof.config.num_hidden_layers - 1, kernels)
-    for step in steps:
-        if step.is_judged:
-            ends, last = proof.moved(step.ends()), proof.moved(step.layer(comparison.layer_idx))
-            engine = found_ends(ends)
-            wide, narrow = (reference_ends(proof.run(is_narrow=is_narrow), ends, last) for is_narrow in (False, True))
-            for name in engine.keys() & wide.keys():
-                judged = comparison.judge(step, name, engine[name], {"": (wide[name], narrow[name])})
-                found += [] if judged is None else [judged]
+    judged = [(step, proof.moved(step.ends())) for step in steps if step.is_judged]
+    logits = _logits(proof, [ends["head.in"] for _, ends in judged if "head.in" in ends])
+    for step, ends in judged:
+        last, engine = proof.moved(step.layer(comparison.layer_idx)), found_ends(ends)
+        wide, narrow = (reference_ends(proof.run(is_narrow=is_narrow), ends, last) for is_narrow in (False, True))
+        pairs = {name: (wide[name], narrow[name]) for name in wide}
+        if "head.in" in ends:
+            pairs["head"] = next(logits)
+        for name in engine.keys() & pairs.keys():
+            compared = comparison.judge(step, name, engine[name], {"": pairs[name]})
+            found += [] if compared is None else [compared]
     return found
+
+
+def _logits(proof: Proof, inputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the logits of each step's rows, wide and rounded."""
+    if inputs:
+        wide, narrow = (reference_logits(proof.run(is_narrow=is_narrow), inputs) for is_narrow in (False, True))
+        yield from zip(wide, narrow, strict=True)
 
 
 def count_wrong_choices(proof: Proof, layer_idx: int, step: StepRun) -> Mapping[str, int]:

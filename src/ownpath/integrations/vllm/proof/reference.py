@@ -249,7 +249,7 @@ def found_ends(v: TapValues) -> dict[str, Tensor]:
 
 
 def reference_ends(run: OracleRun, v: TapValues, last: TapValues) -> dict[str, Tensor]:
-    """Computes the values outside all layers. last: the last layer's values, whose streams the last boundary gets."""
+    """Computes embedding and last boundary. last: the last layer's values, whose streams that boundary gets."""
     config, made = run.config, dict[str, Tensor]()
     if "token_ids" in v:
         made["embed"] = run.arithmetic.round(run.stored.rows("embed.weight", v["token_ids"].long()))
@@ -257,6 +257,10 @@ def reference_ends(run: OracleRun, v: TapValues, last: TapValues) -> dict[str, T
         x_TSD = run.arithmetic.round(_streams(last, "leave", config.hc_mult).to(run.stored.dtype))
         mixing, logits = _mixing(run, "hc_head", x_TSD)
         made["hc_head"] = run.read_streams("hc_head", "norm.weight", x_TSD, mixing.pre(logits, config.hc_mult))
-    if "head.in" in v:
-        made["head"] = run.linear("head", v["head.in"].to(run.stored.dtype), "head")
     return made
+
+
+def reference_logits(run: OracleRun, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Computes the head's product of each step's rows; its matrix, of 2 GB at V4's size, is decoded once."""
+    rows = torch.cat(list(inputs)).to(run.stored.dtype)
+    return list(run.linear("head", rows, "head").split([len(part) for part in inputs]))
