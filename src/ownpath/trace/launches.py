@@ -6,6 +6,7 @@ outside every slot is glue (copies, element-wise arithmetic) and must not be a p
 """
 
 import json
+import math
 import re
 import tempfile
 from bisect import bisect_right
@@ -38,12 +39,13 @@ class NoLaunchSeen(RuntimeError):
 
 @dataclass(frozen=True)
 class DeviceLaunch:
-    """A kernel on the device: its slot (``None`` for glue), name, start and duration."""
+    """A kernel on the device: its slot (``None`` for glue), name, start, duration and grid; 0 CTAs: not recorded."""
 
     slot: str | None
     kernel: str
     start_us: float
     duration_us: float
+    num_ctas: int = 0
 
     @property
     def is_library_product(self) -> bool:
@@ -59,17 +61,34 @@ def record_launches(ledger: Ledger, run: Callable[[], object]) -> list[DeviceLau
 
     Errors: NoLaunchSeen when the profiler saw no kernel at all.
     """
-    with ledger.observe(_SlotMarks()), profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    record = DeviceRecord()
+    with ledger.observe(_SlotMarks()):
+        record.start()
         run()
-        torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    launches = launches_of(events)
+        launches = record.stop()
     if not launches:
         raise NoLaunchSeen("the profiler recorded no kernel; CUPTI may be missing or in use")
     return launches
+
+
+class DeviceRecord:
+    """The kernels that the device runs between ``start`` and ``stop``, those of replayed graphs too."""
+
+    def __init__(self) -> None:
+        self._profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+
+    def start(self) -> None:
+        """Begins to record."""
+        self._profiler.__enter__()
+
+    def stop(self) -> list[DeviceLaunch]:
+        """Waits for the device, ends the record, and returns it in order of start; nothing where no profiler is."""
+        torch.cuda.synchronize()
+        self._profiler.__exit__(None, None, None)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "trace.json"
+            self._profiler.export_chrome_trace(str(path))
+            return launches_of(json.loads(path.read_text(encoding="utf-8"))["traceEvents"])
 
 
 class _SlotMarks(Observer):
@@ -104,7 +123,8 @@ def launches_of(events: Iterable[TraceEvent]) -> list[DeviceLaunch]:
         launch = launch_of.get(kernel["args"].get("correlation"))
         around = by_thread.get(launch["tid"]) if launch else None
         slot = around.innermost(float(launch["ts"])) if launch and around else None
-        found.append(DeviceLaunch(slot, str(kernel["name"]), float(kernel["ts"]), float(kernel["dur"])))
+        grid = math.prod(kernel["args"].get("grid", (0,)))
+        found.append(DeviceLaunch(slot, str(kernel["name"]), float(kernel["ts"]), float(kernel["dur"]), grid))
     return found
 
 

@@ -128,6 +128,7 @@ ENGINE_TITLES = MappingProxyType(
         "VE02": "experts and compressed entries are those that the scores say",
         "VE03": "every worker: what multiplies each weight",
         "VE04": "which steps and modules were looked at",
+        "VE05": "the device's own record of each step, replays too, has the planned kernels",
     }
 )
 """Checks of another engine's modules (``--engine``): id -> one line."""
@@ -139,6 +140,8 @@ ENGINE_FAILS_ON = MappingProxyType(
         "to an entry that is not complete, near ties aside",
         "VE03": "with --engine vllm: a module of ours whose kernel is not the plan's, or that still has parameters",
         "VE04": "nothing; tells what this vLLM lacks, what could not be captured, and steps that do not fit its limits",
+        "VE05": "with --engine vllm, graphs on: a step in which the device ran a planned kernel less often than it is "
+        "called, one of vLLM's for a part that is ours, or one of ours that is not planned",
     }
 )
 

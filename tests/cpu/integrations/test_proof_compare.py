@@ -1,12 +1,14 @@
 """Values of a layer against the reference of each module: a right engine's are within their budgets in every step; a
 wrong module is named with the steps in which it is wrong, and no other."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ownpath.checkpoint.writer import write_shard
 from ownpath.finding import Verdict
@@ -19,6 +21,9 @@ from ownpath.integrations.vllm.proof.seen import StepRun
 from ownpath.integrations.vllm.proof.steps import Planned
 from ownpath.loading import default_model_dir
 from ownpath.oracle.experts import route
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
+from layer.shards import layer_fields, write_layers
 
 Kept = dict[str, torch.Tensor]
 LAYER = 1  # CSA: window, compressor, indexer
@@ -174,3 +179,58 @@ def test_a_row_with_other_experts_is_a_wrong_choice_and_no_wrong_product(tmp_pat
     found = named(propagated(changed, ("ffn.experts", "ffn.sum", "out")), tmp_path)
     assert list(found) == ["layers.1.ffn.router"]
     assert found["layers.1.ffn.router"] == "1 row with other experts: prefill of 3 rows (eager)"
+
+
+@pytest.fixture(scope="module")
+def fp8_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A layer whose dense weights are FP8 in blocks."""
+    folder = tmp_path_factory.mktemp("fp8") / "layers"
+    write_layers(folder, layer_fields("small", [0], 1))
+    return folder
+
+
+def fp8_step(
+    model: Path, folder: Path, change: Callable[[torch.Tensor], torch.Tensor], rounding: bool | None
+) -> list[StepRun]:
+    """Writes one step in which wq_b multiplies an input that is rounded: ``None``: not at all; else by powers of two or
+    not. The products are float64's of values that this test decodes by torch's own types."""
+    stored = load_file(next(model.glob("*.safetensors")))
+    codes, scale = (stored[f"layers.0.attn.wq_b.{part}"] for part in ("weight", "scale"))
+    blocks = torch.exp2(scale.view(torch.uint8).double() - 127).repeat_interleave(128, 0).repeat_interleave(128, 1)
+    weight = codes.double() * blocks[: codes.shape[0], : codes.shape[1]]
+    x = torch.randn(MANY, codes.shape[1], generator=torch.Generator().manual_seed(2)).bfloat16()
+    used = x.double()
+    if rounding is not None:
+        unit = x.float().unflatten(-1, (-1, 128)).abs().amax(-1, keepdim=True) / 448
+        unit = torch.exp2(unit.log2().ceil()) if rounding else unit
+        used = ((x.float().unflatten(-1, (-1, 128)) / unit).to(torch.float8_e4m3fn).double() * unit).flatten(-2)
+    prefix = "model.layers.0"
+    kept = {f"{prefix}.attn.wq_b.forward:in": x, f"{prefix}.attn.wq_b.forward:out": change(used @ weight.T).bfloat16()}
+    kept[f"{prefix}.forward:positions"] = torch.arange(MANY)
+    kept[f"{prefix}.forward:input_ids"] = torch.arange(MANY)
+    path = folder / "0.safetensors"
+    write_shard(path, kept, {})
+    planned = Planned("prefill", MANY, {"a": (0, tuple(range(MANY)))}, True)
+    return [StepRun(planned, "eager", {"0": path}, {}, (), True)]
+
+
+@pytest.mark.parametrize(
+    ("rounding", "label"), [(None, ""), (False, "E4M3 inputs"), (True, "E4M3 inputs, powers of two")]
+)
+def test_an_fp8_product_may_round_its_input_and_the_report_says_how(
+    rounding: bool | None, label: str, fp8_folder: Path, tmp_path: Path
+) -> None:
+    fp8 = Proof.of(fp8_folder, torch.bfloat16, CacheFormat.FP8)
+    compared = compare_layer(fp8, 0, fp8_step(fp8_folder, tmp_path, lambda y: y, rounding), {})
+    (product,) = [one.measured for one in compared if one.measured.slot == "attn.wq_b"]
+    assert product.is_within
+    assert product.kernel == label
+    assert product.budget < 0.01  # BF16's, not E4M3's
+
+
+@pytest.mark.parametrize("rounding", [None, False, True])
+def test_a_factor_is_near_none_of_the_three(rounding: bool | None, fp8_folder: Path, tmp_path: Path) -> None:
+    fp8 = Proof.of(fp8_folder, torch.bfloat16, CacheFormat.FP8)
+    compared = compare_layer(fp8, 0, fp8_step(fp8_folder, tmp_path, everywhere, rounding), {})
+    (product,) = [one.measured for one in compared if one.measured.slot == "attn.wq_b"]
+    assert not product.is_within

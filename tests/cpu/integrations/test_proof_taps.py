@@ -164,3 +164,19 @@ def test_modules_get_their_own_methods_back() -> None:
     net(torch.ones(1, 2))
     assert not taps.buffers
     assert "forward" not in vars(net.layers[0].scale)
+
+
+def test_rows_that_only_fill_a_captured_size_are_no_rows() -> None:
+    """Between the parts of a captured graph Python runs on rows up to that size; a step's own are the first ones."""
+    net, taps = Net(), Taps(max_rows=8)
+    taps.add(net, POINTS)
+    net(torch.ones(4, 2))
+    taps.start_step()
+    assert not taps.has_run
+    net.layers[0](torch.ones(4, 2))  # a part that is not captured; the whole model's forward does not run
+    held = taps.take(3)
+    assert held
+    assert {len(value) for value in held.values()} == {3}
+    assert not taps.has_run
+    net(torch.ones(3, 2))
+    assert taps.has_run

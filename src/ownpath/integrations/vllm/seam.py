@@ -69,6 +69,17 @@ def install_hyper(model_file: ModuleType, kernel: str) -> str:
     return f"hyper-connections: {kernel} in place of vLLM's ({', '.join(new)}){others}"
 
 
+def installed_kernel(model_file: ModuleType) -> str | None:
+    """Returns the kernel of our hyper-connections in the file of vLLM's V4 model; ``None`` where they are vLLM's."""
+    for name in ("mhc_fused_post_pre_tilelang", "MHCFusedPostPreOp"):
+        value = getattr(model_file, name, None)
+        calls = (value, *getattr(value, "args", ()))
+        for owner in (getattr(call, "__self__", None) for call in calls):
+            if isinstance(owner, Hyper):
+                return owner.kernel
+    return None
+
+
 def _is_replaceable(value: object) -> bool:
     """True for vLLM's own function or class, and for ours."""
     is_ours = isinstance(getattr(value, "__self__", None), Hyper) or getattr(value, "func", None) is HyperModule

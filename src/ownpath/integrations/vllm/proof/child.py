@@ -55,7 +55,7 @@ class TappedEngine:
     """vLLM's engine, in the form that ``Driver`` steps. options: vLLM's own, as of ``vllm serve``."""
 
     def __init__(self, asked: Mapping[str, Any]) -> None:
-        self._folder = asked["out"]
+        self._folder, self._is_recorded = asked["out"], asked["how"] == "graphs"
         self._engine = _engine(asked)
         self._scheduled: Mapping[str, int] = {}
         self._watch_scheduler()
@@ -76,7 +76,7 @@ class TappedEngine:
 
     def step(self) -> Scheduled:
         """Runs one step."""
-        self._engine.collective_rpc("ownpath_start_step")
+        self._engine.collective_rpc("ownpath_start_step", args=(self._is_recorded,))
         self._scheduled = {}
         outputs = self._engine.step()
         answered = [output.request_id for output in outputs if output.outputs and output.outputs[0].token_ids]

@@ -5,9 +5,9 @@ same rounded as an engine of that dtype rounds, from the same inputs; never less
 has the reasons). So it knows the layer's own weights, widths and rows, and nothing of what came before.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -25,8 +25,10 @@ from ownpath.integrations.vllm.proof.reference import (
     found_ends,
     found_values,
     reference_ends,
+    reference_logits,
     reference_values,
 )
+from ownpath.integrations.vllm.proof.rounded_inputs import ROUNDINGS, rounded_values
 from ownpath.integrations.vllm.proof.seen import StepRun
 from ownpath.integrations.vllm.proof.taps import Kept
 from ownpath.oracle.arithmetic import Arithmetic, OracleRun
@@ -49,18 +51,22 @@ class Proof:
     cache_format: CacheFormat
 
     @classmethod
-    def of(cls, folder: Path, dtype: torch.dtype, cache_format: CacheFormat) -> "Proof":
-        """Opens a checkpoint. Errors: ConfigError, CheckpointError."""
+    def of(cls, folder: Path, dtype: torch.dtype, cache_format: CacheFormat, device: str = "cpu") -> "Proof":
+        """Opens a checkpoint. device: on which the reference is computed. Errors: ConfigError, CheckpointError."""
         index, config = CheckpointIndex.open(folder), ModelConfig.from_file(folder / "config.json")
         census = take_census(config, index, carried_draft(index))
         encodings = {module.spec.name: module.encoding for module in census.modules}
         wide = torch.float64 if dtype.itemsize >= 4 else torch.float32
-        return cls(config, StoredWeights(index, torch.device("cpu"), wide), encodings, dtype, cache_format)
+        return cls(config, StoredWeights(index, torch.device(device), wide), encodings, dtype, cache_format)
 
     def run(self, *, is_narrow: bool) -> OracleRun:
         """Starts a forward of the reference, wide or rounded as the engine rounds."""
         arithmetic = Arithmetic(self.stored.dtype, self.dtype if is_narrow else None, cache_format=self.cache_format)
         return OracleRun(self.config, self.stored, self.encodings, arithmetic)
+
+    def moved(self, kept: Kept) -> Kept:
+        """Returns values on the reference's device."""
+        return {name: value.to(self.stored.device) for name, value in kept.items()}
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
@@ -109,31 +115,55 @@ class _LayerProof:
         """Compares the values that need ``names`` alone, which every step has. segments: of all steps there are;
         ``None`` where some are left out, so that nobody knows all keys of a sequence."""
         proof, layer = self.proof, self.proof.layers[self.layer_idx]
-        values = {name: torch.cat([kept[name] for _, kept in tapped]) for name in names}
+        values = proof.moved({name: torch.cat([kept[name] for _, kept in tapped]) for name in names})
         engine = found_values(layer, proof.run(is_narrow=False), values)
-        wide, narrow = (
-            reference_values(layer, proof.run(is_narrow=is_narrow), values, segments) for is_narrow in (False, True)
-        )
+        references = {"": self._pair(lambda run: reference_values(layer, run, values, segments))}
+        for label, is_power_of_two in ROUNDINGS.items():
+            references[label] = self._pair(partial(_rounded, layer, values, is_power_of_two))
         found, first = list[Compared](), 0
         for step, _ in tapped:
             rows = slice(first, first + step.num_rows)
             first = rows.stop
-            for name in engine.keys() & wide.keys() if step.is_judged else ():
-                shape = engine[name].shape
-                values_of = (x[name].reshape(shape)[rows] for x in (engine, wide, narrow))
-                judged = self.judge(step, name, *values_of)
+            for name in engine.keys() & references[""][0].keys() if step.is_judged else ():
+                value = engine[name]
+                pairs = {
+                    label: (wide[name].reshape(value.shape)[rows], narrow[name].reshape(value.shape)[rows])
+                    for label, (wide, narrow) in references.items()
+                    if name in wide
+                }
+                judged = self.judge(step, name, value[rows], pairs)
                 found += [] if judged is None else [judged]
         return found
 
-    def judge(self, step: StepRun, name: str, engine: Tensor, wide: Tensor, narrow: Tensor) -> Compared | None:
-        """Compares the rows whose reference is finite: what gets NaN cannot be blamed for it. ``None``: no row is."""
-        is_judged_T = wide.isfinite().flatten(1).all(1)
+    def _pair(self, compute: Callable[[OracleRun], Kept]) -> tuple[Kept, Kept]:
+        """Computes wide, and rounded as the engine rounds."""
+        return compute(self.proof.run(is_narrow=False)), compute(self.proof.run(is_narrow=True))
+
+    def judge(
+        self, step: StepRun, name: str, engine: Tensor, pairs: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> Compared | None:
+        """Compares with the nearest of the references, each given wide and rounded.
+
+        Only rows whose references are finite: what gets NaN cannot be blamed for it. ``None``: no row is.
+        """
+        is_judged_T = torch.stack([wide.isfinite().flatten(1).all(1) for wide, _ in pairs.values()]).all(0)
         if not is_judged_T.any():
             return None
-        engine, wide, narrow = (value[is_judged_T] for value in (engine, wide, narrow))
+        measured = [
+            self._measure(name, engine[is_judged_T], (wide[is_judged_T], narrow[is_judged_T]), label)
+            for label, (wide, narrow) in pairs.items()
+        ]
+        return Compared(step, min(measured, key=lambda one: one.excess))
+
+    def _measure(self, name: str, engine: Tensor, pair: tuple[Tensor, Tensor], label: str) -> Measurement:
+        wide, narrow = pair
         budget = max(NOISE_FACTOR * distance(narrow, wide).rel_l2, float(torch.finfo(self.proof.dtype).eps) / 2)
-        measured = Measurement.of(self.layer_idx, name, (engine, wide), budget, self.kernels.get(name, ""))
-        return Compared(step, measured)
+        kernel = ", ".join(filter(None, (self.kernels.get(name, ""), label)))
+        return Measurement.of(self.layer_idx, name, (engine, wide), budget, kernel)
+
+
+def _rounded(layer: Layer, values: Kept, is_power_of_two: bool, run: OracleRun) -> Kept:
+    return rounded_values(layer, run, values, is_power_of_two)
 
 
 def segments_of(steps: Sequence[StepRun]) -> list[SequencePart]:
@@ -156,15 +186,25 @@ def compare_ends(proof: Proof, steps: Sequence[StepRun], kernels: Mapping[str, s
     CheckpointError."""
     found = list[Compared]()
     comparison = _LayerProof(proof, proof.config.num_hidden_layers - 1, kernels)
-    for step in steps:
-        if step.is_judged:
-            ends, last = step.ends(), step.layer(comparison.layer_idx)
-            engine = found_ends(ends)
-            wide, narrow = (reference_ends(proof.run(is_narrow=is_narrow), ends, last) for is_narrow in (False, True))
-            for name in engine.keys() & wide.keys():
-                judged = comparison.judge(step, name, engine[name], wide[name], narrow[name])
-                found += [] if judged is None else [judged]
+    judged = [(step, proof.moved(step.ends())) for step in steps if step.is_judged]
+    logits = _logits(proof, [ends["head.in"] for _, ends in judged if "head.in" in ends])
+    for step, ends in judged:
+        last, engine = proof.moved(step.layer(comparison.layer_idx)), found_ends(ends)
+        wide, narrow = (reference_ends(proof.run(is_narrow=is_narrow), ends, last) for is_narrow in (False, True))
+        pairs = {name: (wide[name], narrow[name]) for name in wide}
+        if "head.in" in ends:
+            pairs["head"] = next(logits)
+        for name in engine.keys() & pairs.keys():
+            compared = comparison.judge(step, name, engine[name], {"": pairs[name]})
+            found += [] if compared is None else [compared]
     return found
+
+
+def _logits(proof: Proof, inputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the logits of each step's rows, wide and rounded."""
+    if inputs:
+        wide, narrow = (reference_logits(proof.run(is_narrow=is_narrow), inputs) for is_narrow in (False, True))
+        yield from zip(wide, narrow, strict=True)
 
 
 def count_wrong_choices(proof: Proof, layer_idx: int, step: StepRun) -> Mapping[str, int]:
@@ -173,7 +213,7 @@ def count_wrong_choices(proof: Proof, layer_idx: int, step: StepRun) -> Mapping[
     Experts: by the logits that the engine's router got; near ties within their float32 rounding are either's. Entries:
     all complete ones where ``index_topk`` holds them; else only their number, and that all are complete.
     """
-    values, layer = step.layer(layer_idx), proof.layers[layer_idx]
+    values, layer = proof.moved(step.layer(layer_idx)), proof.layers[layer_idx]
     config, counts = proof.config, dict[str, int]()
     if "ffn.gate" in values and "ffn.router.ids" in values:
         chosen_TE = mask_of(values["ffn.router.ids"], config.n_routed_experts)
@@ -190,7 +230,7 @@ def count_wrong_choices(proof: Proof, layer_idx: int, step: StepRun) -> Mapping[
         num_entries = max(int(complete_T.max()), 1)
         ids_TK = values["attn.entry_ids"]
         chosen_TC = chosen_entries(ids_TK, num_entries)
-        allowed_TC = torch.arange(num_entries) < complete_T[:, None]
+        allowed_TC = torch.arange(num_entries, device=ids_TK.device) < complete_T[:, None]
         wrong_T = (chosen_TC & ~allowed_TC).any(1) | (chosen_TC.sum(1) != complete_T.clamp(max=config.index_topk))
         counts["compressed entries"] = int(wrong_T.sum())
     return counts

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ownpath.finding import Finding, Verdict
 from ownpath.integrations.vllm.proof.compare import Compared
+from ownpath.integrations.vllm.proof.device import PlannedStep
 from ownpath.integrations.vllm.proof.seen import EngineRun, StepRun
 from ownpath.terminal.text import counted, listed
 from ownpath.verify.layers.measure import ROW_FACTOR, Measurement
@@ -25,6 +26,7 @@ _PLACES = {
     "ffn.shared_experts.swiglu": "the clamp at swiglu_limit, the order of gate and up",
 }
 """Places to look at, by value."""
+_DEVICE = "a fallback inside a kernel, or a graph that was captured before our methods were there"
 
 
 def judge_values(where: str, compared: Sequence[Compared]) -> Iterator[Finding]:
@@ -112,6 +114,31 @@ def judge_walk(run: EngineRun) -> Iterator[Finding]:
         told = ", ".join(f"{count} x {method}" for method, count in methods.items())
         message = f"{planned} modules run our kernels as planned; all that hold or multiply weights: {told}"
         yield Finding("VE03", where, Verdict.PASS, message, float(planned))
+
+
+def judge_device(run: EngineRun) -> Iterator[Finding]:
+    """VE05: yields how the device's own record of each step differs from the plan; nothing where none was taken."""
+    steps = [step for step in run.steps if step.is_judged and step.kernels is not None]
+    if not steps or not run.ranks:
+        return
+    seen = [step for step in steps if step.kernels]
+    if not seen:
+        yield Finding("VE05", "device", Verdict.SKIPPED, "the profiler saw no kernel; CUPTI may be missing or in use")
+        return
+    planned, faults = PlannedStep.of(run.ranks[0]), dict[str, list[StepRun]]()
+    for step in seen:
+        for fault in planned.faults(step.kernels or {}):
+            faults.setdefault(fault, []).append(step)
+    for fault, found in faults.items():
+        yield Finding("VE05", "device", Verdict.FAIL, f"{fault}: {steps_text(found)}", remedy=_DEVICE)
+    replayed = [step for step in seen if not step.from_python]
+    told = f"{counted(len(seen), 'step')} recorded, of which graphs replayed {steps_text(replayed) or 'none'}"
+    if not replayed:
+        yield Finding("VE05", "device", Verdict.SKIPPED, f"{told}: nothing is known of a replay")
+    elif not faults:
+        calls = sum(planned.kernels.values())
+        message = f"{told}; {calls} calls of our kernels in each, and none of vLLM's in their place"
+        yield Finding("VE05", "device", Verdict.PASS, message, 0, "the planned kernels, and no other in their place")
 
 
 def judge_taps(run: EngineRun) -> Iterator[Finding]:

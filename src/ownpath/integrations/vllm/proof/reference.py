@@ -9,6 +9,7 @@ Legend: T rows of all steps, D hidden, S streams, N heads, H head dim, K experts
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -46,6 +47,17 @@ ORDER = (
     "out",
 )
 """A layer's values in the order in which they are made."""
+DENSE = MappingProxyType(
+    {
+        "attn.wqa_wkv": ("wq_a", "wkv"),
+        "attn.wq_b": ("wq_b",),
+        "attn.wo_b": ("wo_b",),
+        "attn.indexer.wq_b": ("wq_b",),
+        "ffn.shared_experts.w13": ("w1", "w3"),
+        "ffn.shared_experts.w2": ("w2",),
+    }
+)
+"""Products of rows -> the matrices side by side, by their names beside each other."""
 
 
 @dataclass(frozen=True)
@@ -135,11 +147,9 @@ def _mixing(run: OracleRun, slot: str, x_TSD: Tensor) -> tuple[Mixing, Tensor]:
 def _projections(layer: Layer, run: OracleRun, v: TapValues, _: Sequence[SequencePart] | None) -> Made:
     """Products, and the norms between them; the products of compressors read what the attention gets."""
     name = f"{layer.name}.attn"
-    parts = {"attn.wqa_wkv": ("wq_a", "wkv"), "attn.wq_b": ("wq_b",), "attn.wo_b": ("wo_b",)}
-    parts["attn.indexer.wq_b"] = ("indexer.wq_b",)
-    for slot, modules in parts.items():
+    for slot in DENSE:
         if f"{slot}.in" in v:
-            yield slot, run.linear(f"{layer.name}.{slot}", v[f"{slot}.in"], *(f"{name}.{module}" for module in modules))
+            yield slot, run.linear(f"{layer.name}.{slot}", v[f"{slot}.in"], *modules_in(layer, slot))
     if "attn.indexer.weights_proj.in" in v:
         slot = f"{name}.indexer.weights_proj"
         yield "attn.indexer.weights_proj", run.linear(slot, v["attn.indexer.weights_proj.in"], slot)
@@ -164,10 +174,23 @@ def _attention(layer: Layer, run: OracleRun, v: TapValues, segments: Sequence[Se
     needed |= {"attn.entry_ids"} if layer.ratio == CSA_RATIO else set()
     if segments is not None and needed <= v.keys():
         yield "attn.core", _core(layer, run, v, segments)
+    rows = attention_rows(layer, run, v)
+    if rows is not None:
+        yield "attn.wo_a", project_groups(run, name, rows).flatten(1)
+
+
+def modules_in(layer: Layer, slot: str) -> tuple[str, ...]:
+    """Returns the matrices of one of ``DENSE``."""
+    return tuple(f"{layer.name}.{slot.rpartition('.')[0]}.{matrix}" for matrix in DENSE[slot])
+
+
+def attention_rows(layer: Layer, run: OracleRun, v: TapValues) -> Tensor | None:
+    """Returns what ``wo_a`` multiplies, [T, N, H]: attention's output, rotated back; ``None``: it is not tapped."""
     o = v.get("attn.o", v.get("attn.core"))
-    if o is not None and "positions" in v:
-        o = run.arithmetic.round(rotate_to(o[:, : heads[0]], v["positions"], config, layer.ratio, inverse=True))
-        yield "attn.wo_a", project_groups(run, name, o).flatten(1)
+    if o is None or "positions" not in v:
+        return None
+    o = o[:, : run.config.num_attention_heads]
+    return run.arithmetic.round(rotate_to(o, v["positions"], run.config, layer.ratio, inverse=True))
 
 
 def _core(layer: Layer, run: OracleRun, v: TapValues, segments: Sequence[SequencePart]) -> Tensor:
@@ -179,12 +202,12 @@ def _core(layer: Layer, run: OracleRun, v: TapValues, segments: Sequence[Sequenc
         positions, history = v["positions"][segment.rows], segment.history
         keys = rotate_to(v["attn.kv_norm"][history], v["positions"][history], config, ratio)
         keys = in_cache(run, run.arithmetic.round(keys))
-        age = positions[:, None] - torch.arange(len(keys))
+        age = positions[:, None] - torch.arange(len(keys), device=q.device)
         visible = (age >= 0) & (age < config.sliding_window)
         if ratio:
             products = v["attn.compressor.wkv_wgate"][history]
             entries = in_cache(run, entries_of(run, f"{name}.compressor", products, ratio))
-            seen = torch.arange(len(entries)) < ((positions + 1) // ratio)[:, None]
+            seen = torch.arange(len(entries), device=q.device) < ((positions + 1) // ratio)[:, None]
             if ratio == CSA_RATIO:
                 seen &= chosen_entries(v["attn.entry_ids"][segment.rows], len(entries))
             keys, visible = torch.cat((keys, entries)), torch.cat((visible, seen), 1)
@@ -196,7 +219,7 @@ def chosen_entries(ids_TK: Tensor, num_entries: int) -> Tensor:
     """Returns the entries that ids name, bool [T, C]; -1 names none."""
     ids_TK = ids_TK.long()
     ids_TK = torch.where((ids_TK >= 0) & (ids_TK < num_entries), ids_TK, num_entries)
-    chosen = torch.zeros(len(ids_TK), num_entries + 1, dtype=torch.bool)
+    chosen = torch.zeros(len(ids_TK), num_entries + 1, dtype=torch.bool, device=ids_TK.device)
     return chosen.scatter_(1, ids_TK, True)[:, :num_entries]
 
 
@@ -212,15 +235,9 @@ def _feed_forward(layer: Layer, run: OracleRun, v: TapValues, _: Sequence[Sequen
             weights_TK = v.get("ffn.router.weights", weights_TK)
             y_TD = routed_experts(run, name, v["ffn.experts.in"], ids_TK.long(), weights_TK)
             yield "ffn.experts", run.arithmetic.round(y_TD)
-    shared = f"{name}.shared_experts"
-    if "ffn.shared_experts.w13.in" in v:
-        x = v["ffn.shared_experts.w13.in"]
-        yield "ffn.shared_experts.w13", run.linear(f"{shared}.w13", x, f"{shared}.w1", f"{shared}.w3")
     if "ffn.shared_experts.w13" in v:
         gate, up = v["ffn.shared_experts.w13"].chunk(2, -1)
         yield "ffn.shared_experts.swiglu", run.arithmetic.round(swiglu(gate, up, config.swiglu_limit))
-    if "ffn.shared_experts.w2.in" in v:
-        yield "ffn.shared_experts.w2", run.linear(f"{shared}.w2", v["ffn.shared_experts.w2.in"], f"{shared}.w2")
     if "ffn.experts" in v and "ffn.shared_experts.w2" in v:
         yield "ffn.sum", run.arithmetic.round(v["ffn.experts"] + v["ffn.shared_experts.w2"])
 
@@ -232,7 +249,7 @@ def found_ends(v: TapValues) -> dict[str, Tensor]:
 
 
 def reference_ends(run: OracleRun, v: TapValues, last: TapValues) -> dict[str, Tensor]:
-    """Computes the values outside all layers. last: the last layer's values, whose streams the last boundary gets."""
+    """Computes embedding and last boundary. last: the last layer's values, whose streams that boundary gets."""
     config, made = run.config, dict[str, Tensor]()
     if "token_ids" in v:
         made["embed"] = run.arithmetic.round(run.stored.rows("embed.weight", v["token_ids"].long()))
@@ -240,6 +257,10 @@ def reference_ends(run: OracleRun, v: TapValues, last: TapValues) -> dict[str, T
         x_TSD = run.arithmetic.round(_streams(last, "leave", config.hc_mult).to(run.stored.dtype))
         mixing, logits = _mixing(run, "hc_head", x_TSD)
         made["hc_head"] = run.read_streams("hc_head", "norm.weight", x_TSD, mixing.pre(logits, config.hc_mult))
-    if "head.in" in v:
-        made["head"] = run.linear("head", v["head.in"].to(run.stored.dtype), "head")
     return made
+
+
+def reference_logits(run: OracleRun, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Computes the head's product of each step's rows; its matrix, of 2 GB at V4's size, is decoded once."""
+    rows = torch.cat(list(inputs)).to(run.stored.dtype)
+    return list(run.linear("head", rows, "head").split([len(part) for part in inputs]))

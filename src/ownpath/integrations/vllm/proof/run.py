@@ -162,7 +162,7 @@ def _stage(name: str, job: VllmJob, run: EngineRun) -> StageResult:
                 measured.append(replace(part.measured, run=part.step.name))
             else:
                 found.append(part)
-    found += [*findings.judge_walk(run), *findings.judge_taps(run)]
+    found += [*findings.judge_walk(run), *findings.judge_taps(run), *findings.judge_device(run)]
     return StageResult(name, tuple(found), time.perf_counter() - start, "", tuple(measured), tuple(_ran(run)))
 
 
@@ -176,7 +176,7 @@ def _compare(job: VllmJob, run: EngineRun, progress: Progress) -> Iterator[Compa
         yield Finding("VE01", "values", Verdict.SKIPPED, message)
         return
     cache = CacheFormat.FP8 if run.facts["cache_dtype"].startswith("fp8") else CacheFormat.BF16
-    proof = Proof.of(job.folder, _dtype(run.facts), cache)
+    proof = Proof.of(job.folder, _dtype(run.facts), cache, "cuda" if torch.cuda.is_available() else "cpu")
     modules = run.ranks[0]["modules"] if run.ranks else {}
     layer_ids = sorted(job.layers) if job.layers is not None else range(proof.config.num_hidden_layers)
     for done, layer_idx in enumerate(layer_ids):

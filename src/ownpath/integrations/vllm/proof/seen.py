@@ -19,7 +19,7 @@ class StepRun:
     """One step that the engine ran. how: eager or graphs. files: of a layer, or of the model's ends.
 
     missed: why a tap could not copy, by its key. unwritten: taps whose buffer the step did not fill. from_python: False
-    where a replayed graph filled them.
+    where a replayed graph filled them. kernels: how often the device ran each, by name; ``None``: not recorded.
     """
 
     planned: Planned
@@ -28,6 +28,7 @@ class StepRun:
     missed: Mapping[str, str]
     unwritten: tuple[str, ...]
     from_python: bool
+    kernels: Mapping[str, int] | None = None
 
     @property
     def name(self) -> str:
@@ -89,4 +90,8 @@ def _step(folder: Path, fields: Mapping[str, Any]) -> StepRun:
     planned = Planned(fields["kind"], fields["num_rows"], rows, fields["is_judged"])
     files = {part: folder / name for part, name in fields["files"].items()}
     unwritten = tuple(fields.get("unwritten", ()))
-    return StepRun(planned, fields["how"], files, fields["missed"], unwritten, fields.get("from_python", True))
+    return StepRun(planned, fields["how"], files, fields["missed"], unwritten, *_ran(fields))
+
+
+def _ran(fields: Mapping[str, Any]) -> tuple[bool, Mapping[str, int] | None]:
+    return fields.get("from_python", True), fields.get("kernels")

@@ -49,6 +49,7 @@ class Point:
 class Taps:
     """The taps of one model and what they hold. max_rows: of a buffer; of a call with more, the first ones are kept.
 
+    has_run: the model's forward has run since the step began, from Python and not from a graph.
     missed: why a value could not be captured, by its key. absent: points that fit no module. Keys are
     ``<path>.<method>:<name>``; a method that is called again in one step adds ``#1``, ``#2``.
     """
@@ -59,6 +60,7 @@ class Taps:
     rows: dict[str, int] = field(default_factory=dict)
     missed: dict[str, str] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
+    has_run: bool = False
     absent: list[str] = field(default_factory=list)
     _removers: list[Callable[[], None]] = field(default_factory=list)
 
@@ -66,7 +68,7 @@ class Taps:
         """Puts taps on every module that a point fits. Each forward of the root counts its calls from 0: engines run
         the model more than once between two steps, to warm up and to capture."""
         modules = dict(root.named_modules())
-        self._removers.append(root.register_forward_pre_hook(lambda *_: self.calls.clear()).remove)
+        self._removers.append(root.register_forward_pre_hook(self._begin_forward).remove)
         for point in points:
             found = [path for path in modules if point.matches(path) and hasattr(modules[path], point.method)]
             for path in found:
@@ -84,6 +86,7 @@ class Taps:
         """Marks every buffer as unwritten; calls are counted from 0."""
         self.calls.clear()
         self.rows.clear()
+        self.has_run = False
         for buffer in self.buffers.values():
             buffer.view(torch.uint8).fill_(_unwritten(buffer))
 
@@ -91,14 +94,19 @@ class Taps:
     def take(self, num_rows: int) -> Kept:
         """Returns copies, on the CPU, of what the step wrote; buffers that it did not write are left out.
 
-        num_rows: of the step. Where Python ran, a buffer's own count is used; a replayed graph fills the first ones.
+        num_rows: of the step. Where Python ran, a buffer's own count is used, if it is not larger: between the parts of
+        a captured graph Python runs on rows that are filled up to a captured size. A replayed graph fills the first.
         """
         found = {}
         for key, buffer in self.buffers.items():
-            rows = buffer[: self.rows.get(key, num_rows)]
+            rows = buffer[: min(self.rows.get(key, num_rows), num_rows)]
             if key in self.rows or bool((rows.view(torch.uint8) != _unwritten(rows)).any()):
                 found[key] = rows.to("cpu", copy=True)
         return found
+
+    def _begin_forward(self, *_: object) -> None:
+        self.calls.clear()
+        self.has_run = True
 
     def _wrap(self, module: torch.nn.Module, path: str, point: Point) -> None:
         original: Callable[..., Any] = getattr(module, point.method)

@@ -4,6 +4,8 @@ vLLM imports this module in every worker, by the name of the class ``ProofWorker
 through files, so that nothing but names and numbers travels between processes.
 """
 
+import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,19 @@ from ownpath.checkpoint.writer import write_shard
 from ownpath.integrations.vllm.proof.points import layer_of, points_of
 from ownpath.integrations.vllm.proof.taps import Taps
 from ownpath.integrations.vllm.proof.walk import describe_modules
+from ownpath.integrations.vllm.seam import installed_kernel
+from ownpath.trace.launches import DeviceRecord
 
 LOAD_FORMAT = "ownpath_taps"
 EXTENSION = f"{__name__}.ProofWorker"
 TAPS_FIELD = "ownpath_taps"
 ENDS = "ends"
+_NAME_LENGTH = 1000
+
+
+def _model_class(model: torch.nn.Module) -> type:
+    """Returns vLLM's own class of the model, in whose file its hyper-connections are called."""
+    return next(kind for kind in type(model).__mro__ if kind.__module__.startswith("vllm."))
 
 
 def _is_capturing() -> bool:
@@ -51,16 +61,24 @@ class ProofWorker:
     """The calls that the driver makes in every worker. Only rank 0 writes values."""
 
     rank: int
+    _ownpath_record: DeviceRecord | None = None
 
-    def ownpath_start_step(self) -> None:
-        """Marks all buffers as unwritten."""
+    def ownpath_start_step(self, is_recorded: bool) -> None:
+        """Marks all buffers as unwritten. is_recorded: the device's record of the step is taken too."""
         self._ownpath_taps.start_step()
+        if is_recorded and torch.cuda.is_available():
+            self._ownpath_record = DeviceRecord()
+            torch.cuda.synchronize()
+            self._ownpath_record.start()
 
     def ownpath_take(self, num_rows: int, folder: str, step: str) -> dict[str, Any]:
         """Writes what the step's taps hold, a file for each layer; returns their names and which taps were missed."""
-        taps = self._ownpath_taps
+        taps, kernels = self._ownpath_taps, None
+        if self._ownpath_record is not None:
+            kernels = dict(Counter(launch.kernel[:_NAME_LENGTH] for launch in self._ownpath_record.stop()))
+            self._ownpath_record = None
         if self.rank:
-            return {"files": {}, "missed": taps.missed}
+            return {"files": {}, "missed": taps.missed, "kernels": kernels}
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         parts: dict[str, dict[str, torch.Tensor]] = {}
@@ -71,12 +89,14 @@ class ProofWorker:
         for part, tensors in parts.items():
             write_shard(Path(folder, files[part]), tensors, {})
         unwritten = sorted(set(taps.buffers) - {key for tensors in parts.values() for key in tensors})
-        return {"files": files, "missed": taps.missed, "unwritten": unwritten, "from_python": bool(taps.calls)}
+        told = {"files": files, "missed": taps.missed, "unwritten": unwritten}
+        return told | {"from_python": taps.has_run, "kernels": kernels}
 
     def ownpath_walk(self) -> dict[str, Any]:
         """Describes every module of this worker, and the points that fitted none."""
         model: torch.nn.Module = self.get_model()  # type: ignore[attr-defined]
-        return {"rank": self.rank, "modules": describe_modules(model), "absent": self._ownpath_taps.absent}
+        told = {"rank": self.rank, "modules": describe_modules(model), "absent": self._ownpath_taps.absent}
+        return told | {"hyper": installed_kernel(sys.modules[_model_class(model).__module__])}
 
     @property
     def _ownpath_taps(self) -> Taps:
