@@ -72,7 +72,7 @@ def mixed_rows(num_rows: int, num_vocab: int, g: torch.Generator, with_all: bool
 def next_step(
     count: int, num_fields: int, device: torch.device | None = None, width: int = 64
 ) -> tuple[Sampled, NextStep]:
-    """Where ``count`` rows of a step go on, of which the last is padded, and the results; all else is marked."""
+    """Results of ``count`` rows of a step, and arrays in which they go on; the last is padded, all else is marked."""
     device = device or torch.device("cpu")
     g = torch.Generator().manual_seed(count)
     on_host = torch.full((2, num_fields, width), -9, dtype=torch.int32, pin_memory=device.type == "cuda")

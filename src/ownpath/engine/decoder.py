@@ -49,7 +49,7 @@ from ownpath.engine.rows import (
     StepRows,
     StepTokens,
 )
-from ownpath.engine.sampler import sampler_of
+from ownpath.engine.sampler import adjusted_kinds, sampler_of
 from ownpath.engine.tops import PendingTops, read_tops, start_tops
 from ownpath.kernels.dsl.compilations import COMPILATIONS
 from ownpath.kernels.registry import spec_of
@@ -155,6 +155,7 @@ class Decoder:
         for done, count in enumerate(reversed(self.buckets)):
             progress(done, len(self.buckets), f"{count} rows")
             self._graphs[count] = self._capture(count, memory)
+        self._warm_up_redraw(self._graphs[self.buckets[0]].logits_TV)
 
     def warm_up(self, progress: Callable[[int, int, str], None]) -> None:
         """Runs every bucket once, so that no later step compiles anything. Call once, before any step; not needed
@@ -163,7 +164,13 @@ class Decoder:
         for done, count in enumerate(self.buckets):
             progress(done, len(self.buckets), f"{count} rows")
             with self._model.ledger.counting_apart():
-                self.run(count)
+                logits_TV = self.run(count)
+        self._warm_up_redraw(logits_TV)
+
+    def _warm_up_redraw(self, logits_TV: torch.Tensor) -> None:
+        """Draws a row again in every way there is, so that no later step compiles anything."""
+        for rows in adjusted_kinds(self._num_vocab, self.pool.spec.device):
+            self._sample(logits_TV, rows)
 
     def _capture(self, count: int, memory: Any) -> _Captured:
         with self._model.ledger.counting_apart():

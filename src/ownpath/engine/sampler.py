@@ -135,18 +135,24 @@ def sampled_views(chosen: torch.Tensor, count: int) -> Sampled:
 def warm_up_sampler(device: torch.device | str, num_vocab: int, row_size: int) -> None:
     """Draws from made-up logits with and without filters, and with adjusted and masked logits, so that no later step
     compiles anything. row_size: elements from one row of a decode step's logits to the next."""
-    params = SamplingParams(1, repetition_penalty=1.5, logit_bias=((0, 1.0),), min_tokens=1)
     for size in sorted({num_vocab, row_size}):
         logits_SV = torch.zeros(2, size, device=device)[:, :num_vocab]
         for top_p in (1.0, 0.5):
             choose_tokens(logits_SV, [SampleRow(SamplingParams(1, top_p=top_p), seed, 0) for seed in range(2)])
-        adjuster, request = Adjuster(num_vocab, logits_SV.device, frozenset()), Request([0], params, lambda _: None)
-        adjuster.add(request)
-        adjusted = adjuster.rows_of([request])
-        assert adjusted is not None
-        mask_TW = torch.full((1, -(-num_vocab // 32)), -1, dtype=torch.int32, device=logits_SV.device)
-        for rows in (adjusted, adjusted._replace(mask_TW=mask_TW)):
-            choose_tokens(logits_SV[:1], [sample_row(request)], rows)
+        for rows in adjusted_kinds(num_vocab, logits_SV.device):
+            choose_tokens(logits_SV[:1], [SampleRow(SamplingParams(1), 0, 0)], rows)
+
+
+def adjusted_kinds(num_vocab: int, device: torch.device) -> tuple[SampleRows, SampleRows]:
+    """Returns one row with adjusted logits, first among all others, without a mask and with one: there are no other
+    kinds of them."""
+    params = SamplingParams(1, repetition_penalty=1.5, logit_bias=((0, 1.0),), min_tokens=1)
+    adjuster, request = Adjuster(num_vocab, device, frozenset()), Request([0], params, lambda _: None)
+    adjuster.add(request)
+    adjusted = adjuster.rows_of([request])
+    assert adjusted is not None
+    mask_TW = torch.full((1, -(-num_vocab // 32)), -1, dtype=torch.int32, device=device)
+    return adjusted, adjusted._replace(mask_TW=mask_TW)
 
 
 @lru_cache(maxsize=16)

@@ -17,8 +17,9 @@ from ownpath.engine.decoder import Decoder, make_decoder, no_graph_of
 from ownpath.engine.engine import Engine
 from ownpath.engine.request import FinishReason, Request, SamplingParams, ScoredToken, StepOutput
 from ownpath.engine.rows import GREEDY, PADDED, DecodeRow, HeldRows, ResidentRows, StepRows
-from ownpath.engine.sampler import SampleRow
+from ownpath.engine.sampler import SampleRow, sampler_of, warm_up_sampler
 from ownpath.kernels.checks import VECTOR_BYTES
+from ownpath.kernels.sample.types import NextStep, Sampled, SampleKernel, SampleRows
 from ownpath.loading import load_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
@@ -359,3 +360,63 @@ def test_kernels_can_read_every_array(model: Model) -> None:
         arrays = [tables.positions_T, tables.slots_T, tables.blocks_TB, *sampled[:3], *sampled.filters[:3]]
         arrays += [decoder._rows.columns.tokens, *decoder._results.on_device]
         assert not any(array.data_ptr() % VECTOR_BYTES for array in arrays), max_rows
+
+
+class Seen:
+    """A sampler that notes what a compiled one compiles for: which parts a call has."""
+
+    def __init__(self, sampler: SampleKernel[Any]) -> None:
+        self.kinds: set[tuple[bool, ...]] = set()
+        self._sampler = sampler
+
+    def prepare(self) -> object:
+        return self._sampler.prepare()
+
+    def variant(self, logits_TV: torch.Tensor, rows: SampleRows, operand: object) -> str | None:
+        return None
+
+    def run(
+        self,
+        logits_TV: torch.Tensor,
+        rows: SampleRows,
+        operand: object,
+        *,
+        out: Sampled | None = None,
+        following: NextStep | None = None,
+    ) -> Sampled:
+        assert out is not None
+        parts = (*rows[3:], following)  # on a GPU all have log-probs
+        self.kinds.add(tuple(part is not None for part in parts))
+        return self._sampler.run(logits_TV, rows, operand, out=out, following=following)
+
+
+def test_no_step_draws_in_a_way_that_was_not_warmed_up(
+    model: Model, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sampler compiles once for each combination of parts that its calls have: a start makes all of them."""
+    sampler, operand = sampler_of(torch.device("cpu"))
+    seen = Seen(sampler)
+    for place in ("sampler", "decoder"):
+        monkeypatch.setattr(f"ownpath.engine.{place}.sampler_of", lambda device: (seen, operand))
+    decoder = Decoder(model, MAX_ROWS, VOCAB)
+    decoder.warm_up(lambda done, count, what: None)
+    warm_up_sampler("cpu", VOCAB, VOCAB)
+    ready = set(seen.kinds)
+    engine, heard = Engine(model, config, VOCAB, end_token_ids=(), decoder=decoder), queue.SimpleQueue[StepOutput]()
+    engine.start()
+    kinds = (
+        SamplingParams(6, temperature=0.0, num_logprobs=0),
+        SamplingParams(9, temperature=0.9, top_p=0.8, num_logprobs=0),
+        SamplingParams(7, num_logprobs=3, prompt_logprobs=3),
+        SamplingParams(8, repetition_penalty=1.2, logit_bias=((7, 2.0),), min_tokens=3, num_logprobs=0),
+    )
+    for n, params in enumerate(kinds * 2):
+        engine.submit([Request([5 + n] * 3, params, heard.put, matcher=Every(5, VOCAB) if n > 3 else None)])
+    num_ended = 0
+    while num_ended < 2 * len(kinds):
+        output = heard.get(timeout=WAIT_S)
+        assert output.finish_reason is not FinishReason.ERROR, output.error
+        num_ended += output.finish_reason is not None
+    engine.stop()
+    assert any(kind[-1] and kind[4] for kind in seen.kinds), "no row was drawn again"
+    assert seen.kinds == ready

@@ -90,7 +90,7 @@ class Sampled(NamedTuple):
 
 
 class NextStep(NamedTuple):
-    """Where a decode step's rows go on, written with their tokens; row t is column t.
+    """The arrays in which a decode step's rows go on, written with their tokens; row t is column t.
 
     Shapes, all int32: token_W, the token that the next step reads, -1 in a padded row. pad_W: -1 in a padded row,
         else 0. counts_2W: the row's position and the number of its drawn tokens, each one more than before but in a
