@@ -52,13 +52,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Leaves what is collected out of all searches for garbage, then and later: 700,000 objects."""
+    """Leaves what is collected out of all searches for garbage, then and later: 700,000 objects. Of what tests make,
+    nearly nothing is garbage: searches after every 700 objects are a twentieth of their time."""
     gc.disable()
     try:
         return (yield)
     finally:
         gc.enable()
         gc.freeze()
+        gc.set_threshold(20_000)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
