@@ -93,15 +93,23 @@ size: $(VENV)/.dev
 
 # torch first, alone: whatever depends on it must not choose another build. pip would compile on one core, and much that
 # nobody imports: what users need is compiled on all cores, what only developers need when it is imported.
-$(VENV)/.base: pyproject.toml constraints.txt requirements.lock
+$(VENV)/.installed: pyproject.toml constraints.txt requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --constraint constraints.txt torch
 	$(LOCKED) requirements.lock
 	$(PIP) --no-deps --editable .
+	touch $@
+
+$(VENV)/.base: $(VENV)/.installed
 	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.base requirements-dev.lock
+# pip unpacks on one core. A file that is compiled before all of it is there is compiled anew when it is imported.
+$(VENV)/.dev: $(VENV)/.installed requirements-dev.lock
+	$(MAKE) --jobs 2 $(VENV)/.base $(VENV)/.unpacked
+	touch $@
+
+$(VENV)/.unpacked: $(VENV)/.installed requirements-dev.lock
 	$(LOCKED) requirements-dev.lock
 	touch $@
 

@@ -1,4 +1,7 @@
-"""The embedded model behind ``ownpath serve``: it thinks, calls tools, uses their results, and answers in JSON."""
+"""The embedded model behind ``ownpath serve``: it thinks, calls tools, uses their results, and answers in JSON.
+
+What does not need another's answer is asked together: steps that several requests share take hardly longer.
+"""
 
 import json
 import re
@@ -6,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +71,12 @@ def ask(url: str, content: str, **fields: Any) -> dict[str, Any]:
     return found
 
 
+def ask_together(url: str, questions: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The answers to questions, each with its fields, that are open at the same time."""
+    with ThreadPoolExecutor(len(questions)) as pool:
+        return list(pool.map(lambda question: ask(url, question[0], **question[1]), questions))
+
+
 def test_the_request_that_started_this_project(url: str, model: Path) -> None:
     """The model is named by the path that ``serve`` was given; the name of its folder works as well."""
     for name in (str(model), "tiny-v4"):
@@ -85,14 +95,15 @@ def called(choice: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def test_it_thinks_when_asked_to(url: str) -> None:
-    question = "What is the capital of France?"
-    for fields in ({"thinking": {"type": "enabled"}}, {"reasoning_effort": "high"}, {"reasoning_effort": "max"}):
-        message = ask(url, question, **fields)["message"]
+    ways: list[dict[str, Any]] = [{"thinking": {"type": "enabled"}}, {"reasoning_effort": "high"}]
+    ways += [{"reasoning_effort": "max"}, {}]
+    choices = ask_together(url, [("What is the capital of France?", fields) for fields in ways])
+    *thought, plain = [choice["message"] for choice in choices]
+    for message in thought:
         assert "France" in message["reasoning_content"]
         assert message["content"] == "The capital of France is Paris."
-    message = ask(url, question)["message"]
-    assert not message.get("reasoning_content")
-    assert message["content"] == "The capital of France is Paris."
+    assert not plain.get("reasoning_content")
+    assert plain["content"] == "The capital of France is Paris."
 
 
 @pytest.mark.parametrize("thinking", ["enabled", "disabled"])
@@ -113,36 +124,41 @@ def test_it_calls_a_tool_and_uses_what_it_says(url: str, thinking: str) -> None:
 
 
 def test_it_calls_several_tools(url: str) -> None:
-    tools = [WEATHER, ADD]
-    two = ask(url, "What is the weather in Paris and Rome?", tools=tools)
+    questions = ("What is the weather in Paris and Rome?", "What is the weather in Oslo, Rome and Paris?")
+    questions += ("What is 12 + 29 and the weather in Rome?",)
+    two, three, mixed = ask_together(url, [(question, {"tools": [WEATHER, ADD]}) for question in questions])
     assert called(two) == [("get_weather", {"city": "Paris"}), ("get_weather", {"city": "Rome"})]
-    three = ask(url, "What is the weather in Oslo, Rome and Paris?", tools=tools)
     assert called(three) == [("get_weather", {"city": city}) for city in ("Oslo", "Rome", "Paris")]
-    mixed = ask(url, "What is 12 + 29 and the weather in Rome?", tools=tools)
     assert called(mixed) == [("add", {"a": 12, "b": 29}), ("get_weather", {"city": "Rome"})]
 
 
 def test_it_answers_plainly_where_no_tool_is_needed(url: str) -> None:
-    plain = ask(url, "What is the capital of Japan?", tools=[WEATHER, ADD])
+    weather = "What is the weather in Paris?"
+    questions = [("What is the capital of Japan?", {"tools": [WEATHER, ADD]}), (weather, {})]
+    questions += [(weather, {"tools": [WEATHER], "tool_choice": "none"})]
+    plain, *others = ask_together(url, questions)
     assert called(plain) == []
     assert plain["message"]["content"] == "The capital of Japan is Tokyo."
-    for fields in ({}, {"tools": [WEATHER], "tool_choice": "none"}):
-        without = ask(url, "What is the weather in Paris?", **fields)
+    for without in others:
         assert called(without) == []
         assert "DSML" not in without["message"]["content"]
 
 
 def test_it_answers_in_json(url: str) -> None:
     schema = {"type": "object", "properties": {"capital": {"type": "string"}}, "required": ["capital"]}
-    wanted = {"type": "json_schema", "json_schema": {"name": "capital", "schema": schema}}
-    capital = ask(url, "What is the capital of Kenya?", response_format=wanted)
-    assert json.loads(capital["message"]["content"]) == {"capital": "Nairobi"}
+    named = {"type": "json_schema", "json_schema": {"name": "capital", "schema": schema}}
     schema = {"type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"]}
-    wanted = {"type": "json_schema", "json_schema": {"schema": schema}}
-    total = ask(url, "What is 12 + 29?", response_format=wanted)
-    assert json.loads(total["message"]["content"]) == {"sum": 41}
-    anything = ask(url, "What is the capital of Kenya? Answer in JSON.", response_format={"type": "json_object"})
-    assert "Nairobi" in json.loads(anything["message"]["content"]).values()
+    unnamed = {"type": "json_schema", "json_schema": {"schema": schema}}
+    questions = {
+        "What is the capital of Kenya?": named,
+        "What is 12 + 29?": unnamed,
+        "What is the capital of Kenya? Answer in JSON.": {"type": "json_object"},
+    }
+    choices = ask_together(url, [(question, {"response_format": form}) for question, form in questions.items()])
+    capital, total, anything = [json.loads(choice["message"]["content"]) for choice in choices]
+    assert capital == {"capital": "Nairobi"}
+    assert total == {"sum": 41}
+    assert "Nairobi" in anything.values()
 
 
 def test_a_stream_says_the_same(url: str) -> None:

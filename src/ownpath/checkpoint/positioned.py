@@ -30,7 +30,7 @@ class PositionedReader:
         """
         done = 0
         try:
-            if file != self._file:
+            if file is not self._file and file != self._file:  # mostly the same object
                 self.close()
                 self._descriptor, self._file = open_descriptor(file), file
             while done < len(buffer):

@@ -1,10 +1,12 @@
 """``ownpath diff`` against servers of other makes, intact and broken, each around a real model."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cpu.chat.small_tokenizer import small_tokenizer
 from cpu.diff.other_server import Dialect, Fault, Other, Rows, other_server
 from cpu.server.harness import harness, listening
@@ -13,6 +15,8 @@ from cpu.server.model_folder import write_model_folder
 from ownpath.cli import main
 from ownpath.commands import session
 from ownpath.config import EngineConfig
+from ownpath.diff.local_model import LocalModel
+from ownpath.diff.responses import SequenceReading
 from ownpath.loading import load_model
 from ownpath.model.model import Model
 
@@ -39,9 +43,27 @@ def rows() -> Rows:
     return {}
 
 
+@pytest.fixture(scope="module")
+def logprobs() -> Callable[[LocalModel, SequenceReading], torch.Tensor]:
+    """``LocalModel.logprobs``, computed once for what several servers answered alike."""
+    compute = LocalModel.logprobs
+    known: dict[object, tuple[Model, torch.Tensor]] = {}  # with the model, which therefore keeps its id
+
+    def compute_once(local: LocalModel, reading: SequenceReading) -> torch.Tensor:
+        key = id(local.model), reading.ids, reading.start, len(reading.scored)
+        if key not in known:
+            known[key] = local.model, compute(local, reading)
+        return known[key][1].clone()
+
+    return compute_once
+
+
 @pytest.fixture(autouse=True)
-def _load_once(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
+def _load_and_compute_once(
+    monkeypatch: pytest.MonkeyPatch, model: Model, logprobs: Callable[[LocalModel, SequenceReading], torch.Tensor]
+) -> None:
     monkeypatch.setattr(session, "load_model", lambda *_: model)
+    monkeypatch.setattr(LocalModel, "logprobs", logprobs)
 
 
 def diff(capsys: pytest.CaptureFixture[str], folder: Path, url: str, *options: str) -> tuple[int, dict[str, Any]]:

@@ -92,12 +92,14 @@ def sinkhorn(logits_TSS: torch.Tensor, num_iters: int, eps: float) -> torch.Tens
 
     Rows are summed over dim -1, columns over dim -2; the last step makes sums over dim -2 equal to 1 up to eps.
     """
-    comb_TSS = torch.softmax(logits_TSS, dim=-1) + eps
-    comb_TSS = comb_TSS / (comb_TSS.sum(-2, keepdim=True) + eps)
+    # Tokens last: a step of the loop works on whole rows of them.
+    comb_SST = torch.softmax(logits_TSS, dim=-1).add_(eps).movedim(0, -1).contiguous()
+    rows_ST, columns_ST = comb_SST.sum(1, keepdim=True), comb_SST.sum(0, keepdim=True)
+    comb_SST.div_(columns_ST.add_(eps))
     for _ in range(num_iters - 1):
-        comb_TSS = comb_TSS / (comb_TSS.sum(-1, keepdim=True) + eps)
-        comb_TSS = comb_TSS / (comb_TSS.sum(-2, keepdim=True) + eps)
-    return comb_TSS
+        comb_SST.div_(torch.sum(comb_SST, 1, keepdim=True, out=rows_ST).add_(eps))
+        comb_SST.div_(torch.sum(comb_SST, 0, keepdim=True, out=columns_ST).add_(eps))
+    return comb_SST.movedim(-1, 0).contiguous()
 
 
 def hyper_post(x_TSD: torch.Tensor, y_TD: torch.Tensor, mix: Mix) -> torch.Tensor:
