@@ -28,6 +28,7 @@ from ownpath.integrations.vllm.proof.reference import (
     reference_values,
 )
 from ownpath.integrations.vllm.proof.seen import StepRun
+from ownpath.integrations.vllm.proof.shares import WHOLE, RankShare, whole_values
 from ownpath.integrations.vllm.proof.taps import Kept
 from ownpath.oracle.arithmetic import Arithmetic, OracleRun
 from ownpath.oracle.formulas import expert_scores
@@ -75,17 +76,38 @@ class Compared:
     measured: Measurement
 
 
-def compare_layer(proof: Proof, layer_idx: int, steps: Sequence[StepRun], kernels: Mapping[str, str]) -> list[Compared]:
-    """Compares every tapped value of a layer in every step that is judged, in the order in which they are made.
+@dataclass(frozen=True)
+class RankSteps:
+    """What one rank saw of a run. share: of a layer. kernels: value of it -> what ran there."""
 
-    kernels: value -> what ran there. All steps' rows go through the reference together. A value that only some steps
-    have is compared in those alone.
+    steps: Sequence[StepRun]
+    kernels: Mapping[str, str]
+    share: RankShare = WHOLE
+
+
+def compare_layer(proof: Proof, layer_idx: int, ranks: Sequence[RankSteps]) -> list[Compared]:
+    """Compares every tapped value of a layer in every step that is judged, rank by rank; returns them in the order in
+    which they are made.
+
+    All steps' rows go through the reference together. A value that only some steps have is compared in those alone.
     Errors: CheckpointError naming a tensor that cannot be read; ValueError for rows of nobody.
     """
-    tapped = [(step, step.layer(layer_idx)) for step in steps]
+    tapped: list[list[tuple[StepRun, Kept]]] = [[] for _ in ranks]
+    for step in zip(*(rank.steps for rank in ranks), strict=True):
+        whole = whole_values(proof.config, [seen.layer(layer_idx) for seen in step])
+        for own, seen, values in zip(tapped, step, whole, strict=True):
+            own.append((seen, values))
+    found = [one for rank, own in zip(ranks, tapped, strict=True) for one in _compare_rank(proof, layer_idx, rank, own)]
+    place = {name: idx for idx, name in enumerate(ORDER)}
+    return sorted(found, key=lambda compared: place[compared.measured.slot])
+
+
+def _compare_rank(
+    proof: Proof, layer_idx: int, rank: RankSteps, tapped: Sequence[tuple[StepRun, Kept]]
+) -> list[Compared]:
     common = set(tapped[0][1]).intersection(*(values for _, values in tapped[1:]))
-    comparison = _LayerProof(proof, layer_idx, kernels)
-    found = comparison.run(tapped, common, segments_of(steps))
+    comparison = _LayerProof(proof, layer_idx, rank)
+    found = comparison.run(tapped, common, segments_of(rank.steps))
     groups: dict[tuple[str, ...], list[tuple[StepRun, Kept]]] = {}
     for step, values in tapped:
         if step.is_judged and values.keys() - common:
@@ -93,26 +115,26 @@ def compare_layer(proof: Proof, layer_idx: int, steps: Sequence[StepRun], kernel
     done = {(id(compared.step), compared.measured.slot) for compared in found}
     for names, group in groups.items():
         found += [one for one in comparison.run(group, set(names)) if (id(one.step), one.measured.slot) not in done]
-    place = {name: idx for idx, name in enumerate(ORDER)}
-    return sorted(found, key=lambda compared: place[compared.measured.slot])
+    return found
 
 
 @dataclass(frozen=True)
 class _LayerProof:
     proof: Proof
     layer_idx: int
-    kernels: Mapping[str, str]
+    rank: RankSteps
 
     def run(
         self, tapped: Sequence[tuple[StepRun, Kept]], names: set[str], segments: Sequence[SequencePart] | None = None
     ) -> list[Compared]:
         """Compares the values that need ``names`` alone, which every step has. segments: of all steps there are;
         ``None`` where some are left out, so that nobody knows all keys of a sequence."""
-        proof, layer = self.proof, self.proof.layers[self.layer_idx]
+        proof, layer, share = self.proof, self.proof.layers[self.layer_idx], self.rank.share
         values = {name: torch.cat([kept[name] for _, kept in tapped]) for name in names}
         engine = found_values(layer, proof.run(is_narrow=False), values)
         wide, narrow = (
-            reference_values(layer, proof.run(is_narrow=is_narrow), values, segments) for is_narrow in (False, True)
+            reference_values(layer, proof.run(is_narrow=is_narrow), values, segments, share)
+            for is_narrow in (False, True)
         )
         found, first = list[Compared](), 0
         for step, _ in tapped:
@@ -120,7 +142,7 @@ class _LayerProof:
             first = rows.stop
             for name in engine.keys() & wide.keys() if step.is_judged else ():
                 shape = engine[name].shape
-                values_of = (x[name].reshape(shape)[rows] for x in (engine, wide, narrow))
+                values_of = (share.cut(name, x[name].reshape(shape)[rows]) for x in (engine, wide, narrow))
                 judged = self.judge(step, name, *values_of)
                 found += [] if judged is None else [judged]
         return found
@@ -132,7 +154,7 @@ class _LayerProof:
             return None
         engine, wide, narrow = (value[is_judged_T] for value in (engine, wide, narrow))
         budget = max(NOISE_FACTOR * distance(narrow, wide).rel_l2, float(torch.finfo(self.proof.dtype).eps) / 2)
-        measured = Measurement.of(self.layer_idx, name, (engine, wide), budget, self.kernels.get(name, ""))
+        measured = Measurement.of(self.layer_idx, name, (engine, wide), budget, self.rank.kernels.get(name, ""))
         return Compared(step, measured)
 
 
@@ -151,20 +173,38 @@ def segments_of(steps: Sequence[StepRun]) -> list[SequencePart]:
     return found
 
 
-def compare_ends(proof: Proof, steps: Sequence[StepRun], kernels: Mapping[str, str]) -> list[Compared]:
-    """Compares the embedding, the last boundary with its norm, and the logits, step by step. Errors:
-    CheckpointError."""
+def compare_ends(proof: Proof, ranks: Sequence[RankSteps]) -> list[Compared]:
+    """Compares the embedding, the last boundary with its norm, and the logits, step by step: of each rank its rows of
+    the vocabulary. Errors: CheckpointError."""
     found = list[Compared]()
-    comparison = _LayerProof(proof, proof.config.num_hidden_layers - 1, kernels)
-    for step in steps:
-        if step.is_judged:
-            ends, last = step.ends(), step.layer(comparison.layer_idx)
+    comparisons = [_LayerProof(proof, proof.config.num_hidden_layers - 1, rank) for rank in ranks]
+    for step in zip(*(rank.steps for rank in ranks), strict=True):
+        if not step[0].is_judged:
+            continue
+        all_ends = [seen.ends() for seen in step]
+        logits = next(({"head": ends["head"]} for ends in all_ends if "head" in ends), {})  # maybe of one rank alone
+        for comparison, seen, own in zip(comparisons, step, all_ends, strict=True):
+            ends, last = own | logits, seen.layer(comparison.layer_idx)
             engine = found_ends(ends)
             wide, narrow = (reference_ends(proof.run(is_narrow=is_narrow), ends, last) for is_narrow in (False, True))
             for name in engine.keys() & wide.keys():
-                judged = comparison.judge(step, name, engine[name], wide[name], narrow[name])
+                values = (
+                    _own_vocabulary(proof, comparison.rank.share, name, x[name], ends) for x in (engine, wide, narrow)
+                )
+                judged = comparison.judge(seen, name, *values)
                 found += [] if judged is None else [judged]
     return found
+
+
+def _own_vocabulary(proof: Proof, share: RankShare, name: str, value: Tensor, ends: Kept) -> Tensor:
+    """Returns the part of a value that comes from this rank's rows of the vocabulary; NaN in the rows of others."""
+    own = share.vocabulary(proof.config.vocab_size)
+    if share.is_whole or name not in ("embed", "head"):
+        return value
+    if name == "head":
+        return value[:, own]
+    ids_T = ends["token_ids"]
+    return torch.where(((ids_T >= own.start) & (ids_T < own.stop))[:, None], value, torch.nan)
 
 
 def count_wrong_choices(proof: Proof, layer_idx: int, step: StepRun) -> Mapping[str, int]:

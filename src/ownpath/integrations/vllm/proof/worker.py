@@ -48,7 +48,7 @@ class TappedLoader(DefaultModelLoader):  # type: ignore[misc]
 
 
 class ProofWorker:
-    """The calls that the driver makes in every worker. Only rank 0 writes values."""
+    """The calls that the driver makes in every worker."""
 
     rank: int
 
@@ -57,21 +57,26 @@ class ProofWorker:
         self._ownpath_taps.start_step()
 
     def ownpath_take(self, num_rows: int, folder: str, step: str) -> dict[str, Any]:
-        """Writes what the step's taps hold, a file for each layer; returns their names and which taps were missed."""
+        """Writes what the step's taps hold on this rank, a file for each layer; returns their names and which taps were
+        missed."""
         taps = self._ownpath_taps
-        if self.rank:
-            return {"files": {}, "missed": taps.missed}
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         parts: dict[str, dict[str, torch.Tensor]] = {}
         for key, value in taps.take(num_rows).items():
             layer = layer_of(key)
             parts.setdefault(ENDS if layer is None else str(layer), {})[key] = value.contiguous()
-        files = {part: f"{step}.{part}.safetensors" for part in parts}
+        files = {part: f"{step}.{part}.rank{self.rank}.safetensors" for part in parts}
         for part, tensors in parts.items():
             write_shard(Path(folder, files[part]), tensors, {})
         unwritten = sorted(set(taps.buffers) - {key for tensors in parts.values() for key in tensors})
-        return {"files": files, "missed": taps.missed, "unwritten": unwritten, "from_python": bool(taps.calls)}
+        return {
+            "rank": self.rank,
+            "files": files,
+            "missed": taps.missed,
+            "unwritten": unwritten,
+            "from_python": bool(taps.calls),
+        }
 
     def ownpath_walk(self) -> dict[str, Any]:
         """Describes every module of this worker, and the points that fitted none."""
