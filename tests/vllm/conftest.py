@@ -94,7 +94,7 @@ def text_ids(num_tokens: int) -> list[int]:
     return torch.randint(3, 2000, (num_tokens,), generator=torch.Generator().manual_seed(11)).tolist()
 
 
-def write_plain(folder: Path, change: Callable[[Tensors], Tensors] = lambda tensors: tensors) -> Path:
+def write_plain(folder: Path, change: Callable[[Tensors], Tensors] = lambda tensors: tensors, **fields: Any) -> Path:
     """The embedded model in BF16, which stock vLLM loads. vLLM's CPU build selects 512 entries or all."""
     source = default_model_dir()
     index, config = CheckpointIndex.open(source), ModelConfig.from_file(source / "config.json")
@@ -103,7 +103,7 @@ def write_plain(folder: Path, change: Callable[[Tensors], Tensors] = lambda tens
     for module in census.modules:
         matrix = stored.matrix(module.spec.name, module.encoding)
         tensors[f"{module.spec.name}.weight"] = matrix.to(torch.bfloat16)
-    return write_tiny(folder, change(tensors), config={"index_topk": 512})
+    return write_tiny(folder, change(tensors), config={"index_topk": 512} | fields)
 
 
 def reference(folder: Path, dtype: torch.dtype = torch.float32, cache: CacheFormat = CacheFormat.BF16) -> Model:

@@ -21,7 +21,7 @@ from ownpath.integrations.vllm.proof.compare import RankSteps, compare_layer
 from ownpath.integrations.vllm.proof.findings import judge_values, judge_walk
 from ownpath.integrations.vllm.proof.reference import ORDER
 from ownpath.integrations.vllm.proof.seen import EngineRun
-from ownpath.integrations.vllm.proof.shares import RankShare
+from ownpath.integrations.vllm.proof.shares import LayerShare
 from ownpath.oracle.formulas import swiglu
 
 RANKS, WIDTH, NUM_EXPERTS = 2, 256, 8
@@ -41,7 +41,7 @@ def half(x: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 def product(x: torch.Tensor, module: str, rank: int) -> torch.Tensor:
-    """What a rank adds to a sum: its columns of both."""
+    """The product of a rank's columns of both, which it adds to a sum."""
     return (half(x, rank).float() @ half(matrix(module), rank).T).bfloat16()
 
 
@@ -87,7 +87,7 @@ def compared(by_expert: bool, values: Sequence[Kept], folder: Path) -> dict[str,
     for rank, own in enumerate(values):
         (folder / str(rank)).mkdir()
         held = frozenset(range(rank * 4, rank * 4 + 4)) if by_expert else None
-        share = RankShare(rank, RANKS, held, (0, 1) if by_expert else (rank, RANKS))
+        share = LayerShare(rank, RANKS, held, (0, 1) if by_expert else (rank, RANKS))
         steps = [replace(step, rank=rank) for step in steps_of(own, folder / str(rank))]
         ranks.append(RankSteps(steps, {}, share))
     found = compare_layer(proof(), LAYER, ranks)
@@ -131,5 +131,5 @@ def test_an_expert_that_no_rank_has_is_named() -> None:
 
 def test_a_vocabulary_is_cut_in_blocks() -> None:
     """2560 rows are 1280 on each of two; 100 rows are padded to 128, of which the second rank has 36 real ones."""
-    assert [RankShare(rank, 2).vocabulary(2560) for rank in (0, 1)] == [slice(0, 1280), slice(1280, 2560)]
-    assert [RankShare(rank, 2).vocabulary(100) for rank in (0, 1)] == [slice(0, 64), slice(64, 100)]
+    assert [LayerShare(rank, 2).vocabulary(2560) for rank in (0, 1)] == [slice(0, 1280), slice(1280, 2560)]
+    assert [LayerShare(rank, 2).vocabulary(100) for rank in (0, 1)] == [slice(0, 64), slice(64, 100)]

@@ -28,7 +28,7 @@ from ownpath.integrations.vllm.proof.reference import (
     reference_values,
 )
 from ownpath.integrations.vllm.proof.seen import StepRun
-from ownpath.integrations.vllm.proof.shares import WHOLE, RankShare, whole_values
+from ownpath.integrations.vllm.proof.shares import WHOLE, LayerShare, whole_values
 from ownpath.integrations.vllm.proof.taps import Kept
 from ownpath.oracle.arithmetic import Arithmetic, OracleRun
 from ownpath.oracle.formulas import expert_scores
@@ -78,11 +78,11 @@ class Compared:
 
 @dataclass(frozen=True)
 class RankSteps:
-    """What one rank saw of a run. share: of a layer. kernels: value of it -> what ran there."""
+    """The steps of a run, as one rank saw them. share: of a layer. kernels: value of it -> what ran there."""
 
     steps: Sequence[StepRun]
     kernels: Mapping[str, str]
-    share: RankShare = WHOLE
+    share: LayerShare = WHOLE
 
 
 def compare_layer(proof: Proof, layer_idx: int, ranks: Sequence[RankSteps]) -> list[Compared]:
@@ -196,7 +196,7 @@ def compare_ends(proof: Proof, ranks: Sequence[RankSteps]) -> list[Compared]:
     return found
 
 
-def _own_vocabulary(proof: Proof, share: RankShare, name: str, value: Tensor, ends: Kept) -> Tensor:
+def _own_vocabulary(proof: Proof, share: LayerShare, name: str, value: Tensor, ends: Kept) -> Tensor:
     """Returns the part of a value that comes from this rank's rows of the vocabulary; NaN in the rows of others."""
     own = share.vocabulary(proof.config.vocab_size)
     if share.is_whole or name not in ("embed", "head"):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ownpath.config import CSA_RATIO, Layer
-from ownpath.integrations.vllm.proof.shares import WHOLE, RankShare
+from ownpath.integrations.vllm.proof.shares import WHOLE, LayerShare
 from ownpath.oracle.arithmetic import OracleRun
 from ownpath.oracle.attention import attend, entries_of, in_cache, norm_heads, project_groups
 from ownpath.oracle.experts import route, routed_experts
@@ -86,7 +86,7 @@ def found_values(layer: Layer, run: OracleRun, v: TapValues) -> dict[str, Tensor
 
 
 def reference_values(
-    layer: Layer, run: OracleRun, v: TapValues, segments: Sequence[SequencePart] | None, share: RankShare = WHOLE
+    layer: Layer, run: OracleRun, v: TapValues, segments: Sequence[SequencePart] | None, share: LayerShare = WHOLE
 ) -> dict[str, Tensor]:
     """Computes the values that can be computed from what was tapped. segments: ``None``: no sequence is whole, so that
     nothing can be said of attention. share: of the rank; what it adds to a sum is its part alone."""
@@ -138,7 +138,7 @@ def _mixing(run: OracleRun, slot: str, x_TSD: Tensor) -> tuple[Mixing, Tensor]:
 
 
 def _projections(
-    layer: Layer, run: OracleRun, v: TapValues, _: Sequence[SequencePart] | None, share: RankShare
+    layer: Layer, run: OracleRun, v: TapValues, _: Sequence[SequencePart] | None, share: LayerShare
 ) -> Made:
     """Products, and the norms between them; the products of compressors read what the attention gets."""
     name = f"{layer.name}.attn"
@@ -165,7 +165,7 @@ def _projections(
 
 
 def _attention(
-    layer: Layer, run: OracleRun, v: TapValues, segments: Sequence[SequencePart] | None, _: RankShare
+    layer: Layer, run: OracleRun, v: TapValues, segments: Sequence[SequencePart] | None, _: LayerShare
 ) -> Made:
     config, name = run.config, f"{layer.name}.attn"
     heads = (config.num_attention_heads, config.head_dim)
@@ -213,7 +213,7 @@ def chosen_entries(ids_TK: Tensor, num_entries: int) -> Tensor:
 
 
 def _feed_forward(
-    layer: Layer, run: OracleRun, v: TapValues, _: Sequence[SequencePart] | None, share: RankShare
+    layer: Layer, run: OracleRun, v: TapValues, _: Sequence[SequencePart] | None, share: LayerShare
 ) -> Made:
     name, config = f"{layer.name}.ffn", run.config
     if "ffn.gate.in" in v:

@@ -30,7 +30,7 @@ from ownpath.integrations.vllm.proof.compare import (
 )
 from ownpath.integrations.vllm.proof.points import ENDS_MODULES, modules_of
 from ownpath.integrations.vllm.proof.seen import EngineRun
-from ownpath.integrations.vllm.proof.shares import RankShare
+from ownpath.integrations.vllm.proof.shares import LayerShare
 from ownpath.integrations.vllm.proof.steps import FIRST_LENGTH, KINDS, ROWS
 from ownpath.integrations.vllm.proof.walk import kernels_of
 from ownpath.terminal.progress import Progress
@@ -204,7 +204,7 @@ def _ranks(run: EngineRun, paths: Mapping[str, str]) -> list[RankSteps]:
     walks, found = {rank["rank"]: rank["modules"] for rank in run.ranks}, []
     for steps in run.by_rank:
         modules = walks.get(steps[0].rank, {})
-        share = RankShare.of(steps[0].rank, len(run.by_rank), modules.get(paths.get("ffn.experts", "")))
+        share = LayerShare.of(steps[0].rank, len(run.by_rank), modules.get(paths.get("ffn.experts", "")))
         kernels = kernels_of(modules, paths) | {"attn.wo_b.sum": "all-reduce"}
         found.append(RankSteps(steps, kernels, share))
     return found

@@ -1,4 +1,4 @@
-"""What each of several ranks holds of a layer's values, and the whole that the parts make.
+"""A layer's values on several ranks: the part that each holds, and the whole that the parts make.
 
 vLLM cuts a layer by heads, by groups of heads, by the width of experts, or by experts, and adds up what ranks computed
 of one sum. Here a rank's values become those of a whole layer: what is cut is put side by side from all ranks, in their
@@ -46,8 +46,8 @@ SUMS = MappingProxyType(
 
 
 @dataclass(frozen=True)
-class RankShare:
-    """What a rank has of one layer. experts: the ids that it has, ``None``: all. width: its place and the number of
+class LayerShare:
+    """A rank's share of one layer. experts: the ids that it has, ``None``: all. width: its place and the number of
     places among which the experts' width is cut."""
 
     rank: int = 0
@@ -56,7 +56,7 @@ class RankShare:
     width: tuple[int, int] = (0, 1)
 
     @classmethod
-    def of(cls, rank: int, num_ranks: int, experts: Mapping[str, Any] | None) -> "RankShare":
+    def of(cls, rank: int, num_ranks: int, experts: Mapping[str, Any] | None) -> "LayerShare":
         """experts: what the walk says of the layer's experts."""
         if experts is None or "experts" not in experts:
             return cls(rank, num_ranks, None, (rank, num_ranks))
@@ -88,7 +88,7 @@ class RankShare:
         return slice(min(self.rank * each, vocab_size), min((self.rank + 1) * each, vocab_size))
 
 
-WHOLE = RankShare()
+WHOLE = LayerShare()
 
 
 def _only(x: Tensor, at: int, size: int) -> Tensor:
