@@ -11,7 +11,8 @@ from test_proof import Report, verify
 from ownpath.loading import default_model_dir
 
 pytestmark = pytest.mark.vllm
-TWO = ("--tensor-parallel-size", "2", "--distributed-executor-backend", "mp", "--rows", "1,5")
+# The text's sixth token is in the second half of the vocabulary.
+TWO = ("--tensor-parallel-size", "2", "--distributed-executor-backend", "mp", "--rows", "1,6")
 BY_EXPERT = (*TWO, "--enable-expert-parallel")
 NUM_LAYERS = 4
 
@@ -50,7 +51,7 @@ def test_every_value_of_both_ranks_is_compared(found: Report) -> None:
         sums = {"attn.wo_b", "attn.wo_b.sum", "ffn.experts", "ffn.shared_experts.w2", "ffn.sum"}
         assert cut | sums | {"hc_attn.h", "hc_ffn.x", "hc_ffn.h", "attn.wqa_wkv", "ffn.gate", "out"} <= of_layer
     assert {"embed", "hc_head", "head"} <= {slot for _, slot in values_of(found, 1)}
-    kinds = {"prefill of 1 row", "prefill of 5 rows", "decode of 1 row", "decode of 5 rows", "mixed of 5 rows"}
+    kinds = {"prefill of 1 row", "prefill of 6 rows", "decode of 1 row", "decode of 6 rows", "mixed of 6 rows"}
     assert steps_of(found, 0) == steps_of(found, 1) == {f"{kind}, eager" for kind in kinds}
 
 
