@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WAIT_S, environment, write_plain
+from conftest import NO_CLAMP, WAIT_S, environment, write_plain
 from serving import serving
 from support.tiny_exports import Tensors, modules_with, tiny_tensors, write_tiny
 
@@ -45,8 +45,6 @@ class Row:
     noted: tuple[str, ...] = ()
 
 
-NO_CLAMP = 1e6
-"""A swiglu_limit that nothing reaches: vLLM 0.32's CPU build leaves it out of BF16 experts."""
 THINKS = ("default-mode",)
 ROWS = {
     "healthy": Row(options=("--reasoning-parser", "deepseek_v4"), noted=THINKS),
