@@ -57,7 +57,7 @@ $(SUITE)/.fetched: tests/schemas/suite.txt | $(VENV)/.dev
 	tar -xzf $(SUITE)/jsonschema-*.tar.gz -C $(SUITE) --strip-components 1
 	touch $@
 
-# The plugin inside vLLM's engine on a CPU: about eight minutes of one core, most of it engines' starts. docs/vllm.md.
+# vLLM on a CPU: the plugin, its proof, and diff against vllm serve. About half an hour of one core, most of it starts.
 test-vllm: $(VENV)-vllm/.ready
 	$(VENV)-vllm/bin/python -m pytest -rs --confcutdir tests/vllm tests/vllm
 

@@ -1,7 +1,7 @@
 """Starts vLLM on folders, and writes what was answered and what ran: ``ask.py FOLDER... OPTIONS OUT``.
 
-OPTIONS: JSON of {"engine": arguments of ``vllm.LLM``, "prompts": token ids, "texts": token ids, "num_tokens": of an
-answer}. OUT gets JSON of a list of ``Answers``, as ``conftest.py`` reads it.
+OPTIONS: JSON of {"engine": arguments of ``vllm.LLM``, "prompts": token ids, or of each folder, "texts": token ids,
+"num_tokens": of an answer}. OUT gets JSON of a list of ``Answers``, as ``conftest.py`` reads it.
 """
 
 import json
@@ -36,7 +36,8 @@ def ask(folder: str, options: dict[str, Any]) -> dict[str, Any]:
 
     small = {"max_model_len": 512, "max_num_seqs": 2, "max_num_batched_tokens": 512, "enforce_eager": True}
     llm = LLM(model=folder, kv_cache_dtype="fp8", max_logprobs=-1, **small | options.get("engine", {}))
-    prompts = [{"prompt_token_ids": ids} for ids in options["prompts"]]
+    asked = options["prompts"]
+    prompts = [{"prompt_token_ids": ids} for ids in (asked[folder] if isinstance(asked, dict) else asked)]
     answers = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=options.get("num_tokens", 4)))
     found: dict[str, Any] = {"ids": [list(one.outputs[0].token_ids) for one in answers]}
     found["texts"] = [one.outputs[0].text for one in answers]

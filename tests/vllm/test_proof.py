@@ -8,16 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from conftest import WAIT_S, environment
-from support.tiny_exports import tiny_tensors, write_tiny
-
-from ownpath.checkpoint.drafts import carried_draft
-from ownpath.checkpoint.index import CheckpointIndex
-from ownpath.config import ModelConfig
-from ownpath.loading import default_model_dir
-from ownpath.oracle.weights import StoredWeights
-from ownpath.plan.census import take_census
+from conftest import WAIT_S, environment, write_plain
 
 pytestmark = pytest.mark.vllm
 ROWS = "1,2,5"
@@ -54,15 +45,7 @@ def verify(folder: Path, out: Path, *options: str, **changes: str) -> Report:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model in BF16, which stock vLLM loads. vLLM's CPU build selects 512 entries or all."""
-    folder = default_model_dir()
-    index, config = CheckpointIndex.open(folder), ModelConfig.from_file(folder / "config.json")
-    census, stored = take_census(config, index, carried_draft(index)), StoredWeights(index, torch.device("cpu"))
-    tensors = {param.key: tiny_tensors()[param.key] for param in census.params}
-    for module in census.modules:
-        matrix = stored.matrix(module.spec.name, module.encoding)
-        tensors[f"{module.spec.name}.weight"] = matrix.to(torch.bfloat16)
-    return write_tiny(tmp_path_factory.mktemp("plain"), tensors, config={"index_topk": 512})
+    return write_plain(tmp_path_factory.mktemp("plain"))
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from statistics import median_high
 
 import torch
 
+from ownpath.diff.compare import Distances
 from ownpath.diff.modes import ids_apart
 from ownpath.diff.observations import Conversation, Observations, widening
 from ownpath.diff.responses import ScoredPosition, SequenceReading
@@ -192,7 +193,24 @@ def _judge_batch_dependent(seen: Observations) -> Judged:
     " the scales of fused projections, and its kernels; ownpath verify proves ours",
 )
 def _judge_computes_otherwise(seen: Observations) -> Judged:
-    it, tolerance = seen.distances, seen.tolerance
+    return _judge_distances(seen.distances, seen.tolerance)
+
+
+@_check(
+    "answers-otherwise",
+    "log-probs of the server's own answers are too far from ours, although those of prompts are not",
+    "prompts are right and decode steps wrong: suspect kernels for few rows (hyper-connections), CUDA graphs and what"
+    " is written into the cache; in vLLM, ownpath verify --engine vllm names the module",
+)
+def _judge_answers_otherwise(seen: Observations) -> Judged:
+    if seen.answer_distances is None:
+        return Judged(None, 1.0, "the answers are what is compared")
+    if _judge_computes_otherwise(seen).is_found:
+        return Judged(None, 1.0, "its prompts' log-probs are off already")
+    return _judge_distances(seen.answer_distances, seen.tolerance)
+
+
+def _judge_distances(it: Distances, tolerance: float) -> Judged:
     if it.mean_delta is None or it.share_far is None:
         return Judged(None, 1.0, "no finite log-probs of tokens that are known")
     wide = widening(it.num_compared)

@@ -7,7 +7,14 @@ from functools import cached_property
 
 import torch
 
-from ownpath.diff.compare import Distances, PositionComparison, PromptComparison, answer_distance, distances_of
+from ownpath.diff.compare import (
+    Distances,
+    PositionComparison,
+    PromptComparison,
+    answer_distance,
+    compare,
+    distances_of,
+)
 from ownpath.diff.modes import ChatMode, ModeMatch
 from ownpath.diff.responses import ChatReading, SequenceReading
 
@@ -103,6 +110,16 @@ class Observations:
     @cached_property
     def distances(self) -> Distances:
         return distances_of(self.positions, self.tolerance)
+
+    @cached_property
+    def answer_distances(self) -> Distances | None:
+        """The distances over the server's own answers, which other kernels make than its prompts' log-probs; None where
+        the answers are what is compared anyway."""
+        if self.scored is self.generated:
+            return None
+        pairs = enumerate(zip(self.generated, self.generated_rows, strict=True))
+        told = [compare(n, reading, rows_PV[: len(reading.scored)]) for n, (reading, rows_PV) in pairs]
+        return distances_of((position for one in told for position in one.positions), self.tolerance)
 
     @property
     def refusals(self) -> list[str]:

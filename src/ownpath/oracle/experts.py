@@ -3,7 +3,7 @@
 Legend: T tokens, D hidden, E experts, K experts a token, F expert width, S rows of one expert.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from ownpath.config import Layer
 from ownpath.official import Step
 from ownpath.oracle.arithmetic import OracleRun
 from ownpath.oracle.formulas import expert_scores, routing_weights, swiglu, top_indices
+
+WidthPart = Callable[[Tensor], Tensor]
 
 
 def feed_forward(
@@ -25,11 +27,13 @@ def feed_forward(
     return run.arithmetic.round(y_TD + _shared_expert(run, name, x_TD))
 
 
-def routed_experts(run: OracleRun, ffn: str, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """Sums the chosen experts' weighted outputs: [T, D]."""
+def routed_experts(
+    run: OracleRun, ffn: str, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, part: WidthPart | None = None
+) -> Tensor:
+    """Sums the chosen experts' weighted outputs: [T, D]. part: leaves what is to be summed of hidden values [S, F]."""
     y_TD = torch.zeros_like(x_TD)
     for expert, rows, slots in _rows_by_expert(ids_TK):
-        y_SD = _routed_expert(run, f"{ffn}.experts.{expert}", x_TD[rows], weights_TK[rows, slots, None])
+        y_SD = _routed_expert(run, f"{ffn}.experts.{expert}", x_TD[rows], weights_TK[rows, slots, None], part)
         y_TD.index_add_(0, rows, y_SD)
     return y_TD
 
@@ -64,13 +68,14 @@ def _rows_by_expert(ids_TK: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
             yield expert, pairs // ids_TK.shape[1], pairs % ids_TK.shape[1]
 
 
-def _routed_expert(run: OracleRun, name: str, x_SD: Tensor, weight_S1: Tensor) -> Tensor:
+def _routed_expert(run: OracleRun, name: str, x_SD: Tensor, weight_S1: Tensor, part: WidthPart | None) -> Tensor:
     """Computes one routed expert's weighted output for its rows. If the weight is applied first, products are rounded
     too."""
     round_, is_weight_first = run.arithmetic.round, Step.ROUTING_WEIGHT in run.arithmetic.official
     gate_up = run.products(x_SD, f"{name}.w1", f"{name}.w3")
     gate, up = (round_(gate_up) if is_weight_first else gate_up).chunk(2, -1)
     hidden = swiglu(gate, up, run.config.swiglu_limit)
+    hidden = hidden if part is None else part(hidden)
     if is_weight_first:
         return round_(run.products(round_(weight_S1 * hidden), f"{name}.w2"))
     return weight_S1 * round_(run.products(round_(hidden), f"{name}.w2"))

@@ -243,3 +243,29 @@ def test_a_judgement_needs_no_model() -> None:
     assert (
         verdict("all-special", replace(NOTHING, rounds=(round_of(SAME, SAME, SAME),), generated_rows=rows)).number == 0
     )
+
+
+def answered(noise: Iterable[float], prompts: Observations) -> Observations:
+    """Observations whose prompts' log-probs are given, and whose answers are so far from ours."""
+    ours_PV = torch.full((16, 100), -20.0)
+    ours_PV[:, 7:12] = torch.tensor([-1.0, -2.0, -8.0, -8.0, -8.0])
+    their = answer(noise)
+    rounds = (round_of(their, their, their),)
+    return replace(prompts, rounds=rounds, scored=(SAME,), generated_rows=(ours_PV,) * NUM_PROMPTS)
+
+
+def test_answers_that_are_off_behind_right_prompts_are_found() -> None:
+    healthy, rope = (
+        next(measured(line) for line in MEASURED if line["server"] == name) for name in ("healthy", "rope")
+    )
+    assert verdict("answers-otherwise", answered([], healthy)).verdict is Verdict.PASS
+    few = verdict("answers-otherwise", answered([0.2, 0.0, -0.2, 1.5], healthy))
+    assert few.verdict is Verdict.PASS, "a router's choice that rounding turned"
+    found = verdict("answers-otherwise", answered([0.0, *[-2.0] * 15], healthy))
+    assert found.verdict is Verdict.FAIL, "every decode step"
+    assert "ownpath verify --engine vllm" in found.remedy
+    assert verdict("computes-otherwise", answered([0.0, *[-2.0] * 15], healthy)).verdict is Verdict.PASS
+    behind = verdict("answers-otherwise", answered([-2.0] * 16, rope))
+    assert behind.verdict is Verdict.SKIPPED, "one cause is one finding"
+    alone = answered([-2.0] * 16, healthy)
+    assert verdict("answers-otherwise", replace(alone, scored=alone.generated)).verdict is Verdict.SKIPPED

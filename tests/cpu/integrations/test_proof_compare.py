@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from ownpath.checkpoint.writer import write_shard
 from ownpath.finding import Verdict
 from ownpath.formats import CacheFormat
-from ownpath.integrations.vllm.proof.compare import Proof, compare_layer, count_wrong_choices
+from ownpath.integrations.vllm.proof.compare import Proof, RankSteps, compare_layer, count_wrong_choices
 from ownpath.integrations.vllm.proof.findings import judge_choices, judge_values
 from ownpath.integrations.vllm.proof.points import _OF_LAYER
 from ownpath.integrations.vllm.proof.reference import ORDER, SequencePart, reference_values
@@ -28,6 +28,7 @@ from layer.shards import layer_fields, write_layers
 Kept = dict[str, torch.Tensor]
 LAYER = 1  # CSA: window, compressor, indexer
 FEW, MANY = 3, 21
+VALUES = tuple(name for name in ORDER if name != "attn.wo_b.sum")  # of one rank
 STEPS = (
     Planned("prefill", FEW, {"a": (0, (5, 6, 7))}, True),
     Planned("prefill", MANY, {"b": (0, tuple(range(40, 40 + MANY)))}, True),
@@ -68,7 +69,7 @@ def right_values() -> Kept:
         "token_ids": ids,
         "attn.entry_ids": torch.where(entries < complete[:, None], entries, -1),
     }
-    return propagated(v, ORDER)
+    return propagated(v, VALUES)
 
 
 def steps_of(values: Mapping[str, torch.Tensor], folder: Path) -> list[StepRun]:
@@ -92,16 +93,16 @@ def steps_of(values: Mapping[str, torch.Tensor], folder: Path) -> list[StepRun]:
 def named(values: Mapping[str, torch.Tensor], folder: Path) -> dict[str, str]:
     """Returns the failing places with their messages."""
     steps = steps_of(values, folder)
-    compared = compare_layer(proof(), LAYER, steps, {"attn.wq_b": "SomeMethod"})
+    compared = compare_layer(proof(), LAYER, [RankSteps(steps, {"attn.wq_b": "SomeMethod"})])
     found = [*judge_values("layers.1", compared)]
     found += judge_choices("layers.1", [(step, count_wrong_choices(proof(), LAYER, step)) for step in steps])
     return {finding.where: finding.message for finding in found if finding.verdict is Verdict.FAIL}
 
 
 def test_a_right_engine_is_within_its_budgets(tmp_path: Path) -> None:
-    compared = compare_layer(proof(), LAYER, steps_of(right_values(), tmp_path), {})
-    assert {one.measured.slot for one in compared} == set(ORDER)
-    assert len(compared) == len(STEPS) * len(ORDER)
+    compared = compare_layer(proof(), LAYER, [RankSteps(steps_of(right_values(), tmp_path), {})])
+    assert {one.measured.slot for one in compared} == set(VALUES)
+    assert len(compared) == len(STEPS) * len(VALUES)
     # The engine is the reference rounded, and a budget is four times what that does.
     assert max(one.measured.excess for one in compared) <= 0.5
     assert not named(right_values(), tmp_path)
@@ -133,7 +134,7 @@ def test_a_module_that_is_wrong_for_few_rows_is_named_with_them(module: str, tmp
 
 
 def behind(module: str) -> tuple[str, ...]:
-    return ORDER[ORDER.index(module) + 1 :]
+    return VALUES[VALUES.index(module) + 1 :]
 
 
 def propagated(values: Kept, modules: Sequence[str]) -> Kept:
@@ -156,7 +157,9 @@ def propagated(values: Kept, modules: Sequence[str]) -> Kept:
 def test_a_wrong_weight_is_named_in_every_step_with_what_ran(tmp_path: Path) -> None:
     values = propagated(right_values() | {"attn.wq_b": everywhere(right_values()["attn.wq_b"])}, behind("attn.wq_b"))
     steps = steps_of(values, tmp_path)
-    (failure,) = judge_values("layers.1", compare_layer(proof(), LAYER, steps, {"attn.wq_b": "SomeMethod"}))
+    (failure,) = judge_values(
+        "layers.1", compare_layer(proof(), LAYER, [RankSteps(steps, {"attn.wq_b": "SomeMethod"})])
+    )
     assert (failure.where, failure.kernel) == ("layers.1.attn.wq_b", "SomeMethod")
     assert "right in no step; worst: relative error 5" in failure.message
 
@@ -221,7 +224,7 @@ def test_an_fp8_product_may_round_its_input_and_the_report_says_how(
     rounding: bool | None, label: str, fp8_folder: Path, tmp_path: Path
 ) -> None:
     fp8 = Proof.of(fp8_folder, torch.bfloat16, CacheFormat.FP8)
-    compared = compare_layer(fp8, 0, fp8_step(fp8_folder, tmp_path, lambda y: y, rounding), {})
+    compared = compare_layer(fp8, 0, [RankSteps(fp8_step(fp8_folder, tmp_path, lambda y: y, rounding), {})])
     (product,) = [one.measured for one in compared if one.measured.slot == "attn.wq_b"]
     assert product.is_within
     assert product.kernel == label
@@ -231,6 +234,6 @@ def test_an_fp8_product_may_round_its_input_and_the_report_says_how(
 @pytest.mark.parametrize("rounding", [None, False, True])
 def test_a_factor_is_near_none_of_the_three(rounding: bool | None, fp8_folder: Path, tmp_path: Path) -> None:
     fp8 = Proof.of(fp8_folder, torch.bfloat16, CacheFormat.FP8)
-    compared = compare_layer(fp8, 0, fp8_step(fp8_folder, tmp_path, everywhere, rounding), {})
+    compared = compare_layer(fp8, 0, [RankSteps(fp8_step(fp8_folder, tmp_path, everywhere, rounding), {})])
     (product,) = [one.measured for one in compared if one.measured.slot == "attn.wq_b"]
     assert not product.is_within

@@ -98,10 +98,10 @@ def run_of(*steps: tuple[Mapping[str, int] | None, bool]) -> EngineRun:
     """steps: what the device ran, and whether Python ran."""
     planned = [Planned("decode", count + 1, {}, True) for count in range(len(steps))]
     seen = [
-        StepRun(plan, "graphs", {}, {}, (), from_python, kernels)
+        StepRun(plan, "graphs", {}, {}, (), from_python, 0, kernels)
         for plan, (kernels, from_python) in zip(planned, steps, strict=True)
     ]
-    return EngineRun(tuple(seen), (), (rank(),), {}, None, "")
+    return EngineRun((tuple(seen),), (), (rank(),), {}, None, "")
 
 
 def test_a_run_says_which_steps_graphs_replayed() -> None:

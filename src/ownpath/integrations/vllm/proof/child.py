@@ -40,7 +40,7 @@ def _run(asked: Mapping[str, Any], folder: Path, report: dict[str, Any]) -> None
 
     def keep(planned: Planned) -> None:
         taken = engine.take(planned.num_rows, f"{asked['how']}.{len(report['steps'])}")
-        report["steps"].append(asdict(planned) | {"how": asked["how"]} | taken)
+        report["steps"].append(asdict(planned) | {"how": asked["how"], "ranks": taken})
         report["during"] = f"the step after a {planned.kind} of {planned.num_rows} rows"
 
     driver = Driver(engine, asked["text"], asked["answers"], keep)
@@ -86,10 +86,9 @@ class TappedEngine:
         """Aborts a request."""
         self._engine.abort_request([sequence])
 
-    def take(self, num_rows: int, step: str) -> dict[str, Any]:
-        """Has the taps' values of the last step written to files."""
-        taken: dict[str, Any] = self._engine.collective_rpc("ownpath_take", args=(num_rows, self._folder, step))[0]
-        return taken
+    def take(self, num_rows: int, step: str) -> list[dict[str, Any]]:
+        """Has the taps' values of the last step written to files, by every rank."""
+        return list(self._engine.collective_rpc("ownpath_take", args=(num_rows, self._folder, step)))
 
     def walk(self) -> list[dict[str, Any]]:
         """Describes the modules of every worker."""

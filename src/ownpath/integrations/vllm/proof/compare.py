@@ -30,6 +30,7 @@ from ownpath.integrations.vllm.proof.reference import (
 )
 from ownpath.integrations.vllm.proof.rounded_inputs import ROUNDINGS, rounded_values
 from ownpath.integrations.vllm.proof.seen import StepRun
+from ownpath.integrations.vllm.proof.shares import WHOLE, LayerShare, whole_values
 from ownpath.integrations.vllm.proof.taps import Kept
 from ownpath.oracle.arithmetic import Arithmetic, OracleRun
 from ownpath.oracle.formulas import expert_scores
@@ -81,17 +82,38 @@ class Compared:
     measured: Measurement
 
 
-def compare_layer(proof: Proof, layer_idx: int, steps: Sequence[StepRun], kernels: Mapping[str, str]) -> list[Compared]:
-    """Compares every tapped value of a layer in every step that is judged, in the order in which they are made.
+@dataclass(frozen=True)
+class RankSteps:
+    """The steps of a run, as one rank saw them. share: of a layer. kernels: value of it -> what ran there."""
 
-    kernels: value -> what ran there. All steps' rows go through the reference together. A value that only some steps
-    have is compared in those alone.
+    steps: Sequence[StepRun]
+    kernels: Mapping[str, str]
+    share: LayerShare = WHOLE
+
+
+def compare_layer(proof: Proof, layer_idx: int, ranks: Sequence[RankSteps]) -> list[Compared]:
+    """Compares every tapped value of a layer in every step that is judged, rank by rank; returns them in the order in
+    which they are made.
+
+    All steps' rows go through the reference together. A value that only some steps have is compared in those alone.
     Errors: CheckpointError naming a tensor that cannot be read; ValueError for rows of nobody.
     """
-    tapped = [(step, step.layer(layer_idx)) for step in steps]
+    tapped: list[list[tuple[StepRun, Kept]]] = [[] for _ in ranks]
+    for step in zip(*(rank.steps for rank in ranks), strict=True):
+        whole = whole_values(proof.config, [seen.layer(layer_idx) for seen in step])
+        for own, seen, values in zip(tapped, step, whole, strict=True):
+            own.append((seen, values))
+    found = [one for rank, own in zip(ranks, tapped, strict=True) for one in _compare_rank(proof, layer_idx, rank, own)]
+    place = {name: idx for idx, name in enumerate(ORDER)}
+    return sorted(found, key=lambda compared: place[compared.measured.slot])
+
+
+def _compare_rank(
+    proof: Proof, layer_idx: int, rank: RankSteps, tapped: Sequence[tuple[StepRun, Kept]]
+) -> list[Compared]:
     common = set(tapped[0][1]).intersection(*(values for _, values in tapped[1:]))
-    comparison = _LayerProof(proof, layer_idx, kernels)
-    found = comparison.run(tapped, common, segments_of(steps))
+    comparison = _LayerProof(proof, layer_idx, rank)
+    found = comparison.run(tapped, common, segments_of(rank.steps))
     groups: dict[tuple[str, ...], list[tuple[StepRun, Kept]]] = {}
     for step, values in tapped:
         if step.is_judged and values.keys() - common:
@@ -99,39 +121,38 @@ def compare_layer(proof: Proof, layer_idx: int, steps: Sequence[StepRun], kernel
     done = {(id(compared.step), compared.measured.slot) for compared in found}
     for names, group in groups.items():
         found += [one for one in comparison.run(group, set(names)) if (id(one.step), one.measured.slot) not in done]
-    place = {name: idx for idx, name in enumerate(ORDER)}
-    return sorted(found, key=lambda compared: place[compared.measured.slot])
+    return found
 
 
 @dataclass(frozen=True)
 class _LayerProof:
     proof: Proof
     layer_idx: int
-    kernels: Mapping[str, str]
+    rank: RankSteps
 
     def run(
         self, tapped: Sequence[tuple[StepRun, Kept]], names: set[str], segments: Sequence[SequencePart] | None = None
     ) -> list[Compared]:
         """Compares the values that need ``names`` alone, which every step has. segments: of all steps there are;
         ``None`` where some are left out, so that nobody knows all keys of a sequence."""
-        proof, layer = self.proof, self.proof.layers[self.layer_idx]
+        proof, layer, share = self.proof, self.proof.layers[self.layer_idx], self.rank.share
         values = proof.moved({name: torch.cat([kept[name] for _, kept in tapped]) for name in names})
         engine = found_values(layer, proof.run(is_narrow=False), values)
-        references = {"": self._pair(lambda run: reference_values(layer, run, values, segments))}
+        references = {"": self._pair(lambda run: reference_values(layer, run, values, segments, share))}
         for label, is_power_of_two in ROUNDINGS.items():
-            references[label] = self._pair(partial(_rounded, layer, values, is_power_of_two))
+            references[label] = self._pair(partial(_rounded, layer, values, share, is_power_of_two))
         found, first = list[Compared](), 0
         for step, _ in tapped:
             rows = slice(first, first + step.num_rows)
             first = rows.stop
             for name in engine.keys() & references[""][0].keys() if step.is_judged else ():
-                value = engine[name]
+                cut = partial(_own_rows, share, name, engine[name].shape, rows)
                 pairs = {
-                    label: (wide[name].reshape(value.shape)[rows], narrow[name].reshape(value.shape)[rows])
+                    label: (cut(wide[name]), cut(narrow[name]))
                     for label, (wide, narrow) in references.items()
                     if name in wide
                 }
-                judged = self.judge(step, name, value[rows], pairs)
+                judged = self.judge(step, name, cut(engine[name]), pairs)
                 found += [] if judged is None else [judged]
         return found
 
@@ -158,12 +179,17 @@ class _LayerProof:
     def _measure(self, name: str, engine: Tensor, pair: tuple[Tensor, Tensor], label: str) -> Measurement:
         wide, narrow = pair
         budget = max(NOISE_FACTOR * distance(narrow, wide).rel_l2, float(torch.finfo(self.proof.dtype).eps) / 2)
-        kernel = ", ".join(filter(None, (self.kernels.get(name, ""), label)))
+        kernel = ", ".join(filter(None, (self.rank.kernels.get(name, ""), label)))
         return Measurement.of(self.layer_idx, name, (engine, wide), budget, kernel)
 
 
-def _rounded(layer: Layer, values: Kept, is_power_of_two: bool, run: OracleRun) -> Kept:
-    return rounded_values(layer, run, values, is_power_of_two)
+def _own_rows(share: LayerShare, name: str, shape: torch.Size, rows: slice, value: Tensor) -> Tensor:
+    """Returns a rank's part of a value in one step's rows."""
+    return share.cut(name, value.reshape(shape)[rows])
+
+
+def _rounded(layer: Layer, values: Kept, share: LayerShare, is_power_of_two: bool, run: OracleRun) -> Kept:
+    return rounded_values(layer, run, values, share, is_power_of_two)
 
 
 def segments_of(steps: Sequence[StepRun]) -> list[SequencePart]:
@@ -181,30 +207,47 @@ def segments_of(steps: Sequence[StepRun]) -> list[SequencePart]:
     return found
 
 
-def compare_ends(proof: Proof, steps: Sequence[StepRun], kernels: Mapping[str, str]) -> list[Compared]:
-    """Compares the embedding, the last boundary with its norm, and the logits, step by step. Errors:
-    CheckpointError."""
+def compare_ends(proof: Proof, ranks: Sequence[RankSteps]) -> list[Compared]:
+    """Compares the embedding, the last boundary with its norm, and the logits, step by step: of each rank its rows of
+    the vocabulary. Errors: CheckpointError."""
     found = list[Compared]()
-    comparison = _LayerProof(proof, proof.config.num_hidden_layers - 1, kernels)
-    judged = [(step, proof.moved(step.ends())) for step in steps if step.is_judged]
-    logits = _logits(proof, [ends["head.in"] for _, ends in judged if "head.in" in ends])
-    for step, ends in judged:
-        last, engine = proof.moved(step.layer(comparison.layer_idx)), found_ends(ends)
-        wide, narrow = (reference_ends(proof.run(is_narrow=is_narrow), ends, last) for is_narrow in (False, True))
-        pairs = {name: (wide[name], narrow[name]) for name in wide}
-        if "head.in" in ends:
-            pairs["head"] = next(logits)
-        for name in engine.keys() & pairs.keys():
-            compared = comparison.judge(step, name, engine[name], {"": pairs[name]})
-            found += [] if compared is None else [compared]
+    comparisons = [_LayerProof(proof, proof.config.num_hidden_layers - 1, rank) for rank in ranks]
+    steps = [step for step in zip(*(rank.steps for rank in ranks), strict=True) if step[0].is_judged]
+    judged = [(step, [proof.moved(seen.ends()) for seen in step]) for step in steps]
+    logits = _logits(proof, [ends["head.in"] for _, all_ends in judged for ends in all_ends if "head.in" in ends])
+    for step, all_ends in judged:
+        tapped = next(({"head": ends["head"]} for ends in all_ends if "head" in ends), {})  # maybe of one rank alone
+        for comparison, seen, own in zip(comparisons, step, all_ends, strict=True):
+            ends, last = own | tapped, proof.moved(seen.layer(comparison.layer_idx))
+            engine = found_ends(ends)
+            wide, narrow = (reference_ends(proof.run(is_narrow=is_narrow), ends, last) for is_narrow in (False, True))
+            pairs = {name: (wide[name], narrow[name]) for name in wide}
+            if "head.in" in ends:
+                pairs["head"] = next(logits)
+            for name in engine.keys() & pairs.keys():
+                cut = partial(_own_vocabulary, proof, comparison.rank.share, name, ends)
+                pair = cut(pairs[name][0]), cut(pairs[name][1])
+                compared = comparison.judge(seen, name, cut(engine[name]), {"": pair})
+                found += [] if compared is None else [compared]
     return found
 
 
 def _logits(proof: Proof, inputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the logits of each step's rows, wide and rounded."""
+    """Yields the logits of each step's rows on each rank, wide and rounded."""
     if inputs:
         wide, narrow = (reference_logits(proof.run(is_narrow=is_narrow), inputs) for is_narrow in (False, True))
         yield from zip(wide, narrow, strict=True)
+
+
+def _own_vocabulary(proof: Proof, share: LayerShare, name: str, ends: Kept, value: Tensor) -> Tensor:
+    """Returns the part of a value that comes from this rank's rows of the vocabulary; NaN in the rows of others."""
+    own = share.vocabulary(proof.config.vocab_size)
+    if share.is_whole or name not in ("embed", "head"):
+        return value
+    if name == "head":
+        return value[:, own]
+    ids_T = ends["token_ids"]
+    return torch.where(((ids_T >= own.start) & (ids_T < own.stop))[:, None], value, torch.nan)
 
 
 def count_wrong_choices(proof: Proof, layer_idx: int, step: StepRun) -> Mapping[str, int]:

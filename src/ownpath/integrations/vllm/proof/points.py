@@ -48,6 +48,7 @@ POINTS = (
     Point(f"{_FFN}.experts.routed_experts", "forward_modular", takes=("x", "topk_weights", "topk_ids")),
     Point(f"{_FFN}.experts.routed_experts", "forward_monolithic", takes=("x",)),
     *(Point(f"{_LAYER}.{path}", takes=("in",)) for path in PRODUCTS),
+    Point(f"{_ATTN}.wo_b", "apply", holder="quant_method"),  # what a rank adds to the sum over ranks
 )
 
 _OF_LAYER = MappingProxyType(
@@ -70,6 +71,7 @@ _OF_LAYER = MappingProxyType(
         "attn.forward_mqa:output": "attn.core",
         "attn.forward_mqa:topk_indices_buffer": "attn.entry_ids",
         "attn._o_proj:o": "attn.o",
+        "attn.wo_b.apply:out": "attn.wo_b.part",
         "attn.compressor.forward:kv_score": "attn.compressor.wkv_wgate",
         "attn.indexer.compressor.forward:kv_score": "attn.indexer.compressor.wkv_wgate",
         "ffn.forward:hidden_states": "ffn.in",

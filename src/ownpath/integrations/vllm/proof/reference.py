@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ownpath.config import CSA_RATIO, Layer
+from ownpath.integrations.vllm.proof.shares import WHOLE, LayerShare
 from ownpath.oracle.arithmetic import OracleRun
 from ownpath.oracle.attention import attend, entries_of, in_cache, norm_heads, project_groups
 from ownpath.oracle.experts import route, routed_experts
@@ -35,6 +36,7 @@ ORDER = (
     "attn.core",
     "attn.wo_a",
     "attn.wo_b",
+    "attn.wo_b.sum",
     "hc_ffn.x",
     "hc_ffn.h",
     "ffn.gate",
@@ -46,7 +48,8 @@ ORDER = (
     "ffn.sum",
     "out",
 )
-"""A layer's values in the order in which they are made."""
+"""A layer's values in the order in which they are made; ``attn.wo_b.sum`` is the sum over ranks, where there are
+several."""
 DENSE = MappingProxyType(
     {
         "attn.wqa_wkv": ("wq_a", "wkv"),
@@ -58,6 +61,8 @@ DENSE = MappingProxyType(
     }
 )
 """Products of rows -> the matrices side by side, by their names beside each other."""
+SUMMED = ("attn.wo_b", "ffn.shared_experts.w2")
+"""Products of which each rank computes a part of the sum."""
 
 
 @dataclass(frozen=True)
@@ -87,20 +92,22 @@ def found_values(layer: Layer, run: OracleRun, v: TapValues) -> dict[str, Tensor
     found |= {name: v[key] for name, key in renamed.items() if key in v}
     if "leave.residual" in v:
         found["hc_ffn.x"] = v["leave.residual"]
+    if "attn.wo_b.part" in v and "attn.wo_b.sum.parts" in v:
+        found |= {"attn.wo_b": v["attn.wo_b.part"], "attn.wo_b.sum": v["attn.wo_b"]}
     if "leave.x" in v:
         found["out"] = _streams(v, "leave", config.hc_mult)
     return found
 
 
 def reference_values(
-    layer: Layer, run: OracleRun, v: TapValues, segments: Sequence[SequencePart] | None
+    layer: Layer, run: OracleRun, v: TapValues, segments: Sequence[SequencePart] | None, share: LayerShare = WHOLE
 ) -> dict[str, Tensor]:
     """Computes the values that can be computed from what was tapped. segments: ``None``: no sequence is whole, so that
-    nothing can be said of attention."""
+    nothing can be said of attention. share: of the rank; what it adds to a sum is its part alone."""
     wide = {name: value.to(run.stored.dtype) if value.is_floating_point() else value for name, value in v.items()}
     made: dict[str, Tensor] = {}
     for part in (_boundaries, _projections, _attention, _feed_forward):
-        made |= dict(part(layer, run, wide, segments))
+        made |= dict(part(layer, run, wide, segments, share))
     return made
 
 
@@ -116,7 +123,7 @@ def _streams(v: TapValues, side: str, num_streams: int) -> Tensor:
     return x[:, None].repeat(1, num_streams, 1) if x.ndim == 2 else x
 
 
-def _boundaries(layer: Layer, run: OracleRun, v: TapValues, _: Sequence[SequencePart] | None) -> Made:
+def _boundaries(layer: Layer, run: OracleRun, v: TapValues, *_: object) -> Made:
     if "enter.x" not in v:
         return
     streams = run.config.hc_mult
@@ -144,12 +151,18 @@ def _mixing(run: OracleRun, slot: str, x_TSD: Tensor) -> tuple[Mixing, Tensor]:
     return mixing, mixing.logits(x_TSD)
 
 
-def _projections(layer: Layer, run: OracleRun, v: TapValues, _: Sequence[SequencePart] | None) -> Made:
+def _projections(
+    layer: Layer, run: OracleRun, v: TapValues, _: Sequence[SequencePart] | None, share: LayerShare
+) -> Made:
     """Products, and the norms between them; the products of compressors read what the attention gets."""
     name = f"{layer.name}.attn"
     for slot in DENSE:
         if f"{slot}.in" in v:
-            yield slot, run.linear(f"{layer.name}.{slot}", v[f"{slot}.in"], *modules_in(layer, slot))
+            x = v[f"{slot}.in"]
+            x = share.only(x) if slot in SUMMED else x
+            yield slot, run.linear(f"{layer.name}.{slot}", x, *modules_in(layer, slot))
+    if "attn.wo_b.sum.parts" in v:
+        yield "attn.wo_b.sum", run.arithmetic.round(v["attn.wo_b.sum.parts"])
     if "attn.indexer.weights_proj.in" in v:
         slot = f"{name}.indexer.weights_proj"
         yield "attn.indexer.weights_proj", run.linear(slot, v["attn.indexer.weights_proj.in"], slot)
@@ -164,7 +177,9 @@ def _projections(layer: Layer, run: OracleRun, v: TapValues, _: Sequence[Sequenc
         yield "attn.kv_norm", run.norm(f"{name}.kv_norm", kv, f"{name}.kv_norm.weight")
 
 
-def _attention(layer: Layer, run: OracleRun, v: TapValues, segments: Sequence[SequencePart] | None) -> Made:
+def _attention(
+    layer: Layer, run: OracleRun, v: TapValues, segments: Sequence[SequencePart] | None, _: LayerShare
+) -> Made:
     config, name = run.config, f"{layer.name}.attn"
     heads = (config.num_attention_heads, config.head_dim)
     if "attn.wq_b" in v and "positions" in v:
@@ -223,7 +238,9 @@ def chosen_entries(ids_TK: Tensor, num_entries: int) -> Tensor:
     return chosen.scatter_(1, ids_TK, True)[:, :num_entries]
 
 
-def _feed_forward(layer: Layer, run: OracleRun, v: TapValues, _: Sequence[SequencePart] | None) -> Made:
+def _feed_forward(
+    layer: Layer, run: OracleRun, v: TapValues, _: Sequence[SequencePart] | None, share: LayerShare
+) -> Made:
     name, config = f"{layer.name}.ffn", run.config
     if "ffn.gate.in" in v:
         yield "ffn.gate", run.linear(f"{name}.gate", v["ffn.gate.in"], f"{name}.gate")
@@ -233,12 +250,16 @@ def _feed_forward(layer: Layer, run: OracleRun, v: TapValues, _: Sequence[Sequen
         yield "ffn.router.weights", weights_TK
         if "ffn.experts.in" in v:
             weights_TK = v.get("ffn.router.weights", weights_TK)
-            y_TD = routed_experts(run, name, v["ffn.experts.in"], ids_TK.long(), weights_TK)
+            if share.experts is not None:
+                weights_TK = weights_TK * torch.isin(ids_TK, torch.tensor(sorted(share.experts), device=ids_TK.device))
+            y_TD = routed_experts(run, name, v["ffn.experts.in"], ids_TK.long(), weights_TK, share.only_width)
             yield "ffn.experts", run.arithmetic.round(y_TD)
     if "ffn.shared_experts.w13" in v:
         gate, up = v["ffn.shared_experts.w13"].chunk(2, -1)
         yield "ffn.shared_experts.swiglu", run.arithmetic.round(swiglu(gate, up, config.swiglu_limit))
-    if "ffn.experts" in v and "ffn.shared_experts.w2" in v:
+    if "ffn.sum.parts" in v:
+        yield "ffn.sum", run.arithmetic.round(v["ffn.sum.parts"])
+    elif "ffn.experts" in v and "ffn.shared_experts.w2" in v:
         yield "ffn.sum", run.arithmetic.round(v["ffn.experts"] + v["ffn.shared_experts.w2"])
 
 

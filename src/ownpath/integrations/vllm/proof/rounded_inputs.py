@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ownpath.config import Layer
 from ownpath.formats import FP8_BLOCK
-from ownpath.integrations.vllm.proof.reference import DENSE, TapValues, attention_rows, modules_in
+from ownpath.integrations.vllm.proof.reference import DENSE, SUMMED, TapValues, attention_rows, modules_in
+from ownpath.integrations.vllm.proof.shares import LayerShare
 from ownpath.oracle.arithmetic import OracleRun
 from ownpath.oracle.attention import project_groups
 from ownpath.oracle.formats import fp8
@@ -23,17 +24,22 @@ ROUNDINGS = MappingProxyType({"E4M3 inputs": False, "E4M3 inputs, powers of two"
 _BLOCK = 128
 
 
-def rounded_values(layer: Layer, run: OracleRun, v: TapValues, is_power_of_two: bool) -> dict[str, Tensor]:
+def rounded_values(
+    layer: Layer, run: OracleRun, v: TapValues, share: LayerShare, is_power_of_two: bool
+) -> dict[str, Tensor]:
     """Computes the products of a layer's FP8 weights, each from its own input in E4M3 with a scale for 128 values."""
     wide = {name: value.to(run.stored.dtype) if value.is_floating_point() else value for name, value in v.items()}
-    return dict(_products(layer, run, wide, is_power_of_two))
+    return dict(_products(layer, run, wide, share, is_power_of_two))
 
 
-def _products(layer: Layer, run: OracleRun, v: TapValues, is_power_of_two: bool) -> Iterator[tuple[str, Tensor]]:
+def _products(
+    layer: Layer, run: OracleRun, v: TapValues, share: LayerShare, is_power_of_two: bool
+) -> Iterator[tuple[str, Tensor]]:
     for slot in DENSE:
         modules = modules_in(layer, slot)
         if f"{slot}.in" in v and all(_is_fp8(run, module) for module in modules):
-            yield slot, run.linear(f"{layer.name}.{slot}", _rounded(v[f"{slot}.in"], is_power_of_two), *modules)
+            x = _rounded(v[f"{slot}.in"], is_power_of_two)
+            yield slot, run.linear(f"{layer.name}.{slot}", share.only(x) if slot in SUMMED else x, *modules)
     rows = attention_rows(layer, run, v)
     if rows is not None and _is_fp8(run, f"{layer.name}.attn.wo_a"):
         yield "attn.wo_a", project_groups(run, f"{layer.name}.attn", _rounded(rows, is_power_of_two)).flatten(1)

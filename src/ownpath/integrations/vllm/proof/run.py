@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,9 +20,17 @@ from ownpath.files import read_bytes
 from ownpath.finding import Finding, Verdict
 from ownpath.formats import CacheFormat
 from ownpath.integrations.vllm.proof import findings
-from ownpath.integrations.vllm.proof.compare import Compared, Proof, compare_ends, compare_layer, count_wrong_choices
+from ownpath.integrations.vllm.proof.compare import (
+    Compared,
+    Proof,
+    RankSteps,
+    compare_ends,
+    compare_layer,
+    count_wrong_choices,
+)
 from ownpath.integrations.vllm.proof.points import ENDS_MODULES, modules_of
 from ownpath.integrations.vllm.proof.seen import EngineRun
+from ownpath.integrations.vllm.proof.shares import LayerShare
 from ownpath.integrations.vllm.proof.steps import FIRST_LENGTH, KINDS, ROWS
 from ownpath.integrations.vllm.proof.walk import kernels_of
 from ownpath.terminal.progress import Progress
@@ -159,7 +167,8 @@ def _stage(name: str, job: VllmJob, run: EngineRun) -> StageResult:
     with Progress("comparing") as progress:
         for part in _compare(job, run, progress):
             if isinstance(part, Compared):
-                measured.append(replace(part.measured, run=part.step.name))
+                several = f", rank {part.step.rank}" * (len(run.by_rank) > 1)
+                measured.append(replace(part.measured, run=part.step.name + several))
             else:
                 found.append(part)
     found += [*findings.judge_walk(run), *findings.judge_taps(run), *findings.judge_device(run)]
@@ -170,26 +179,35 @@ def _compare(job: VllmJob, run: EngineRun, progress: Progress) -> Iterator[Compa
     """Yields what was compared, layer by layer, and its findings."""
     if not any(step.is_judged for step in run.steps):
         return
-    ranks = run.facts["tensor_parallel_size"] * run.facts["pipeline_parallel_size"]
-    if ranks > 1:
-        message = f"values are compared on one rank alone; there are {ranks}, of which each was walked"
+    if run.facts["pipeline_parallel_size"] > 1:
+        message = "values are compared where every rank has every layer, not with pipeline parallelism; each was walked"
         yield Finding("VE01", "values", Verdict.SKIPPED, message)
         return
     cache = CacheFormat.FP8 if run.facts["cache_dtype"].startswith("fp8") else CacheFormat.BF16
     proof = Proof.of(job.folder, _dtype(run.facts), cache, "cuda" if torch.cuda.is_available() else "cpu")
-    modules = run.ranks[0]["modules"] if run.ranks else {}
     layer_ids = sorted(job.layers) if job.layers is not None else range(proof.config.num_hidden_layers)
     for done, layer_idx in enumerate(layer_ids):
         progress(done, len(layer_ids), f"layers.{layer_idx}")
-        compared = compare_layer(proof, layer_idx, run.steps, kernels_of(modules, modules_of(layer_idx)))
+        compared = compare_layer(proof, layer_idx, _ranks(run, modules_of(layer_idx)))
         yield from compared
-        yield from findings.judge_values(f"layers.{layer_idx}", compared)
-        steps = [step for step in run.steps if step.is_judged]
+        yield from findings.judge_values(f"layers.{layer_idx}", compared, len(run.by_rank))
+        steps = [step for steps in run.by_rank for step in steps if step.is_judged]
         counts = [(step, count_wrong_choices(proof, layer_idx, step)) for step in steps]
-        yield from findings.judge_choices(f"layers.{layer_idx}", counts)
-    ends = compare_ends(proof, run.steps, kernels_of(modules, ENDS_MODULES))
+        yield from findings.judge_choices(f"layers.{layer_idx}", counts, len(run.by_rank))
+    ends = compare_ends(proof, _ranks(run, ENDS_MODULES))
     yield from ends
-    yield from findings.judge_values("ends", ends)
+    yield from findings.judge_values("ends", ends, len(run.by_rank))
+
+
+def _ranks(run: EngineRun, paths: Mapping[str, str]) -> list[RankSteps]:
+    """Returns each rank's steps, and what it has of one layer. paths: value -> the module that makes it."""
+    walks, found = {rank["rank"]: rank["modules"] for rank in run.ranks}, []
+    for steps in run.by_rank:
+        modules = walks.get(steps[0].rank, {})
+        share = LayerShare.of(steps[0].rank, len(run.by_rank), modules.get(paths.get("ffn.experts", "")))
+        kernels = kernels_of(modules, paths) | {"attn.wo_b.sum": "all-reduce"}
+        found.append(RankSteps(steps, kernels, share))
+    return found
 
 
 def _ran(run: EngineRun) -> Iterator[RanSlot]:

@@ -16,7 +16,7 @@ ENDS = "ends"
 
 @dataclass(frozen=True)
 class StepRun:
-    """One step that the engine ran. how: eager or graphs. files: of a layer, or of the model's ends.
+    """One step that the engine ran, as one rank saw it. how: eager or graphs. files: of a layer, or of the ends.
 
     missed: why a tap could not copy, by its key. unwritten: taps whose buffer the step did not fill. from_python: False
     where a replayed graph filled them. kernels: how often the device ran each, by name; ``None``: not recorded.
@@ -28,6 +28,7 @@ class StepRun:
     missed: Mapping[str, str]
     unwritten: tuple[str, ...]
     from_python: bool
+    rank: int = 0
     kernels: Mapping[str, int] | None = None
 
     @property
@@ -67,10 +68,10 @@ class StepRun:
 
 @dataclass(frozen=True)
 class EngineRun:
-    """A whole run. refused: sentences about steps that the engine cannot run in one piece. error: how it ended early;
-    during: what it was about to run then."""
+    """A whole run. by_rank: of each rank, the steps. refused: sentences about steps that the engine cannot run in one
+    piece. error: how it ended early; during: what it was about to run then."""
 
-    steps: tuple[StepRun, ...]
+    by_rank: tuple[tuple[StepRun, ...], ...]
     refused: tuple[str, ...]
     ranks: tuple[dict[str, Any], ...]
     facts: Mapping[str, Any]
@@ -80,18 +81,21 @@ class EngineRun:
     @classmethod
     def of(cls, folder: Path, report: Mapping[str, Any]) -> "EngineRun":
         """Reads ``run.json``'s content."""
-        steps = tuple(_step(folder, fields) for fields in report["steps"])
+        steps = [[_step(folder, fields, seen) for seen in fields["ranks"]] for fields in report["steps"]]
         told = report["error"], report["during"]
-        return cls(steps, tuple(report["refused"]), tuple(report["ranks"]), report["engine"], *told)
+        return cls(
+            tuple(zip(*steps, strict=True)), tuple(report["refused"]), tuple(report["ranks"]), report["engine"], *told
+        )
+
+    @property
+    def steps(self) -> tuple[StepRun, ...]:
+        """The steps of the first rank: of the same rows as every other's."""
+        return self.by_rank[0] if self.by_rank else ()
 
 
-def _step(folder: Path, fields: Mapping[str, Any]) -> StepRun:
+def _step(folder: Path, fields: Mapping[str, Any], seen: Mapping[str, Any]) -> StepRun:
     rows = {name: (start, tuple(ids)) for name, (start, ids) in fields["rows"].items()}
     planned = Planned(fields["kind"], fields["num_rows"], rows, fields["is_judged"])
-    files = {part: folder / name for part, name in fields["files"].items()}
-    unwritten = tuple(fields.get("unwritten", ()))
-    return StepRun(planned, fields["how"], files, fields["missed"], unwritten, *_ran(fields))
-
-
-def _ran(fields: Mapping[str, Any]) -> tuple[bool, Mapping[str, int] | None]:
-    return fields.get("from_python", True), fields.get("kernels")
+    files = {part: folder / name for part, name in seen["files"].items()}
+    unwritten, ran = tuple(seen["unwritten"]), (seen["from_python"], seen["rank"], seen.get("kernels"))
+    return StepRun(planned, fields["how"], files, seen["missed"], unwritten, *ran)

@@ -1,6 +1,6 @@
 """Taps on the modules of a running model: each enqueues copies of a call's tensors into buffers of its own.
 
-A tap replaces a method of one module object by a function that calls it. Before the call it copies what goes in, after
+A tap replaces a method of one object by a function that calls it. Before the call it copies what goes in, after
 it what came out; both copies are ``copy_`` into memory that was there before, on the stream of the call. So a CUDA
 graph that is captured with taps holds the copies too, and every replay fills the same buffers, although no Python runs
 then.
@@ -26,10 +26,10 @@ Kept = dict[str, torch.Tensor]
 class Point:
     """A place to tap: modules by their path (``*`` stands for one part of it), and the method that is called.
 
-    takes: parameters whose tensors are copied before the call; ``in`` is the first tensor, whatever its name. changes:
-    parameters that the call writes into, copied after it. keeps: attributes of the module that hold tensors after the
-    call, of which as many rows are copied as the call has. returns: names of the results, in order. What is ``None`` or
-    no tensor is left out.
+    holder: the module's attribute whose method it is, where it is not the module's own. takes: parameters whose tensors
+    are copied before the call; ``in`` is the first tensor, whatever its name. changes: parameters that the call writes
+    into, copied after it. keeps: attributes of the method's owner that hold tensors after the call, of which as many
+    rows are copied as the call has. returns: names of the results, in order. What is ``None`` or no tensor is left out.
     """
 
     path: str
@@ -38,6 +38,12 @@ class Point:
     changes: tuple[str, ...] = ()
     keeps: tuple[str, ...] = ()
     returns: tuple[str, ...] = ("out",)
+    holder: str = ""
+
+    def owner(self, module: torch.nn.Module) -> object:
+        """Returns the object whose method is called; ``None`` where the module has none."""
+        owner: object = getattr(module, self.holder, None) if self.holder else module
+        return owner if hasattr(owner, self.method) else None
 
     def matches(self, path: str) -> bool:
         """True for a path of as many parts, each of which fits."""
@@ -70,9 +76,10 @@ class Taps:
         modules = dict(root.named_modules())
         self._removers.append(root.register_forward_pre_hook(self._begin_forward).remove)
         for point in points:
-            found = [path for path in modules if point.matches(path) and hasattr(modules[path], point.method)]
-            for path in found:
-                self._wrap(modules[path], path, point)
+            found = {path: point.owner(module) for path, module in modules.items() if point.matches(path)}
+            found = {path: owner for path, owner in found.items() if owner is not None}
+            for path, owner in found.items():
+                self._wrap(owner, path, point)
             self.absent += [] if found else [f"{point.path}.{point.method}"]
 
     def remove(self) -> None:
@@ -108,8 +115,8 @@ class Taps:
         self.calls.clear()
         self.has_run = True
 
-    def _wrap(self, module: torch.nn.Module, path: str, point: Point) -> None:
-        original: Callable[..., Any] = getattr(module, point.method)
+    def _wrap(self, owner: object, path: str, point: Point) -> None:
+        original: Callable[..., Any] = getattr(owner, point.method)
         signature, name = inspect.signature(original), f"{path}.{point.method}"
 
         def tapped(*args: Any, **kwargs: Any) -> Any:
@@ -122,15 +129,15 @@ class Taps:
             result = original(*args, **kwargs)
             self._keep_all(name, suffix, {part: bound.get(part) for part in point.changes})
             first = bound["in"]
-            held = {part: getattr(module, part, None) for part in point.keeps}
+            held = {part: getattr(owner, part, None) for part in point.keeps}
             held = {part: value[: len(first)] for part, value in held.items() if value is not None}
             self._keep_all(name, suffix, held)
             results = result if isinstance(result, tuple | list) else (result,)
             self._keep_all(name, suffix, dict(zip(point.returns, results, strict=False)))
             return result
 
-        setattr(module, point.method, tapped)
-        self._removers.append(lambda: delattr(module, point.method))
+        setattr(owner, point.method, tapped)
+        self._removers.append(lambda: delattr(owner, point.method))
 
     def _keep_all(self, name: str, suffix: str, values: Mapping[str, Any]) -> None:
         for part, value in values.items():

@@ -26,7 +26,7 @@ def _describe(module: torch.nn.Module) -> ModuleFacts | None:
         found["parameters"] = sorted(
             name for name, tensor in module.named_parameters(recurse=False) if tensor.numel() and tensor.ndim > 1
         )
-        return found | _own(method)
+        return found | _held_experts(module) | _own(method)
     backend = getattr(module, "backend_cls", None)
     if backend is not None:
         return {"class": type(module).__name__, "method": backend.__name__, "chose": []}
@@ -47,6 +47,17 @@ def _chosen(method: object) -> Iterator[str]:
 def _named(value: object) -> str:
     inner = getattr(value, "fused_experts", None)
     return type(value if inner is None else inner).__name__
+
+
+def _held_experts(module: Any) -> ModuleFacts:
+    """Returns which experts a module has, by their ids in the checkpoint, and its place among those that cut their
+    width; nothing for a module without experts."""
+    config = getattr(module, "moe_config", None)
+    if config is None:
+        return {}
+    find, ranks = module._map_global_expert_id_to_local_expert_id, config.moe_parallel_config
+    held = [expert for expert in range(config.num_experts) if find(expert) >= 0]
+    return {"experts": held, "width": [ranks.tp_rank, ranks.tp_size]}
 
 
 def _own(method: Any) -> ModuleFacts:

@@ -58,7 +58,7 @@ class TappedLoader(DefaultModelLoader):  # type: ignore[misc]
 
 
 class ProofWorker:
-    """The calls that the driver makes in every worker. Only rank 0 writes values."""
+    """The calls that the driver makes in every worker."""
 
     rank: int
     _ownpath_record: DeviceRecord | None = None
@@ -72,24 +72,23 @@ class ProofWorker:
             self._ownpath_record.start()
 
     def ownpath_take(self, num_rows: int, folder: str, step: str) -> dict[str, Any]:
-        """Writes what the step's taps hold, a file for each layer; returns their names and which taps were missed."""
+        """Writes what the step's taps hold on this rank, a file for each layer; returns their names and which taps were
+        missed."""
         taps, kernels = self._ownpath_taps, None
         if self._ownpath_record is not None:
             kernels = dict(Counter(launch.kernel[:_NAME_LENGTH] for launch in self._ownpath_record.stop()))
             self._ownpath_record = None
-        if self.rank:
-            return {"files": {}, "missed": taps.missed, "kernels": kernels}
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         parts: dict[str, dict[str, torch.Tensor]] = {}
         for key, value in taps.take(num_rows).items():
             layer = layer_of(key)
             parts.setdefault(ENDS if layer is None else str(layer), {})[key] = value.contiguous()
-        files = {part: f"{step}.{part}.safetensors" for part in parts}
+        files = {part: f"{step}.{part}.rank{self.rank}.safetensors" for part in parts}
         for part, tensors in parts.items():
             write_shard(Path(folder, files[part]), tensors, {})
         unwritten = sorted(set(taps.buffers) - {key for tensors in parts.values() for key in tensors})
-        told = {"files": files, "missed": taps.missed, "unwritten": unwritten}
+        told = {"rank": self.rank, "files": files, "missed": taps.missed, "unwritten": unwritten}
         return told | {"from_python": taps.has_run, "kernels": kernels}
 
     def ownpath_walk(self) -> dict[str, Any]:
