@@ -13,10 +13,14 @@ from ownpath.assembly import load_part
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.config import EngineConfig, ModelConfig
 from ownpath.formats import CacheFormat
+from ownpath.model.build import ALONE
 from ownpath.model.model import Model
 from ownpath.official import PLAIN, Step
 from ownpath.plan.plan import Plan, make_plan
 from ownpath.plan.select import Caps, Demands
+from ownpath.plan.sharding import ShardingError
+from ownpath.plan.tiling import tiling_faults
+from ownpath.ranks.peers import Peers
 from ownpath.weights.load import find_lossless_casts
 from ownpath.weights.readers import LoadProgress
 
@@ -94,17 +98,43 @@ def plan_model(
     return planned(folder, engine_config, caps)[0]
 
 
-def load_model(folder: Path, engine_config: EngineConfig, progress: LoadProgress | None = None) -> Model:
+def planned_ranks(
+    folder: Path, engine_config: EngineConfig, caps: Caps | None = None
+) -> tuple[list[Plan], CheckpointIndex]:
+    """Returns the plans of all ranks that run the checkpoint together, and its index, from headers alone.
+
+    Errors: as ``planned``; ShardingError naming a tensor that the ranks together do not hold.
+    """
+    parallel = engine_config.parallel
+    first, index = planned(folder, replace(engine_config, parallel=replace(parallel, rank=0)), caps)
+    others = (replace(parallel, rank=rank) for rank in range(1, parallel.size))
+    drafts = engine_config.loads_draft
+    plans = [first]
+    plans += (make_plan(first.config, index, first.caps, first.demands, loads_draft=drafts, parallel=r) for r in others)
+    faults = tiling_faults(plans)
+    if faults:
+        raise ShardingError(f"{faults[0]}; {len(faults)} tensors are not held as they should")
+    return plans, index
+
+
+def load_model(
+    folder: Path, engine_config: EngineConfig, progress: LoadProgress | None = None, peers: Peers | None = None
+) -> Model:
     """Loads the checkpoint in ``folder`` as its plan says.
 
-    progress: called a few times a second with the bytes loaded and their total.
+    progress: called a few times a second with the bytes loaded and their total. peers: the ranks that run the model
+    together, as many as ``engine_config.parallel`` says; each of them loads its part.
     Errors: ConfigError, CheckpointError or PlanError (all ValueError), naming the file, field, tensor or op.
     """
+    parallel, peers = engine_config.parallel, peers or ALONE
+    if (peers.rank, peers.size) != (parallel.rank, parallel.size):
+        wanted, found = f"rank {parallel.rank} of {parallel.size}", f"rank {peers.rank} of {peers.size}"
+        raise ValueError(f"the settings are those of {wanted}, and this is {found}")
     plan, index = planned(folder, engine_config)
     if engine_config.max_model_len > plan.config.max_position_embeddings:
         limit = f"max_position_embeddings {plan.config.max_position_embeddings}"
         raise ValueError(f"max_model_len {engine_config.max_model_len} exceeds {folder / 'config.json'}: {limit}")
-    part = load_part(plan, index, engine_config, progress)
+    part = load_part(plan, index, engine_config, progress, peers=peers)
     casts, contradictions = part.weights.lossless_casts, plan.contradictions
     return replace(part.builder.model(), lossless_casts=casts, contradictions=contradictions)
 
