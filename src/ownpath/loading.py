@@ -16,11 +16,13 @@ from ownpath.formats import CacheFormat
 from ownpath.model.build import ALONE
 from ownpath.model.model import Model
 from ownpath.official import PLAIN, Step
+from ownpath.plan.facts import rank_facts
 from ownpath.plan.plan import Plan, make_plan
 from ownpath.plan.select import Caps, Demands
 from ownpath.plan.sharding import ShardingError
 from ownpath.plan.tiling import tiling_faults
 from ownpath.ranks.peers import Peers
+from ownpath.ranks.start import phase, require_same
 from ownpath.weights.load import find_lossless_casts
 from ownpath.weights.readers import LoadProgress
 
@@ -30,14 +32,15 @@ def default_model_dir() -> Path:
     return Path(str(files("ownpath"))) / "assets" / "tiny-v4"
 
 
-def leave_a_core() -> None:
-    """Limits torch to all cores but one (at least one), for the whole process; entry points call it once.
+def leave_a_core(num_ranks: int = 1) -> None:
+    """Limits torch to all cores but one (at least one), for the whole process; entry points call it once. Ranks of one
+    host share them.
 
     Torch's threads spin while they wait for each other. With as many threads as cores, any other running code (the
     HTTP server, another process) stalls all of them: on two cores, decode of the embedded model fell from 39 to
     7 tokens/s.
     """
-    torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
+    torch.set_num_threads(max(1, ((os.cpu_count() or 2) - 1) // num_ranks))
 
 
 def device_caps(device: str) -> Caps:
@@ -124,17 +127,22 @@ def load_model(
 
     progress: called a few times a second with the bytes loaded and their total. peers: the ranks that run the model
     together, as many as ``engine_config.parallel`` says; each of them loads its part.
-    Errors: ConfigError, CheckpointError or PlanError (all ValueError), naming the file, field, tensor or op.
+    Errors: ConfigError, CheckpointError or PlanError (all ValueError), naming the file, field, tensor or op; RankFailed
+        with another rank's; RanksDiffer naming a rank that is about to run something else.
     """
     parallel, peers = engine_config.parallel, peers or ALONE
     if (peers.rank, peers.size) != (parallel.rank, parallel.size):
         wanted, found = f"rank {parallel.rank} of {parallel.size}", f"rank {peers.rank} of {peers.size}"
         raise ValueError(f"the settings are those of {wanted}, and this is {found}")
-    plan, index = planned(folder, engine_config)
-    if engine_config.max_model_len > plan.config.max_position_embeddings:
-        limit = f"max_position_embeddings {plan.config.max_position_embeddings}"
-        raise ValueError(f"max_model_len {engine_config.max_model_len} exceeds {folder / 'config.json'}: {limit}")
-    part = load_part(plan, index, engine_config, progress, peers=peers)
+    with phase(peers, "plan"):
+        plan, index = planned(folder, engine_config)
+        if engine_config.max_model_len > plan.config.max_position_embeddings:
+            limit = f"max_position_embeddings {plan.config.max_position_embeddings}"
+            raise ValueError(f"max_model_len {engine_config.max_model_len} exceeds {folder / 'config.json'}: {limit}")
+    if peers.size > 1:
+        require_same(peers, rank_facts(plan, index))
+    with phase(peers, "load"):
+        part = load_part(plan, index, engine_config, progress, peers=peers)
     casts, contradictions = part.weights.lossless_casts, plan.contradictions
     return replace(part.builder.model(), lossless_casts=casts, contradictions=contradictions)
 

@@ -35,6 +35,17 @@ def add_ranks_arguments(parser: OptionHolder) -> None:
     )
 
 
+def add_rank_limit(parser: OptionHolder) -> None:
+    """Adds ``--rank-timeout``."""
+    parser.add_argument(
+        "--rank-timeout",
+        type=whole_number(1, 10**6),
+        default=5,
+        metavar="SECONDS",
+        help="of several ranks: one that does not answer for longer is lost, and the server ends (default: 5)",
+    )
+
+
 def parallel_of(args: argparse.Namespace, rank: int = 0) -> "Parallel":
     """Returns what the options say, for one of the ranks."""
     from ownpath.config import Parallel
