@@ -9,9 +9,11 @@ import pytest
 import torch
 from support.checkpoints import LAYOUTS, SMALL, random_checkpoint
 
+from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.schema import MODELOPT_NVFP4, NATIVE_FP8, PLAIN_BF16, ModuleSpec, ParamSpec
 from ownpath.config import ONE_RANK, ConfigError, EngineConfig, ModelConfig, Parallel
+from ownpath.inspect.memory import replicated_bytes, weights_bytes
 from ownpath.loading import load_model, plan_model, planned
 from ownpath.official import Step
 from ownpath.plan.plan import Plan
@@ -212,6 +214,39 @@ def test_a_cut_through_a_block_of_an_official_input_is_refused(tmp_path: Path) -
     engine = EngineConfig(parallel=Parallel(0, 2, AttentionSplit.DATA), official=frozenset({Step.FP8_INPUTS}))
     with pytest.raises(ShardingError, match=r"experts.0.w2: 128 columns, 64 of them a rank's, .* blocks of 128"):
         planned(tmp_path, engine)
+
+
+def test_a_bad_scale_is_found_by_the_rank_that_has_it(tmp_path: Path) -> None:
+    """Of w2's scales [128, 16] rank 1 has columns 8 to 16; the place is told as in the file."""
+    random_checkpoint(tmp_path, "full-nvfp4", **WIDE)
+    index = CheckpointIndex.open(tmp_path)
+    info = index["layers.1.ffn.experts.3.w2.weight_scale"]
+    assert info.shape == (128, 16)
+    with info.file.open("r+b") as shard:
+        shard.seek(info.start + 5 * 16 + 9)
+        shard.write(b"\x7f")  # NaN in E4M3
+    first, second = plans_of(tmp_path, 2)
+    load_weights(first, index, torch.device("cpu"))
+    for chunk_bytes in (64, 4096):
+        read_options = ReadOptions(1, chunk_bytes)
+        with pytest.raises(CheckpointError, match=r"experts.3.w2.weight_scale.*block scale \[5, 9\] is NaN"):
+            load_weights(second, index, torch.device("cpu"), read_options=read_options)
+
+
+def test_ranks_hold_nothing_twice(tmp_path: Path) -> None:
+    """All ranks' buffers together: the checkpoint's once, and once more on each further rank what every rank has."""
+    random_checkpoint(tmp_path, "modelopt-experts-only", **WIDE)
+    index, cpu = CheckpointIndex.open(tmp_path), torch.device("cpu")
+    whole = planned(tmp_path, EngineConfig())[0]
+
+    def held(plan: Plan) -> int:
+        weights = load_weights(plan, index, cpu)
+        buffers = (buffer for operand in weights.operands for parts in operand.buffers.values() for buffer in parts)
+        return sum(buffer.nbytes for buffer in (*buffers, *weights.params.values()))
+
+    first, second = plans_of(tmp_path, 2)
+    assert held(first) == held(second) == weights_bytes(first, index)
+    assert held(first) + held(second) - held(whole) == replicated_bytes(first, index)
 
 
 def test_a_rank_needs_its_peers(tmp_path: Path) -> None:
