@@ -118,11 +118,10 @@ class Filler:
             staging.copy(piece.start, piece.stop, target.flat, target.first + piece.first)
             return
         for first, wanted in target.stretches(piece.first, data):
-            kept = wanted.copy()
-            self._check(target, piece._replace(first=first), kept)  # what is another rank's is that one's to check
-            values = torch.from_numpy(kept)
+            self._check(target, piece._replace(first=first), wanted)  # what is another rank's is that one's to check
+            values = torch.from_numpy(wanted)
             if target.widened is not None:
-                values = values.view(target.widened).to(target.destination.target.dtype)
+                values = values.clone().view(target.widened).to(target.destination.target.dtype)
                 first = first // target.widened.itemsize * values.element_size()
             staging.write(values, target.flat, target.first + first)
 
