@@ -127,8 +127,12 @@ def test_the_embedded_model_runs_on_two_ranks_and_refuses_four() -> None:
     assert torch.equal(first, second)
     assert (first - wanted).abs().max() <= TOLERANCE
     words = r"layers.0.attn.wo_a: 256 rows do not divide into 4 ranks of whole 128s"
+
+    def refuse(peers: VirtualPeers) -> Model:
+        return load_model(folder, replace(engine, parallel=Parallel(peers.rank, 4)), peers=peers)
+
     with pytest.raises(ShardingError, match=words):
-        load_model(folder, replace(engine, parallel=Parallel(0, 4)), peers=VirtualPeers(0, 4))
+        run_virtual(4, refuse)
 
 
 def test_a_draft_layer_is_divided_as_the_backbone(folder: Path) -> None:
