@@ -186,7 +186,7 @@ class ModelConfig:
 class Parallel:
     """This process's rank among the ``size`` processes that run one model, each on its own GPU, and what they divide.
 
-    Errors: ConfigError for a rank outside 0 to size - 1.
+    Errors: ConfigError for a rank outside 0 to size - 1, or another division.
     """
 
     rank: int = 0
@@ -197,6 +197,10 @@ class Parallel:
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
             raise ConfigError(f"rank {self.rank} of {self.size}: ranks count from 0 to size - 1")
+        for name, split in (("attention", AttentionSplit), ("experts", ExpertSplit)):
+            if getattr(self, name) not in list(split):
+                raise ConfigError(f"{name} is {shorten(getattr(self, name))}, which is none of {', '.join(split)}")
+            object.__setattr__(self, name, split(getattr(self, name)))
 
     def share(self, count: int) -> range:
         """Returns which of ``count`` equal things are this rank's; they divide into ranks."""

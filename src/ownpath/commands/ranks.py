@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
+from ownpath.ranks.started import is_rank
 from ownpath.splits import AttentionSplit
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ _LINGER_S = 10.0
 
 def rank_of(args: argparse.Namespace) -> int:
     """Returns this process's rank, and settles ``args.ranks``. Errors: ValueError for options that do not fit."""
-    from ownpath.ranks.launch import is_rank
-
     if is_rank(os.environ):
         size = int(os.environ["WORLD_SIZE"])
         if args.ranks not in (1, size):
@@ -46,7 +45,7 @@ def leading(args: argparse.Namespace) -> "Iterator[Group | None]":
         yield None
         return
     from ownpath.ranks.group import join, leave
-    from ownpath.ranks.launch import is_rank, launched
+    from ownpath.ranks.launch import launched
 
     if not is_rank(os.environ):
         with launched(args.ranks, args.command_line) as group:

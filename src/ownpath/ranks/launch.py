@@ -12,15 +12,10 @@ from datetime import timedelta
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from ownpath.ranks.group import START_LIMIT_S, Group, join, leave
+from ownpath.ranks.started import LAUNCHED, MARK
 
-_MARK, LAUNCHED = "TORCHELASTIC_RUN_ID", "ownpath"
 _END_S = 3.0
 _PR_SET_PDEATHSIG = 1
-
-
-def is_rank(environment: Mapping[str, str]) -> bool:
-    """Returns True in a process that torchrun or ``launched`` has started."""
-    return _MARK in environment and "RANK" in environment
 
 
 def end_with_parent(environment: Mapping[str, str]) -> None:
@@ -28,7 +23,7 @@ def end_with_parent(environment: Mapping[str, str]) -> None:
 
     On Linux; elsewhere a rank ends once it misses the other.
     """
-    if environment.get(_MARK) != LAUNCHED:
+    if environment.get(MARK) != LAUNCHED:
         return
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -44,7 +39,7 @@ def launched(size: int, command: Sequence[str]) -> Iterator[Group]:
     limit = timedelta(seconds=START_LIMIT_S)
     store = TCPStore("127.0.0.1", 0, size, is_master=True, timeout=limit, wait_for_workers=False)
     environment.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # ranks say themselves who is lost
-    environment |= {"MASTER_PORT": str(store.port), _MARK: LAUNCHED, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    environment |= {"MASTER_PORT": str(store.port), MARK: LAUNCHED, "TORCHELASTIC_USE_AGENT_STORE": "True"}
     others: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(1, size):

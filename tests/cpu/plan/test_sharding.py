@@ -259,3 +259,9 @@ def test_a_rank_needs_its_peers(tmp_path: Path) -> None:
 def test_a_rank_that_there_is_not_is_refused(parallel: tuple[int, int]) -> None:
     with pytest.raises(ConfigError, match="ranks count from 0 to size - 1"):
         Parallel(*parallel)
+
+
+def test_divisions_go_by_their_names() -> None:
+    assert Parallel(0, 2, "data", "ids") == Parallel(0, 2, AttentionSplit.DATA, ExpertSplit.IDS)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="attention is 'rows', which is none of heads, data"):
+        Parallel(0, 2, "rows")  # type: ignore[arg-type]

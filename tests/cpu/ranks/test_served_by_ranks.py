@@ -20,6 +20,7 @@ from ownpath.config import EngineConfig
 from ownpath.loading import default_model_dir, load_model
 from ownpath.model.batch import ForwardBatch
 
+pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux's /proc")
 TEXT = "The capital of France is Paris. What is 2 + 3? Repeat: apple river stone."
 NUM_TOKENS = 16
 TOLERANCE = 2e-4
