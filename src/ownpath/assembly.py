@@ -9,15 +9,16 @@ import torch
 
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.config import EngineConfig
-from ownpath.model.build import Builder
+from ownpath.model.build import ALONE, Builder
 from ownpath.plan.plan import Plan
+from ownpath.ranks.peers import Peers
 from ownpath.runners import Runner
 from ownpath.runners.make import make_runners
 from ownpath.startup import compile_kernels
 from ownpath.trace import Ledger
 from ownpath.weights.load import LoadedWeights, load_weights
 from ownpath.weights.operands import Allocate, reserve
-from ownpath.weights.readers import LoadProgress
+from ownpath.weights.readers import LoadProgress, ReadOptions
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,19 @@ def load_part(
     engine: EngineConfig,
     progress: LoadProgress | None = None,
     allocate: Allocate = reserve,
+    peers: Peers = ALONE,
 ) -> LoadedPart:
-    """Loads what a plan names and assembles it. Errors: as ``load_weights`` and ``make_runners``."""
-    return assemble(plan, engine, load_weights(plan, index, torch.device(engine.device), progress, allocate=allocate))
+    """Loads what a plan names and assembles it. peers: the ranks that run the plan together. Errors: as
+    ``load_weights`` and ``make_runners``."""
+    device = torch.device(engine.device)
+    read_options = ReadOptions.for_device(device, engine.parallel.size)
+    return assemble(plan, engine, load_weights(plan, index, device, progress, read_options, allocate), peers)
 
 
-def assemble(plan: Plan, engine: EngineConfig, weights: LoadedWeights) -> LoadedPart:
+def assemble(plan: Plan, engine: EngineConfig, weights: LoadedWeights, peers: Peers = ALONE) -> LoadedPart:
     """Repacks weights into their kernels' layouts and compiles what the cache lacks. Errors: as ``make_runners``."""
     runners = make_runners(plan, weights.operands)
     compile_kernels(runners.values())
     specs = {companion.spec.slot: companion.choice.kernel for companion in plan.companions}
-    return LoadedPart(plan, weights, Builder(plan.config, engine, runners, specs, weights.params, Ledger(plan.slots)))
+    builder = Builder(plan.config, engine, runners, specs, weights.params, Ledger(plan.slots), peers)
+    return LoadedPart(plan, weights, builder)

@@ -111,6 +111,7 @@ def _command(argv: list[str]) -> int:
     except SystemExit as end:  # --help, --version, --list, wrong usage
         return end.code if isinstance(end.code, int) else 0
     start_log()
+    args.command_line = argv
     code: int = args.run(args)
     return code
 

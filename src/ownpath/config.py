@@ -15,6 +15,7 @@ from ownpath.files import FileError, MissingFileError, read_json_object, shorten
 from ownpath.formats import CacheFormat
 from ownpath.official import PLAIN, Step
 from ownpath.other_models import describe_model
+from ownpath.splits import AttentionSplit, ExpertSplit
 
 SLIDING, CSA_RATIO, HCA_RATIO = 0, 4, 128
 _LAYER_TYPES = {
@@ -183,17 +184,28 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Parallel:
-    """This process's rank among the ``size`` processes that run one model, each on its own GPU.
+    """This process's rank among the ``size`` processes that run one model, each on its own GPU, and what they divide.
 
-    Errors: ConfigError for a rank outside 0 to size - 1.
+    Errors: ConfigError for a rank outside 0 to size - 1, or another division.
     """
 
     rank: int = 0
     size: int = 1
+    attention: AttentionSplit = AttentionSplit.HEADS
+    experts: ExpertSplit = ExpertSplit.WIDTH
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
             raise ConfigError(f"rank {self.rank} of {self.size}: ranks count from 0 to size - 1")
+        for name, split in (("attention", AttentionSplit), ("experts", ExpertSplit)):
+            if getattr(self, name) not in list(split):
+                raise ConfigError(f"{name} is {shorten(getattr(self, name))}, which is none of {', '.join(split)}")
+            object.__setattr__(self, name, split(getattr(self, name)))
+
+    def share(self, count: int) -> range:
+        """Returns which of ``count`` equal things are this rank's; they divide into ranks."""
+        each = count // self.size
+        return range(self.rank * each, (self.rank + 1) * each)
 
 
 ONE_RANK = Parallel()

@@ -13,10 +13,16 @@ from ownpath.assembly import load_part
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.config import EngineConfig, ModelConfig
 from ownpath.formats import CacheFormat
+from ownpath.model.build import ALONE
 from ownpath.model.model import Model
 from ownpath.official import PLAIN, Step
+from ownpath.plan.facts import rank_facts
 from ownpath.plan.plan import Plan, make_plan
 from ownpath.plan.select import Caps, Demands
+from ownpath.plan.sharding import ShardingError
+from ownpath.plan.tiling import tiling_faults
+from ownpath.ranks.peers import Peers
+from ownpath.ranks.start import phase, require_same
 from ownpath.weights.load import find_lossless_casts
 from ownpath.weights.readers import LoadProgress
 
@@ -26,14 +32,15 @@ def default_model_dir() -> Path:
     return Path(str(files("ownpath"))) / "assets" / "tiny-v4"
 
 
-def leave_a_core() -> None:
-    """Limits torch to all cores but one (at least one), for the whole process; entry points call it once.
+def leave_a_core(num_ranks: int = 1) -> None:
+    """Limits torch to all cores but one (at least one), for the whole process; entry points call it once. Ranks of one
+    host share them.
 
     Torch's threads spin while they wait for each other. With as many threads as cores, any other running code (the
     HTTP server, another process) stalls all of them: on two cores, decode of the embedded model fell from 39 to
     7 tokens/s.
     """
-    torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
+    torch.set_num_threads(max(1, ((os.cpu_count() or 2) - 1) // num_ranks))
 
 
 def device_caps(device: str) -> Caps:
@@ -94,17 +101,48 @@ def plan_model(
     return planned(folder, engine_config, caps)[0]
 
 
-def load_model(folder: Path, engine_config: EngineConfig, progress: LoadProgress | None = None) -> Model:
+def planned_ranks(
+    folder: Path, engine_config: EngineConfig, caps: Caps | None = None
+) -> tuple[list[Plan], CheckpointIndex]:
+    """Returns the plans of all ranks that run the checkpoint together, and its index, from headers alone.
+
+    Errors: as ``planned``; ShardingError naming a tensor that the ranks together do not hold.
+    """
+    parallel = engine_config.parallel
+    first, index = planned(folder, replace(engine_config, parallel=replace(parallel, rank=0)), caps)
+    others = (replace(parallel, rank=rank) for rank in range(1, parallel.size))
+    drafts = engine_config.loads_draft
+    plans = [first]
+    plans += (make_plan(first.config, index, first.caps, first.demands, loads_draft=drafts, parallel=r) for r in others)
+    faults = tiling_faults(plans)
+    if faults:
+        raise ShardingError(f"{faults[0]}; {len(faults)} tensors are not held as they should")
+    return plans, index
+
+
+def load_model(
+    folder: Path, engine_config: EngineConfig, progress: LoadProgress | None = None, peers: Peers | None = None
+) -> Model:
     """Loads the checkpoint in ``folder`` as its plan says.
 
-    progress: called a few times a second with the bytes loaded and their total.
-    Errors: ConfigError, CheckpointError or PlanError (all ValueError), naming the file, field, tensor or op.
+    progress: called a few times a second with the bytes loaded and their total. peers: the ranks that run the model
+    together, as many as ``engine_config.parallel`` says; each of them loads its part.
+    Errors: ConfigError, CheckpointError or PlanError (all ValueError), naming the file, field, tensor or op; RankFailed
+        with another rank's; RanksDiffer naming a rank that is about to run something else.
     """
-    plan, index = planned(folder, engine_config)
-    if engine_config.max_model_len > plan.config.max_position_embeddings:
-        limit = f"max_position_embeddings {plan.config.max_position_embeddings}"
-        raise ValueError(f"max_model_len {engine_config.max_model_len} exceeds {folder / 'config.json'}: {limit}")
-    part = load_part(plan, index, engine_config, progress)
+    parallel, peers = engine_config.parallel, peers or ALONE
+    if (peers.rank, peers.size) != (parallel.rank, parallel.size):
+        wanted, found = f"rank {parallel.rank} of {parallel.size}", f"rank {peers.rank} of {peers.size}"
+        raise ValueError(f"the settings are those of {wanted}, and this is {found}")
+    with phase(peers, "plan"):
+        plan, index = planned(folder, engine_config)
+        if engine_config.max_model_len > plan.config.max_position_embeddings:
+            limit = f"max_position_embeddings {plan.config.max_position_embeddings}"
+            raise ValueError(f"max_model_len {engine_config.max_model_len} exceeds {folder / 'config.json'}: {limit}")
+    if peers.size > 1:
+        require_same(peers, rank_facts(plan, index))
+    with phase(peers, "load"):
+        part = load_part(plan, index, engine_config, progress, peers=peers)
     casts, contradictions = part.weights.lossless_casts, plan.contradictions
     return replace(part.builder.model(), lossless_casts=casts, contradictions=contradictions)
 

@@ -41,6 +41,20 @@ class OpKind(StrEnum):
     SAMPLE = "sample"
     """The next token from a row of logits."""
 
+    REDUCE = "all_reduce"
+    """The sum of all ranks' parts, on every rank."""
+    GATHER = "all_gather"
+    """The rows of all ranks, or their columns, on every rank."""
+    SCATTER = "reduce_scatter"
+    """The sum of all ranks' parts, of each rank its own rows."""
+    TURN = "all_to_all"
+    """Of each rank its own rows, whole, from columns that the ranks have of all rows."""
+
+    @property
+    def is_exchange(self) -> bool:
+        """True for what ranks send each other."""
+        return self in _EXCHANGES
+
     @property
     def is_decode(self) -> bool:
         """True for what only a decode step runs: in place of norms, rotations and ``ATTENTION``, of gate and router."""
@@ -50,3 +64,4 @@ class OpKind(StrEnum):
 _OF_DECODE_STEPS = frozenset(
     {OpKind.STEP_ANGLES, OpKind.ENTRIES, OpKind.INDEX_SCORES, OpKind.SELECT, OpKind.ATTEND, OpKind.ROUTE}
 )
+_EXCHANGES = frozenset({OpKind.REDUCE, OpKind.GATHER, OpKind.SCATTER, OpKind.TURN})

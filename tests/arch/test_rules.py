@@ -16,11 +16,11 @@ PACKAGE = Path(ownpath.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ROOMS = (
-    ("formats", "official", "ops", "other_models", "versions", "finding", "files", "terminal"),
+    ("formats", "official", "ops", "splits", "other_models", "versions", "finding", "files", "terminal"),
     ("config",),
     ("end_tokens",),
     ("qtensor",),
-    ("numerics",),
+    ("numerics", "ranks"),
     ("kernels",),
     ("checkpoint",),
     ("plan",),

@@ -213,6 +213,16 @@ def zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> t
     return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
+@dataclass(frozen=True)
+class PlacedSequence:
+    """A sequence of which another rank keeps the books: where it lies here, and how many tokens it holds."""
+
+    pool: CachePool
+    slot: int
+    blocks: tuple[int, ...]
+    num_tokens: int
+
+
 class SequenceCache:
     """The handle of one sequence: its slot, its blocks, and the number of tokens that they hold. It begins with some
     blocks and grows by more.

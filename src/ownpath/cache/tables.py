@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from ownpath.cache.layout import BLOCK_TOKENS, MOST_DECODE_ROWS, NOBODY, aligned_rows
-from ownpath.cache.pools import CachePool, SequenceCache
+from ownpath.cache.pools import CachePool, PlacedSequence, SequenceCache
 from ownpath.cache.snapshot import PassedSnapshot
 
 
@@ -133,7 +133,10 @@ class StepTables:
 
     @classmethod
     def of(
-        cls, caches: Sequence[SequenceCache], num_rows: Sequence[int], passed: Sequence[PassedSnapshot] = ()
+        cls,
+        caches: Sequence[SequenceCache | PlacedSequence],
+        num_rows: Sequence[int],
+        passed: Sequence[PassedSnapshot] = (),
     ) -> "StepTables":
         """Builds the tables of a step in which sequence i brings ``num_rows[i]`` more rows.
 

@@ -19,6 +19,8 @@ from ownpath.commands.arguments import (
 )
 from ownpath.commands.listings import fields_of_server
 from ownpath.commands.prefix_options import add_prefix_arguments, prefix_settings
+from ownpath.commands.rank_options import add_rank_limit, add_ranks_arguments
+from ownpath.commands.ranks import follow, leading, rank_of
 from ownpath.commands.serve_options import (
     access_of,
     add_access,
@@ -65,6 +67,9 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     add_engine_arguments(numerics, limits)
     add_limits(limits)
     add_prefix_arguments(parser.add_argument_group("prefix cache"))
+    ranks = parser.add_argument_group("ranks")
+    add_ranks_arguments(ranks)
+    add_rank_limit(ranks)
     _add_request_group(parser.add_argument_group("requests"))
     add_address(parser.add_argument_group("server"))
     add_access(parser.add_argument_group("access"))
@@ -109,6 +114,8 @@ def run(args: argparse.Namespace) -> int:
     ValueError for what the user can cause."""
     from ownpath.server.listen import take_port
 
+    if rank_of(args):
+        follow(args, prefix_settings(args))
     key, tls = admin_key(args.admin_key, os.environ), tls_of(args)
     with take_port(args.host, args.port) as listener:
         access = access_of(args, listener)
@@ -134,7 +141,8 @@ def _serve(args: argparse.Namespace, opened: _Opened) -> int:
         from ownpath.server.run import ENGINE_FAILED, run_server
         from ownpath.server.vitals import Vitals
 
-    with open_session(args, args.max_num_seqs, prefix_settings(args), args.num_cache_blocks) as session:
+    prefix, blocks = prefix_settings(args), args.num_cache_blocks
+    with leading(args) as group, open_session(args, args.max_num_seqs, prefix, blocks, group) as session:
         failed = _self_test(session, args.allow_unverified)
         if failed and not args.allow_unverified:
             return 1

@@ -11,14 +11,20 @@ import torch
 from ownpath.allocator import keep_freed_memory
 from ownpath.cache.layout import BLOCK_TOKENS, num_blocks
 from ownpath.chat.tokenizer import Tokenizer
+from ownpath.commands.rank_options import parallel_of
 from ownpath.config import EngineConfig, ModelConfig
 from ownpath.end_tokens import FIELD, GENERATION_CONFIG, EndTokens, read_end_tokens
 from ownpath.engine.decoder import make_decoder
 from ownpath.engine.engine import Engine
+from ownpath.engine.leading import LeadingModel, LeadingStore
 from ownpath.engine.prefix import PrefixCache, PrefixSettings
 from ownpath.engine.sampler import warm_up_sampler
 from ownpath.loading import default_model_dir, device_caps, leave_a_core, load_model
+from ownpath.model.build import ALONE
 from ownpath.model.model import Model
+from ownpath.ranks.control import Leader
+from ownpath.ranks.group import Group
+from ownpath.ranks.start import phase
 from ownpath.startup import warm_up
 from ownpath.terminal.console import tell
 from ownpath.terminal.progress import Progress
@@ -48,31 +54,49 @@ class LoadedModel:
     end_tokens: EndTokens
 
 
-def load_for(
-    args: argparse.Namespace, max_num_seqs: int = EngineConfig.max_num_seqs, num_cache_blocks: int | None = None
-) -> LoadedModel:
-    """Loads the model that the arguments name (none: the embedded one), ready for its first step.
+def model_folder_of(args: argparse.Namespace) -> Path:
+    """Returns the folder that the arguments name; without one, the embedded model's."""
+    return args.model or default_model_dir()
 
-    max_num_seqs: sequences that its caches have room for. num_cache_blocks: as of ``EngineConfig``. Errors: ValueError
-    naming the file, field or option.
-    """
+
+def engine_config_of(
+    args: argparse.Namespace, max_num_seqs: int, num_cache_blocks: int | None = None, group: Group | None = None
+) -> EngineConfig:
+    """Returns the engine's settings, of this process among the ``group``'s. Errors: ValueError naming the option."""
     least = num_blocks(args.max_model_len)
     if num_cache_blocks is not None and num_cache_blocks < least:
         length = f"a request of --max-model-len {args.max_model_len} tokens needs {least} blocks of {BLOCK_TOKENS}"
         raise ValueError(f"--num-cache-blocks {num_cache_blocks}: {length}")
-    folder = args.model or default_model_dir()
-    device_caps(args.device)  # says that a device is not there before torch does
-    leave_a_core()
-    if args.device == "cpu":
-        keep_freed_memory()
-    tokenizer = Tokenizer.from_folder(folder)
-    config = EngineConfig.for_device(args.device, args.max_model_len)
+    device = args.device if group is None or args.device == "cpu" else f"{args.device}:{group.rank}"
+    device_caps(device)  # says that a device is not there before torch does
+    config = EngineConfig.for_device(device, args.max_model_len)
     config = replace(config, is_batch_invariant=args.batch_invariant, official=args.numerics)
     config = replace(config, reference=frozenset(args.reference), graphs=not args.no_graphs)
     config = replace(config, cache_format=args.cache_format)
     config = replace(config, max_num_seqs=max_num_seqs, num_cache_blocks=num_cache_blocks)
+    return config if group is None else replace(config, parallel=parallel_of(args, group.rank))
+
+
+def load_for(
+    args: argparse.Namespace,
+    max_num_seqs: int = EngineConfig.max_num_seqs,
+    num_cache_blocks: int | None = None,
+    group: Group | None = None,
+) -> LoadedModel:
+    """Loads the model that the arguments name (none: the embedded one), ready for its first step.
+
+    max_num_seqs: sequences that its caches have room for. num_cache_blocks: as of ``EngineConfig``. group: the ranks
+    that load it together. Errors: ValueError naming the file, field or option.
+    """
+    peers, folder = group or ALONE, model_folder_of(args)
+    with phase(peers, "open"):
+        config = engine_config_of(args, max_num_seqs, num_cache_blocks, group)
+        leave_a_core(peers.size)
+        if args.device == "cpu":
+            keep_freed_memory()
+        tokenizer = Tokenizer.from_folder(folder)
     with Progress("loading", in_bytes=True) as show_loaded:
-        model = load_model(folder, config, show_loaded)
+        model = load_model(folder, config, show_loaded, peers)
     for contradiction in model.contradictions:
         tell("warning", f": {contradiction}; the tensors are believed")
     end_tokens = read_end_tokens(folder, model.config)
@@ -83,8 +107,9 @@ def load_for(
         where = f"{folder / GENERATION_CONFIG}: {FIELD}"
         tell("warning", f": {where} has {token_id}, which is no token of this model")
     if torch.device(args.device).type == "cuda":
-        warm_up(model, config)
-        warm_up_sampler(args.device, tokenizer.num_tokens, model.config.vocab_size)
+        if group is None:
+            warm_up(model, config)
+        warm_up_sampler(config.device, tokenizer.num_tokens, model.config.vocab_size)
     return LoadedModel(folder, tokenizer, model, config, end_tokens)
 
 
@@ -94,28 +119,53 @@ def open_session(
     max_num_seqs: int,
     prefix: PrefixSettings | None = None,
     num_cache_blocks: int | None = None,
+    group: Group | None = None,
 ) -> Iterator[Session]:
     """Loads the model that the arguments name and runs its engine, for so many requests at a time.
 
-    prefix: of the prefix cache; ``None``: every prompt is computed. num_cache_blocks, errors: as of ``load_for``.
+    prefix: of the prefix cache; ``None``: every prompt is computed. group: the ranks that run the model, of which this
+    is the first. num_cache_blocks, errors: as of ``load_for``.
     """
-    loaded = load_for(args, max_num_seqs, num_cache_blocks)
-    model, tokenizer = loaded.model, loaded.tokenizer
-    decoder = make_decoder(model, loaded.config, tokenizer.num_tokens)
-    end_token_ids = loaded.end_tokens.ids
-    kept = None if prefix is None else _prefix_cache(loaded, prefix)
-    engine = Engine(
-        model, loaded.config, tokenizer.num_tokens, end_token_ids=end_token_ids, decoder=decoder, prefix=kept
-    )
+    loaded = load_for(args, max_num_seqs, num_cache_blocks, group)
+    engine, leader = _alone(loaded, prefix) if group is None else _led(loaded, prefix, group, args.rank_timeout)
     engine.start()
+    if leader is not None:
+        leader.start(lambda error: engine.give_up(str(error)))
+    model = loaded.model
     try:
-        yield Session(loaded.folder, tokenizer, engine, model.ledger, model.lossless_casts, model.config)
+        yield Session(loaded.folder, loaded.tokenizer, engine, model.ledger, model.lossless_casts, model.config)
     finally:
         engine.stop()
+        if leader is not None:
+            leader.stop()
 
 
-def _prefix_cache(loaded: LoadedModel, settings: PrefixSettings) -> PrefixCache:
+def _alone(loaded: LoadedModel, prefix: PrefixSettings | None) -> tuple[Engine, None]:
+    """Makes the engine of a model that one process runs."""
+    model, num_tokens = loaded.model, loaded.tokenizer.num_tokens
+    decoder = make_decoder(model, loaded.config, num_tokens)
+    kept = None if prefix is None else PrefixCache(model.caches, prefix, _prefix_root(loaded))
+    ends = loaded.end_tokens.ids
+    return Engine(model, loaded.config, num_tokens, end_token_ids=ends, decoder=decoder, prefix=kept), None
+
+
+def _led(
+    loaded: LoadedModel, prefix: PrefixSettings | None, group: Group, limit_s: float
+) -> tuple[Engine, Leader | None]:
+    """Makes the engine of a model that several ranks run."""
+    leader = Leader(group)
+    model, caches = LeadingModel(loaded.model, leader), loaded.model.caches
+    kept = None
+    if prefix is not None:
+        store = LeadingStore(caches, prefix.num_snapshots, leader, model.passed)
+        kept = PrefixCache(caches, prefix, _prefix_root(loaded), store)
+    engine = Engine(model, loaded.config, loaded.tokenizer.num_tokens, end_token_ids=loaded.end_tokens.ids, prefix=kept)
+    with phase(group, "ready"):
+        group.limit_s = limit_s
+    return engine, leader
+
+
+def _prefix_root(loaded: LoadedModel) -> str:
     config = loaded.config
     numerics = sorted(config.official), sorted(config.reference), config.is_batch_invariant
-    of = repr((str(loaded.folder.resolve()), loaded.model.config, *numerics))
-    return PrefixCache(loaded.model.caches, settings, of)
+    return repr((str(loaded.folder.resolve()), loaded.model.config, *numerics))

@@ -22,6 +22,7 @@ from ownpath.engine.retry import chunks_alone
 from ownpath.engine.scheduler import ScheduledChunk, Scheduler
 from ownpath.engine.steps import LanguageModel, StepRunner
 from ownpath.kernels.dsl.compilations import COMPILATIONS
+from ownpath.ranks.peers import PeerLost, RanksDiffer
 
 logger = logging.getLogger(__name__)
 
@@ -185,9 +186,9 @@ class Engine:
                     self.num_steps += 1
                     self._step_or_fail()
                     self._is_stepping = False
-        except BaseException:
+        except BaseException as error:
             logger.exception("the engine's thread failed")
-            self.failure = self.failure or "the engine's thread failed"
+            self.failure = self.failure or (str(error) if isinstance(error, PeerLost) else "the engine's thread failed")
         finally:
             self._is_stepping = False
             with self._lock:
@@ -225,12 +226,12 @@ class Engine:
             chunks = self._schedule()
             self._note(chunks)
             self._runner.step(chunks)
-        except Exception:
+        except Exception as error:
             logger.exception("a step of %d sequences failed", len(chunks))
             affected = [*self._runner.abandon(), *chunks]
             if not affected:
                 raise
-            self._stop_if_device_is_lost()
+            self._stop_if_lost(error)
             self._run_one_by_one(affected)
 
     def _run_one_by_one(self, chunks: Sequence[ScheduledChunk]) -> None:
@@ -246,18 +247,23 @@ class Engine:
                         self.num_steps += 1
                         self._note([chunk])
                         self._runner.step_alone(chunk)
-            except Exception:
+            except Exception as error:
                 logger.exception("a step of a request of %d tokens failed by itself", request.num_tokens)
                 self._runner.abandon()
-                self._stop_if_device_is_lost()
+                self._stop_if_lost(error)
                 self._reporter.fail(request, _STEP_FAILED if self.failure is None else self._why_stopped())
         if self.failure is not None:
             for request in dict(chunks):
                 if request in self._open:
                     self._reporter.fail(request, self._why_stopped())
 
-    def _stop_if_device_is_lost(self) -> None:
-        """Ends the engine if the device computes nothing any more: CUDA's sticky errors fail every later call."""
+    def _stop_if_lost(self, error: Exception | None = None) -> None:
+        """Ends the engine if ranks have come apart by this error, or if the device computes nothing any more: CUDA's
+        sticky errors fail every later call."""
+        if isinstance(error, PeerLost | RanksDiffer):
+            self.failure = self.failure or str(error)
+            self._stopping = True
+            return
         problem = device_problem(self.config.device)
         if problem is not None:
             logger.error("the device is lost: %s", problem)
@@ -276,7 +282,7 @@ class Engine:
         self.counts.num_preempted = self._scheduler.num_preempted
         unfit = [chunk.request for chunk in planned if chunk.request.cache is None]
         if unfit:
-            self._stop_if_device_is_lost()
+            self._stop_if_lost()
         elif not planned and not self._runner.is_flying and (stuck := self._scheduler.find_unfit()) is not None:
             unfit = [stuck]
         for request in unfit:

@@ -53,16 +53,18 @@ class PrefixCache:
 
     model: what decides the keys beside tokens and the pool's formats: the checkpoint and the numerics. cuts: whether
     chunks end where snapshots are taken. A hit's rows are then in the same chunks as a cold run's, which decides its
-    tokens where activations are narrower than float32.
+    tokens where activations are narrower than float32. store: of so many snapshots; ``None``: its own.
     """
 
-    def __init__(self, pool: CachePool, settings: PrefixSettings, model: str = "") -> None:
+    def __init__(
+        self, pool: CachePool, settings: PrefixSettings, model: str = "", store: SnapshotStore | None = None
+    ) -> None:
         self.settings, self.counts = settings, EngineCounts()
         self.cuts = pool.spec.dtype.itemsize < torch.float32.itemsize
         self._pool = pool
         self._root = (model, str(pool.spec.cache_format), str(pool.spec.dtype))
         self.index = PrefixIndex(settings.num_snapshots)
-        self.store = SnapshotStore(pool, settings.num_snapshots)
+        self.store = store or SnapshotStore(pool, settings.num_snapshots)
         pool.slots.reclaim = self.reclaim
 
     def name(self, request: Request) -> None:

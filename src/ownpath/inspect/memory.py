@@ -19,6 +19,7 @@ from ownpath.plan.errors import PlanError
 from ownpath.plan.ops import PlannedOp
 from ownpath.plan.plan import Plan, replan
 from ownpath.plan.select import Caps, Demands
+from ownpath.plan.tiling import planned_tensors
 from ownpath.weights.operands import make_operand
 
 _PACKAGES = frozenset({"triton"})
@@ -95,7 +96,7 @@ def _spec(plan: Plan, num_tokens: int, dtype: torch.dtype, cache_format: CacheFo
 
 
 def weights_bytes(plan: Plan, index: CheckpointIndex) -> int:
-    """Returns the bytes of all operands and tables of a plan, or of a part of one.
+    """Returns the bytes of all operands and tables of a plan, of its rank, or of a part of one.
 
     Operands of one shape and encoding are measured once: a model has dozens of layers and few kinds of them.
     """
@@ -108,14 +109,21 @@ def weights_bytes(plan: Plan, index: CheckpointIndex) -> int:
             op.choice.kernel,
             op.encoding.name,
             dtypes,
-            tuple(module.shape for module in op.spec.modules),
+            tuple(module.shape for module in op.local_modules),
         )
         if kind not in sizes:
             sizes[kind] = _operand_bytes(op, index)
         total += sizes[kind]
     for param in plan.params:
-        total += prod(param.shape) * TORCH_DTYPES[param.memory_dtype(index[param.key].dtype)].itemsize
+        region = plan.param_regions.get(param.key)
+        shape = param.shape if region is None else region.shape(param.shape)
+        total += prod(shape) * TORCH_DTYPES[param.memory_dtype(index[param.key].dtype)].itemsize
     return total
+
+
+def replicated_bytes(plan: Plan, index: CheckpointIndex) -> int:
+    """Returns the bytes of tensors, as they are stored, that every rank has whole."""
+    return sum(index[tensor.key].num_bytes for tensor in planned_tensors(plan) if tensor.is_replicated)
 
 
 def _operand_bytes(op: PlannedOp, index: CheckpointIndex) -> int:

@@ -51,13 +51,13 @@ def with_shared(
     expert_map: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns local expert ids and weights, with the shared experts appended to every token's."""
-    local_TK = _local_experts(ids_TK, num_experts - num_shared, expert_map)
+    local_TK = local_experts(ids_TK, num_experts - num_shared, expert_map)
     shared_TS = torch.arange(num_experts - num_shared, num_experts, device=ids_TK.device).expand(len(ids_TK), -1)
     ones_TS = torch.ones_like(shared_TS, dtype=weights_TK.dtype)
     return torch.cat([local_TK, shared_TS], dim=1), torch.cat([weights_TK, ones_TS], dim=1)
 
 
-def _local_experts(ids_TK: torch.Tensor, num_routed: int, expert_map: torch.Tensor | None) -> torch.Tensor:
+def local_experts(ids_TK: torch.Tensor, num_routed: int, expert_map: torch.Tensor | None) -> torch.Tensor:
     """Returns int64 ids of the local experts, -1 for others."""
     num_ids = num_routed if expert_map is None else len(expert_map)
     known = (ids_TK >= 0) & (ids_TK < num_ids)

@@ -48,7 +48,7 @@ class AttentionCore(Runner):
 
 @dataclass(frozen=True)
 class Attention:
-    """One layer's attention. wqa_wkv: fused [R + H, D]; wo_a: one [rank, N/G*H] matrix per group.
+    """One layer's attention, of this rank's heads. wqa_wkv: fused [R + H, D]; wo_a: one [rank, N/G*H] matrix per group.
 
     queries: low-rank query -> heads [T, N*H], and in CSA layers index heads. x_products: hidden -> in layers that
     compress, at least float32: the compressor's raw rows [T, 2P], and in CSA layers index weights [T, I] and the raw
@@ -62,7 +62,7 @@ class Attention:
     queries: JointProducts
     x_products: JointProducts | None
     wo_a: GroupedRunner
-    wo_b: Linear
+    wo_b: Callable[[torch.Tensor], torch.Tensor]
     q_norm: RMSNorm
     kv_norm: RMSNorm
     q_head_norm: RMSNorm
@@ -90,7 +90,7 @@ class Attention:
         qr, kv_TH = self.wqa_wkv(x_TD).split((config.q_lora_rank, config.head_dim), dim=-1)
         qr_TR = self.q_norm(qr)
         q, *index_q = self.queries(qr_TR)
-        q_TNH = q.unflatten(-1, (config.num_attention_heads, config.head_dim))
+        q_TNH = q.unflatten(-1, (-1, config.head_dim))
         rows = [] if self.x_products is None else self.x_products(x_TD)
         if self.indexer is None:
             return Products(q_TNH, kv_TH, *rows)

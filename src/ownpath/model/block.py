@@ -8,7 +8,7 @@ from ownpath.attention.interface import AttentionStep, DecodeStep
 from ownpath.attention.rope import Rotation
 from ownpath.cache.tables import StepTables
 from ownpath.model.attention import Attention
-from ownpath.model.moe import MoE
+from ownpath.model.ranks import FeedForward
 from ownpath.runners import HyperBoundary, HyperOut, Mix
 
 
@@ -59,7 +59,7 @@ class Block:
     hc_attn: HyperBoundary
     attn: Attention
     hc_ffn: HyperBoundary
-    ffn: MoE
+    ffn: FeedForward
 
     def prepare(self, tables: StepTables) -> AttentionStep | DecodeStep:
         """Prepares a step for this layer's attention, which serves all layers of the model."""

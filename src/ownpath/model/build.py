@@ -23,17 +23,25 @@ from ownpath.model.joint import JointProducts
 from ownpath.model.model import Model
 from ownpath.model.moe import MoE
 from ownpath.model.mtp import Mtp
+from ownpath.model.ranks import FeedForward, FollowedLinear, GatheredHead, GatheredMoE, Product, ReducedMoE
 from ownpath.model.taps import tap_names
 from ownpath.official import Step
+from ownpath.ranks.peers import Alone, Peers
 from ownpath.runners import (
     CacheEntries,
     DecodeAttention,
+    Exchange,
+    GatherColumns,
+    GatherRows,
+    HeldExperts,
     HyperBoundary,
     HyperWeights,
     IndexQuantizer,
     IndexScores,
     KeyQuantizer,
     Linear,
+    MoeRunner,
+    Reduce,
     RMSNorm,
     RotaryAngles,
     Route,
@@ -41,10 +49,12 @@ from ownpath.runners import (
     RouterWeights,
     RouteWeights,
     Runner,
+    Scatter,
     Select,
     SharedKeyAttention,
     SwiGLU,
     SwigluMlp,
+    Turn,
 )
 from ownpath.runners.decode import (
     AttendWeights,
@@ -56,10 +66,12 @@ from ownpath.runners.decode import (
 )
 from ownpath.runners.linear import LinearRunner
 from ownpath.runners.runner import KernelOrName, chosen_spec
+from ownpath.splits import ExpertSplit
 from ownpath.trace import Ledger, Tap
 
 Runners = dict[str, Runner]
 Params = Mapping[str, torch.Tensor]
+ALONE = Alone()
 Quantizer = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -70,7 +82,10 @@ def _identity(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Builder:
-    """The materials of one model. specs: the kernel that the plan chose for each companion, by slot."""
+    """The materials of one model. specs: the kernel that the plan chose for each companion, by slot.
+
+    peers: the ranks that run it together.
+    """
 
     config: ModelConfig
     engine: EngineConfig
@@ -78,6 +93,7 @@ class Builder:
     specs: Mapping[str, KernelOrName]
     params: Params
     ledger: Ledger
+    peers: Peers = ALONE
 
     def model(self) -> Model:
         """Builds the model; the ledger watches every runner and companion."""
@@ -111,12 +127,16 @@ class Builder:
             hc_attn=self._boundary(f"{layer}.hc_attn", f"{layer}.attn_norm"),
             attn=self._attention(layer_idx, compress_rope),
             hc_ffn=self._boundary(f"{layer}.hc_ffn", f"{layer}.ffn_norm"),
-            ffn=self._moe(f"{layer}.ffn"),
+            ffn=self._ffn(f"{layer}.ffn"),
         )
 
-    def ends(self) -> tuple[HyperBoundary, Linear]:
+    def ends(self) -> tuple[HyperBoundary, Product]:
         """Builds what follows the last layer: its boundary, and the head's product."""
-        return self._boundary("hc_head", "norm"), self._runner("head")
+        boundary, head = self._boundary("hc_head", "norm"), self._runner("head")
+        if "head.turn" in self.specs:
+            gather, turn = self._exchange("head.gather", GatherRows), self._exchange("head.turn", Turn)
+            return boundary, GatheredHead(head, gather, turn)
+        return boundary, self._followed(head, "head.gather", GatherColumns)
 
     def _drafts(self, sliding: Rope, compress: Rope) -> Iterator[Mtp]:
         for draft_idx, layer in enumerate(self.config.draft_layers()):
@@ -131,6 +151,13 @@ class Builder:
                 hc_head=self._boundary(f"{name}.hc_head", f"{name}.norm"),
                 rope=sliding,
             )
+
+    def _exchange(self, slot: str, make: type[Exchange]) -> Any:
+        return self.ledger.watch(slot, make(self.peers, slot, kernel=self.specs[slot]))
+
+    def _followed(self, linear: Linear, slot: str, make: type[Exchange]) -> Product:
+        """Returns a product, with the exchange behind it where one is planned."""
+        return FollowedLinear(linear, self._exchange(slot, make)) if slot in self.specs else linear
 
     def _runner(self, slot: str) -> Any:
         return self.ledger.watch(slot, self.runners[slot])
@@ -167,7 +194,7 @@ class Builder:
             queries=self._queries(attn, is_csa),
             x_products=self._x_products(attn, layer.ratio) if layer.ratio else None,
             wo_a=self._runner(f"{attn}.wo_a"),
-            wo_b=self._runner(f"{attn}.wo_b"),
+            wo_b=self._followed(self._runner(f"{attn}.wo_b"), f"{attn}.reduce", Reduce),
             q_norm=self._norm(f"{attn}.q_norm", self.params[f"{attn}.q_norm.weight"]),
             kv_norm=self._norm(f"{attn}.kv_norm", self.params[f"{attn}.kv_norm.weight"]),
             q_head_norm=self._norm(f"{attn}.q_head_norm", None),
@@ -182,7 +209,7 @@ class Builder:
 
     def _queries(self, attn: str, is_csa: bool) -> JointProducts:
         config = self.config
-        widths = {f"{attn}.wq_b": config.num_attention_heads * config.head_dim}
+        widths = {f"{attn}.wq_b": len(self.params[f"{attn}.attn_sink"]) * config.head_dim}
         if is_csa:
             widths[f"{attn}.indexer.wq_b"] = config.index_n_heads * config.index_head_dim
         return JointProducts.of(f"{attn}.queries", widths, self.runners, self._runner)
@@ -297,6 +324,24 @@ class Builder:
             tap_weights=self._tap(layer, "attn.indexer.weights"),
         )
 
+    def _ffn(self, ffn: str) -> FeedForward:
+        """Builds a feed-forward part, with the exchanges that are planned for it."""
+        moe = self._moe(ffn)
+        if f"{ffn}.reduce" in self.specs:
+            return ReducedMoE(moe, self._exchange(f"{ffn}.reduce", Reduce))
+        if f"{ffn}.gather" in self.specs:
+            gather = self._exchange(f"{ffn}.gather", GatherRows)
+            return GatheredMoE(moe, gather, self._exchange(f"{ffn}.scatter", Scatter))
+        return moe
+
+    def _experts(self, slot: str) -> Any:
+        """Returns the routed experts; where ranks have experts of their own, with the map of all to these."""
+        parallel, runner, count = self.engine.parallel, self.runners[slot], self.config.n_routed_experts
+        if parallel.experts is ExpertSplit.IDS and parallel.size > 1:
+            assert isinstance(runner, MoeRunner), slot
+            return self.ledger.watch(slot, HeldExperts(runner, parallel.share(count), count))
+        return self._runner(slot)
+
     def _moe(self, ffn: str) -> MoE:
         shared = f"{ffn}.shared_experts"
         router = Router(
@@ -312,7 +357,7 @@ class Builder:
         mlp = SwigluMlp(self._runner(f"{shared}.w13"), self._runner(f"{shared}.w2"), limit, activation=activation)
         route, watch = self._route(ffn), self.ledger.watch
         decode = (None, 0) if route is None else (watch(f"{ffn}.decode.route", route), route.max_rows)
-        return MoE(watch(f"{ffn}.router", router), self._runner(f"{ffn}.experts"), mlp, *decode)
+        return MoE(watch(f"{ffn}.router", router), self._experts(f"{ffn}.experts"), mlp, *decode)
 
     def _route(self, ffn: str) -> Route | None:
         """Builds gate and router of decode steps in one, on the gate's own matrix; ``None`` where it is not planned."""

@@ -14,7 +14,8 @@ from ownpath.config import ModelConfig
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.block import Block, Hidden, Residual
 from ownpath.model.mtp import Mtp
-from ownpath.runners import HyperBoundary, Linear
+from ownpath.model.ranks import Product
+from ownpath.runners import HyperBoundary
 from ownpath.trace import Ledger
 
 
@@ -31,7 +32,7 @@ class Model:
     embed_VD: torch.Tensor
     blocks: tuple[Block, ...]
     hc_head: HyperBoundary
-    head: Linear
+    head: Product
     sliding_rope: Rope
     compress_rope: Rope
     paged: PagedAttention | None

@@ -29,12 +29,22 @@ class MoE:
     decode_router: ChooseExperts | None = None
     decode_rows: int = 0
 
+    @property
+    def moe(self) -> "MoE":
+        """This part itself, which no exchange surrounds."""
+        return self
+
     def __call__(
         self, x_TD: torch.Tensor, token_ids_T: torch.Tensor, step: AttentionStep | DecodeStep
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the output of the routed experts and of the shared one, [T, D] each."""
+        return self.experts(x_TD, *self.route(x_TD, token_ids_T, step)), self.shared_experts(x_TD)
+
+    def route(
+        self, x_TD: torch.Tensor, token_ids_T: torch.Tensor, step: AttentionStep | DecodeStep
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns expert ids and weights [T, K]."""
         router = self.router
         if self.decode_router is not None and isinstance(step, DecodeStep) and len(x_TD) <= self.decode_rows:
             router = self.decode_router
-        topk_ids, topk_weights = router(x_TD, token_ids_T)
-        return self.experts(x_TD, topk_ids, topk_weights), self.shared_experts(x_TD)
+        return router(x_TD, token_ids_T)

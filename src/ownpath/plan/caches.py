@@ -23,7 +23,7 @@ _PAGES = {
     (KeyFormat.FP4, True): ("e2m1, a scale per 32", FP4_INDEX_BYTES),
 }
 """By format, and whether keys are the indexer's: what pages hold, and the bytes of a key."""
-_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+ACTIVATION_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _of_kind(keys: str, width: int, demands: Demands, step: Step) -> PlannedCach
     key_format = demands.cache_format.index_keys if is_index else demands.cache_format.keys
     if key_format is KeyFormat.BF16:
         why = f"the default; holds what {step} rounds to" if is_official else "the default; as they are computed"
-        return PlannedCache(keys, key_format, demands.activations, width * _BYTES[demands.activations], why)
+        return PlannedCache(keys, key_format, demands.activations, width * ACTIVATION_BYTES[demands.activations], why)
     why = f"asked for by --cache-format {demands.cache_format}; "
     why += _exactness(demands.activations, key_format, is_index) if is_official else f"rounds them, as {step} is plain"
     return PlannedCache(keys, key_format, *_PAGES[key_format, is_index], why)

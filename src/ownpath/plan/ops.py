@@ -1,6 +1,6 @@
 """A planned operation: what was decided for a product, or for a companion of products."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ownpath.checkpoint.schema import Encoding, ModuleSpec
 from ownpath.kernels.spec import InputRounding
@@ -9,7 +9,7 @@ from ownpath.plan.opspec import (
     OpSpec,
 )
 from ownpath.plan.select import Choice
-from ownpath.plan.sharding import Region, local_modules
+from ownpath.plan.sharding import Region, local_modules, part_region
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class PlannedOp:
     stored: that encoding; ``encoding``: what is read of it.
     regions: each module's region for this rank, ``None`` for all of it; empty where every module is whole.
     no_input_scale: the scale of the input that is not there, in words.
+    elsewhere: modules of the slot that other ranks have, whole.
     """
 
     spec: OpSpec
@@ -26,6 +27,7 @@ class PlannedOp:
     choice: Choice
     regions: tuple[Region | None, ...] = ()
     no_input_scale: str = ""
+    elsewhere: tuple[ModuleSpec, ...] = ()
 
     @property
     def encoding(self) -> Encoding:
@@ -37,6 +39,21 @@ class PlannedOp:
     def local_modules(self) -> tuple[ModuleSpec, ...]:
         """The modules with this rank's shapes."""
         return local_modules(self.spec.modules, self.regions)
+
+    @property
+    def local_shape(self) -> tuple[int, int]:
+        """[out, in] of the fused weight on this rank."""
+        return replace(self.spec, modules=self.local_modules).shape
+
+    @property
+    def regions_by_key(self) -> dict[str, Region | None]:
+        """The region of every tensor that this rank reads of its modules, by key; ``None``: all of it."""
+        regions = self.regions or (None,) * len(self.spec.modules)
+        return {
+            key: part_region(part, module, region)
+            for module, region in zip(self.spec.modules, regions, strict=True)
+            for key, part in zip(self.encoding.keys(module.name), self.encoding.parts, strict=True)
+        }
 
     @property
     def label(self) -> str:

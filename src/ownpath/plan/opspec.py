@@ -1,15 +1,16 @@
 """The operations of V4 that need a plan: products with a stored weight matrix, and the companions between them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from ownpath.checkpoint.names import compressor_width, expert_modules
 from ownpath.checkpoint.schema import ModuleSpec
-from ownpath.config import CSA_RATIO, Layer, ModelConfig
+from ownpath.config import CSA_RATIO, ONE_RANK, Layer, ModelConfig, Parallel
 from ownpath.formats import FP8_BLOCK, MXFP4, MXFP8, NVFP4, Format
 from ownpath.official import PLAIN, Step
 from ownpath.ops import OpKind
+from ownpath.splits import AttentionSplit
 
 DECODE_WINDOW = 128
 """Keys of a window, which the kernels of decode steps are made for."""
@@ -41,6 +42,14 @@ class OpSpec:
         """The columns of the result that are each part's, by its slot; empty where it has no parts."""
         ends = accumulate((part.shape[0] for part in self.parts), initial=0)
         return {part.slot: slice(*span) for part, span in zip(self.parts, pairwise(ends), strict=True)}
+
+    def of_experts(self, experts: tuple[int, ...] | None) -> "OpSpec":
+        """Returns the product of some experts, in this order; of all where it is ``None``."""
+        if experts is None:
+            return self
+        assert self.kind is OpKind.MOE, self.slot
+        count = len(self.modules) // 3
+        return replace(self, modules=tuple(self.modules[at * count + expert] for at in range(3) for expert in experts))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -85,32 +94,34 @@ def draft_ops(config: ModelConfig) -> Iterator[OpSpec]:
         yield from _layer_ops(config, layer)
 
 
-def companion_ops(config: ModelConfig) -> Iterator[CompanionSpec]:
+def companion_ops(config: ModelConfig, parallel: Parallel = ONE_RANK) -> Iterator[CompanionSpec]:
     """Yields the backbone's companions. Each runs once a step."""
     for layer in config.backbone_layers():
-        yield from _layer_companions(config, layer.name)
+        yield from _layer_companions(config, layer.name, parallel)
     yield CompanionSpec("hc_head", OpKind.HYPER, (config.hc_mult, config.hidden_size))
 
 
-def draft_companions(config: ModelConfig) -> Iterator[CompanionSpec]:
+def draft_companions(config: ModelConfig, parallel: Parallel = ONE_RANK) -> Iterator[CompanionSpec]:
     """Yields the MTP modules' companions."""
     for layer in config.draft_layers():
         yield CompanionSpec(f"{layer.name}.enorm", OpKind.NORM, (config.hidden_size,))
         yield CompanionSpec(f"{layer.name}.hnorm", OpKind.NORM, (config.hidden_size,))
-        yield from _layer_companions(config, layer.name)
+        yield from _layer_companions(config, layer.name, parallel)
         yield CompanionSpec(f"{layer.name}.hc_head", OpKind.HYPER, (config.hc_mult, config.hidden_size))
 
 
-def _layer_companions(config: ModelConfig, layer: str) -> Iterator[CompanionSpec]:
+def _layer_companions(config: ModelConfig, layer: str, parallel: Parallel) -> Iterator[CompanionSpec]:
+    num_ranks = parallel.size if parallel.attention is AttentionSplit.HEADS else 1
+    num_heads, width = config.num_attention_heads // num_ranks, config.moe_intermediate_size // num_ranks
     boundary = (config.hc_mult, config.hidden_size)
     yield CompanionSpec(f"{layer}.hc_attn", OpKind.HYPER, boundary)
     yield CompanionSpec(f"{layer}.attn.q_norm", OpKind.NORM, (config.q_lora_rank,))
     yield CompanionSpec(f"{layer}.attn.kv_norm", OpKind.NORM, (config.head_dim,))
     yield CompanionSpec(f"{layer}.attn.q_head_norm", OpKind.NORM, (config.head_dim,), Q_HEAD_NORM)
-    yield CompanionSpec(f"{layer}.attn.core", OpKind.ATTENTION, (config.num_attention_heads, config.head_dim))
+    yield CompanionSpec(f"{layer}.attn.core", OpKind.ATTENTION, (num_heads, config.head_dim))
     yield CompanionSpec(f"{layer}.hc_ffn", OpKind.HYPER, boundary)
     yield CompanionSpec(f"{layer}.ffn.router", OpKind.ROUTER, (config.n_routed_experts, config.num_experts_per_tok))
-    yield CompanionSpec(f"{layer}.ffn.shared_experts.swiglu", OpKind.SWIGLU, (config.moe_intermediate_size,))
+    yield CompanionSpec(f"{layer}.ffn.shared_experts.swiglu", OpKind.SWIGLU, (width,))
 
 
 def official_ops(config: ModelConfig, layer: Layer, official: frozenset[Step]) -> Iterator[CompanionSpec]:

@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.config import ONE_RANK, Parallel
-from ownpath.ops import OpKind
-from ownpath.plan.opspec import OpSpec, model_ops
+from ownpath.plan.opspec import model_ops
 from ownpath.plan.plan import Plan
 from ownpath.plan.planner import Planner
 
@@ -37,14 +36,5 @@ def plan_part(whole: Plan, index: CheckpointIndex, shares: Mapping[str, RankShar
         if spec.slot in shares:
             share = shares[spec.slot]
             planner = Planner(whole.config, index, whole.caps, whole.demands, share.parallel)
-            ops += planner.apart(_with_experts(spec, share.experts))
+            ops += planner.apart(spec.of_experts(share.experts))
     return replace(whole, ops=tuple(ops), companions=(), params=(), caches=())
-
-
-def _with_experts(spec: OpSpec, experts: tuple[int, ...] | None) -> OpSpec:
-    """Returns a product of some of its experts."""
-    if experts is None:
-        return spec
-    assert spec.kind is OpKind.MOE, spec.slot
-    count = len(spec.modules) // 3
-    return replace(spec, modules=tuple(spec.modules[at * count + expert] for at in range(3) for expert in experts))

@@ -25,7 +25,7 @@ from ownpath.plan.opspec import (
 from ownpath.plan.planner import Planner
 from ownpath.plan.sections import QuantSection
 from ownpath.plan.select import Caps, Choice, Demands
-from ownpath.plan.sharding import Region, param_region, require_supported
+from ownpath.plan.sharding import Region, param_region
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,8 @@ def make_plan(
 
     loads_draft: plan the MTP modules too.
     Errors: CheckpointError naming the tensor that is missing, unexpected, or of a wrong dtype or shape; PlanError
-        naming the op that no kernel runs; ShardingError for more than one rank.
+        naming the op that no kernel runs; ShardingError naming the module that does not divide into ranks.
     """
-    require_supported(parallel)
     demands = demands or Demands()
     planner = Planner(config, index, caps, demands, parallel)
     planner.require_cache_format()
@@ -128,7 +127,7 @@ def make_plan(
         check_param(index, param)
     consumed = {param.key for param in params}
     for op in ops:
-        for module in op.spec.modules:
+        for module in (*op.spec.modules, *op.elsewhere):
             consumed.update(op.encoding.keys(module.name))
     unread_inputs = tuple(key for op in ops for key in _input_scales(op) if key in index and key not in consumed)
     consumed.update(unread_inputs)
@@ -162,7 +161,8 @@ def _input_scales(op: PlannedOp) -> Iterator[str]:
     """Yields the names that the scales of an op's inputs have in its encoding, whether they are there or not."""
     named = next(encoding for encoding in ENCODINGS if encoding.name == op.stored.name)
     if named.has_input_scale:
-        yield from (named.key(module.name, "input_scale") for module in op.spec.modules)
+        modules = (*op.spec.modules, *op.elsewhere)
+        yield from (named.key(module.name, "input_scale") for module in modules)
 
 
 def claimed_formats(config: ModelConfig) -> QuantSection:
@@ -171,7 +171,7 @@ def claimed_formats(config: ModelConfig) -> QuantSection:
 
 
 def _contradictions(config: ModelConfig, ops: tuple[PlannedOp, ...], index: CheckpointIndex) -> tuple[str, ...]:
-    modules = ((module, op.encoding) for op in ops for module in op.spec.modules)
+    modules = ((module, op.encoding) for op in ops for module in (*op.spec.modules, *op.elsewhere))
     return find_contradictions(config.claims, modules, index)
 
 
@@ -180,7 +180,8 @@ def replan(plan: Plan, caps: Caps, demands: Demands) -> Plan:
     no_index = CheckpointIndex(Path(), MappingProxyType({}))
     planner = Planner(plan.config, no_index, caps, demands, plan.parallel)
     planner.require_cache_format()
-    ops = tuple(planner.decided(op.spec, op.stored, op.no_input_scale) for op in plan.ops)
+    decided_ops = (planner.decided(op.spec, op.stored, op.no_input_scale) for op in plan.ops)
+    ops = tuple(replace(new, elsewhere=old.elsewhere) for new, old in zip(decided_ops, plan.ops, strict=True))
     companions = planner.companions(ops, loads_draft=plan.draft.num_modules > 0)
     decided = replace(plan, caps=caps, demands=demands, ops=ops, companions=companions)
     return replace(decided, caches=planner.caches, no_decode=planner.no_decode)

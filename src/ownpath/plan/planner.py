@@ -12,9 +12,11 @@ from ownpath.checkpoint.schema import ENCODINGS, Encoding
 from ownpath.config import Layer, ModelConfig, Parallel
 from ownpath.formats import BF16, FP32, NVFP4, Format
 from ownpath.kernels.registry import SPECS
+from ownpath.official import Step
 from ownpath.ops import OpKind
 from ownpath.plan.caches import PlannedCache, cache_lack, plan_caches
 from ownpath.plan.errors import MissingInputScaleError, MixedExpertsError, PlanError
+from ownpath.plan.exchanges import head_exchanges, layer_exchanges
 from ownpath.plan.joining import can_join, join
 from ownpath.plan.ops import PlannedCompanion, PlannedOp
 from ownpath.plan.opspec import (
@@ -30,7 +32,10 @@ from ownpath.plan.opspec import (
     steps_of,
 )
 from ownpath.plan.select import REFERENCES, Caps, Choice, Demands, Refusal, select
-from ownpath.plan.sharding import local_modules, regions_of
+from ownpath.plan.sharding import held_experts, local_modules, regions_of, require_whole_blocks
+
+INPUT_BLOCK = 128
+"""Columns of an FP8 product's input that share a scale in official numerics."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +72,21 @@ class Planner:
         if len({encoding.name for encoding in encodings}) == 1:
             if spec.kind is OpKind.MOE:
                 self._require_one_scale_dtype(spec, encodings[0])
+                return [self._of_rank(spec, encodings)]
             return [self._whole(spec, encodings)]
         if spec.kind is not OpKind.LINEAR:
             raise _first_difference(spec, encodings)
         shards = [replace(spec, modules=(module,)) for module in spec.modules]
         return [self._whole(shard, [encoding]) for shard, encoding in zip(shards, encodings, strict=True)]
+
+    def _of_rank(self, spec: OpSpec, encodings: list[Encoding]) -> PlannedOp:
+        """Plans those of a layer's experts that this rank has."""
+        held = spec.of_experts(held_experts(spec.slot, len(spec.modules) // 3, self.parallel))
+        if held is spec:
+            return self._whole(spec, encodings)
+        by_module = dict(zip(spec.modules, encodings, strict=True))
+        planned = self._whole(held, [by_module[module] for module in held.modules])
+        return replace(planned, elsewhere=tuple(module for module in spec.modules if module not in {*held.modules}))
 
     def _whole(self, spec: OpSpec, encodings: list[Encoding]) -> PlannedOp:
         """Plans one op whose modules have one encoding, some of them perhaps without the scale of their input."""
@@ -90,10 +105,10 @@ class Planner:
     def companions(self, ops: Iterable[PlannedOp], loads_draft: bool) -> tuple[PlannedCompanion, ...]:
         """Plans what lies between the products ``ops``."""
         config, plain = self.config, self._plain_slots(ops)
-        specs = [*companion_ops(config), *([] if self.no_decode else [angles_op(config)])]
-        specs += self._of_layers(config.backbone_layers(), plain)
+        specs = [*companion_ops(config, self.parallel), *([] if self.no_decode else [angles_op(config)])]
+        specs += [*self._of_layers(config.backbone_layers(), plain), *head_exchanges(config, self.parallel)]
         if loads_draft:
-            specs += [*draft_companions(config), *self._of_layers(config.draft_layers(), plain)]
+            specs += [*draft_companions(config, self.parallel), *self._of_layers(config.draft_layers(), plain)]
         return tuple(PlannedCompanion(spec, self._choice(spec, None)) for spec in specs)
 
     def _plain_slots(self, ops: Iterable[PlannedOp]) -> frozenset[str]:
@@ -107,6 +122,7 @@ class Planner:
         Nothing for decode steps if no kernel runs one of their operations as demanded: then all steps are of one kind.
         """
         for layer in layers:
+            yield from layer_exchanges(self.config, layer, self.parallel)
             yield from official_ops(self.config, layer, self.demands.official)
             if self.no_decode:
                 continue
@@ -155,6 +171,8 @@ class Planner:
     def decided(self, spec: OpSpec, encoding: Encoding, no_input_scale: str = "") -> PlannedOp:
         """Plans one op of a known encoding. no_input_scale: the state of its input's scale, where it has none."""
         regions = regions_of(self.config, spec.modules, encoding, self.parallel)
+        if Step.FP8_INPUTS in steps_of(spec, encoding.format) & self.demands.official:
+            require_whole_blocks(spec.modules, regions, INPUT_BLOCK)
         # A rank's kernel meets the rank's sizes.
         local = replace(spec, modules=local_modules(spec.modules, regions)) if regions else spec
         choice = self._choice(local, encoding.format, no_input_scale)

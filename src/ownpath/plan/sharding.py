@@ -1,8 +1,16 @@
 """Sharding: the region of each stored tensor that a rank takes, by one rule per kind of module. Pure.
 
-Tensor parallel: rows of heads (wq_b, attn_sink) and of head groups (wo_a), columns of those groups (wo_b), rows and
-columns of the experts' inner width, rows of the vocabulary. All else is whole on every rank. Cuts fall on whole heads
-or groups, and on whole blocks of scales.
+| module | what divides it | cut |
+|---|---|---|
+| wq_b, attn_sink; wo_a; wo_b | attention by heads | rows of heads; rows of groups of heads; columns of those groups |
+| experts' w1 and w3; w2 | experts by width | rows; columns |
+| experts | experts by ids | each whole, on one rank |
+| the shared expert's w1 and w3; w2 | attention by heads | rows; columns |
+| head | always | rows |
+| all else | nothing | whole on every rank: low-rank products, compressors, the indexer, the gate, norms, embedding |
+
+The indexer's scores are sums over its heads: cut, it would exchange a score for every entry. Cuts fall on whole heads
+or groups, and on whole blocks of scales. Block scales follow their matrix; scalars are whole wherever their matrix is.
 
 Example: wq_b of 64 heads of 512 is [32768, R]; of two ranks, rank 1 takes rows 16384 to 32768, and of its scales of
 128 x 128 the rows 128 to 256.
@@ -12,14 +20,20 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from math import lcm
 
 from ownpath.checkpoint.schema import Encoding, ModuleSpec, ParamSpec, PartSpec
-from ownpath.config import ModelConfig, Parallel
+from ownpath.config import ONE_RANK, ModelConfig, Parallel
+from ownpath.splits import AttentionSplit, ExpertSplit
 
 
 class ShardingError(ValueError):
-    """Raised for a module that cannot be cut by its rule, or whose parts no kernel adds up; the message names it."""
+    """Raised for a module that cannot be divided by its rule; the message names it and its sizes."""
+
+
+SCALARS = ("global_scale", "input_scale")
+"""Roles of a module's tensors that hold one number."""
 
 
 class Cut(Enum):
@@ -37,27 +51,75 @@ class Region:
     start: int
     stop: int
 
+    def __str__(self) -> str:
+        return f"{'rows' if self.dim == 0 else 'columns'} {self.start} to {self.stop}"
+
     def shape(self, stored: Sequence[int]) -> tuple[int, ...]:
         """Returns the shape of this region of a tensor."""
         size = self.stop - self.start
         return (*stored[: self.dim], size, *stored[self.dim + 1 :])
 
 
+class Divided(Enum):
+    """The condition of a rule: its cut is made where ranks divide this."""
+
+    HEADS = "attention by heads"
+    WIDTH = "experts by width"
+    VOCABULARY = "the vocabulary"
+
+    def is_cut(self, parallel: Parallel) -> bool:
+        """Returns True if these ranks divide it."""
+        if self is Divided.HEADS:
+            return parallel.attention is AttentionSplit.HEADS
+        return self is Divided.VOCABULARY or parallel.experts is ExpertSplit.WIDTH
+
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_EXPERT = r".*\.ffn\.experts\.\d+"
 _RULES = (
-    (r".*\.attn\.wq_b", Cut.ROWS),
-    (r".*\.attn\.attn_sink", Cut.ROWS),
-    (r".*\.attn\.wo_a", Cut.ROWS),
-    (r".*\.attn\.wo_b", Cut.COLUMNS),
-    (r".*\.ffn\.(experts\.\d+|shared_experts)\.w[13]", Cut.ROWS),
-    (r".*\.ffn\.(experts\.\d+|shared_experts)\.w2", Cut.COLUMNS),
-    (r"head", Cut.ROWS),
+    (r".*\.attn\.wq_b", Cut.ROWS, Divided.HEADS),
+    (r".*\.attn\.attn_sink", Cut.ROWS, Divided.HEADS),
+    (r".*\.attn\.wo_a", Cut.ROWS, Divided.HEADS),
+    (r".*\.attn\.wo_b", Cut.COLUMNS, Divided.HEADS),
+    (r".*\.ffn\.shared_experts\.w[13]", Cut.ROWS, Divided.HEADS),
+    (r".*\.ffn\.shared_experts\.w2", Cut.COLUMNS, Divided.HEADS),
+    (rf"{_EXPERT}\.w[13]", Cut.ROWS, Divided.WIDTH),
+    (rf"{_EXPERT}\.w2", Cut.COLUMNS, Divided.WIDTH),
+    (r"head", Cut.ROWS, Divided.VOCABULARY),
 )
-"""Module or parameter -> the dimension that is divided. Without a rule, every rank has the whole tensor."""
+"""Module or parameter -> the dimension that is cut, and where. Without a rule, every rank has the whole tensor."""
 
 
-def cut_of(name: str) -> Cut | None:
-    """Returns the rule of a module or parameter; ``None``: every rank has all of it."""
-    return next((cut for pattern, cut in _RULES if re.fullmatch(pattern, name)), None)
+def cut_of(name: str, parallel: Parallel = ONE_RANK) -> Cut | None:
+    """Returns how a module or parameter is cut where these ranks divide it; ``None``: whoever has it has all of it."""
+    found = _rule_of(_NUMBER.sub("0", name))
+    return None if found is None or not found[1].is_cut(parallel) else found[0]
+
+
+@cache
+def _rule_of(name: str) -> tuple[Cut, Divided] | None:
+    """Returns the rule of a name. Layers and experts in it have the number 0: of 10^5 names there are few kinds."""
+    found = ((cut, divided) for pattern, cut, divided in _RULES if re.fullmatch(pattern, name))
+    return next(found, None)
+
+
+def is_replicated(name: str, parallel: Parallel, role: str = "") -> bool:
+    """Returns True if every rank has all of a tensor of a module in this role, or of a parameter."""
+    if parallel.experts is ExpertSplit.IDS and ".ffn.experts." in name:
+        return parallel.size == 1
+    return role in SCALARS or cut_of(name, parallel) is None or parallel.size == 1
+
+
+def held_experts(slot: str, count: int, parallel: Parallel) -> tuple[int, ...] | None:
+    """Returns the experts that a rank has, whole; ``None``: it has all, or a part of each.
+
+    Errors: ShardingError naming the slot, for experts that do not divide into ranks.
+    """
+    if parallel.size == 1 or parallel.experts is ExpertSplit.WIDTH:
+        return None
+    if count % parallel.size:
+        raise ShardingError(f"{slot}: {count} experts do not divide into {parallel.size} ranks")
+    return tuple(parallel.share(count))
 
 
 def regions_of(
@@ -73,7 +135,7 @@ def regions_of(
 
 
 def _module_region(config: ModelConfig, module: ModuleSpec, encoding: Encoding, parallel: Parallel) -> Region | None:
-    cut = cut_of(module.name)
+    cut = cut_of(module.name, parallel)
     if cut is None:
         return None
     block = encoding.format.block or (1, 1)
@@ -81,9 +143,17 @@ def _module_region(config: ModelConfig, module: ModuleSpec, encoding: Encoding, 
     return _share(module.name, cut.value, module.shape[cut.value], unit, parallel)
 
 
+def require_whole_blocks(modules: Sequence[ModuleSpec], regions: Sequence[Region | None], block: int) -> None:
+    """Checks that cuts of columns fall on whole blocks of an input that is quantised. Errors: ShardingError."""
+    for module, region in zip(modules, regions, strict=False):
+        if region is not None and region.dim == Cut.COLUMNS.value and (region.stop - region.start) % block:
+            cut = f"{module.shape[1]} columns, {region.stop - region.start} of them a rank's"
+            raise ShardingError(f"{module.name}: {cut}, divide no input that is quantised in blocks of {block}")
+
+
 def param_region(param: ParamSpec, parallel: Parallel) -> Region | None:
     """Returns a parameter's region for a rank, ``None`` for all of it."""
-    cut = cut_of(param.key)
+    cut = cut_of(param.key, parallel)
     if cut is None or parallel.size == 1:
         return None
     return _share(param.key, cut.value, param.shape[cut.value], 1, parallel)
@@ -91,11 +161,14 @@ def param_region(param: ParamSpec, parallel: Parallel) -> Region | None:
 
 def part_region(part: PartSpec, module: ModuleSpec, region: Region | None) -> Region | None:
     """Returns the region of one of a module's tensors (codes or block scales); ``None``: all of it."""
-    if region is None or part.role in ("global_scale", "input_scale"):
-        return None
+    return None if region is None or part.role in SCALARS else _part_region(part, module.shape, region)
+
+
+@cache
+def _part_region(part: PartSpec, shape: tuple[int, int], region: Region) -> Region:
     ends = []
     for end in (region.start, region.stop):
-        n, k = (end, module.shape[1]) if region.dim == 0 else (module.shape[0], end)
+        n, k = (end, shape[1]) if region.dim == 0 else (shape[0], end)
         ends.append(part.shape(n, k)[region.dim])
     return Region(region.dim, *ends)
 
@@ -111,15 +184,6 @@ def local_module(module: ModuleSpec, region: Region | None) -> ModuleSpec:
 def local_modules(modules: tuple[ModuleSpec, ...], regions: tuple[Region | None, ...]) -> tuple[ModuleSpec, ...]:
     """Returns modules with a rank's shapes. regions: one for each; empty where every module is whole."""
     return tuple(map(local_module, modules, regions)) if regions else modules
-
-
-def require_supported(parallel: Parallel) -> None:
-    """Refuses more than one rank. Errors: ShardingError naming what is missing."""
-    if parallel.size > 1:
-        raise ShardingError(
-            f"{parallel.size} ranks: attn.wo_b and ffn.w2 are cut by columns, so that each rank has a part of their "
-            "sums, and no kernel here adds the parts up"
-        )
 
 
 def _unit(config: ModelConfig, name: str) -> int:

@@ -150,6 +150,7 @@ def plan_dict(plan: Plan) -> dict[str, object]:
             "slot": op.spec.slot,
             "kind": str(op.spec.kind),
             "shape": list(op.spec.shape),
+            "local_shape": list(op.local_shape),
             "modules": modules,
         }
         ops.append(entry | cells | {"why": op.choice.why, "passed_over": list(op.choice.passed_over)})
@@ -158,6 +159,7 @@ def plan_dict(plan: Plan) -> dict[str, object]:
     ]
     plan_level = {
         "device": plan.caps.name,
+        "parallel": asdict(plan.parallel),
         "activations": plan.demands.activations,
         "batch_invariant": plan.demands.is_batch_invariant,
         "numerics": {step: "official" if is_official(plan, step) else "plain" for step in Step},

@@ -16,6 +16,7 @@ from ownpath.runners.companions import (
     SwiGLU,
 )
 from ownpath.runners.decode import CacheEntries, DecodeAttention, IndexScores, RotaryAngles, Select
+from ownpath.runners.exchange import Exchange, GatherColumns, GatherRows, Reduce, Scatter, Turn
 from ownpath.runners.grouped import Fp8GroupedLinear, GroupedLinear, GroupedRunner
 from ownpath.runners.linear import (
     ConcatLinear,
@@ -28,18 +29,22 @@ from ownpath.runners.linear import (
     WideLinear,
 )
 from ownpath.runners.mlp import SwigluMlp
-from ownpath.runners.moe import Fp8MoE, Nvfp4MoE, Nvfp4MoEW4A4, PlainMoE
+from ownpath.runners.moe import Fp8MoE, HeldExperts, MoeRunner, Nvfp4MoE, Nvfp4MoEW4A4, PlainMoE
 from ownpath.runners.runner import KernelRunner, Runner
 
 __all__ = [
     "CacheEntries",
     "ConcatLinear",
     "DecodeAttention",
+    "Exchange",
     "Fp8GroupedLinear",
     "Fp8Linear",
     "Fp8MoE",
+    "GatherColumns",
+    "GatherRows",
     "GroupedLinear",
     "GroupedRunner",
+    "HeldExperts",
     "HyperBoundary",
     "HyperOut",
     "HyperWeights",
@@ -49,6 +54,7 @@ __all__ = [
     "KeyQuantizer",
     "Linear",
     "Mix",
+    "MoeRunner",
     "Nvfp4Linear",
     "Nvfp4LinearW4A4",
     "Nvfp4MoE",
@@ -57,15 +63,18 @@ __all__ = [
     "PlainMoE",
     "QuantizedLinear",
     "RMSNorm",
+    "Reduce",
     "RotaryAngles",
     "Route",
     "RouteWeights",
     "Router",
     "RouterWeights",
     "Runner",
+    "Scatter",
     "Select",
     "SharedKeyAttention",
     "SwiGLU",
     "SwigluMlp",
+    "Turn",
     "WideLinear",
 ]

@@ -13,7 +13,7 @@ from ownpath.ops import OpKind
 from ownpath.qtensor import QuantTensor
 from ownpath.runners.linear import PACKED, plain_format
 from ownpath.runners.ops import HANDLES
-from ownpath.runners.runner import KernelOrName, KernelRunner, chosen_spec, default_spec
+from ownpath.runners.runner import KernelOrName, KernelRunner, Runner, chosen_spec, default_spec
 
 SplitExpert = tuple[QuantTensor, QuantTensor, QuantTensor]
 """w1 (gate), w3 (up) and w2 (down) of one expert, as they are stored."""
@@ -28,7 +28,7 @@ class MoeRunner(KernelRunner):
     def __init__(self, kernel: KernelOrName, stored: StoredExperts) -> None:
         self.spec = chosen_spec(kernel)
         self.num_experts, self.hidden_size = stored.num_experts, stored.hidden_size
-        self.swiglu_limit = stored.swiglu_limit
+        self.swiglu_limit, self.device = stored.swiglu_limit, stored.down.qdata.device
         self.kernel: ExpertsKernel[object] = KERNELS[self.spec.name]
         self.operand = self.kernel.prepare(stored)
         self.handle = HANDLES.new(self)
@@ -94,6 +94,28 @@ class MoeRunner(KernelRunner):
     def variant(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, *_: object) -> str | None:
         """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""
         return self.kernel.variant(x, Routing(topk_ids, topk_weights), self.operand)
+
+
+class HeldExperts(Runner):
+    """Routed experts of which this rank has some; others contribute nothing here.
+
+    held: their ids among ``num_experts``, in the order of the runner's.
+    """
+
+    def __init__(self, experts: MoeRunner, held: Sequence[int], num_experts: int) -> None:
+        self.experts = experts
+        self.expert_map = torch.full((num_experts,), -1, dtype=torch.int32)
+        self.expert_map[list(held)] = torch.arange(len(held), dtype=torch.int32)
+        self.expert_map = self.expert_map.to(experts.device)
+
+    @property
+    def leaves(self) -> tuple[KernelRunner, ...]:
+        """The experts' runner."""
+        return self.experts.leaves
+
+    def __call__(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        """Computes y [T, D], this rank's part of the sum. topk_ids: of all experts."""
+        return self.experts(x, topk_ids, topk_weights, expert_map=self.expert_map)
 
 
 def gate_and_up(fused: QuantTensor) -> tuple[QuantTensor, QuantTensor]:

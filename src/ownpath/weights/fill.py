@@ -16,8 +16,9 @@ from ownpath.checkpoint.dtypes import FLOATS, TORCH_DTYPES
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.scales import scale_fault
 from ownpath.checkpoint.tensor_info import TensorInfo
+from ownpath.plan.sharding import Region
 from ownpath.weights.readers import Staging
-from ownpath.weights.targets import CopyTargets
+from ownpath.weights.targets import CopyTarget, CopyTargets
 
 _NOT_FINITE = {
     "F8_E4M3": (np.int8, 0x7F, np.uint8, 0xFF),  # no infinity; 0x7F with either sign is NaN
@@ -39,8 +40,9 @@ def check_finite(piece: Piece, data: Bytes) -> None:
         raise CheckpointError(f"tensor {piece.info} holds NaN or infinity")
 
 
-def check_block_scales(piece: Piece, data: Bytes) -> None:
-    """Checks block scales. Errors: CheckpointError naming the tensor and place of the first NaN or negative scale."""
+def check_block_scales(piece: Piece, data: Bytes, columns: Region | None = None) -> None:
+    """Checks block scales. columns: the region of the tensor that the data are of, from its byte ``piece.first`` on;
+    ``None``: all. Errors: CheckpointError naming the tensor and place of the first NaN or negative scale."""
     info = piece.info
     if info.dtype in FLOATS:
         values = torch.from_numpy(data.copy()).view(TORCH_DTYPES[info.dtype])
@@ -51,8 +53,11 @@ def check_block_scales(piece: Piece, data: Bytes) -> None:
         is_bad = data >= _BAD_SCALE_BYTE[info.dtype]
     if is_bad.any():
         item_bytes = data.size // is_bad.size
-        where = np.unravel_index(piece.first // item_bytes + int(is_bad.argmax()), info.shape)
-        raise CheckpointError(f"tensor {info}: block scale {[int(i) for i in where]} is NaN or negative")
+        shape = info.shape if columns is None else columns.shape(info.shape)
+        where = [int(i) for i in np.unravel_index(piece.first // item_bytes + int(is_bad.argmax()), shape)]
+        if columns is not None:
+            where[columns.dim] += columns.start
+        raise CheckpointError(f"tensor {info}: block scale {where} is NaN or negative")
 
 
 def check_global_scale(info: TensorInfo, value: float, is_divisor: bool) -> None:
@@ -108,19 +113,23 @@ class Filler:
     def _take(self, piece: Piece, buffer: Bytes, staging: Staging) -> None:
         target = self._targets.matrices[piece.info.name]
         data = buffer[piece.start : piece.stop]
-        if target.destination.role == "scale":
-            check_block_scales(piece, data)
-        else:
-            check_finite(piece, data)
         if target.widened is None and target.is_one_stretch:
+            self._check(target, piece, data)
             staging.copy(piece.start, piece.stop, target.flat, target.first + piece.first)
             return
         for first, wanted in target.stretches(piece.first, data):
-            values = torch.from_numpy(wanted.copy())
+            self._check(target, piece._replace(first=first), wanted)  # what is another rank's is that one's to check
+            values = torch.from_numpy(wanted)
             if target.widened is not None:
-                values = values.view(target.widened).to(target.destination.target.dtype)
+                values = values.clone().view(target.widened).to(target.destination.target.dtype)
                 first = first // target.widened.itemsize * values.element_size()
             staging.write(values, target.flat, target.first + first)
+
+    def _check(self, target: CopyTarget, piece: Piece, data: Bytes) -> None:
+        if target.destination.role == "scale":
+            check_block_scales(piece, data, None if target.is_one_stretch else target.destination.region)
+        else:
+            check_finite(piece, data)
 
     def _take_scalars(self, pieces: list[Piece], buffer: Bytes) -> Piece | None:
         """Stores all scalars of a chunk at once; returns the first that is not a valid scale."""

@@ -20,7 +20,7 @@ from ownpath.checkpoint.schema import Encoding, ModuleSpec, PartSpec
 from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, MXFP8, NVFP4, Format
 from ownpath.ops import OpKind
 from ownpath.plan.ops import PlannedOp
-from ownpath.plan.sharding import Region, part_region
+from ownpath.plan.sharding import Region
 
 _HUGE_PAGE_BYTES = 2 * 2**20
 _HAS_HUGE_PAGES = hasattr(mmap, "MADV_HUGEPAGE")  # Linux
@@ -101,22 +101,13 @@ def make_operand(
     operand = _operand(op, stored, partial(allocate, device=device))
     if not op.regions:
         return operand
-    regions = _regions_by_key(op)
+    regions = op.regions_by_key
     return replace(
         operand,
         destinations=tuple(
             replace(destination, region=regions[destination.key]) for destination in operand.destinations
         ),
     )
-
-
-def _regions_by_key(op: PlannedOp) -> dict[str, Region | None]:
-    """Returns the region of every tensor of the op's modules, by key."""
-    return {
-        key: part_region(part, module, region)
-        for module, region in zip(op.spec.modules, op.regions, strict=True)
-        for key, part in zip(op.encoding.keys(module.name), op.encoding.parts, strict=True)
-    }
 
 
 def _operand(op: PlannedOp, stored: dict[str, str], new: _New) -> OperandBuffers:

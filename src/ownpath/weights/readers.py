@@ -131,9 +131,10 @@ class ReadOptions:
             raise ValueError(f"{self}: its buffers take {staging_bytes} bytes, of at most {MAX_STAGING_BYTES}")
 
     @classmethod
-    def for_device(cls, device: torch.device) -> "ReadOptions":
-        """Returns a thread per core, at most 16; for the CPU, chunks small enough to stay in a core's cache."""
-        num_threads = min(os.cpu_count() or 1, 16)
+    def for_device(cls, device: torch.device, num_ranks: int = 1) -> "ReadOptions":
+        """Returns a thread per core, at most 16; for the CPU, chunks small enough to stay in a core's cache. The ranks
+        of a host share its cores, and so the memory of its buffers."""
+        num_threads = max(1, min(os.cpu_count() or 1, 16 * num_ranks) // num_ranks)
         return cls(num_threads, 2 * 2**20 if device.type == "cpu" else 8 * 2**20)
 
     def staging_bytes(self, device: torch.device) -> int:

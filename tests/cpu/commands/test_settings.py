@@ -58,7 +58,8 @@ def test_every_option_is_a_setting_in_both_places(tmp_path: Path) -> None:
         "drain_timeout": "2", "host": "::1", "prefix_snapshots": "4", "prefix_interval": "512",
         "port": "0", "tls_cert": "c.pem", "tls_key": "k.pem", "api_key_file": "keys", "admin_key": SECRET,
         "allowed_hosts": "h", "allowed_origins": "https://o", "log_requests": "off", "log_format": "json",
-        "otlp_traces_endpoint": "http://h/v1/traces",
+        "otlp_traces_endpoint": "http://h/v1/traces", "ranks": "2", "attention": "data", "experts": "ids",
+        "rank_timeout": "7",
     }  # fmt: skip
     switches = ["batch_invariant", "no_graphs", "allow_unverified", "strict_fields", "strict_limits", "insecure"]
     switches += ["no_prefix_cache", "prefix_salt_per_key"]

@@ -3,17 +3,23 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.checkpoints import LAYOUTS, SMALL, random_checkpoint
 
+from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.schema import MODELOPT_NVFP4, NATIVE_FP8, PLAIN_BF16, ModuleSpec, ParamSpec
 from ownpath.config import ONE_RANK, ConfigError, EngineConfig, ModelConfig, Parallel
-from ownpath.loading import load_model, plan_model
+from ownpath.inspect.memory import replicated_bytes, weights_bytes
+from ownpath.loading import load_model, plan_model, planned
+from ownpath.official import Step
 from ownpath.plan.plan import Plan
 from ownpath.plan.sharding import Cut, Region, ShardingError, cut_of, param_region, part_region, regions_of
+from ownpath.plan.tiling import tiling_faults
+from ownpath.splits import AttentionSplit, ExpertSplit
 from ownpath.weights.load import LoadedWeights, load_weights
 from ownpath.weights.operands import Destination
 from ownpath.weights.readers import ReadOptions
@@ -23,11 +29,9 @@ WIDE = {"moe_intermediate_size": 256, "o_lora_rank": 128, "hidden_size": 128}
 CONFIG = ModelConfig.from_dict(SMALL | WIDE)
 
 
-def sharded(plan: Plan, parallel: Parallel) -> Plan:
-    """The plan of one of several ranks, as ``make_plan`` will make it once there is a kernel that exchanges sums."""
-    ops = tuple(replace(op, regions=regions_of(plan.config, op.spec.modules, op.encoding, parallel)) for op in plan.ops)
-    regions = {param.key: param_region(param, parallel) for param in plan.params}
-    return replace(plan, ops=ops, param_regions={key: region for key, region in regions.items() if region is not None})
+def plans_of(folder: Path, size: int, *splits: AttentionSplit | ExpertSplit) -> list[Plan]:
+    engines = [EngineConfig(parallel=Parallel(rank, size, *splits)) for rank in range(size)]  # type: ignore[arg-type]
+    return [planned(folder, engine)[0] for engine in engines]
 
 
 def slots_of(weights: LoadedWeights, plan: Plan) -> Iterator[Destination]:
@@ -47,7 +51,8 @@ def test_two_ranks_tile_every_tensor(layout: str, chunk_bytes: int, tmp_path: Pa
     """Read from the file in chunks that end inside rows, laid side by side: what one rank reads alone, byte by byte."""
     random_checkpoint(tmp_path, layout, **WIDE)
     plan, index = plan_model(tmp_path, "cpu"), CheckpointIndex.open(tmp_path)
-    plans = [sharded(plan, Parallel(rank, 2)) for rank in range(2)]
+    plans = plans_of(tmp_path, 2)
+    assert not tiling_faults(plans)
     cpu, read_options = torch.device("cpu"), ReadOptions(2, chunk_bytes)
     whole = {slot.key: slot for slot in slots_of(load_weights(plan, index, cpu), plan)}
     halves = [
@@ -125,9 +130,128 @@ def test_a_cut_through_a_head_or_a_block_is_refused(module: ModuleSpec, ranks: i
         regions_of(CONFIG, [module], MODELOPT_NVFP4, Parallel(0, ranks))
 
 
-def test_more_than_one_rank_is_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("experts", list(ExpertSplit))
+@pytest.mark.parametrize("attention", list(AttentionSplit))
+def test_the_plans_of_all_ranks_tile_the_checkpoint(
+    attention: AttentionSplit, experts: ExpertSplit, tmp_path: Path
+) -> None:
+    random_checkpoint(tmp_path, "modelopt-experts-only", **WIDE)
+    plans = plans_of(tmp_path, 2, attention, experts)
+    assert not tiling_faults(plans)
+    keys = [{key for op in plan.ops for key in op.regions_by_key} for plan in plans]
+    both = {key for key in keys[0] & keys[1] if ".ffn.experts." in key}
+    assert bool(both) == (experts is ExpertSplit.WIDTH)
+    assert plans[0].ignored == plans[1].ignored == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"region": Region(0, 0, 96)}, "rank 1's rows 128 to 256 are another rank's too"),
+        ({"region": Region(0, 0, 64)}, "rows 64 to 128 are no rank's"),
+        ({"region": Region(1, 0, 24)}, "ranks cut it along different dimensions"),
+        ({"region": None}, "rank 0 has all of it, and ranks 0, 1 have some"),
+        ({"rank": 1}, "rank 1 is at place 0"),
+        ({"op": "layers.1.attn.wqa_wkv", "region": Region(0, 0, 16)}, "rank 0 has rows 0 to 16 of it, and every rank"),
+        ({"without": "layers.1.attn.wq_b"}, "rank 1 alone plans it"),
+    ],
+)
+def test_ranks_that_do_not_tile_are_found(change: dict[str, Any], fault: str, tmp_path: Path) -> None:
+    random_checkpoint(tmp_path, "bf16")
+    plans = plans_of(tmp_path, 2)
+    assert not tiling_faults(plans)
+    slot = change.get("op", "layers.1.attn.queries")
+    if "region" in change:
+        region = change["region"]
+        if fault.startswith("rank 1's"):
+            region = Region(0, 0, 160)
+        plans[0] = replace(
+            plans[0],
+            ops=tuple(
+                replace(op, regions=(region, *op.regions[1:])) if op.spec.slot == slot else op for op in plans[0].ops
+            ),
+        )
+    elif "rank" in change:
+        plans.reverse()
+    else:
+        plans[0] = replace(plans[0], ops=tuple(op for op in plans[0].ops if op.spec.slot != slot))
+    assert any(fault in found for found in tiling_faults(plans)), tiling_faults(plans)
+
+
+def test_an_expert_that_two_ranks_have_is_found(tmp_path: Path) -> None:
+    random_checkpoint(tmp_path, "bf16")
+    first = plans_of(tmp_path, 2, AttentionSplit.DATA, ExpertSplit.IDS)[0]
+    twice = replace(first, parallel=Parallel(1, 2, AttentionSplit.DATA, ExpertSplit.IDS))
+    faults = tiling_faults([first, twice])
+    assert any("experts.0.w1" in fault and "ranks 0, 1 have some" in fault for fault in faults)
+    assert any("experts.7.w1" in fault and "no rank has it" in fault for fault in faults)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parallel", "words"),
+    [
+        ({}, Parallel(0, 4), r"layers.0.attn.wo_a: 64 rows do not divide into 4 ranks of whole 32s"),
+        ({}, Parallel(0, 3), r"layers.0.attn.wq_b: 256 rows do not divide into 3 ranks of whole 64s"),
+        (
+            {"n_routed_experts": 9},
+            Parallel(0, 2, AttentionSplit.DATA, ExpertSplit.IDS),
+            r"layers.0.ffn.experts: 9 experts do not divide into 2 ranks",
+        ),
+        ({"vocab_size": 97}, Parallel(0, 2), r"head: 97 rows do not divide into 2 ranks"),
+    ],
+)
+def test_ranks_that_do_not_fit_are_refused_by_module_and_size(
+    changes: dict[str, int], parallel: Parallel, words: str, tmp_path: Path
+) -> None:
+    random_checkpoint(tmp_path, "bf16", **changes)
+    with pytest.raises(ShardingError, match=words):
+        planned(tmp_path, EngineConfig(parallel=parallel))
+
+
+def test_a_cut_through_a_block_of_an_official_input_is_refused(tmp_path: Path) -> None:
+    """Inputs of MXFP4 experts are quantised in blocks of 128; a rank's 32 of 64 columns would have other scales."""
+    random_checkpoint(tmp_path, "deepseek-native", **(WIDE | {"moe_intermediate_size": 128}))
+    engine = EngineConfig(parallel=Parallel(0, 2, AttentionSplit.DATA), official=frozenset({Step.FP8_INPUTS}))
+    with pytest.raises(ShardingError, match=r"experts.0.w2: 128 columns, 64 of them a rank's, .* blocks of 128"):
+        planned(tmp_path, engine)
+
+
+def test_a_bad_scale_is_found_by_the_rank_that_has_it(tmp_path: Path) -> None:
+    """Of w2's scales [128, 16] rank 1 has columns 8 to 16; the place is told as in the file."""
+    random_checkpoint(tmp_path, "full-nvfp4", **WIDE)
+    index = CheckpointIndex.open(tmp_path)
+    info = index["layers.1.ffn.experts.3.w2.weight_scale"]
+    assert info.shape == (128, 16)
+    with info.file.open("r+b") as shard:
+        shard.seek(info.start + 5 * 16 + 9)
+        shard.write(b"\x7f")  # NaN in E4M3
+    first, second = plans_of(tmp_path, 2)
+    load_weights(first, index, torch.device("cpu"))
+    for chunk_bytes in (64, 4096):
+        read_options = ReadOptions(1, chunk_bytes)
+        with pytest.raises(CheckpointError, match=r"experts.3.w2.weight_scale.*block scale \[5, 9\] is NaN"):
+            load_weights(second, index, torch.device("cpu"), read_options=read_options)
+
+
+def test_ranks_hold_nothing_twice(tmp_path: Path) -> None:
+    """All ranks' buffers together: the checkpoint's once, and once more on each further rank what every rank has."""
+    random_checkpoint(tmp_path, "modelopt-experts-only", **WIDE)
+    index, cpu = CheckpointIndex.open(tmp_path), torch.device("cpu")
+    whole = planned(tmp_path, EngineConfig())[0]
+
+    def held(plan: Plan) -> int:
+        weights = load_weights(plan, index, cpu)
+        buffers = (buffer for operand in weights.operands for parts in operand.buffers.values() for buffer in parts)
+        return sum(buffer.nbytes for buffer in (*buffers, *weights.params.values()))
+
+    first, second = plans_of(tmp_path, 2)
+    assert held(first) == held(second) == weights_bytes(first, index)
+    assert held(first) + held(second) - held(whole) == replicated_bytes(first, index)
+
+
+def test_a_rank_needs_its_peers(tmp_path: Path) -> None:
     random_checkpoint(tmp_path, "full-nvfp4")
-    with pytest.raises(ShardingError, match=r"2 ranks: attn.wo_b and ffn.w2 are cut by columns"):
+    with pytest.raises(ValueError, match=r"the settings are those of rank 1 of 2, and this is rank 0 of 1"):
         load_model(tmp_path, EngineConfig(max_model_len=64, parallel=Parallel(1, 2)))
 
 
@@ -135,3 +259,9 @@ def test_more_than_one_rank_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_rank_that_there_is_not_is_refused(parallel: tuple[int, int]) -> None:
     with pytest.raises(ConfigError, match="ranks count from 0 to size - 1"):
         Parallel(*parallel)
+
+
+def test_divisions_go_by_their_names() -> None:
+    assert Parallel(0, 2, "data", "ids") == Parallel(0, 2, AttentionSplit.DATA, ExpertSplit.IDS)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="attention is 'rows', which is none of heads, data"):
+        Parallel(0, 2, "rows")  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from ownpath.formats import FP8_BLOCK, MXFP4, MXFP8, NVFP4, Format
 from ownpath.kernels.checks import require
 from ownpath.kernels.contract import Routing, StoredExperts
-from ownpath.kernels.mixture import ExpertProduct, clamped_swiglu, mixture, sum_dtype
+from ownpath.kernels.mixture import ExpertProduct, clamped_swiglu, local_experts, mixture, sum_dtype
 from ownpath.kernels.reference import ExpertsReference
 from ownpath.numerics import (
     decode_fp8_block,
@@ -177,12 +177,13 @@ class OfficialExperts(ExpertsReference):
         return stored
 
     def _run(self, x_TD: torch.Tensor, routing: Routing, operand: StoredExperts) -> torch.Tensor:
-        if routing.num_shared or routing.expert_map is not None:
-            raise ValueError("experts of official numerics take neither shared experts nor an expert map")
+        if routing.num_shared:
+            raise ValueError("experts of official numerics take no shared experts")
+        ids = local_experts(routing.ids, operand.num_experts, routing.expert_map)
         up, down = operand.gate_up, operand.down
         w13 = ExpertWeights(up.format, up.qdata, up.scale, up.global_scale, operand.gate_up_input_scale)
         w2 = ExpertWeights(down.format, down.qdata, down.scale, down.global_scale, operand.down_input_scale)
-        return self._function(x_TD, routing.ids, routing.weights, w13, w2, operand.swiglu_limit)
+        return self._function(x_TD, ids, routing.weights, w13, w2, operand.swiglu_limit)
 
 
 MOE_QUANTIZED_INPUTS = OfficialExperts(moe_quantized_inputs)

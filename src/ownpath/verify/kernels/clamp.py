@@ -52,6 +52,6 @@ def _check_expert(probe: Probe, shared: str, tally: Tally) -> None:
     w1, w3 = both.chunk(2)
     matrices = ExpertMatrices(w1, w3, probe.stored.matrix(f"{shared}.w2", w2.encoding))
     steps = ExpertSteps(probe.config.swiglu_limit, probe.dtype, inputs.quantize, hidden.quantize, rounds_products=True)
-    found = probe.layer.block.ffn.shared_experts(x_RD)
+    found = probe.layer.block.ffn.moe.shared_experts(x_RD)
     kernel = f"{probe.kernels[f'{shared}.w13']}, {probe.kernels[f'{shared}.w2']}"
     tally.add(shared, kernel, deviation(found, expert(x_RD, matrices, steps)))

@@ -80,7 +80,7 @@ def _row_counts(probe: Probe, slot: str) -> tuple[int, ...]:
     if not slot.endswith(".decode.route"):
         return (ROWS,)
     assert probe.layer is not None
-    most = probe.layer.block.ffn.decode_rows
+    most = probe.layer.block.ffn.moe.decode_rows
     return tuple(num_rows for num_rows in FEW_ROWS if num_rows <= most)
 
 

@@ -6,7 +6,8 @@ import torch
 
 from ownpath.finding import Finding
 from ownpath.model.block import Residual
-from ownpath.runners import HyperBoundary, Linear
+from ownpath.model.ranks import Product
+from ownpath.runners import HyperBoundary
 from ownpath.verify.layer import in_no_layer, load_part
 from ownpath.verify.layers.measure import ROW_FACTOR, Measurement, dtype_name
 from ownpath.verify.layers.oracle import Oracle
@@ -44,7 +45,7 @@ class ModelEnds:
     """The boundary and the head, which follow the last layer."""
 
     hc_head: HyperBoundary
-    head: Linear
+    head: Product
     kernel: str
 
     @classmethod

@@ -1,0 +1,98 @@
+"""Several ranks behind one command: rank 0 starts the others, or torchrun has started all; rank 0 alone serves."""
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn
+
+from ownpath.ranks.started import is_rank
+from ownpath.splits import AttentionSplit
+
+if TYPE_CHECKING:
+    from ownpath.engine.prefix import PrefixSettings
+    from ownpath.ranks.group import Group
+
+RANK_LOST = 75
+"""Exit code of a rank that another one has left (EX_TEMPFAIL: started again, it may work)."""
+_LINGER_S = 10.0
+"""The longest that a rank goes on after SIGTERM, so that rank 0, which may have been sent one too, can end answers."""
+
+
+def rank_of(args: argparse.Namespace) -> int:
+    """Returns this process's rank, and settles ``args.ranks``. Errors: ValueError for options that do not fit."""
+    if is_rank(os.environ):
+        size = int(os.environ["WORLD_SIZE"])
+        if args.ranks not in (1, size):
+            raise ValueError(f"--ranks {args.ranks}: {size} were started")
+        args.ranks = size
+    if args.ranks == 1:
+        return 0
+    if args.attention == AttentionSplit.DATA:
+        raise ValueError("--attention data: here every rank computes all requests; `ownpath plan` alone takes it")
+    if args.device.startswith("cuda:"):
+        raise ValueError(f"--device {args.device}: of several ranks each has a device of its own; name it cuda")
+    return int(os.environ["RANK"]) if is_rank(os.environ) else 0
+
+
+@contextmanager
+def leading(args: argparse.Namespace) -> "Iterator[Group | None]":
+    """Yields the group that rank 0 leads, whose other ranks it starts unless torchrun has; ``None`` for one rank."""
+    if args.ranks == 1:
+        yield None
+        return
+    from ownpath.ranks.group import join, leave
+    from ownpath.ranks.launch import launched
+
+    if not is_rank(os.environ):
+        with launched(args.ranks, args.command_line) as group:
+            yield group
+        return
+    try:
+        yield join(os.environ)
+    finally:
+        leave()
+
+
+def follow(args: argparse.Namespace, prefix: "PrefixSettings | None") -> NoReturn:
+    """Runs a rank that is not the first, until that has no more to do, and ends the process.
+
+    0 after a clean end; 2 where a rank could not start, which rank 0 tells; ``RANK_LOST``.
+    """
+    from ownpath.commands.session import engine_config_of, model_folder_of
+    from ownpath.engine.following import Follower
+    from ownpath.loading import leave_a_core, load_model
+    from ownpath.ranks.control import hear
+    from ownpath.ranks.group import join
+    from ownpath.ranks.launch import end_with_parent
+    from ownpath.ranks.peers import PeerLost
+    from ownpath.ranks.start import phase
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: _end_later())
+    end_with_parent(os.environ)
+    group = join(os.environ)
+    try:
+        with phase(group, "open"):
+            leave_a_core(group.size)
+        config = engine_config_of(args, args.max_num_seqs, args.num_cache_blocks, group)
+        model = load_model(model_folder_of(args), config, peers=group)
+        follower = Follower(model, 0 if prefix is None else prefix.num_snapshots)
+        with phase(group, "ready"):
+            group.limit_s = args.rank_timeout
+        follower.follow(lambda: hear(group))
+    except PeerLost as error:
+        print(f"ownpath: rank {group.rank}: {error}", file=sys.stderr, flush=True)
+        os._exit(RANK_LOST)
+    except ValueError:
+        os._exit(2)
+    os._exit(0)
+
+
+def _end_later() -> None:
+    timer = threading.Timer(_LINGER_S, os._exit, (0,))
+    timer.daemon = True
+    timer.start()

@@ -1,0 +1,51 @@
+"""The other ranks: each does what rank 0 says, in its order, on caches at the same places, until there is no more."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from ownpath.cache.pools import PlacedSequence
+from ownpath.cache.snapshot import PassedSnapshot, SnapshotStore
+from ownpath.cache.tables import StepTables
+from ownpath.engine.leading import LOAD, PUT, SAVE, STEP
+from ownpath.model.batch import ForwardBatch
+from ownpath.model.model import Model
+from ownpath.ranks.control import RankMessage
+
+
+class Follower:
+    """One rank's part of what rank 0's engine runs. num_snapshots: places for them, as many as rank 0 has."""
+
+    def __init__(self, model: Model, num_snapshots: int) -> None:
+        self._model, self._pool = model, model.caches
+        self._store = SnapshotStore(self._pool, num_snapshots) if num_snapshots else None
+        self._passed: dict[int, PassedSnapshot] = {}
+
+    def follow(self, hear: Callable[[], RankMessage | None]) -> None:
+        """Runs until ``hear`` has no more. Errors: PeerLost."""
+        run: Mapping[str, Callable[[RankMessage], Any]] = {
+            STEP: self._step,
+            SAVE: lambda told: self._snapshots.save(told["slot"], told["place"]),
+            PUT: lambda told: self._snapshots.put(self._passed[told["taken"]], told["place"]),
+            LOAD: lambda told: self._snapshots.load(told["place"], told["slot"]),
+        }
+        with torch.inference_mode():
+            while (told := hear()) is not None:
+                run[told["kind"]](told)
+
+    @property
+    def _snapshots(self) -> SnapshotStore:
+        assert self._store is not None, "rank 0 has snapshots, and this rank has none"
+        return self._store
+
+    def _step(self, told: RankMessage) -> None:
+        self._passed = {number: taken for number, taken in self._passed.items() if number in {*told["living"]}}
+        new = {number: PassedSnapshot(self._pool, slot, end) for slot, end, number in told["passed"]}
+        self._passed |= new
+        sequences = told["sequences"]
+        placed = [PlacedSequence(self._pool, slot, tuple(blocks), start) for slot, start, _, blocks in sequences]
+        tables = StepTables.of(placed, [num_rows for *_, num_rows, _ in sequences], tuple(new.values()))
+        device = self._pool.spec.device
+        ids, wanted = (torch.tensor(told[name], dtype=torch.int64) for name in ("token_ids", "logits_ids"))
+        self._model.forward(ForwardBatch(ids.to(device), tables, wanted.to(device)))

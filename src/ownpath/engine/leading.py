@@ -1,0 +1,112 @@
+"""Rank 0's model, as the engine uses it: each step, and each copy of a snapshot, is told to the other ranks first.
+
+The others hold the same caches at the same places, and run the same step on their part of the weights. So one rank
+alone schedules, samples and keeps the books of slots and blocks.
+"""
+
+from itertools import count
+from weakref import WeakValueDictionary
+
+import torch
+
+from ownpath.cache.pools import CachePool, SequenceCache
+from ownpath.cache.snapshot import PassedSnapshot, SnapshotStore
+from ownpath.config import ModelConfig
+from ownpath.model.batch import ForwardBatch
+from ownpath.model.model import Model
+from ownpath.ranks.control import Leader, RankMessage
+from ownpath.ranks.peers import PeerLost, RanksDiffer
+
+STEP, SAVE, PUT, LOAD = "step", "save", "put", "load"
+"""Kinds of messages, see ``engine.following``."""
+
+
+class PassedNumbers:
+    """Numbers for the snapshots that a step takes on its way, which its other ranks take too."""
+
+    def __init__(self) -> None:
+        self._next = count()
+        self._living: WeakValueDictionary[int, PassedSnapshot] = WeakValueDictionary()
+
+    def new(self, snapshot: PassedSnapshot) -> int:
+        """Returns the number of a snapshot that is to be taken."""
+        number = next(self._next)
+        self._living[number] = snapshot
+        return number
+
+    def of(self, snapshot: PassedSnapshot) -> int:
+        """Returns a snapshot's number."""
+        return next(number for number, living in self._living.items() if living is snapshot)
+
+    def living(self) -> list[int]:
+        """Returns the numbers of snapshots that somebody still holds."""
+        return list(self._living)
+
+
+class LeadingModel:
+    """A model that several ranks run, on rank 0; see ``steps.LanguageModel``. It has no decode steps of its own: the
+    engine's run by ``forward``."""
+
+    def __init__(self, model: Model, leader: Leader) -> None:
+        self._model, self._leader = model, leader
+        self.passed = PassedNumbers()
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's configuration."""
+        return self._model.config
+
+    @property
+    def caches(self) -> CachePool:
+        """This rank's caches; their books are all ranks'."""
+        return self._model.caches
+
+    def new_cache(self, num_tokens: int | None = None) -> SequenceCache:
+        """See ``Model.new_cache``."""
+        return self._model.new_cache(num_tokens)
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """See ``Model.forward``. Errors: PeerLost; RanksDiffer where this rank's step fails and the others' may not."""
+        with self._leader.running(self._message(batch)):
+            try:
+                return self._model.forward(batch)
+            except (PeerLost, RanksDiffer):
+                raise
+            except Exception as error:
+                raise RanksDiffer(f"a step failed on rank 0, others may have run it: {error}") from error
+
+    def _message(self, batch: ForwardBatch) -> RankMessage:
+        living, tables = self.passed.living(), batch.tables
+        taken = [(end.snapshot.slot, end.snapshot.num_tokens, self.passed.new(end.snapshot)) for end in tables.passed]
+        owned, spans = tables.pool.slots.owned, zip(tables.slots, tables.starts, tables.rows, strict=True)
+        return {
+            "kind": STEP,
+            "token_ids": batch.token_ids_T.tolist(),
+            "sequences": [(slot, start, rows.stop - rows.start, owned[slot]) for slot, start, rows in spans],
+            "logits_ids": batch.logits_ids.tolist(),
+            "passed": taken,
+            "living": living,
+        }
+
+
+class LeadingStore(SnapshotStore):
+    """The snapshots of all ranks: each copy is made on every rank."""
+
+    def __init__(self, pool: CachePool, num_places: int, leader: Leader, passed: PassedNumbers) -> None:
+        super().__init__(pool, num_places)
+        self._leader, self._passed = leader, passed
+
+    def save(self, slot: int, place: int) -> None:
+        """See ``SnapshotStore``."""
+        self._leader.tell({"kind": SAVE, "slot": slot, "place": place})
+        super().save(slot, place)
+
+    def put(self, taken: PassedSnapshot, place: int) -> None:
+        """See ``SnapshotStore``."""
+        self._leader.tell({"kind": PUT, "taken": self._passed.of(taken), "place": place})
+        super().put(taken, place)
+
+    def load(self, place: int, slot: int) -> None:
+        """See ``SnapshotStore``."""
+        self._leader.tell({"kind": LOAD, "place": place, "slot": slot})
+        super().load(place, slot)

@@ -1,0 +1,1 @@
+"""Exchanges between the ranks of a step: sums of their parts, and rows."""

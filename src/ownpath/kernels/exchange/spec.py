@@ -1,0 +1,26 @@
+"""Specs of the exchanges between ranks."""
+
+from ownpath.kernels.spec import KernelSpec
+from ownpath.ops import OpKind
+
+_WHY = {
+    OpKind.REDUCE: "every rank gives every other its part; each adds them in the order of ranks, in at least float32",
+    OpKind.GATHER: "every rank gives every other its rows, or its columns",
+    OpKind.SCATTER: "every rank gives every other its part of all rows; each adds its own rows, in the order of ranks",
+    OpKind.TURN: "every rank gives every other its columns of all rows; each keeps its own rows",
+}
+
+SPECS = tuple(
+    KernelSpec(
+        f"ref.{kind}",
+        kind,
+        (),
+        "Exchange",
+        "row_major",
+        f"torch: {why}",
+        f"exchange.ref:{kind.name}",
+        is_batch_invariant=True,
+        is_default=True,
+    )
+    for kind, why in _WHY.items()
+)

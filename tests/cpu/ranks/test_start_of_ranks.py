@@ -1,0 +1,94 @@
+"""Ranks compare what they are about to run, and learn of each other's faults, before anything is loaded."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from support.checkpoints import random_checkpoint
+
+from ownpath.checkpoint.errors import CheckpointError
+from ownpath.config import EngineConfig, Parallel
+from ownpath.loading import load_model
+from ownpath.model.model import Model
+from ownpath.ranks.peers import PeerLost, RanksDiffer
+from ownpath.ranks.start import RankFailed
+from ownpath.ranks.virtual import VirtualPeers, run_virtual
+from ownpath.ranks.wire import WireHeader, packed, unpacked
+
+
+def errors_of(folders: list[Path]) -> list[Exception | None]:
+    """Loads a folder on each rank, and returns what it raises."""
+
+    def load(peers: VirtualPeers) -> Exception | None:
+        try:
+            engine = EngineConfig(max_model_len=64, parallel=Parallel(peers.rank, len(folders)))
+            assert isinstance(load_model(folders[peers.rank], engine, peers=peers), Model)
+        except (RanksDiffer, ValueError) as error:
+            return error
+        return None
+
+    return run_virtual(len(folders), load)
+
+
+def test_ranks_with_other_settings_are_refused_by_rank_and_field(tmp_path: Path) -> None:
+    for number in range(2):
+        random_checkpoint(tmp_path / str(number), "bf16")
+    config = json.loads((tmp_path / "1" / "config.json").read_text())
+    (tmp_path / "1" / "config.json").write_text(json.dumps(config | {"swiglu_limit": 7.0}))
+    for error in errors_of([tmp_path / "0", tmp_path / "1"]):
+        assert isinstance(error, RanksDiffer)
+        assert str(error).startswith("rank 1 has another config.json than rank 0")
+
+
+def test_a_fault_of_one_rank_ends_all_with_its_message(tmp_path: Path) -> None:
+    for number in range(3):
+        random_checkpoint(tmp_path / str(number), "bf16", num_attention_heads=6, o_groups=3, vocab_size=99)
+    folder = tmp_path / "1"
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"].pop("layers.1.attn.wkv.weight")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    first, own, third = errors_of([tmp_path / str(number) for number in range(3)])
+    assert isinstance(own, CheckpointError)
+    for error in (first, third):
+        assert isinstance(error, RankFailed)
+        assert str(error).startswith("rank 1: ")
+        assert "layers.1.attn.wkv" in str(error)
+
+
+def test_ranks_in_different_exchanges_are_found() -> None:
+    def work(peers: VirtualPeers) -> str:
+        try:
+            peers.swap(f"layers.{peers.rank}.attn.reduce", (torch.zeros(1),))
+        except RanksDiffer as error:
+            return str(error)
+        return ""
+
+    told = run_virtual(2, work)
+    assert "rank 0 is in layers.0.attn.reduce, rank 1 in layers.1.attn.reduce" in told
+
+
+def test_a_virtual_rank_that_ends_is_lost_by_name() -> None:
+    def work(peers: VirtualPeers) -> None:
+        if peers.rank == 1:
+            raise ZeroDivisionError("a bug")
+        with pytest.raises(PeerLost, match=r"rank 1 is lost, in layers.0.ffn.reduce") as caught:
+            peers.swap("layers.0.ffn.reduce", (torch.zeros(1),))
+        assert caught.value.rank == 1
+
+    with pytest.raises(ZeroDivisionError):
+        run_virtual(2, work)
+
+
+def test_tensors_go_over_the_wire_as_they_are() -> None:
+    tensors = (
+        torch.randn(3, 5).to(torch.bfloat16),
+        torch.arange(6).view(2, 3).T,
+        torch.empty(0, 7, dtype=torch.float64),
+        torch.tensor([True, False]),
+    )
+    header = WireHeader.of(3, "layers.0.ffn.gather", tensors)
+    assert WireHeader.read(header.values()) == header
+    for sent, got in zip(tensors, unpacked(packed(tensors), header), strict=True):
+        assert sent.dtype == got.dtype
+        assert torch.equal(sent, got)
