@@ -81,6 +81,10 @@ class DeviceRecord:
         """Begins to record."""
         self._profiler.__enter__()
 
+    def mark(self, slot: str) -> record_function:
+        """Returns a context: what this thread launches in it has this slot in the record, replayed graphs too."""
+        return record_function(_PREFIX + slot)
+
     def stop(self) -> list[DeviceLaunch]:
         """Waits for the device, ends the record, and returns it in order of start; nothing where no profiler is."""
         torch.cuda.synchronize()
@@ -128,17 +132,25 @@ def launches_of(events: Iterable[TraceEvent]) -> list[DeviceLaunch]:
     return found
 
 
-def slot_times(launches: Iterable[DeviceLaunch]) -> dict[str | None, float]:
-    """Returns microseconds per slot. Where kernels overlap, time counts for the one that began first.
+def busy_times(launches: Iterable[DeviceLaunch]) -> list[tuple[DeviceLaunch, float]]:
+    """Returns launches in order of start, each with the microseconds by which it extends the time that the device ran.
 
-    A kernel that starts while its predecessor drains would otherwise count twice.
+    A kernel may start while its predecessor drains (programmatic dependent launch) and wait: its duration holds the
+    wait, and durations add up to more than has passed. Here time counts once, for the kernel that began first.
     """
-    times: dict[str | None, float] = defaultdict(float)
-    counted_to = float("-inf")
+    found, counted_to = [], float("-inf")
     for launch in sorted(launches, key=lambda launch: launch.start_us):
         end = launch.start_us + launch.duration_us
-        times[launch.slot] += max(0.0, end - max(launch.start_us, counted_to))
+        found.append((launch, max(0.0, end - max(launch.start_us, counted_to))))
         counted_to = max(counted_to, end)
+    return found
+
+
+def slot_times(launches: Iterable[DeviceLaunch]) -> dict[str | None, float]:
+    """Returns microseconds per slot, each counted once (``busy_times``)."""
+    times: dict[str | None, float] = defaultdict(float)
+    for launch, added_us in busy_times(launches):
+        times[launch.slot] += added_us
     return dict(times)
 
 
