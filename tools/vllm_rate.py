@@ -42,7 +42,7 @@ from ownpath.integrations.vllm.proof.walk import describe_modules
 from ownpath.integrations.vllm.seam import installed_kernel
 from ownpath.kernels.registry import SPECS
 from ownpath.ops import OpKind
-from ownpath.trace.launches import DeviceLaunch, DeviceRecord, busy_times
+from ownpath.trace.launches import DeviceLaunch, DeviceRecord, MarkedTime, busy_times
 
 CHUNK = 1024
 SHORT, LONG = 16, 1024
@@ -76,7 +76,7 @@ class Timed:
 class TimedCase:
     """A case's times, what of its record should not be so, and the experts' kernels of one step, with neighbours.
 
-    num_others: kernels that were launched outside of the steps, or whose launch was not recorded."""
+    num_others: kernels of no step."""
 
     timed: Timed
     faults: Sequence[str] = ()
@@ -232,7 +232,7 @@ class Engine:
         for idx in range(PROFILED):
             with record.mark(f"{STEP}{idx}"):
                 step()
-        steps, num_others = split_steps(record.stop())
+        steps, num_others = split_steps(record.stop(), record.marks)
         if len(steps) != PROFILED:
             said = f"{PROFILED} steps were recorded, and {len(steps)} have kernels"
             return TimedCase(Timed(wall_us), [said], num_others)
@@ -279,16 +279,19 @@ def steps_of_a_prompt(context: int) -> int:
 def prompt_groups(num_requests: int, context: int) -> list[list[int]]:
     """Returns lengths of prompts, group by group; a group is read before the next one is added.
 
-    If they do not fit one step together, each step has ``CHUNK`` rows: one of each request that already decodes, and
-    the rest of prompts. So later prompts are shorter, by what earlier requests have answered when all are read.
+    If they do not fit one step together, all steps have the same number of rows, ``CHUNK`` where contexts divide it:
+    one of each request that already decodes, and the rest of prompts. So later prompts are shorter, by what earlier
+    requests have answered when all are read.
     """
     if num_requests * context <= CHUNK:
         return [[context] * num_requests]
     num_groups = -(-num_requests // max(1, CHUNK // context))
+    num_reading = steps_of_a_prompt(context)
+    rows = num_requests * context // (num_groups * num_reading)
     firsts = [num_requests * idx // num_groups for idx in range(num_groups + 1)]
     groups = []
     for first, last in pairwise(firsts):
-        short, num_longer = divmod(steps_of_a_prompt(context) * (CHUNK - first), last - first)
+        short, num_longer = divmod(num_reading * (rows - first), last - first)
         groups.append([short + 1] * num_longer + [short] * (last - first - num_longer))
     return groups
 
@@ -299,16 +302,21 @@ def look(model: torch.nn.Module) -> dict[str, Any]:
     return {"modules": describe_modules(model), "hyper": installed_kernel(sys.modules[own.__module__])}
 
 
-def split_steps(launches: Iterable[DeviceLaunch]) -> tuple[list[list[DeviceLaunch]], int]:
-    """Splits a record by the step in which the host launched each kernel; returns how many no step launched too."""
-    steps: dict[int, list[DeviceLaunch]] = {}
+def split_steps(launches: Iterable[DeviceLaunch], marks: Sequence[MarkedTime]) -> tuple[list[list[DeviceLaunch]], int]:
+    """Splits a record by the step in which the host launched each kernel; returns how many belong to no step too.
+
+    A kernel whose launch was not seen belongs to the step during which it began: a step waits for the device.
+    """
+    steps: dict[str, list[DeviceLaunch]] = {mark.slot: [] for mark in marks}
     num_others = 0
     for launch in sorted(launches, key=lambda launch: launch.start_us):
-        if launch.slot is None or not launch.slot.startswith(STEP):
+        around = (mark.slot for mark in marks if mark.start_us <= launch.start_us <= mark.end_us)
+        slot = launch.slot if launch.slot in steps else next(around, None)
+        if slot is None:
             num_others += 1
         else:
-            steps.setdefault(int(launch.slot.removeprefix(STEP)), []).append(launch)
-    return [steps[idx] for idx in sorted(steps)], num_others
+            steps[slot].append(launch)
+    return [step for step in steps.values() if step], num_others
 
 
 def summed(steps: Sequence[Sequence[DeviceLaunch]], wall_us: float) -> Timed:

@@ -71,10 +71,23 @@ def record_launches(ledger: Ledger, run: Callable[[], object]) -> list[DeviceLau
     return launches
 
 
+@dataclass(frozen=True)
+class MarkedTime:
+    """A range of the host's time, in microseconds on the clock of ``DeviceLaunch``, and its slot."""
+
+    slot: str
+    start_us: float
+    end_us: float
+
+
 class DeviceRecord:
-    """The kernels that the device runs between ``start`` and ``stop``, those of replayed graphs too."""
+    """The kernels that the device runs between ``start`` and ``stop``, those of replayed graphs too.
+
+    marks: what ``mark`` has marked, in order of start, once it has stopped.
+    """
 
     def __init__(self) -> None:
+        self.marks: list[MarkedTime] = []
         self._profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
 
     def start(self) -> None:
@@ -82,7 +95,7 @@ class DeviceRecord:
         self._profiler.__enter__()
 
     def mark(self, slot: str) -> record_function:
-        """Returns a context: what this thread launches in it has this slot in the record, replayed graphs too."""
+        """Returns a context: what this thread launches in it has this slot in the record."""
         return record_function(_PREFIX + slot)
 
     def stop(self) -> list[DeviceLaunch]:
@@ -92,7 +105,9 @@ class DeviceRecord:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.json"
             self._profiler.export_chrome_trace(str(path))
-            return launches_of(json.loads(path.read_text(encoding="utf-8"))["traceEvents"])
+            events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+        self.marks = marks_of(events)
+        return launches_of(events)
 
 
 class _SlotMarks(Observer):
@@ -110,6 +125,22 @@ class _SlotMarks(Observer):
         self._open.pop().__exit__(None, None, None)
 
 
+def marks_of(events: Iterable[TraceEvent]) -> list[MarkedTime]:
+    """Returns the marks of a Chrome trace, in order of start."""
+    found = [event for event in events if _is_mark(event)]
+    marks = [
+        MarkedTime(
+            str(event["name"]).removeprefix(_PREFIX), float(event["ts"]), float(event["ts"]) + float(event["dur"])
+        )
+        for event in found
+    ]
+    return sorted(marks, key=lambda mark: mark.start_us)
+
+
+def _is_mark(event: TraceEvent) -> bool:
+    return event.get("cat") == "user_annotation" and str(event["name"]).startswith(_PREFIX)
+
+
 def launches_of(events: Iterable[TraceEvent]) -> list[DeviceLaunch]:
     """Returns the kernels of a Chrome trace in order of start, each with the innermost slot around its launch."""
     kernels, launch_of, marks = [], {}, defaultdict(list)
@@ -119,7 +150,7 @@ def launches_of(events: Iterable[TraceEvent]) -> list[DeviceLaunch]:
             kernels.append(event)
         elif category in ("cuda_runtime", "cuda_driver"):
             launch_of[event["args"].get("correlation")] = event
-        elif category == "user_annotation" and event["name"].startswith(_PREFIX):
+        elif _is_mark(event):
             marks[event["tid"]].append(event)
     by_thread = {thread: _Marks(found) for thread, found in marks.items()}
     found = []
