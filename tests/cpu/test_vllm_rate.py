@@ -1,14 +1,28 @@
 """The parts of tools/vllm_rate.py that need no device: a record's steps, and what of a step is the experts'."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from ownpath.trace.launches import DeviceLaunch
+from ownpath.trace.launches import DeviceLaunch, MarkedTime, launches_of, marks_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-from vllm_rate import GAP_S, Timed, experts_of, split_steps, summed, table
+from vllm_rate import (
+    CHUNK,
+    LONG,
+    SHORT,
+    Timed,
+    experts_of,
+    experts_record,
+    num_steps,
+    prompt_groups,
+    split_steps,
+    steps_of_a_prompt,
+    summed,
+    table,
+)
 
 MARLIN, CLAMP, ALIGN = (
     "void marlin_moe_wna16::Marlin<1>()",
@@ -22,9 +36,9 @@ OURS = (
 )
 
 
-def launches(*names: tuple[str, int], start_us: float = 0.0) -> list[DeviceLaunch]:
+def launches(*names: tuple[str, int], start_us: float = 0.0, slot: str | None = None) -> list[DeviceLaunch]:
     """Kernels of 10 us, each 12 us behind the one before."""
-    return [DeviceLaunch(None, name, start_us + 12 * at, 10.0, ctas) for at, (name, ctas) in enumerate(names)]
+    return [DeviceLaunch(slot, name, start_us + 12 * at, 10.0, ctas) for at, (name, ctas) in enumerate(names)]
 
 
 STOCK = (
@@ -51,17 +65,88 @@ def test_experts_of_ours_are_named_ones_alone() -> None:
     assert [one.kernel for one in experts_of(step)] == list(OURS)
 
 
-def test_steps_are_told_apart_by_the_time_between_them() -> None:
-    second = 100 + 1e6 * GAP_S
-    steps = split_steps(launches(*STOCK) + launches(*STOCK, start_us=second))
-    assert [len(step) for step in steps] == [len(STOCK)] * 2
-    assert summed(steps, 250.04) == Timed(250.0, 7 * 12 + 10, 80, 50, 10, 8)
+def test_steps_are_told_apart_by_what_the_host_launched() -> None:
+    """Kernels of one step far from each other, two steps without a gap; one launch not seen, one kernel of no step."""
+    late = [
+        replace(one, start_us=one.start_us + 5e4 * (at > 3)) for at, one in enumerate(launches(*STOCK, slot="step 0"))
+    ]
+    second = launches(*STOCK, start_us=late[-1].start_us + 10, slot="step 1")
+    between = late[-1].start_us + 5
+    marks = [MarkedTime("step 0", -9.0, between), MarkedTime("step 1", between, between + 500)]
+    unseen = launches(("unseen", 1), start_us=2e4)
+    steps, num_others = split_steps([*second, *late, *unseen, *launches(("before", 1), start_us=-20.0)], marks)
+    assert [[one.slot for one in step] for step in steps] == [["step 0"] * 4 + [None] + ["step 0"] * 4, ["step 1"] * 8]
+    assert num_others == 1
+
+
+def test_a_replayed_graph_belongs_to_the_step_that_launched_it() -> None:
+    """A trace: two steps, in each a graph of two kernels with one launch, the second graph's kernels late."""
+    events = [{"name": "somebody's", "cat": "user_annotation", "ts": 0, "dur": 99, "tid": 1}]
+    for step, (ts, ran) in enumerate([(10.0, (12.0, 14.0)), (20.0, (26.0, 29.0))]):
+        args = {"correlation": step}
+        events += [
+            {"name": f"slot step {step}", "cat": "user_annotation", "ts": ts, "dur": 10.0, "tid": 1},
+            {"name": "cudaGraphLaunch", "cat": "cuda_runtime", "ts": ts + 1, "dur": 1, "tid": 1, "args": args},
+        ]
+        events += [{"name": "k", "cat": "kernel", "ts": at, "dur": 1, "tid": 7, "args": args} for at in ran]
+    steps, num_others = split_steps(launches_of(events), marks_of(events))
+    assert ([[one.start_us for one in step] for step in steps], num_others) == ([[12.0, 14.0], [26.0, 29.0]], 0)
+
+
+def test_a_kernel_counts_by_the_time_that_it_adds() -> None:
+    """The second waits 8 us for the first, which it was launched beside; the third runs beside the second only."""
+    step = [
+        DeviceLaunch("step 0", "mhc_fused_tilelang_kernel", 0.0, 10.0, 8),
+        DeviceLaunch("step 0", OURS[0], 2.0, 28.0, 132),  # ends at 30, adds 20
+        DeviceLaunch("step 0", "other", 12.0, 8.0, 1),  # ends at 20, adds nothing
+        DeviceLaunch("step 0", OURS[1], 35.0, 5.0, 4),
+    ]
+    assert summed([step], 250.04) == Timed(250.0, 40.0, 35.0, 25.0, 10.0, 51.0, 33.0, 10.0, 4)
+    assert list(experts_record(step)) == [
+        {"kernel": "mhc_fused_tilelang_kernel", "is_expert": False, "start": 0.0, "end": 10.0, "added": 10.0},
+        {"kernel": OURS[0], "is_expert": True, "start": 2.0, "end": 30.0, "added": 20.0},
+        {"kernel": "other", "is_expert": False, "start": 12.0, "end": 20.0, "added": 0.0},
+        {"kernel": OURS[1], "is_expert": True, "start": 35.0, "end": 40.0, "added": 5.0},
+    ]
+
+
+@pytest.mark.parametrize("num_requests", [1, 8, 64, 65, 200, 256])
+@pytest.mark.parametrize("context", [SHORT, LONG, 300, 4096])
+def test_prompts_are_read_in_steps_of_one_size(num_requests: int, context: int) -> None:
+    """An engine that fills each step: rows of those that decode, then of prompts, oldest first."""
+    groups, sizes = prompt_groups(num_requests, context), set[int]()
+    left, num_decoding, read = list[int](), 0, list[int]()
+    for group in groups:
+        left += group
+        for _ in range(steps_of_a_prompt(context)):
+            room, rows = CHUNK - num_decoding, 0
+            decoding = num_decoding
+            while left and room:
+                part = min(left[0], room)
+                left[0], room, rows = left[0] - part, room - part, rows + part
+                if not left[0]:
+                    left.pop(0)
+                    num_decoding += 1
+            sizes.add(decoding + rows)
+        assert not left
+        read += group
+    assert num_decoding == len(read) == num_requests
+    assert len(sizes) == 1
+    assert max(sizes) <= min(CHUNK, num_requests * context)
+    assert max(read) + num_steps(num_requests, context) <= max(CHUNK, context + num_steps(num_requests, context)) + 1
+    later = len(groups) * steps_of_a_prompt(context) / 2  # half of what they have answered when all are read
+    assert abs(sum(read) / num_requests + later - context) <= 0.1 * context + 1
+    if context != 300 and num_requests in (1, 8, 64, 256) and num_requests * context >= CHUNK:
+        assert sizes == {CHUNK}
 
 
 def test_the_table_says_how_many_times_faster() -> None:
-    sides = {"stock": Timed(200, 180, 150, 100, 20, 40), "ours": Timed(100, 90, 75, 40, 0, 30)}
+    sides = {
+        "stock": Timed(200, 180, 150, 100, 20, 160, 110, 20, 40),
+        "ours": Timed(100, 90, 75, 40, 0, 80, 55, 0, 30),
+    }
     *_, last = table({("decode", 8, 16): sides})
-    assert last == "| decode | 8 | 16 | faster | 2.00x | 2.00x | 2.00x | 2.50x |  | |"
+    assert last == "| decode | 8 | 16 | faster | 2.00x | 2.00x | 2.00x | 2.50x |  | 2.00x | 2.00x |  | |"
 
 
 @pytest.mark.parametrize("sides", [["ours", "stock"]])

@@ -71,15 +71,32 @@ def record_launches(ledger: Ledger, run: Callable[[], object]) -> list[DeviceLau
     return launches
 
 
+@dataclass(frozen=True)
+class MarkedTime:
+    """A range of the host's time, in microseconds on the clock of ``DeviceLaunch``, and its slot."""
+
+    slot: str
+    start_us: float
+    end_us: float
+
+
 class DeviceRecord:
-    """The kernels that the device runs between ``start`` and ``stop``, those of replayed graphs too."""
+    """The kernels that the device runs between ``start`` and ``stop``, those of replayed graphs too.
+
+    marks: what ``mark`` has marked, in order of start, once it has stopped.
+    """
 
     def __init__(self) -> None:
+        self.marks: list[MarkedTime] = []
         self._profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
 
     def start(self) -> None:
         """Begins to record."""
         self._profiler.__enter__()
+
+    def mark(self, slot: str) -> record_function:
+        """Returns a context: what this thread launches in it has this slot in the record."""
+        return record_function(_PREFIX + slot)
 
     def stop(self) -> list[DeviceLaunch]:
         """Waits for the device, ends the record, and returns it in order of start; nothing where no profiler is."""
@@ -88,7 +105,9 @@ class DeviceRecord:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.json"
             self._profiler.export_chrome_trace(str(path))
-            return launches_of(json.loads(path.read_text(encoding="utf-8"))["traceEvents"])
+            events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+        self.marks = marks_of(events)
+        return launches_of(events)
 
 
 class _SlotMarks(Observer):
@@ -106,6 +125,22 @@ class _SlotMarks(Observer):
         self._open.pop().__exit__(None, None, None)
 
 
+def marks_of(events: Iterable[TraceEvent]) -> list[MarkedTime]:
+    """Returns the marks of a Chrome trace, in order of start."""
+    found = [event for event in events if _is_mark(event)]
+    marks = [
+        MarkedTime(
+            str(event["name"]).removeprefix(_PREFIX), float(event["ts"]), float(event["ts"]) + float(event["dur"])
+        )
+        for event in found
+    ]
+    return sorted(marks, key=lambda mark: mark.start_us)
+
+
+def _is_mark(event: TraceEvent) -> bool:
+    return event.get("cat") == "user_annotation" and str(event["name"]).startswith(_PREFIX)
+
+
 def launches_of(events: Iterable[TraceEvent]) -> list[DeviceLaunch]:
     """Returns the kernels of a Chrome trace in order of start, each with the innermost slot around its launch."""
     kernels, launch_of, marks = [], {}, defaultdict(list)
@@ -115,7 +150,7 @@ def launches_of(events: Iterable[TraceEvent]) -> list[DeviceLaunch]:
             kernels.append(event)
         elif category in ("cuda_runtime", "cuda_driver"):
             launch_of[event["args"].get("correlation")] = event
-        elif category == "user_annotation" and event["name"].startswith(_PREFIX):
+        elif _is_mark(event):
             marks[event["tid"]].append(event)
     by_thread = {thread: _Marks(found) for thread, found in marks.items()}
     found = []
@@ -128,17 +163,25 @@ def launches_of(events: Iterable[TraceEvent]) -> list[DeviceLaunch]:
     return found
 
 
-def slot_times(launches: Iterable[DeviceLaunch]) -> dict[str | None, float]:
-    """Returns microseconds per slot. Where kernels overlap, time counts for the one that began first.
+def busy_times(launches: Iterable[DeviceLaunch]) -> list[tuple[DeviceLaunch, float]]:
+    """Returns launches in order of start, each with the microseconds by which it extends the time that the device ran.
 
-    A kernel that starts while its predecessor drains would otherwise count twice.
+    A kernel may start while its predecessor drains (programmatic dependent launch) and wait: its duration holds the
+    wait, and durations add up to more than has passed. Here time counts once, for the kernel that began first.
     """
-    times: dict[str | None, float] = defaultdict(float)
-    counted_to = float("-inf")
+    found, counted_to = [], float("-inf")
     for launch in sorted(launches, key=lambda launch: launch.start_us):
         end = launch.start_us + launch.duration_us
-        times[launch.slot] += max(0.0, end - max(launch.start_us, counted_to))
+        found.append((launch, max(0.0, end - max(launch.start_us, counted_to))))
         counted_to = max(counted_to, end)
+    return found
+
+
+def slot_times(launches: Iterable[DeviceLaunch]) -> dict[str | None, float]:
+    """Returns microseconds per slot, each counted once (``busy_times``)."""
+    times: dict[str | None, float] = defaultdict(float)
+    for launch, added_us in busy_times(launches):
+        times[launch.slot] += added_us
     return dict(times)
 
 

@@ -4,9 +4,18 @@ from collections.abc import Sequence
 
 import pytest
 
-from ownpath.integrations.vllm.proof.steps import Driver, Planned, Scheduled, StepLimits, place_rows
+from ownpath.integrations.vllm.proof.steps import (
+    FIRST_LENGTH,
+    ROWS,
+    SPARE_LENGTH,
+    Driver,
+    Planned,
+    Scheduled,
+    StepLimits,
+    place_rows,
+)
 
-TEXT = [7, 8, 9, 7, 8, 11, 12, 13, 14, 15, 7, 8, 9, 7, 8, 20, 21, 22, 23, 24] * 20
+TEXT = [7, 8, 9, 7, 8, 11, 12, 13, 14, 15, 7, 8, 9, 7, 8, 20, 21, 22, 23, 24] * 40
 ANSWERS = list(range(500, 900))
 
 
@@ -101,3 +110,23 @@ def test_a_row_of_nobody_is_an_error() -> None:
     planned = Planned("decode", 1, {"a": (3, (501,))}, True)
     with pytest.raises(ValueError, match=r"row 0 \(token 9, position 3\) of a decode of 1 rows"):
         place_rows([9], [3], planned)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "others"),
+    [
+        (ROWS, set()),
+        ((1, 2, 5), {149}),  # what five prompts take
+        ((1, 16, 64), {130, 149, 130 + 2 * 37 + 16, 130 + 10 * 37 + 16}),  # the shorter ones cannot grow so far
+        ((700,), set()),
+    ],
+)
+def test_steps_that_only_fill_caches_have_sizes_that_are_asked_for(sizes: Sequence[int], others: set[int]) -> None:
+    """Engines compile kernels for new numbers of rows: there is no step of a number that nobody asked for."""
+    limits = StepLimits(1024, 136, max(*sizes, FIRST_LENGTH) + SPARE_LENGTH)
+    _, _, steps = judged(limits, sizes)
+    assert {step.num_rows for step in steps} <= {*sizes} | others
+    assert len([step for step in steps if not step.is_judged]) <= len(sizes) + 2
+    decoding = [step for step in steps if step.is_judged and step.kind == "decode"]
+    assert all(max(start for start, _ in step.rows.values()) >= FIRST_LENGTH for step in decoding)
+    assert all(len({start for start, _ in step.rows.values()}) > 1 for step in decoding if step.num_rows > 1)

@@ -1,8 +1,9 @@
 """Taps copy what a call gets and gives, also where a captured graph is replayed and no Python runs."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -180,3 +181,109 @@ def test_rows_that_only_fill_a_captured_size_are_no_rows() -> None:
     assert not taps.has_run
     net(torch.ones(3, 2))
     assert taps.has_run
+
+
+class BreakableGraph:
+    """A double of vLLM's breakable graph: captured parts, and between them functions that every replay calls again."""
+
+    active: ClassVar["BreakableGraph | None"] = None
+
+    def __init__(self) -> None:
+        self.parts: list[Callable[[], object]] = []
+        self.is_capturing = False
+        self._open = ExitStack()
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        BreakableGraph.active = self
+        self._begin()
+        yield
+        self._end()
+        BreakableGraph.active = None
+
+    def call(self, function: Callable[[], object]) -> None:
+        self._end()
+        function()
+        self.parts.append(function)
+        self._begin()
+
+    def replay(self) -> None:
+        for part in self.parts:
+            part()
+
+    def _begin(self) -> None:
+        part = Graph()
+        self._open.enter_context(part.capture())
+        self.parts.append(part.replay)
+        self.is_capturing = True
+
+    def _end(self) -> None:
+        self.is_capturing = False
+        self._open.close()
+
+
+class Attention(torch.nn.Module):
+    """Attention as vLLM's: what needs the step's requests is one method, which writes into memory that it is given.
+
+    num_rows: of the step; ``None`` in a run without requests, which writes zeros, as vLLM's does while it captures.
+    """
+
+    num_rows: int | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(x)
+        self.attend(2 * x, out)
+        return out + 1
+
+    def attend(self, q: torch.Tensor, out: torch.Tensor) -> None:
+        self.forward_mqa(q if self.num_rows is None else q - q.mean(-1, keepdim=True), out)
+
+    def forward_mqa(self, q: torch.Tensor, out: torch.Tensor) -> None:
+        if self.num_rows is None:
+            out.zero_()
+        else:
+            out[: self.num_rows] = q[: self.num_rows].cumsum(0)
+
+
+class BrokenAttention(Attention):
+    def attend(self, q: torch.Tensor, out: torch.Tensor) -> None:
+        graph = BreakableGraph.active
+        run = partial(super().attend, q, out)
+        run() if graph is None else graph.call(run)
+
+
+class OneLayer(torch.nn.Module):
+    def __init__(self, attn: Attention) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([attn])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 3 * self.layers[0](x + 1)
+
+
+@pytest.mark.parametrize("has_break", [True, False])
+def test_taps_of_a_replay_hold_what_its_attention_got_and_gave(has_break: bool) -> None:
+    """A step of five rows in a graph of eight, captured without requests, with a break at the attention and without.
+
+    Without it the replay computes zeros, from a query that is not normed. The taps say so: nothing else does.
+    """
+    graph, attn = BreakableGraph(), BrokenAttention() if has_break else Attention()
+    net, taps = OneLayer(attn), Taps(max_rows=16, is_capturing=lambda: graph.is_capturing)
+    taps.add(net, (Point("layers.*"), Point("layers.*", "forward_mqa", takes=("q",), changes=("out",))))
+    padded = torch.ones(8, 4)
+    net(padded)
+    with graph.capture():
+        net(padded)
+    padded[:5] = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+    attn.num_rows = 5
+    taps.start_step()
+    graph.replay()
+    found = taps.take(5)
+    assert not taps.missed
+    assert not taps.has_run
+    q = 2 * (padded[:5] + 1)
+    normed = q - q.mean(-1, keepdim=True)
+    right = normed.cumsum(0)
+    assert torch.allclose(found["layers.0.forward_mqa:q"], normed if has_break else q)
+    assert torch.allclose(found["layers.0.forward_mqa:out"], right if has_break else torch.zeros_like(q))
+    assert torch.allclose(found["layers.0.forward:out"], 1 + (right if has_break else torch.zeros_like(q)))

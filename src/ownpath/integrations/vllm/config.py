@@ -15,6 +15,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.platforms import current_platform
 
 from ownpath.formats import BF16, FP32
+from ownpath.integrations.vllm.breaks import take_breaks
 from ownpath.integrations.vllm.intake import Intake
 from ownpath.integrations.vllm.methods import OwnpathExpertsMethod, OwnpathGroupMethod, OwnpathLinearMethod
 from ownpath.integrations.vllm.names import QUANTIZATION, VARIABLE, VllmPart, chosen_parts, slot_of
@@ -110,8 +111,9 @@ class OwnpathConfig(QuantizationConfig):  # type: ignore[misc]
         if self._intake is None:
             for warning in check_device(current_platform.get_device_capability(), os.environ):
                 logger.warning(warning)
-            if VllmPart.HYPER in self.parts:
-                logger.info(take_hyper(os.environ))
+            said = take_hyper(os.environ) if VllmPart.HYPER in self.parts else ""
+            for line in filter(None, (take_breaks(), said)):
+                logger.info(line)
             vllm_config = get_current_vllm_config()
             model, device = vllm_config.model_config, vllm_config.device_config.device
             folder, invariant = model_folder(vllm_config), bool(envs.VLLM_BATCH_INVARIANT)

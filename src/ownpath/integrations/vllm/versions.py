@@ -104,6 +104,8 @@ USED = (
     *_rows("distributed.parallel_state", ("get_tensor_model_parallel_rank", "")),
     *_rows("model_executor.models.registry", ("ModelRegistry", None)),
     *_rows("models.deepseek_v4", ("DeepseekV4ForCausalLM", None)),
+    *_rows("models.deepseek_v4.attention", ("DeepseekV4Attention", None)),
+    *_rows("compilation.breakable_cudagraph", ("eager_break_during_capture", "fn")),
     *_rows("model_executor.layers.fused_moe", ("UnquantizedFusedMoEMethod", None)),
     *_rows("model_executor.layers.quantization", ("get_quantization_config", "quantization")),
     *_rows("model_executor.model_loader", ("register_model_loader", "load_format")),
@@ -163,10 +165,30 @@ MODULAR_MOE = _rows(
     ("FusedMoEMethodBase.maybe_make_prepare_finalize", "self, routing_tables="),
 )
 """A method that 0.26 asks for beside."""
+BREAK = _rows(
+    "models.deepseek_v4.attention",
+    (
+        "DeepseekV4Attention.attention_impl",
+        "self, hidden_states, qr, kv, kv_score, indexer_kv_score, indexer_weights, positions, out",
+    ),
+)
+"""The method of V4's attention at which 0.26 breaks graphs."""
+BREAKS = _rows(
+    "models.deepseek_v4.attention",
+    (
+        "DeepseekV4Attention._prepare_and_attn_eager",
+        "self, hidden_states, qr, kv, qr_scale, kv_score, indexer_kv_score, indexer_weights, positions, o_padded",
+    ),
+    (
+        "DeepseekV4Attention._sparse_indexer_and_attn",
+        "self, hidden_states, index_q, index_q_scale, index_weights, q, kv, positions, out",
+    ),
+)
+"""Those of 0.32 and 0.33."""
 TABLES: Mapping[str, tuple[Relied, ...]] = {
-    "0.26": (*REGISTRATION, *USED, *LAYERS, *MODULAR_MOE, *NVIDIA_MODEL),
-    "0.32": (*REGISTRATION, *USED, *LAYERS, *NVIDIA_MODEL, *CPU_MODEL),
-    "0.33": (*REGISTRATION, *USED, *LAYERS, *NVIDIA_MODEL, *CPU_MODEL),
+    "0.26": (*REGISTRATION, *USED, *LAYERS, *MODULAR_MOE, *NVIDIA_MODEL, *BREAK),
+    "0.32": (*REGISTRATION, *USED, *LAYERS, *NVIDIA_MODEL, *BREAKS, *CPU_MODEL),
+    "0.33": (*REGISTRATION, *USED, *LAYERS, *NVIDIA_MODEL, *BREAKS, *CPU_MODEL),
 }
 """Minor version -> what we rely on."""
 

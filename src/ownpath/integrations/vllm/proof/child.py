@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ownpath.files import read_bytes
-from ownpath.integrations.vllm.proof.steps import FIRST_LENGTH, Driver, Planned, Scheduled, StepLimits
+from ownpath.integrations.vllm.breaks import SWITCH
+from ownpath.integrations.vllm.proof.steps import FIRST_LENGTH, SPARE_LENGTH, Driver, Planned, Scheduled, StepLimits
 
 RUN = "run.json"
 
@@ -23,6 +24,7 @@ def main(asked_path: str) -> int:
     """Runs what the file asks for. Returns 0 if it came to its end; ``run.json`` is there in any case."""
     asked = json.loads(read_bytes(Path(asked_path)))
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process schedules and steps; ranks are still their own
+    os.environ.setdefault(SWITCH, "1")  # as vLLM sets it for V4, and as a process that `vllm serve` starts has it
     folder = Path(asked["out"])
     report: dict[str, Any] = {"steps": [], "refused": [], "ranks": [], "engine": {}, "error": None, "during": "start"}
     try:
@@ -136,7 +138,12 @@ def _engine(asked: Mapping[str, Any]) -> Any:
     from ownpath.integrations.vllm.proof.worker import EXTENSION, LOAD_FORMAT, TAPS_FIELD
 
     most = max(asked["rows"])
-    defaults = ["--max-num-batched-tokens", str(max(most, 256)), "--max-model-len", str(max(most, FIRST_LENGTH) + 64)]
+    defaults = [
+        "--max-num-batched-tokens",
+        str(max(most, 256)),
+        "--max-model-len",
+        str(max(most, FIRST_LENGTH) + SPARE_LENGTH),
+    ]
     given = ["--model", asked["model"], *defaults, *asked["options"]]
     args = EngineArgs.from_cli_args(EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(given))
     args.enforce_eager = asked["how"] == "eager"

@@ -119,7 +119,7 @@ def _run(job: VllmJob, how: str) -> EngineRun:
         "answers": list(range(_FIRST_ANSWER, _FIRST_ANSWER + max(job.rows))),
         "options": list(job.options),
     }
-    num_steps = 2 * len(KINDS) * len(job.rows)  # about as many fill caches as are asked for
+    num_steps = (len(KINDS) + 1) * len(job.rows)  # about one before each decode step fills caches
     path = out / "asked.json"
     path.write_text(json.dumps(asked), encoding="utf-8")
     with (out / LOG).open("w", encoding="utf-8") as log, Progress(f"vLLM, {how}") as progress:

@@ -1,5 +1,9 @@
 """The steps that an engine is made to run: prefill, decode and both together, at each number of rows.
 
+Some engines compile kernels for each new number of rows, and that takes them longer than all steps together. So prompts
+in front of decode steps are cut such that the step that reads them has one of the numbers that are asked for, where
+one is large enough, and no other step is run to fill caches.
+
 All sequences are beginnings of one text. What a sequence is answered is fixed in advance, one id for each sequence, so
 that a row is known by its position and its token, whatever order an engine puts its rows in.
 """
@@ -15,6 +19,8 @@ FIRST_LENGTH, _LENGTHS = 130, (5, 2, 9, 3, 14, 4)
 """Of the prompts in front of decode steps: one that fills a window, then short ones in turn."""
 _FEW, _FEW_ALIVE, _ALIVE = 10, 1, 5
 """Of a mixed step below 10 rows, one decodes; of a larger one, five."""
+SPARE_LENGTH = 128
+"""Of the longest sequence, beyond the longest prefill: for answers, and for prompts that are cut to a step's size."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,36 @@ class StepLimits:
     rows: int
     sequences: int
     length: int
+
+
+def fill_sizes(sizes: Sequence[int], limits: StepLimits) -> list[int]:
+    """Returns how many rows a step that reads prompts may have, best first.
+
+    Those asked for, least first; then what the prompts of most sequences take.
+    """
+    most = max([_ALIVE, *(size for size in sizes if size <= limits.sequences)])
+    return [size for size in (*sorted(sizes), FIRST_LENGTH + sum(_short_lengths(most))) if size <= limits.rows]
+
+
+def prompt_lengths(count: int, fills: Sequence[int], limits: StepLimits, num_ids: int) -> list[int]:
+    """Returns lengths of prompts that together take one of ``fills``: one fills a window, the others are short.
+
+    num_ids: of the text that they begin. Where no size fits, a step has what it has, or there are several.
+    """
+    longest = min(limits.rows, max(limits.length // 2, limits.length - SPARE_LENGTH // 2), num_ids)
+    first = min(FIRST_LENGTH, longest)
+    shorts = [min(length, longest) for length in _short_lengths(count)]
+    for size in fills:
+        room = size - first
+        cut = shorts if sum(shorts) <= room else [max(1, length * room // sum(shorts)) for length in shorts]
+        if first <= size - sum(cut) <= longest:
+            return [size - sum(cut), *cut]
+    return [first, *shorts]
+
+
+def _short_lengths(count: int) -> list[int]:
+    """Returns the lengths of all prompts but the first."""
+    return [_LENGTHS[idx % len(_LENGTHS)] for idx in range(count - 1)]
 
 
 @dataclass(frozen=True)
@@ -63,12 +99,14 @@ class Planned:
 
 @dataclass
 class _Sequence:
-    """known: ids of the prompt and of what was answered. read: how many of them the engine has computed."""
+    """known: ids of the prompt and of what was answered. read: how many of them the engine has computed. has_answered:
+    all of its prompt is read."""
 
     known: list[int]
     answer: int
     num_left: int
     read: int = 0
+    has_answered: bool = False
 
 
 @dataclass
@@ -82,10 +120,12 @@ class Driver:
     after_step: Callable[[Planned], None]
     _alive: dict[str, _Sequence] = field(default_factory=dict)
     _count: int = 0
+    _fills: Sequence[int] = ()
 
     def run(self, sizes: Sequence[int], kinds: Sequence[str] = KINDS) -> Iterator[str]:
         """Runs every step that was asked for; yields a sentence for each that this engine cannot run in one piece."""
         runs = {"prefill": self._prefill, "decode": self._decode, "mixed": self._mixed}
+        self._fills = fill_sizes(sizes, self.engine.limits)
         for kind in kinds:
             for size in sizes:
                 refused = runs[kind](size)
@@ -105,7 +145,6 @@ class Driver:
         most = min(self.engine.limits.sequences, self.engine.limits.rows)
         if size > most:
             return f"at most {most} sequences decode together"
-        self._stop_all()
         self._grow(size)
         return self._step_until("decode", dict.fromkeys(self._alive, 1))
 
@@ -115,21 +154,24 @@ class Driver:
             return "one row is of one kind"
         if num_alive >= limits.sequences or size > min(limits.rows, limits.length):
             return f"a step has at most {limits.rows} rows of {limits.sequences} sequences"
-        if len(self._alive) < num_alive:
-            self._grow(num_alive - len(self._alive))
-            self._step_until("decode", dict.fromkeys(self._alive, 1), is_judged=False)
+        if len(self._alive) != num_alive:
+            self._grow(num_alive)
         alive = dict.fromkeys(self._alive, 1)
         added = self._add(self.text[: size - len(alive)], 1)
         return self._step_until("mixed", alive | {added: size - len(alive)})
 
     def _grow(self, count: int) -> None:
-        """Adds sequences that will decode, of different lengths."""
+        """Reads prompts of different lengths, which will decode together in the next step; others end."""
+        self._stop_all()
         limits = self.engine.limits
-        wanted = [FIRST_LENGTH, *(_LENGTHS[idx % len(_LENGTHS)] for idx in range(count - 1))]
-        lengths = [min(length, limits.rows, limits.length // 2, len(self.text)) for length in wanted[:count]]
+        lengths = prompt_lengths(count, self._fills, limits, len(self.text))
         num_answers = 2 * (4 + sum(lengths) // limits.rows + len(ROWS))
         for length in lengths:
             self._add(self.text[:length], min(num_answers, limits.length - length))
+        for _ in range(4 + len(lengths) + sum(lengths) // limits.rows):
+            if all(sequence.has_answered for sequence in self._alive.values()):
+                return
+            self._step("decode")
 
     def _add(self, prompt: Sequence[int], num_answers: int) -> str:
         name, answer = f"s{self._count}", self.answers[self._count % len(self.answers)]
@@ -143,18 +185,22 @@ class Driver:
             self.engine.stop(name)
         self._alive.clear()
 
-    def _step_until(self, kind: str, wanted: Mapping[str, int], *, is_judged: bool = True) -> str:
+    def _step_until(self, kind: str, wanted: Mapping[str, int]) -> str:
         """Steps until a step has the wanted rows; returns why it never had."""
         for _ in range(4 + len(wanted)):
-            scheduled = self.engine.step()
-            rows = {name: count for name, count in scheduled.rows.items() if count}
-            is_wanted = rows == dict(wanted)
-            if rows:
-                self.after_step(Planned(kind, sum(rows.values()), self._parts(rows), is_judged and is_wanted))
-            self._answer(scheduled.answered)
-            if is_wanted:
+            if self._step(kind, wanted):
                 return ""
         return "the scheduler never put these rows into one step"
+
+    def _step(self, kind: str, wanted: Mapping[str, int] | None = None) -> bool:
+        """Runs a step; returns whether it had the wanted rows and so is judged."""
+        scheduled = self.engine.step()
+        rows = {name: count for name, count in scheduled.rows.items() if count}
+        is_wanted = rows == wanted
+        if rows:
+            self.after_step(Planned(kind, sum(rows.values()), self._parts(rows), is_wanted))
+        self._answer(scheduled.answered)
+        return is_wanted
 
     def _parts(self, rows: Mapping[str, int]) -> dict[str, tuple[int, tuple[int, ...]]]:
         """Returns position and ids of what a step has read."""
@@ -171,6 +217,7 @@ class Driver:
             sequence = self._alive[name]
             sequence.known.append(sequence.answer)
             sequence.num_left -= 1
+            sequence.has_answered = True
             if not sequence.num_left:
                 del self._alive[name]
 
