@@ -1,0 +1,61 @@
+"""Pushed exchanges compile for sm_90 and sm_100 as they are launched: no stack, and stores, fences and flags in the order
+that the protocol needs. Nothing is run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.triton_aot import Compiled, Launch, compile_launch, recorded_launches
+
+from ownpath.kernels.exchange import launch as exchange
+from ownpath.kernels.exchange.layout import WindowLayout
+from ownpath.kernels.exchange.window import virtual_windows
+
+CPU = torch.device("cpu")
+
+
+def launches_of(size: int, num_tokens: int, *, pushes: bool = True, sums: bool = True) -> list[Launch]:
+    layout = WindowLayout(size, 64 * 4096)
+    window = virtual_windows(layout, CPU)[1]
+    part = torch.zeros(num_tokens, 4096, dtype=torch.bfloat16)
+    with recorded_launches() as launches, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exchange, "launch", lambda f, grid, args, options, moving: f[grid](*args, **options))
+        exchange.start_exchange(window, part, None, part, pushes, sums)
+    return launches
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, int], Compiled]:
+    """By ranks, tokens and compute capability."""
+    folder: Path = tmp_path_factory.mktemp("cubins")
+    wanted = [(2, 1, 90), (2, 64, 90), (8, 64, 90), (2, 64, 100)]
+    return {one: compile_launch(launches_of(one[0], one[1])[0], one[2], folder) for one in wanted}
+
+
+def test_nothing_spills(compiled: dict[tuple[int, int, int], Compiled]) -> None:
+    assert {one.stack_bytes for one in compiled.values()} == {0}
+    assert max(one.registers for one in compiled.values()) <= 128
+
+
+def test_rows_are_in_front_of_flags(compiled: dict[tuple[int, int, int], Compiled]) -> None:
+    """Stores of rows, a barrier of all threads, one release; acquires, a barrier, loads of rows. The epoch is counted by
+    an atomic, which gives all threads the same."""
+    for one in compiled.values():
+        release, acquire = one.ptx.index("atom.global.sys.release.exch"), one.ptx.index("atom.global.sys.acquire.or")
+        rows, behind = one.ptx[:release], one.ptx[acquire:]
+        assert rows.index("griddepcontrol.wait") < rows.index("atom.global.gpu.relaxed.add") < rows.index("st.global")
+        assert rows.rindex("bar.sync") > rows.rindex("st.global")
+        assert behind.index("bar.sync") < behind.index("ld.global.cg")
+        assert "ld.global.nc" not in one.ptx
+
+
+def test_rows_move_sixteen_bytes_at_a_time(compiled: dict[tuple[int, int, int], Compiled]) -> None:
+    for (size, num_tokens, _), one in compiled.items():
+        if num_tokens > 1:
+            assert one.ptx.count("st.global.v4.b32") >= size + 1
+
+
+def test_ranks_share_one_compilation() -> None:
+    """But for rank 1, Triton would make one of its own: a number 1 is otherwise a constant."""
+    signature = dict(launches_of(2, 1)[0].signature)
+    assert signature["rank"] == "i32"
