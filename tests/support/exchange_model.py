@@ -22,7 +22,7 @@ EMPTY = -1
 
 @dataclass(frozen=True)
 class Protocol:
-    """What ranks do. Every default is the design.
+    """The choices of the ranks' program. Every default is the design.
 
     buffers: places of a source's row. releases: a flag arrives after the row. acquires: rows are read after the wait.
     advances: the epoch counts in device memory, so that a replay has its own. wraps: flags are compared modulo.

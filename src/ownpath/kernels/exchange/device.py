@@ -1,8 +1,8 @@
 """Device code of pushed exchanges; ``layout`` explains windows and the protocol.
 
-Flags and the abort cell are read and written by atomics. Of a scalar or a tensor, each element is done by one thread, and
-its result is given to all through shared memory: all threads of a program see the same, so loops end for all of them at
-once, and what one thread has acquired is visible to all. N ranks, P pushing programs.
+Flags and the abort cell are read and written by atomics. Of a scalar or a tensor, each element is done by one thread,
+and its result is given to all through shared memory: all threads of a program see the same, so loops end for all of
+them at once, and what one thread has acquired is visible to all. N ranks, P pushing programs.
 """
 
 import triton
@@ -26,7 +26,8 @@ def look(cell_ptr):
 
 @triton.jit
 def inbox_of(window, INBOX_AT: tl.constexpr):
-    """Returns the inbox behind a window's words: at a multiple of 16 bytes, which an address from a table does not tell."""
+    """Returns the inbox behind a window's words: at a multiple of 16 bytes, which an address from a table does not
+    tell."""
     return tl.multiple_of(window + INBOX_AT, 16).to(tl.pointer_type(tl.bfloat16))
 
 
@@ -107,6 +108,26 @@ def _tell(peers_ptr, record_ptr, epoch, lost, RANKS: tl.constexpr, LANES: tl.con
     windows = tl.load(peers_ptr + to, mask=to < RANKS, other=0).to(tl.pointer_type(tl.int32))
     tl.atomic_or(windows + ABORT_AT, tl.full((LANES,), 0, tl.int32) + lost, mask=to < RANKS, sem="relaxed", scope="sys")
     tl.store(record_ptr, (epoch.to(tl.int64) << 32) | lost.to(tl.int64))
+
+
+@triton.jit
+def await_tile(
+    window_ptr, peers_ptr, record_ptr, num_tokens, D, share,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, RANKS: tl.constexpr, LANES: tl.constexpr, PROGRAMS: tl.constexpr,
+    ABORT_AT: tl.constexpr, LOOKS: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Waits for all ranks' parts of a tile: some tokens' slice of channels. Returns the exchange's epoch, and False if
+    one is lost.
+
+    D and a share are multiples of 128, so a token's channels here are in one share.
+    """
+    epoch = tl.load(window_ptr + RANKS * PROGRAMS)
+    t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    programs = tl.where(t < num_tokens, (t * D + tl.program_id(0) * CHANNELS) // share, -1)
+    arrived = await_rows(
+        window_ptr, peers_ptr, record_ptr, epoch, programs, RANKS, LANES, PROGRAMS, ABORT_AT, LOOKS, INTERPRETED
+    )
+    return epoch, arrived
 
 
 @triton.jit

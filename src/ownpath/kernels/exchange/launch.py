@@ -4,8 +4,8 @@
 that is what every form of the sum moves, in one trip. From N = 4 on and for many rows two trips (scatter, then gather)
 move less; they are not here.
 
-Limits. bfloat16, T * D a multiple of 128. The same bits on every rank and in every repetition; a row's bits do not depend
-on the other rows. Peers' memory must take atomics (NVLink).
+Limits. bfloat16, T * D a multiple of 128. The same bits on every rank and in every repetition; a row's bits do not
+depend on the other rows. Peers' memory must take atomics (NVLink).
 """
 
 from collections.abc import Sequence
@@ -84,8 +84,8 @@ class PushedReduce:
     def run(
         self, x_TD: Tensor, operand: PushedOperand, other_TD: Tensor | None = None, *, out: Tensor | None = None
     ) -> Tensor:
-        """Computes the sum over ranks of x, or of x + other rounded as it would be stored. out may be x; it is NaN where
-        a rank was lost, which ``Window.lost`` tells. Shapes: bfloat16 [T, D].
+        """Computes the sum over ranks of x, or of x + other rounded as it would be stored. out may be x; it is NaN
+        where a rank was lost, which ``Window.lost`` tells. Shapes: bfloat16 [T, D].
 
         Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment, before any launch.
         """

@@ -1,21 +1,22 @@
 """The memory of pushed exchanges: a window on every rank, of one layout, that all ranks write to.
 
-A window is int32 words: flags [N, P], one for each pushing program of each rank; epochs [P], this rank's, and written by
-nobody else; the abort cell, bits of the ranks that somebody has named as lost; the limit of a wait in microseconds. Behind
-them is the inbox, bfloat16 [2, N, elements]: what each rank has pushed, in two buffers that exchanges take in turn.
+A window is int32 words: flags [N, P], one for each pushing program of each rank; epochs [P], this rank's, and written
+by nobody else; the abort cell, bits of the ranks that somebody has named as lost; the limit of a wait in microseconds.
+Behind them is the inbox, bfloat16 [2, N, elements]: what each rank has pushed, in two buffers that exchanges take in
+turn.
 
 The protocol, which ``tests/support/exchange_model.py`` goes through in every order of its steps:
   1. Push. Program p counts its epoch up, stores its share of the rows into buffer ``epoch % 2`` of every inbox, its own
      too, and then its flag, the epoch, with release. Nothing is pushed while the abort cell is set.
   2. Wait. A reader polls the flags of the programs whose rows it reads, with acquire, until each is the epoch or later
-     (by wrapping subtraction); it ends early when the abort cell is set, and when the limit is over, which sets all abort
-     cells. What misses several ranks waits a sixteenth longer: another rank may know which of them is lost.
+     (by wrapping subtraction); it ends early when the abort cell is set, and when the limit is over, which sets all
+     abort cells. What misses several ranks waits a sixteenth longer: another rank may know which of them is lost.
   3. Sum. The N rows are added in the order of ranks in float32 and rounded once; behind a failed wait they are NaN.
 Two buffers are enough, without acknowledgements. A rank writes a buffer again two exchanges later, after it has seen
-every rank's flag of the exchange between, and a rank pushes that one only after its readers of the first have ended. That
-needs one stream on each rank, every kernel behind the end of the one before, and all programs pushing in every exchange,
-those without rows too; so flags also never lag by half a turn of the epoch. Every flag has one writer: no atomic sums,
-nothing that must be zero, and a captured graph replays.
+every rank's flag of the exchange between, and a rank pushes that one only after its readers of the first have ended.
+That needs one stream on each rank, every kernel behind the end of the one before, and all programs pushing in every
+exchange, those without rows too; so flags also never lag by half a turn of the epoch. Every flag has one writer: no
+atomic sums, nothing that must be zero, and a captured graph replays.
 
 Legend: N ranks, P pushing programs, T tokens, D hidden.
 """
