@@ -85,6 +85,16 @@ def test_a_boundary_that_waits_does_not_spill(boundaries: list[Compiled]) -> Non
         assert "ld.global.cg" in one.ptx.split("atom.global.sys.acquire.or")[-1]
 
 
+def test_one_rank_waits_for_nobody() -> None:
+    """Its boundary has no argument more, and no exchange in it."""
+    case = KernelCase("hyper_boundary", "flash", (4096, 24, 1), (1,))
+    with recorded_launches() as launches, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checks, "check_rank", lambda name, tensor, rank, runs_on_cpu: None)
+        HYPER_BOUNDARY(*make_inputs(case, 1, CPU))
+    assert [one.name for one in launches] == ["spread_few", "collapse"]
+    assert dict(launches[0].signature)["window_ptr"] == "constexpr"
+
+
 def test_ranks_share_one_compilation() -> None:
     """But for rank 1, Triton would make one of its own: a number 1 is otherwise a constant."""
     signature = dict(launches_of(2, 1)[0].signature)

@@ -16,6 +16,7 @@ from ownpath.kernels.exchange.ref import all_reduce
 from ownpath.kernels.exchange.window import Window, virtual_windows
 from ownpath.kernels.hyper import launch as hyper
 from ownpath.kernels.hyper.launch import HYPER_BOUNDARY, HYPER_BOUNDARY_INVARIANT, HyperBoundaryKernel
+from ownpath.ranks.peers import PeerLost
 
 CPU = torch.device("cpu")
 Event = tuple[str, int, int]
@@ -140,6 +141,9 @@ def test_a_wait_for_a_lost_rank_ends() -> None:
     for event in (("sum", 2, 0), ("push", 0, 1), ("push", 2, 1), ("sum", 2, 1)):
         run.do(event)
     assert run.windows[2].lost() == (2, (1,))
+    with pytest.raises(PeerLost, match=r"rank 1 is lost, in layers\.3\.attn\.reduce: its rows of exchange 2"):
+        run.windows[2].check("layers.3.attn.reduce")
+    run.windows[1].check("layers.3.attn.reduce")
     assert torch.equal(before, run.windows[0].words[layout.inbox_at :])
     assert run.outs[2, 1].isnan().all()
 

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from ownpath.kernels.exchange.layout import WindowLayout
+from ownpath.ranks.peers import PeerLost
 
 INTERPRETED = triton.knobs.runtime.interpret
 LOOKS = 1 if INTERPRETED else 64
@@ -60,6 +61,13 @@ class Window:
         if not value:
             return None
         return value >> 32, tuple(rank for rank in range(self.layout.size) if value >> rank & 1)
+
+    def check(self, slot: str) -> None:
+        """Checks that no wait was given up; the host asks after each step. Errors: PeerLost naming the first rank."""
+        found = self.lost()
+        if found is not None:
+            epoch, ranks = found
+            raise PeerLost(ranks[0], slot, f"its rows of exchange {epoch} have not come")
 
 
 NO_ARGUMENTS: tuple[None, ...] = (None,) * 5
