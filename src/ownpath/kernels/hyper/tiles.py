@@ -23,7 +23,7 @@ FEW_TILES = BoundaryTiles(64, 1, False, 4, 1, 1)
 INVARIANT_TILES = BoundaryTiles(32, 16, True, 2, 3, 1)
 MANY_TILES = BoundaryTiles(128, 16, True, 1, 3, 4)
 ACROSS_TILES = BoundaryTiles(128, 16, True, 2, 3, 4)
-"""Where ranks add their parts: the warp of ``MANY_TILES`` has no register left for the wait."""
+"""For ranks that add their parts: the warp of ``MANY_TILES`` has no register left for the wait."""
 
 
 def choose_tiles(num_tokens: int, invariant: bool, across: bool = False) -> BoundaryTiles:
