@@ -1,12 +1,15 @@
 """Pushed exchanges by the interpreter: several ranks as tensors of one process, one kernel after the other, in every
 order that the protocol allows."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
+from triton.runtime.interpreter import InterpreterBuilder
 
 from ownpath.conformance.call import tensors_of
 from ownpath.conformance.operations import make_inputs
@@ -159,14 +162,60 @@ def test_a_wait_for_a_lost_rank_ends() -> None:
     assert run.outs[2, 1].isnan().all()
 
 
-def test_who_misses_several_waits_longer() -> None:
-    """A sixteenth: another rank may know which of them is lost."""
-    layout = WindowLayout(3, 128, num_programs=1)
-    run = Run(virtual_windows(layout, CPU), parts_of(3, [(1, 128)]))
-    run.windows[0].set_limit(16)
-    for event in (("push", 0, 0), ("sum", 0, 0)):
-        run.do(event)
-    assert run.windows[0].lost() == (1, (1, 2))
+def num_looks(monkeypatch: pytest.MonkeyPatch, pushing: tuple[int, ...], limit: int) -> tuple[int, Window]:
+    """Returns how many atomics rank 0's wait takes while only some of three ranks push, and its window."""
+    layout, parts = WindowLayout(3, 128, num_programs=1), parts_of(3, [(1, 128)])
+    run = Run(virtual_windows(layout, CPU, epoch=2**31 - 1), parts)
+    run.windows[0].set_limit(limit)
+    for rank in pushing:
+        run.do(("push", rank, 0))
+    count, original = Counter[str](), InterpreterBuilder.create_atomic_rmw
+
+    def counted(*arguments: Any) -> Any:
+        count["rmw"] += 1
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_atomic_rmw", counted)
+        run.do(("sum", 0, 0))
+    return count["rmw"], run.windows[0]
+
+
+def test_who_misses_several_waits_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sixteenth: another rank may know which of them is lost. Two atomics a poll, of flags and cell. The epoch wraps,
+    so that flags of the old one are larger numbers."""
+    one, window = num_looks(monkeypatch, (0, 2), 64)
+    assert window.lost() == (-(2**31), (1,))
+    several, window = num_looks(monkeypatch, (0,), 64)
+    assert window.lost() == (-(2**31), (1, 2))
+    assert one > 2 * 64
+    assert several - one == 2 * 64 // 16
+
+
+def test_nothing_is_used_once_a_rank_is_lost() -> None:
+    """Not even rows that have come: another rank has given up."""
+    layout, parts = WindowLayout(2, 128, num_programs=1), parts_of(2, [(1, 128)])
+    run = Run(virtual_windows(layout, CPU), parts)
+    for rank in range(2):
+        run.do(("push", rank, 0))
+    run.windows[0].words[layout.abort_at] = 2
+    run.do(("sum", 0, 0))
+    assert run.outs[0, 0].isnan().all()
+    assert run.windows[0].lost() == (1, (1,))
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_boundary_waits_for_the_rows_that_it_reads(missing: int) -> None:
+    """Two rows, each pushed by a program of its own: the flag of either is waited for."""
+    case = KernelCase("hyper_boundary", "one part", (128, 4, 1), (2,))
+    x_TSD, y_TD, mix, weights = make_inputs(case, 2, CPU)[:4]
+    layout = WindowLayout(2, 2 * 128, num_programs=2)
+    windows = virtual_windows(layout, CPU)
+    windows[0].set_limit(4)
+    start_exchange(windows[1], y_TD, None, y_TD, pushes=True, sums=False)
+    windows[0].words[layout.num_programs + missing] = 0
+    HYPER_BOUNDARY.run(x_TSD, y_TD, mix, HYPER_BOUNDARY.prepare(weights, windows[0]))
+    assert windows[0].lost() == (1, (1,))
 
 
 @pytest.mark.parametrize(
