@@ -6,10 +6,10 @@ from typing import Any, TypeVar
 import pytest
 import torch
 import triton.runtime.interpreter as interpreter
-from support.sampling import mixed_rows
+from support.sampling import mixed_rows, next_step
 
 from ownpath.kernels.sample import launch
-from ownpath.kernels.sample.ref import sample
+from ownpath.kernels.sample.ref import SAMPLE as SAMPLE_TWIN
 from ownpath.kernels.sample.types import Sampled
 
 NUM_PROGRAMS, TIMEOUT_S = 2, 120
@@ -25,7 +25,7 @@ def shared(value: Shared) -> Shared:
 
 def run_program(split: int, arguments: tuple[Any, ...], num_calls: int, barrier: Any) -> None:
     """Interprets program ``split`` of every row, row by row, ``num_calls`` times."""
-    logits, rows, out, scratch = arguments
+    logits, rows, out, scratch, following = arguments
 
     def set_grid_idx(x: int, y: int, z: int) -> None:
         interpreter.interpreter_builder.grid_idx = (split, y, z)
@@ -37,13 +37,15 @@ def run_program(split: int, arguments: tuple[Any, ...], num_calls: int, barrier:
         patch.setattr(interpreter.interpreter_builder, "set_grid_idx", set_grid_idx)
         patch.setattr(launch, "launch", launch_one)
         for _ in range(num_calls):
-            tensors = (*launch._tensors(logits, rows, out), *scratch)
-            launch._first_launch(tensors, rows, out, launch.SampleShape(NUM_PROGRAMS, 256, 4), logits.stride(0))
+            tensors = (*launch._tensors(logits, rows, out, following), *scratch)
+            shape = launch.SampleShape(NUM_PROGRAMS, 256, 4)
+            launch._first_launch(tensors, rows, out, shape, logits.stride(0), following)
             barrier.wait()
 
 
 def test_programs_of_a_row_agree() -> None:
-    """Rows that need several rounds, and a fault; the second call finds the counters as the first did."""
+    """Rows that need several rounds, and a fault; the second call finds the counters as the first did, and rows that
+    have gone on by one token."""
     g = torch.Generator().manual_seed(0)
     num_rows, num_vocab = 3, 1500
     logits = (torch.randn(num_rows, num_vocab, generator=g) * 8).round() / 8
@@ -56,10 +58,12 @@ def test_programs_of_a_row_agree() -> None:
         torch.tensor([0.0, 0.0, 0.0]),
     )
     rows = rows._replace(temperature_T=torch.tensor([1.7, 1.0, 1.0]), filters=filters)
-    pair = torch.full((2, num_rows), -7).share_memory_()
-    out = Sampled(pair[0], pair[1], None)
+    wanted, twins = next_step(num_rows, 5)
+    following = shared(twins)
+    token, fault, logprob = following.results_NW[:3, :num_rows]
+    out = Sampled(token, fault, logprob.view(torch.float32))
     scratch = shared(launch.SampleOperand().scratch_for(num_rows, torch.device("cpu")))
-    arguments = shared(logits), shared(rows), out, scratch
+    arguments = shared(logits), shared(rows), out, scratch, following
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(NUM_PROGRAMS)
     programs = [
@@ -73,8 +77,11 @@ def test_programs_of_a_row_agree() -> None:
     for program in programs:
         program.kill()
     assert ended == [0] * NUM_PROGRAMS
-    wanted = sample(logits, rows)
+    for _ in range(2):
+        SAMPLE_TWIN.run(logits, rows, None, out=wanted, following=twins)
     assert torch.equal(out.token_T, wanted.token_T)
     assert torch.equal(out.fault_T, wanted.fault_T)
     assert wanted.fault_T.tolist() == [0, 1, 0]
+    assert all(torch.equal(own, other) for own, other in zip(following[:4], twins[:4], strict=True))
+    assert torch.equal(following.shared_2NW[:, :2], twins.shared_2NW[:, :2])
     assert not scratch.counters.any()
