@@ -19,12 +19,13 @@ from ownpath.conformance.operations import CASES, judge, make_inputs, num_bytes
 from ownpath.kernels.cases import KernelCase
 from ownpath.kernels.grouped import launch as grouped
 from ownpath.kernels.hyper import launch as hyper
+from ownpath.kernels.hyper.tiles import BoundaryTiles
 from ownpath.kernels.registry import KERNELS
 
 HYPER = (
-    *(hyper.BoundaryTiles(channels, 1, False, 4, 1, 1) for channels in (32, 64)),
-    *(hyper.BoundaryTiles(64, tokens, False, 4, 1, 1) for tokens in (2, 4)),
-    *(hyper.BoundaryTiles(channels, 16, True, 1, 3, 1) for channels in (32, 64, 128)),
+    *(BoundaryTiles(channels, 1, False, 4, 1, 1) for channels in (32, 64)),
+    *(BoundaryTiles(64, tokens, False, 4, 1, 1) for tokens in (2, 4)),
+    *(BoundaryTiles(channels, 16, True, 1, 3, 1) for channels in (32, 64, 128)),
 )
 GROUPED = (
     *(grouped.GroupedTiles(64, 16, channels, 5, 4) for channels in (64, 128)),

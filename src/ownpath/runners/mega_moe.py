@@ -106,10 +106,10 @@ class MegaMoE(Runner):
     slot: the name under which exchanges and errors speak of it. All ranks use the same.
     kernels: of exchanges, by kind; the torch references for those that are not named.
 
-    A rank's sum of a token is rounded to the dtype of x; sums are added in the order of ranks, in at least float32,
-    and rounded once. Nothing else depends on ranks or time: the same call returns the same bits, by heads on all ranks.
-    Between exchanges nothing is read on the host but counts of rows. A CUDA graph can hold a call if its kernels' can
-    (``reads_host``): the torch references of exchanges cannot.
+    A rank's sum of a token (by heads with the shared expert's part in it) is rounded to the dtype of x; sums are added
+    in the order of ranks, in at least float32, and rounded once. Nothing else depends on ranks or time: the same call
+    returns the same bits, by heads on all ranks. Between exchanges nothing is read on the host but counts of rows. A
+    CUDA graph can hold a call if its kernels' can (``reads_host``): the torch references of exchanges cannot.
 
     Every rank makes the object, and each call, in the same order. Errors: RanksDiffer, on every rank, for ranks whose
     experts, division or rows do not fit each other; ShardingError for experts or a width that do not divide; ValueError
@@ -193,8 +193,6 @@ class MegaMoE(Runner):
         rank, size = self.parallel.rank if rank is None else rank, self.parallel.size
         row, ids_TK = self.local.hidden_size * dtype.itemsize, ids_NTK[rank]
         if self.parallel.attention is AttentionSplit.HEADS:
-            if self.shared is not None:  # a sum of two parts is sent before it is rounded
-                row = self.local.hidden_size * torch.promote_types(dtype, torch.float32).itemsize
             back = (size - 1) * len(ids_TK)
             return SentRows(0, back, 0, back * row)
         goes = [self._goes(given_TK) for given_TK in ids_NTK]

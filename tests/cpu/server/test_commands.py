@@ -213,7 +213,7 @@ def test_serve_says_where_and_ends_cleanly(
 def test_as_many_requests_run_together_as_are_asked_for(
     options: list[str], wanted: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def load(args: object, max_num_seqs: int, num_cache_blocks: int | None) -> None:
+    def load(args: object, max_num_seqs: int, num_cache_blocks: int | None, group: None) -> None:
         raise ValueError(f"room for {max_num_seqs} in {num_cache_blocks} blocks")
 
     monkeypatch.setattr(session, "load_for", load)

@@ -48,11 +48,11 @@ class AllReduce(ExchangeKernel):
     """The sum of the ranks' parts."""
 
     def run(self, x_TC: Tensor, operand: ExchangeOperand, other_TC: Tensor | None = None) -> Tensor:
-        """Computes the sum over ranks of x, or of x + other: the same [T, C] on every rank."""
-        part = x_TC if other_TC is None else x_TC.to(sum_dtype(x_TC)) + other_TC
+        """Computes the sum over ranks of x, or of x + other, rounded: the same [T, C] on every rank."""
+        part = x_TC if other_TC is None else (x_TC.to(sum_dtype(x_TC)) + other_TC).to(x_TC.dtype)
         parts = operand.peers.swap(operand.slot, (part,))
         _require_alike(operand, parts, dims=0)
-        return all_reduce([given for (given,) in parts]).to(x_TC.dtype)
+        return all_reduce([given for (given,) in parts])
 
 
 class AllGather(ExchangeKernel):

@@ -1,6 +1,6 @@
 """Specs of the exchanges between ranks."""
 
-from ownpath.kernels.spec import KernelSpec
+from ownpath.kernels.spec import Evidence, KernelSpec
 from ownpath.ops import OpKind
 
 _WHY = {
@@ -26,3 +26,20 @@ SPECS = tuple(
     )
     for kind, why in _WHY.items()
 )
+
+PUSHED = KernelSpec(
+    "triton.reduce",
+    OpKind.REDUCE,
+    (),
+    "Exchange",
+    "row_major",
+    "pushed into every rank's inbox, awaited and added in the order of ranks, in one launch",
+    "exchange.launch:PUSHED_REDUCE",
+    min_sm=90,
+    activations=("bfloat16",),
+    is_batch_invariant=True,
+    packages=("triton",),
+    launches=(r"\bexchange_rows\b",),
+    evidence=Evidence("exchange.ref:all_reduce", "tests/interpret/test_exchange_kernel.py", "python bench/exchange.py"),
+)
+"""Not among ``SPECS``, which plans choose from, until it has run on two GPUs."""

@@ -36,6 +36,8 @@ from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
 from ownpath.kernels.empty import EmptyOutput
+from ownpath.kernels.exchange.launch import check_parts, start_exchange
+from ownpath.kernels.exchange.window import NO_ARGUMENTS, NO_CONSTANTS, Window
 from ownpath.kernels.hyper.boundary import collapse, spread_few, spread_many
 from ownpath.kernels.hyper.checks import (
     INTERPRETED,
@@ -47,39 +49,11 @@ from ownpath.kernels.hyper.checks import (
     check_workspace,
 )
 from ownpath.kernels.hyper.ref import HyperOut, HyperWeights, Mix
+from ownpath.kernels.hyper.tiles import INVARIANT_TILES, BoundaryTiles, choose_tiles
 from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.variants import variant_name
 
 PART_ROWS = 32
-MIN_DOT_TOKENS = 17
-MANY_TOKENS = 256
-
-
-@dataclass(frozen=True)
-class BoundaryTiles:
-    """Tile sizes of the first launch's programs, and tokens per Sinkhorn program."""
-
-    channels: int
-    tokens: int
-    use_dot: bool
-    num_warps: int
-    num_stages: int
-    sinkhorn_tokens: int
-
-
-ONE_TILES = BoundaryTiles(32, 1, False, 4, 1, 1)
-FEW_TILES = BoundaryTiles(64, 1, False, 4, 1, 1)
-INVARIANT_TILES = BoundaryTiles(32, 16, True, 2, 3, 1)
-MANY_TILES = BoundaryTiles(128, 16, True, 1, 3, 4)
-
-
-def choose_tiles(num_tokens: int, invariant: bool) -> BoundaryTiles:
-    """Chooses tiles by token count, as measured on an H200; invariant: the same slices and order of sums always."""
-    if num_tokens > MANY_TOKENS and not invariant:
-        return MANY_TILES
-    if num_tokens >= MIN_DOT_TOKENS or invariant:
-        return INVARIANT_TILES
-    return ONE_TILES if num_tokens == 1 else FEW_TILES
 
 
 def num_workspace_floats(num_tokens: int, hidden_size: int, tiles: BoundaryTiles | None = None) -> int:
@@ -123,12 +97,14 @@ class BoundaryInputs(NamedTuple):
 
 @dataclass(frozen=True)
 class BoundaryCall:
-    """The two prepared launches of one size. num_floats: elements of the workspace that they use.
+    """The prepared launches of one size; push: of the output's parts, where ranks add theirs. num_floats: elements of
+    the workspace that they use.
 
     makes_mix: another sublayer follows. shapes: of y, post and comb. streams, hidden, post, comb, scratch: outputs and
     workspace of a call that is given none.
     """
 
+    push: TritonCall | None
     spread: TritonCall
     collapse: TritonCall
     num_floats: int
@@ -149,6 +125,8 @@ class BoundaryCall:
         """Launches both. given: an absent one may be any address."""
         streams, hidden, mix = out
         x = streams.data_ptr()
+        if self.push is not None:
+            self.push.start(stream, given[1], given[2], given[1])
         self.spread.start(stream, *given, x, workspace)
         post, comb = (x, x) if mix is None else (mix[0].data_ptr(), mix[1].data_ptr())
         self.collapse.start(stream, x, workspace, hidden.data_ptr(), post, comb)
@@ -156,9 +134,11 @@ class BoundaryCall:
 
 @dataclass(frozen=True)
 class HyperOperand:
-    """launches: for inputs that have passed every check."""
+    """window: where the output is a part, which all ranks' are added to. launches: for inputs that have passed every
+    check."""
 
     weights: HyperWeights
+    window: Window | None = None
     launches: LaunchCache[BoundaryKey, BoundaryCall] = field(default_factory=LaunchCache, compare=False)
     lock: Lock = field(default_factory=Lock, compare=False)
 
@@ -171,6 +151,7 @@ class Tensors:
     weights: HyperWeights
     out: HyperOut
     workspace: torch.Tensor
+    window: Window | None = None
 
     def spread(self) -> tuple[torch.Tensor, ...]:
         """Returns the first launch's tensors; an absent input is replaced by a tensor that is not read."""
@@ -188,6 +169,7 @@ class Tensors:
 
 
 def _first_launches(tensors: Tensors, tiles: BoundaryTiles, num_floats: int) -> BoundaryCall | None:
+    push = _launch_push(tensors)
     spread, collapse = _launch_spread(tensors, tiles), _launch_collapse(tensors, tiles)
     if spread is None or collapse is None:
         return None
@@ -196,16 +178,26 @@ def _first_launches(tensors: Tensors, tiles: BoundaryTiles, num_floats: int) -> 
     makes_mix, device_index = len(tensors.weights.fn) == NUM_MIX, tensors.out.x_TSD.get_device()
     streams, hidden = (EmptyOutput(one, torch.bfloat16, device_index) for one in (tensors.out.x_TSD.shape, shapes[0]))
     floats = (EmptyOutput(one, torch.float32, device_index) for one in (*shapes[1:], (num_floats,)))
-    return BoundaryCall(spread, collapse, num_floats, makes_mix, shapes, streams, hidden, *floats)
+    return BoundaryCall(push, spread, collapse, num_floats, makes_mix, shapes, streams, hidden, *floats)
+
+
+def _launch_push(tensors: Tensors) -> TritonCall | None:
+    """Launches what sends a rank's part of the output to all; no launch in front of it waits for another rank."""
+    _, y_TD, _, other_TD = tensors.given
+    if tensors.window is None or y_TD is None:
+        return None
+    return start_exchange(tensors.window, y_TD, other_TD, y_TD, pushes=True, sums=False)
 
 
 def _launch_spread(tensors: Tensors, tiles: BoundaryTiles) -> TritonCall | None:
     num_tokens, _, dim = tensors.out.x_TSD.shape
     num_slices, pdl = triton.cdiv(dim, tiles.channels), not INTERPRETED
+    window = None if tensors.given.y_TD is None else tensors.window
+    across = NO_ARGUMENTS if window is None else window.arguments(num_tokens * dim)
     return launch(
         spread_many if tiles.use_dot else spread_few,
         (num_slices, triton.cdiv(num_tokens, tiles.tokens)),
-        (*tensors.spread(), num_tokens, dim, num_slices),
+        (*tensors.spread(), num_tokens, dim, num_slices, *across),
         {
             "HAS_POST": tensors.given.mix is not None,
             "HAS_OTHER": tensors.given.other_TD is not None,
@@ -216,6 +208,7 @@ def _launch_spread(tensors: Tensors, tiles: BoundaryTiles) -> TritonCall | None:
             "num_warps": tiles.num_warps,
             "num_stages": tiles.num_stages,
             "launch_pdl": pdl,
+            **(NO_CONSTANTS if window is None else window.constants()),
         },
         moving=(0, 1, 2, 3, 4, 6, 7),
     )
@@ -306,9 +299,10 @@ class HyperBoundaryKernel:
     def __init__(self, is_batch_invariant: bool) -> None:
         self.is_batch_invariant = is_batch_invariant
 
-    def prepare(self, weights: HyperWeights) -> HyperOperand:
-        """Makes the operand. The first call raises for weights that do not fit."""
-        return HyperOperand(weights)
+    def prepare(self, weights: HyperWeights, window: Window | None = None) -> HyperOperand:
+        """Makes the operand. The first call raises for weights that do not fit. window: y and other are this rank's
+        part of the output: what all ranks push into their windows is added, in the order of ranks."""
+        return HyperOperand(weights, window)
 
     def configs(self, operand: HyperOperand) -> Sequence[Config]:
         """Returns nothing: Triton compiles at the first call."""
@@ -316,7 +310,10 @@ class HyperBoundaryKernel:
 
     def variant(self, x_TSD: torch.Tensor, operand: HyperOperand) -> str:
         """Returns the variant's name. It depends on the number of tokens, unless the kernel is batch-invariant."""
-        return variant_name("hyper", **vars(choose_tiles(len(x_TSD), self.is_batch_invariant)))
+        return variant_name("hyper", **vars(self._tiles(len(x_TSD), operand)))
+
+    def _tiles(self, num_tokens: int, operand: HyperOperand) -> BoundaryTiles:
+        return choose_tiles(num_tokens, self.is_batch_invariant, operand.window is not None)
 
     def workspace(self, operand: HyperOperand, num_tokens: int) -> torch.Tensor:
         """Allocates float32 scratch for calls of up to ``num_tokens`` tokens."""
@@ -364,7 +361,9 @@ class HyperBoundaryKernel:
         check_inputs(*inputs)
         num_tokens, _, dim = x_TSD.shape
         check_weights(weights, dim, x_TSD.device)
-        with_mix, tiles = len(weights.fn) == NUM_MIX, choose_tiles(num_tokens, self.is_batch_invariant)
+        if operand.window is not None and inputs.y_TD is not None:
+            check_parts(inputs.y_TD, inputs.other_TD, operand.window)
+        with_mix, tiles = len(weights.fn) == NUM_MIX, self._tiles(num_tokens, operand)
         if out is None:
             out = new_out(x_TSD, with_mix)
         else:
@@ -375,7 +374,7 @@ class HyperBoundaryKernel:
         else:
             check_workspace(workspace, num_floats, x_TSD.device)
         if num_tokens:
-            call = _first_launches(Tensors(inputs, weights, out, workspace), tiles, num_floats)
+            call = _first_launches(Tensors(inputs, weights, out, workspace, operand.window), tiles, num_floats)
             if call is not None:
                 operand.launches.add(inputs.key, call)
         return out

@@ -1,0 +1,36 @@
+"""Tile sizes of the boundary, by the number of tokens."""
+
+from dataclasses import dataclass
+
+MIN_DOT_TOKENS = 17
+MANY_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class BoundaryTiles:
+    """Tile sizes of the first launch's programs, and tokens per Sinkhorn program."""
+
+    channels: int
+    tokens: int
+    use_dot: bool
+    num_warps: int
+    num_stages: int
+    sinkhorn_tokens: int
+
+
+ONE_TILES = BoundaryTiles(32, 1, False, 4, 1, 1)
+FEW_TILES = BoundaryTiles(64, 1, False, 4, 1, 1)
+INVARIANT_TILES = BoundaryTiles(32, 16, True, 2, 3, 1)
+MANY_TILES = BoundaryTiles(128, 16, True, 1, 3, 4)
+ACROSS_TILES = BoundaryTiles(128, 16, True, 2, 3, 4)
+"""For ranks that add their parts: the warp of ``MANY_TILES`` has no register left for the wait."""
+
+
+def choose_tiles(num_tokens: int, invariant: bool, across: bool = False) -> BoundaryTiles:
+    """Chooses tiles by token count, as measured on an H200; invariant: the same slices and order of sums always;
+    across: ranks add their parts."""
+    if num_tokens > MANY_TOKENS and not invariant:
+        return ACROSS_TILES if across else MANY_TILES
+    if num_tokens >= MIN_DOT_TOKENS or invariant:
+        return INVARIANT_TILES
+    return ONE_TILES if num_tokens == 1 else FEW_TILES

@@ -1,0 +1,101 @@
+"""Pushed exchanges compile for sm_90 and sm_100 as they are launched: no stack, and stores, fences and flags in the
+order that the protocol needs. Nothing is run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.triton_aot import Compiled, Launch, compile_launch, recorded_launches
+
+from ownpath.conformance.operations import make_inputs
+from ownpath.kernels.cases import KernelCase
+from ownpath.kernels.exchange import launch as exchange
+from ownpath.kernels.exchange.layout import WindowLayout
+from ownpath.kernels.exchange.window import virtual_windows
+from ownpath.kernels.hyper import checks
+from ownpath.kernels.hyper.launch import HYPER_BOUNDARY
+
+CPU = torch.device("cpu")
+
+
+def launches_of(size: int, num_tokens: int, *, pushes: bool = True, sums: bool = True) -> list[Launch]:
+    layout = WindowLayout(size, 64 * 4096)
+    window = virtual_windows(layout, CPU)[1]
+    part = torch.zeros(num_tokens, 4096, dtype=torch.bfloat16)
+    with recorded_launches() as launches, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exchange, "launch", lambda f, grid, args, options, moving: f[grid](*args, **options))
+        exchange.start_exchange(window, part, None, part, pushes, sums)
+    return launches
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, int], Compiled]:
+    """By ranks, tokens and compute capability."""
+    folder: Path = tmp_path_factory.mktemp("cubins")
+    wanted = [(2, 1, 90), (2, 64, 90), (8, 64, 90), (2, 64, 100)]
+    return {one: compile_launch(launches_of(one[0], one[1])[0], one[2], folder) for one in wanted}
+
+
+def test_nothing_spills(compiled: dict[tuple[int, int, int], Compiled]) -> None:
+    assert {one.stack_bytes for one in compiled.values()} == {0}
+    assert max(one.registers for one in compiled.values()) <= 128
+
+
+def test_rows_are_in_front_of_flags(compiled: dict[tuple[int, int, int], Compiled]) -> None:
+    """Stores of rows, a barrier of all threads, one release; acquires, a barrier, loads of rows. The epoch is counted
+    by an atomic, which gives all threads the same."""
+    for one in compiled.values():
+        release, acquire = one.ptx.index("atom.global.sys.release.exch"), one.ptx.index("atom.global.sys.acquire.or")
+        rows, behind = one.ptx[:release], one.ptx[acquire:]
+        assert rows.index("griddepcontrol.wait") < rows.index("atom.global.gpu.relaxed.add") < rows.index("st.global")
+        assert rows.rindex("bar.sync") > rows.rindex("st.global")
+        assert behind.index("bar.sync") < behind.index("ld.global.cg")
+        assert "ld.global.nc" not in one.ptx
+
+
+def test_rows_move_sixteen_bytes_at_a_time(compiled: dict[tuple[int, int, int], Compiled]) -> None:
+    for (size, num_tokens, _), one in compiled.items():
+        if num_tokens > 1:
+            assert one.ptx.count("st.global.v4.b32") >= size + 1
+
+
+@pytest.fixture(scope="module")
+def boundaries(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
+    """The boundary's launches that wait, of two and of eight ranks, for one row, few and many."""
+    folder: Path = tmp_path_factory.mktemp("boundaries")
+    found: list[Launch] = []
+    for size, num_tokens in ((2, 1), (2, 64), (8, 8), (2, 300)):
+        case = KernelCase("hyper_boundary", "flash", (4096, 24, 1), (num_tokens,))
+        x_TSD, y_TD, mix, weights = make_inputs(case, num_tokens, CPU)[:4]
+        operand = HYPER_BOUNDARY.prepare(weights, virtual_windows(WindowLayout(size, 300 * 4096), CPU)[0])
+        with recorded_launches() as launches, pytest.MonkeyPatch.context() as patch:
+            for module in (exchange, checks):
+                patch.setattr(module, "check_rank", lambda name, tensor, rank, runs_on_cpu: None)
+            HYPER_BOUNDARY.run(x_TSD, y_TD, mix, operand)
+        assert [one.name for one in launches][::2] == ["exchange_rows", "collapse"]
+        found.append(launches[1])
+    return [compile_launch(one, 90, folder) for one in found]
+
+
+def test_a_boundary_that_waits_does_not_spill(boundaries: list[Compiled]) -> None:
+    """And waits in all its threads' sight, behind the kernel that pushed."""
+    assert {one.stack_bytes for one in boundaries} == {0}
+    for one in boundaries:
+        assert one.ptx.index("griddepcontrol.wait") < one.ptx.index("atom.global.sys.acquire.or")
+        assert "ld.global.cg" in one.ptx.split("atom.global.sys.acquire.or")[-1]
+
+
+def test_one_rank_waits_for_nobody() -> None:
+    """Its boundary has no argument more, and no exchange in it."""
+    case = KernelCase("hyper_boundary", "flash", (4096, 24, 1), (1,))
+    with recorded_launches() as launches, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checks, "check_rank", lambda name, tensor, rank, runs_on_cpu: None)
+        HYPER_BOUNDARY(*make_inputs(case, 1, CPU))
+    assert [one.name for one in launches] == ["spread_few", "collapse"]
+    assert dict(launches[0].signature)["window_ptr"] == "constexpr"
+
+
+def test_ranks_share_one_compilation() -> None:
+    """But for rank 1, Triton would make one of its own: a number 1 is otherwise a constant."""
+    signature = dict(launches_of(2, 1)[0].signature)
+    assert signature["rank"] == "i32"

@@ -1,0 +1,295 @@
+"""Pushed exchanges by the interpreter: several ranks as tensors of one process, one kernel after the other, in every
+order that the protocol allows."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+from triton.runtime.interpreter import InterpreterBuilder
+
+from ownpath.conformance.call import tensors_of
+from ownpath.conformance.operations import make_inputs
+from ownpath.kernels.cases import KernelCase
+from ownpath.kernels.exchange.launch import PUSHED_REDUCE, start_exchange
+from ownpath.kernels.exchange.layout import WindowLayout
+from ownpath.kernels.exchange.ref import all_reduce
+from ownpath.kernels.exchange.window import Window, virtual_windows
+from ownpath.kernels.hyper import launch as hyper
+from ownpath.kernels.hyper.launch import HYPER_BOUNDARY, HYPER_BOUNDARY_INVARIANT, HyperBoundaryKernel
+from ownpath.ranks.peers import PeerLost
+
+CPU = torch.device("cpu")
+Event = tuple[str, int, int]
+"""push or sum, rank, exchange."""
+
+
+def orders(size: int, steps: int) -> Iterator[tuple[Event, ...]]:
+    """Yields every order of pushes and sums: a rank's own in turn, a sum behind all pushes of its exchange."""
+
+    def go(done: tuple[Event, ...], at: tuple[int, ...]) -> Iterator[tuple[Event, ...]]:
+        if all(position == 2 * steps for position in at):
+            yield done
+        for rank, position in enumerate(at):
+            step, is_sum = divmod(position, 2)
+            is_free = step < steps and (not is_sum or all(other > 2 * step for other in at))
+            if is_free:
+                event = ("sum" if is_sum else "push", rank, step)
+                yield from go((*done, event), (*at[:rank], position + 1, *at[rank + 1 :]))
+
+    return go((), (0,) * size)
+
+
+@dataclass
+class Run:
+    """Virtual ranks that exchange parts of these sizes. outs: by rank and exchange."""
+
+    windows: list[Window]
+    parts: list[list[torch.Tensor]]
+    others: list[list[torch.Tensor | None]] | None = None
+    outs: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+
+    def do(self, event: Event) -> None:
+        what, rank, step = event
+        part = self.parts[step][rank]
+        other = None if self.others is None else self.others[step][rank]
+        out = torch.full_like(part, 7)
+        start_exchange(self.windows[rank], part, other, out, pushes=what == "push", sums=what == "sum")
+        if what == "sum":
+            self.outs[rank, step] = out
+
+    def check(self) -> None:
+        """Checks every output against the twin, bit by bit."""
+        for (_, step), out in self.outs.items():
+            assert torch.equal(out, all_reduce(self.parts[step]))
+
+
+def parts_of(size: int, shapes: list[tuple[int, int]]) -> list[list[torch.Tensor]]:
+    """Random parts whose sum depends on the order: magnitudes from 2^-8 to 2^8."""
+    g = torch.Generator().manual_seed(size)
+
+    def one(shape: tuple[int, int]) -> torch.Tensor:
+        scale = torch.exp2(torch.randint(-8, 9, shape, generator=g).float())
+        return (torch.randn(shape, generator=g) * scale).to(torch.bfloat16)
+
+    return [[one(shape) for _ in range(size)] for shape in shapes]
+
+
+BOTH = (("push", 0, 0), ("push", 1, 0))
+
+
+def test_the_orders_are_all() -> None:
+    """Two ranks, one exchange: two orders of pushes, two of sums. With a second, a rank may push before the other
+    adds."""
+    assert len(list(orders(2, 1))) == 4
+    assert all(order[:2] in (BOTH, BOTH[::-1]) for order in orders(2, 1))
+    assert len(set(orders(2, 2))) == len(list(orders(2, 2))) > 16
+
+
+@pytest.mark.parametrize(("size", "shapes"), [(2, [(2, 128), (1, 128)]), (3, [(1, 384)])])
+def test_every_order_gives_the_same_sums(size: int, shapes: list[tuple[int, int]]) -> None:
+    """Sizes change between exchanges; the epoch wraps. Of three ranks' orders every fifth."""
+    layout, parts = WindowLayout(size, 384, num_programs=1), parts_of(size, shapes)
+    for order in islice(orders(size, len(shapes)), 0, None, 1 if size == 2 else 5):
+        run = Run(virtual_windows(layout, CPU, epoch=-1 if size == 2 else 2**31 - 1), parts)
+        for event in order:
+            run.do(event)
+        run.check()
+        assert all(window.lost() is None for window in run.windows)
+
+
+def test_programs_share_the_rows() -> None:
+    """Of three, one has no rows, then two, then none; the epochs of all go on."""
+    layout, parts = WindowLayout(2, 384, num_programs=3), parts_of(2, [(2, 128), (1, 128), (3, 128)])
+    run = Run(virtual_windows(layout, CPU), parts)
+    for event in next(orders(2, 3)):
+        run.do(event)
+    run.check()
+    assert all(run.windows[0].words[: layout.abort_at] == 3)
+
+
+def test_eight_ranks_add_in_their_order() -> None:
+    layout, parts = WindowLayout(8, 128, num_programs=1), parts_of(8, [(1, 128)])
+    parts[0][4] = -parts[0][0] * 2**20
+    parts[0][0] = -parts[0][4]
+    run = Run(virtual_windows(layout, CPU), parts)
+    for event in [(what, rank, 0) for what in ("push", "sum") for rank in range(8)]:
+        run.do(event)
+    run.check()
+    assert not torch.equal(all_reduce(parts[0]), all_reduce(parts[0][::-1])), "the order would not show"
+
+
+def test_a_part_may_have_two_parts() -> None:
+    layout, parts, others = WindowLayout(2, 256, num_programs=1), parts_of(2, [(2, 128)]), parts_of(2, [(2, 128)])
+    others[0].reverse()
+    run = Run(virtual_windows(layout, CPU), parts, others)
+    for event in [(what, rank, 0) for what in ("push", "sum") for rank in range(2)]:
+        run.do(event)
+    stored = [part + other for part, other in zip(parts[0], others[0], strict=True)]
+    assert torch.equal(run.outs[0, 0], all_reduce(stored))
+    assert torch.equal(run.outs[1, 0], run.outs[0, 0])
+
+
+def test_one_rank_in_one_launch_gives_its_own() -> None:
+    (window,) = virtual_windows(WindowLayout(1, 256, num_programs=2), CPU)
+    part = parts_of(1, [(2, 128)])[0][0]
+    out = PUSHED_REDUCE.run(part, PUSHED_REDUCE.prepare(window))
+    assert torch.equal(out, part)
+
+
+def test_a_wait_for_a_lost_rank_ends() -> None:
+    """Rank 1 pushes nothing: rank 0's and 2's waits end, name it, tell it, and give NaN; nobody pushes any more."""
+    layout, parts = WindowLayout(3, 128, num_programs=1), parts_of(3, [(1, 128), (1, 128)])
+    run = Run(virtual_windows(layout, CPU), parts)
+    for window in run.windows:
+        window.set_limit(20)
+    for event in (("push", 0, 0), ("push", 2, 0), ("sum", 0, 0)):
+        run.do(event)
+    assert run.outs[0, 0].isnan().all()
+    assert run.windows[0].lost() == (1, (1,))
+    assert [int(window.words[layout.abort_at]) for window in run.windows] == [2, 2, 2]
+    before = run.windows[0].words[layout.inbox_at :].clone()
+    for event in (("sum", 2, 0), ("push", 0, 1), ("push", 2, 1), ("sum", 2, 1)):
+        run.do(event)
+    assert run.windows[2].lost() == (2, (1,))
+    with pytest.raises(PeerLost, match=r"rank 1 is lost, in layers\.3\.attn\.reduce: its rows of exchange 2"):
+        run.windows[2].check("layers.3.attn.reduce")
+    run.windows[1].check("layers.3.attn.reduce")
+    assert torch.equal(before, run.windows[0].words[layout.inbox_at :])
+    assert run.outs[2, 1].isnan().all()
+
+
+def num_looks(monkeypatch: pytest.MonkeyPatch, pushing: tuple[int, ...], limit: int) -> tuple[int, Window]:
+    """Returns how many atomics rank 0's wait takes while only some of three ranks push, and its window."""
+    layout, parts = WindowLayout(3, 128, num_programs=1), parts_of(3, [(1, 128)])
+    run = Run(virtual_windows(layout, CPU, epoch=2**31 - 1), parts)
+    run.windows[0].set_limit(limit)
+    for rank in pushing:
+        run.do(("push", rank, 0))
+    count, original = Counter[str](), InterpreterBuilder.create_atomic_rmw
+
+    def counted(*arguments: Any) -> Any:
+        count["rmw"] += 1
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_atomic_rmw", counted)
+        run.do(("sum", 0, 0))
+    return count["rmw"], run.windows[0]
+
+
+def test_who_misses_several_waits_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sixteenth: another rank may know which of them is lost. Two atomics a poll, of flags and cell. The epoch wraps,
+    so that flags of the old one are larger numbers."""
+    one, window = num_looks(monkeypatch, (0, 2), 64)
+    assert window.lost() == (-(2**31), (1,))
+    several, window = num_looks(monkeypatch, (0,), 64)
+    assert window.lost() == (-(2**31), (1, 2))
+    assert one > 2 * 64
+    assert several - one == 2 * 64 // 16
+
+
+def test_nothing_is_used_once_a_rank_is_lost() -> None:
+    """Not even rows that have come: another rank has given up."""
+    layout, parts = WindowLayout(2, 128, num_programs=1), parts_of(2, [(1, 128)])
+    run = Run(virtual_windows(layout, CPU), parts)
+    for rank in range(2):
+        run.do(("push", rank, 0))
+    run.windows[0].words[layout.abort_at] = 2
+    run.do(("sum", 0, 0))
+    assert run.outs[0, 0].isnan().all()
+    assert run.windows[0].lost() == (1, (1,))
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_boundary_waits_for_the_rows_that_it_reads(missing: int) -> None:
+    """Two rows, each pushed by a program of its own: the flag of either is waited for."""
+    case = KernelCase("hyper_boundary", "one part", (128, 4, 1), (2,))
+    x_TSD, y_TD, mix, weights = make_inputs(case, 2, CPU)[:4]
+    layout = WindowLayout(2, 2 * 128, num_programs=2)
+    windows = virtual_windows(layout, CPU)
+    windows[0].set_limit(4)
+    start_exchange(windows[1], y_TD, None, y_TD, pushes=True, sums=False)
+    windows[0].words[layout.num_programs + missing] = 0
+    HYPER_BOUNDARY.run(x_TSD, y_TD, mix, HYPER_BOUNDARY.prepare(weights, windows[0]))
+    assert windows[0].lost() == (1, (1,))
+
+
+@pytest.mark.parametrize(
+    ("part", "found"),
+    [
+        (torch.zeros(2, 128), "x_TD must be torch.bfloat16"),
+        (torch.zeros(2, 100, dtype=torch.bfloat16), "multiple of 128"),
+        (torch.zeros(4, 128, dtype=torch.bfloat16), "do not fit a window of 384"),
+        (torch.zeros(128, dtype=torch.bfloat16), "2 dimensions"),
+    ],
+)
+def test_what_does_not_fit_is_refused(part: torch.Tensor, found: str) -> None:
+    (window,) = virtual_windows(WindowLayout(1, 384, num_programs=1), CPU)
+    with pytest.raises(ValueError, match=found):
+        PUSHED_REDUCE.run(part, PUSHED_REDUCE.prepare(window))
+
+
+@pytest.mark.parametrize(("size", "elements", "found"), [(9, 128, "1 to 8 ranks"), (2, 100, "multiple of 128")])
+def test_layouts_that_do_not_fit_are_refused(size: int, elements: int, found: str) -> None:
+    with pytest.raises(ValueError, match=found):
+        WindowLayout(size, elements)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "has_other", "steps"),
+    [(HYPER_BOUNDARY, False, 1), (HYPER_BOUNDARY, True, 2), (HYPER_BOUNDARY_INVARIANT, False, 1)],
+    ids=["one part", "two parts", "many rows"],
+)
+def test_a_boundary_adds_what_ranks_pushed(
+    kernel: HyperBoundaryKernel, has_other: bool, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On every rank the bits of one rank's boundary behind the sum; and NaN where a rank is lost."""
+    case, size, shape = KernelCase("hyper_boundary", "two parts", (128, 24, 2), (1,)), 2, (1, 128)
+    x_TSD, _, mix, weights, _ = make_inputs(case, 1, CPU)
+    parts, others = parts_of(size, [shape])[0], parts_of(size + 1, [shape])[0]
+    windows = virtual_windows(WindowLayout(size, 128, num_programs=1), CPU)
+    operands = [kernel.prepare(weights, window) for window in windows]
+    stored = [part + other for part, other in zip(parts, others, strict=False)] if has_other else parts
+    expected = list(tensors_of(kernel(x_TSD, all_reduce(stored), mix, weights)))
+    monkeypatch.setattr(hyper, "_launch_push", lambda tensors: None)  # which would come too late for the other rank
+    for step in range(steps):
+        for rank in (1, 0):
+            other = others[rank] if has_other else None
+            start_exchange(windows[rank], parts[rank], other, parts[rank], pushes=True, sums=False)
+        for rank in range(size):
+            found = tensors_of(kernel.run(x_TSD, parts[rank], mix, operands[rank], others[rank] if has_other else None))
+            assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True)), (step, rank)
+    if steps == 1:
+        return
+    windows[0].set_limit(4)
+    start_exchange(windows[0], parts[0], None, parts[0], pushes=True, sums=False)
+    lost = kernel.run(x_TSD, parts[0], mix, operands[0], others[0] if has_other else None)
+    assert lost.x_TSD.isnan().all()
+    assert windows[0].lost() == (steps + 1, (1,))
+
+
+def test_a_boundary_pushes_its_part_itself() -> None:
+    """Alone of two ranks: its part is in the other's inbox, and its wait ends."""
+    case = KernelCase("hyper_boundary", "one part", (128, 24, 1), (1,))
+    x_TSD, y_TD, mix, weights = make_inputs(case, 1, CPU)[:4]
+    layout = WindowLayout(2, 128, num_programs=1)
+    windows = virtual_windows(layout, CPU)
+    windows[0].set_limit(4)
+    HYPER_BOUNDARY.run(x_TSD, y_TD, mix, HYPER_BOUNDARY.prepare(weights, windows[0]))
+    inbox = windows[1].words[layout.inbox_at :].view(torch.bfloat16).view(2, 2, 128)
+    assert torch.equal(inbox[1, 0], y_TD[0])
+    assert windows[0].lost() == (1, (1,))
+
+
+def test_a_boundary_before_the_first_sublayer_exchanges_nothing() -> None:
+    case = KernelCase("hyper_boundary", "first", (128, 24, 0), (1,))
+    x_TSD, _, _, weights = make_inputs(case, 1, CPU)[:4]
+    windows = virtual_windows(WindowLayout(2, 128, num_programs=1), CPU)
+    found = HYPER_BOUNDARY.run(x_TSD, None, None, HYPER_BOUNDARY.prepare(weights, windows[0]))
+    expected = HYPER_BOUNDARY(x_TSD, None, None, weights)
+    assert all(torch.equal(one, two) for one, two in zip(tensors_of(found), tensors_of(expected), strict=True))
+    assert windows[0].lost() is None
