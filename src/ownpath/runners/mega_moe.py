@@ -69,8 +69,7 @@ class DispatchedExperts:
 
 def rows_by_rank(ids_TK: Tensor, num_experts: int, size: int) -> Tensor:
     """Returns bool [N, T], True where a row chose one of a rank's experts. An id outside the experts is no rank's."""
-    is_known_TK = (ids_TK >= 0) & (ids_TK < num_experts)
-    owner_TK = torch.where(is_known_TK, ids_TK.div(num_experts // size, rounding_mode="floor"), -1)
+    owner_TK = ids_TK.div(num_experts // size, rounding_mode="floor")
     ranks_N = torch.arange(size, device=ids_TK.device)
     return (owner_TK == ranks_N[:, None, None]).any(dim=2)
 
