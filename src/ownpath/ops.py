@@ -49,6 +49,10 @@ class OpKind(StrEnum):
     """The sum of all ranks' parts, of each rank its own rows."""
     TURN = "all_to_all"
     """Of each rank its own rows, whole, from columns that the ranks have of all rows."""
+    DISPATCH = "routed_dispatch"
+    """Each row to the ranks that have one of its experts, and to no other."""
+    COMBINE = "routed_combine"
+    """The sums of such rows, back to where they came from, added up."""
 
     @property
     def is_exchange(self) -> bool:
@@ -64,4 +68,4 @@ class OpKind(StrEnum):
 _OF_DECODE_STEPS = frozenset(
     {OpKind.STEP_ANGLES, OpKind.ENTRIES, OpKind.INDEX_SCORES, OpKind.SELECT, OpKind.ATTEND, OpKind.ROUTE}
 )
-_EXCHANGES = frozenset({OpKind.REDUCE, OpKind.GATHER, OpKind.SCATTER, OpKind.TURN})
+_EXCHANGES = frozenset({OpKind.REDUCE, OpKind.GATHER, OpKind.SCATTER, OpKind.TURN, OpKind.DISPATCH, OpKind.COMBINE})

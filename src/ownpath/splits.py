@@ -19,3 +19,12 @@ class ExpertSplit(StrEnum):
     """Each rank has a part of every expert's width."""
     IDS = "ids"
     """Each rank has some experts, whole."""
+
+
+class RowTravel(StrEnum):
+    """The ranks to which a token's row travels, where each rank has its own tokens."""
+
+    ALL = "all"
+    """Every rank gets every row."""
+    ROUTED = "routed"
+    """A rank gets the rows that chose one of its experts."""

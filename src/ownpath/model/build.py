@@ -1,7 +1,7 @@
 """Builds a model from runners (by slot), tensors used as stored (by checkpoint key) and planned companions."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,7 +23,7 @@ from ownpath.model.joint import JointProducts
 from ownpath.model.model import Model
 from ownpath.model.moe import MoE
 from ownpath.model.mtp import Mtp
-from ownpath.model.ranks import FeedForward, FollowedLinear, GatheredHead, GatheredMoE, Product, ReducedMoE
+from ownpath.model.ranks import FeedForward, FollowedLinear, GatheredHead, Product, ReducedMoE
 from ownpath.model.taps import tap_names
 from ownpath.official import Step
 from ownpath.ranks.peers import Alone, Peers
@@ -32,6 +32,7 @@ from ownpath.runners import (
     DecodeAttention,
     Exchange,
     GatherColumns,
+    GatheredExperts,
     GatherRows,
     HeldExperts,
     HyperBoundary,
@@ -331,7 +332,8 @@ class Builder:
             return ReducedMoE(moe, self._exchange(f"{ffn}.reduce", Reduce))
         if f"{ffn}.gather" in self.specs:
             gather = self._exchange(f"{ffn}.gather", GatherRows)
-            return GatheredMoE(moe, gather, self._exchange(f"{ffn}.scatter", Scatter))
+            scatter = self._exchange(f"{ffn}.scatter", Scatter)
+            return replace(moe, experts=GatheredExperts(moe.experts, gather, scatter))
         return moe
 
     def _experts(self, slot: str) -> Any:

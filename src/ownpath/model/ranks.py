@@ -1,6 +1,6 @@
 """Parts of the model whose work several ranks divide: what stands in for a product, the experts or the head.
 
-Legend: T tokens of this rank, B of all ranks, D hidden, V vocabulary, K experts per token.
+Legend: T tokens of this rank, B of all ranks, D hidden, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch
 
 from ownpath.attention.interface import AttentionStep, DecodeStep
 from ownpath.model.moe import MoE
-from ownpath.runners import GatherRows, Linear, Scatter, Turn
+from ownpath.runners import GatherRows, Linear, Turn
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 """A product whose result is whole on every rank."""
@@ -51,26 +51,6 @@ class ReducedMoE:
     ) -> tuple[torch.Tensor, None]:
         """Returns the output, in one part."""
         return self.reduce(*self.moe(x_TD, token_ids_T, step)), None
-
-
-@dataclass(frozen=True)
-class GatheredMoE:
-    """Each rank routes its own tokens, and every rank computes its part of the routed sum of all ranks' tokens.
-
-    The shared expert is whole on every rank, and sees the rank's own tokens.
-    """
-
-    moe: MoE
-    gather: GatherRows
-    scatter: Scatter
-
-    def __call__(
-        self, x_TD: torch.Tensor, token_ids_T: torch.Tensor, step: AttentionStep | DecodeStep
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the routed experts' output and the shared one's, of this rank's tokens."""
-        (x_BD, ids_BK, weights_BK), counts = self.gather(x_TD, *self.moe.route(x_TD, token_ids_T, step))
-        routed_BD = self.moe.experts(x_BD, ids_BK, weights_BK)
-        return self.scatter(routed_BD, counts), self.moe.shared_experts(x_TD)
 
 
 @dataclass(frozen=True)

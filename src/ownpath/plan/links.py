@@ -3,13 +3,13 @@
 Counted is what one rank sends for one token of the step, whichever rank the token is of; as much comes in. For w bytes
 of a token and N ranks, at least:
 
-| exchange | at least | by kernels that give every rank everything |
+| exchange | at least | by the references |
 |---|---|---|
 | all_reduce | 2 (N - 1) / N w: to add up parts, then to hand out sums | (N - 1) w, in one trip; as few with 2 ranks |
 | all_gather of rows | (N - 1) / N w: a token's rank sends it to all others | the same |
 | all_gather of columns | (N - 1) / N w | the same |
-| reduce_scatter | (N - 1) / N w | (N - 1) w |
-| all_to_all | (N - 1) / N w / N: columns of a token, to its rank | (N - 1) w / N |
+| reduce_scatter | (N - 1) / N w | the same |
+| all_to_all | (N - 1) / N w / N: columns of a token, to its rank | the same |
 """
 
 from collections.abc import Iterator
@@ -70,8 +70,8 @@ def _of_kind(plan: Plan, name: str, same: list[PlannedCompanion]) -> LinkBytes:
     least, sent = {
         OpKind.REDUCE: (2 * others / size, others),
         OpKind.GATHER: (others / size, others / size),
-        OpKind.SCATTER: (others / size, others),
-        OpKind.TURN: (others / size**2, others / size),
+        OpKind.SCATTER: (others / size, others / size),
+        OpKind.TURN: (others / size**2, others / size**2),
     }[spec.kind]
     kernel = same[0].choice.kernel.name
     return LinkBytes(name, spec.kind, kernel, count, count * least, count * sent, name.startswith("head."))

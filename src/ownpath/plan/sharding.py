@@ -138,9 +138,22 @@ def _module_region(config: ModelConfig, module: ModuleSpec, encoding: Encoding, 
     cut = cut_of(module.name, parallel)
     if cut is None:
         return None
+    return _cut_region(module, cut, encoding, parallel, _unit(config, module.name))
+
+
+def expert_region(module: ModuleSpec, encoding: Encoding, parallel: Parallel) -> Region | None:
+    """Returns a rank's [out, in] region of an expert's or the shared expert's w1, w2 or w3; ``None`` for all of it.
+
+    Errors: ShardingError naming the module, for a size that does not divide into whole blocks of scales.
+    """
+    cut = cut_of(module.name, parallel)
+    return None if cut is None or parallel.size == 1 else _cut_region(module, cut, encoding, parallel)
+
+
+def _cut_region(module: ModuleSpec, cut: Cut, encoding: Encoding, parallel: Parallel, unit: int = 1) -> Region:
+    """unit: the number of rows or columns that stay together."""
     block = encoding.format.block or (1, 1)
-    unit = lcm(block[cut.value], _unit(config, module.name))
-    return _share(module.name, cut.value, module.shape[cut.value], unit, parallel)
+    return _share(module.name, cut.value, module.shape[cut.value], lcm(block[cut.value], unit), parallel)
 
 
 def require_whole_blocks(modules: Sequence[ModuleSpec], regions: Sequence[Region | None], block: int) -> None:

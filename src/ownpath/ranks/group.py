@@ -51,10 +51,30 @@ class Group:
 
     def swap(self, slot: str, tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
         """See ``Peers``. Tensors on a GPU go through host memory."""
-        device, given = tensors[0].device, tuple(tensor.detach().cpu() for tensor in tensors)
-        header = WireHeader.of(self._number, slot, given)
+        device, given = tensors[0].device, _on_host(tensors)
+        header, data = WireHeader.of(self._number, slot, given), packed(given)
+        found = self._trade(slot, dict.fromkeys(self.others, (header, data)), (header, given))
+        return [tuple(part.to(device) for part in tensors) for tensors in found]
+
+    def trade(self, slot: str, parts: Sequence[Sequence[Tensor]]) -> list[tuple[Tensor, ...]]:
+        """See ``Peers``. Tensors on a GPU go through host memory."""
+        device, given = parts[0][0].device, [_on_host(tensors) for tensors in parts]
+        headers = [WireHeader.of(self._number, slot, tensors) for tensors in given]
+        sent = {rank: (headers[rank], packed(given[rank])) for rank in self.others}
+        found = self._trade(slot, sent, (headers[self.rank], given[self.rank]))
+        return [tuple(part.to(device) for part in tensors) for tensors in found]
+
+    def _trade(
+        self,
+        slot: str,
+        sent: Mapping[int, tuple[WireHeader, Tensor]],
+        own: tuple[WireHeader, tuple[Tensor, ...]],
+    ) -> list[tuple[Tensor, ...]]:
+        """Sends each other rank its header and bytes. own: what this rank has for itself. Returns each rank's."""
         self._number += 1
-        headers = self._swap_bytes(slot, header.values(), {p: _new(HEADER_SIZE, torch.int64) for p in self.others})
+        header, given = own
+        values = {rank: described.values() for rank, (described, _) in sent.items()}
+        headers = self._swap_bytes(slot, values, {p: _new(HEADER_SIZE, torch.int64) for p in self.others})
         found = {rank: WireHeader.read(values) for rank, values in headers.items()}
         for rank, other in found.items():
             if (other.number, other.name) != (header.number, header.name):
@@ -62,14 +82,14 @@ class Group:
             if other.dtypes != header.dtypes:
                 raise RanksDiffer(f"rank {rank} gives {other.dtypes} in {slot}, rank {self.rank} {header.dtypes}")
         room = {rank: _new(sum(other.sizes), torch.uint8) for rank, other in found.items()}
-        data = self._swap_bytes(slot, packed(given), room)
+        data = self._swap_bytes(slot, {rank: part for rank, (_, part) in sent.items()}, room)
         parts = {rank: unpacked(data[rank], other) for rank, other in found.items()} | {self.rank: given}
-        return [tuple(part.to(device) for part in parts[rank]) for rank in range(self.size)]
+        return [parts[rank] for rank in range(self.size)]
 
-    def _swap_bytes(self, slot: str, data: Tensor, room: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
-        """Sends all others the same, and fills a tensor from each."""
+    def _swap_bytes(self, slot: str, data: Mapping[int, Tensor], room: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
+        """Sends each other rank its bytes, and fills a tensor from each."""
         receiving = {rank: self.receive(slot, rank, into) for rank, into in room.items() if into.numel()}
-        sending = {rank: self.send(slot, rank, data) for rank in self.others if data.numel()}
+        sending = {rank: self.send(slot, rank, part) for rank, part in data.items() if part.numel()}
         for rank, work in (*receiving.items(), *sending.items()):
             self.wait(slot, rank, work)
         return room
@@ -119,6 +139,10 @@ class Group:
             if time.monotonic() >= end:
                 return None
             time.sleep(0.05)
+
+
+def _on_host(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(tensor.detach().cpu() for tensor in tensors)
 
 
 def _new(count: int, dtype: torch.dtype) -> Tensor:

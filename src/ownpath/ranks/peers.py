@@ -39,6 +39,13 @@ class Peers(Protocol):
         """
         ...
 
+    def trade(self, slot: str, parts: Sequence[Sequence[Tensor]]) -> list[tuple[Tensor, ...]]:
+        """Gives each rank the tensors that are for it, in the order of ranks, and returns each rank's for this one.
+
+        Otherwise as ``swap``, which gives all ranks the same.
+        """
+        ...
+
 
 class Alone:
     """The peers of a model that one rank runs."""
@@ -48,3 +55,7 @@ class Alone:
     def swap(self, slot: str, tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
         """Returns this rank's tensors, copied."""
         return [tuple(tensor.clone() for tensor in tensors)]
+
+    def trade(self, slot: str, parts: Sequence[Sequence[Tensor]]) -> list[tuple[Tensor, ...]]:
+        """Returns what this rank has for itself, copied."""
+        return self.swap(slot, parts[0])

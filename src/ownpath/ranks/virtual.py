@@ -19,7 +19,7 @@ class _Table:
 
     size: int
     barrier: threading.Barrier = field(init=False)
-    places: list[list[tuple[str, tuple[Tensor, ...]] | None]] = field(init=False)
+    places: list[list[tuple[str, list[tuple[Tensor, ...]]] | None]] = field(init=False)
     faults: dict[int, BaseException] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -36,9 +36,17 @@ class VirtualPeers:
 
     def swap(self, slot: str, tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
         """See ``Peers``. What is returned is copied: another rank may write to what it gave."""
+        return self._give(slot, [tuple(tensor.clone() for tensor in tensors)] * self.size)
+
+    def trade(self, slot: str, parts: Sequence[Sequence[Tensor]]) -> list[tuple[Tensor, ...]]:
+        """See ``Peers``, and ``swap``."""
+        return self._give(slot, [tuple(tensor.clone() for tensor in tensors) for tensors in parts])
+
+    def _give(self, slot: str, parts: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+        """Lays down what is for each rank, and takes what lies there for this one."""
         places = self._table.places[self._turn % 2]
         self._turn += 1
-        places[self.rank] = slot, tuple(tensor.clone() for tensor in tensors)
+        places[self.rank] = slot, parts
         try:
             self._table.barrier.wait(_LIMIT_S)
         except threading.BrokenBarrierError:
@@ -49,7 +57,7 @@ class VirtualPeers:
             assert place is not None, rank
             if place[0] != slot:
                 raise RanksDiffer(f"rank {rank} is in {place[0]}, rank {self.rank} in {slot}")
-            found.append(place[1])
+            found.append(place[1][self.rank])
         return found
 
     def fail(self, error: BaseException) -> None:

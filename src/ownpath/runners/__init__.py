@@ -16,7 +16,16 @@ from ownpath.runners.companions import (
     SwiGLU,
 )
 from ownpath.runners.decode import CacheEntries, DecodeAttention, IndexScores, RotaryAngles, Select
-from ownpath.runners.exchange import Exchange, GatherColumns, GatherRows, Reduce, Scatter, Turn
+from ownpath.runners.exchange import (
+    CombineRows,
+    DispatchRows,
+    Exchange,
+    GatherColumns,
+    GatherRows,
+    Reduce,
+    Scatter,
+    Turn,
+)
 from ownpath.runners.grouped import Fp8GroupedLinear, GroupedLinear, GroupedRunner
 from ownpath.runners.linear import (
     ConcatLinear,
@@ -28,20 +37,25 @@ from ownpath.runners.linear import (
     QuantizedLinear,
     WideLinear,
 )
+from ownpath.runners.mega_moe import DispatchedExperts, GatheredExperts, MegaMoE
 from ownpath.runners.mlp import SwigluMlp
 from ownpath.runners.moe import Fp8MoE, HeldExperts, MoeRunner, Nvfp4MoE, Nvfp4MoEW4A4, PlainMoE
 from ownpath.runners.runner import KernelRunner, Runner
 
 __all__ = [
     "CacheEntries",
+    "CombineRows",
     "ConcatLinear",
     "DecodeAttention",
+    "DispatchRows",
+    "DispatchedExperts",
     "Exchange",
     "Fp8GroupedLinear",
     "Fp8Linear",
     "Fp8MoE",
     "GatherColumns",
     "GatherRows",
+    "GatheredExperts",
     "GroupedLinear",
     "GroupedRunner",
     "HeldExperts",
@@ -53,6 +67,7 @@ __all__ = [
     "KernelRunner",
     "KeyQuantizer",
     "Linear",
+    "MegaMoE",
     "Mix",
     "MoeRunner",
     "Nvfp4Linear",

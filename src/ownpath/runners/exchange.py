@@ -2,7 +2,16 @@
 
 import torch
 
-from ownpath.kernels.exchange.ref import AllGather, AllReduce, AllToAll, ExchangeKernel, ExchangeOperand, ReduceScatter
+from ownpath.kernels.exchange.ref import (
+    AllGather,
+    AllReduce,
+    AllToAll,
+    ExchangeKernel,
+    ExchangeOperand,
+    ReduceScatter,
+    RoutedCombine,
+    RoutedDispatch,
+)
 from ownpath.kernels.registry import KERNELS
 from ownpath.ranks.peers import Peers
 from ownpath.runners.runner import KernelOrName, KernelRunner, chosen_spec
@@ -64,3 +73,21 @@ class Turn(Exchange):
 
     def __call__(self, x_BC: torch.Tensor, counts: tuple[int, ...]) -> torch.Tensor:
         return self.kernel.run(x_BC, self.operand, counts)
+
+
+class DispatchRows(Exchange):
+    """goes bool [N, T] and several tensors of T rows -> the rows that came here, and how many each rank sent."""
+
+    kernel: RoutedDispatch
+
+    def __call__(self, goes_NT: torch.Tensor, *rows: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
+        return self.kernel.run(rows, goes_NT, self.operand)
+
+
+class CombineRows(Exchange):
+    """x [S, C] of rows that came, their counts by rank, and goes as they were sent -> the sum over ranks [T, C]."""
+
+    kernel: RoutedCombine
+
+    def __call__(self, x_SC: torch.Tensor, counts: tuple[int, ...], goes_NT: torch.Tensor) -> torch.Tensor:
+        return self.kernel.run(x_SC, self.operand, counts, goes_NT)

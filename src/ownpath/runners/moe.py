@@ -1,6 +1,7 @@
 """Runners of routed experts."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -158,10 +159,9 @@ class Nvfp4MoE(MoeRunner):
         *,
         kernel: KernelOrName | None = None,
     ) -> None:
-        gate_up, down = _nvfp4_side("w13", w13, w13_scale, w13_scale_2), _nvfp4_side("w2", w2, w2_scale, w2_scale_2)
-        _require_fit(gate_up, down)
+        stored = stored_nvfp4((w13, w13_scale, w13_scale_2), (w2, w2_scale, w2_scale_2), swiglu_limit)
         chosen = default_spec(OpKind.MOE, NVFP4, w13.device) if kernel is None else kernel
-        super().__init__(chosen, StoredExperts(gate_up, down, swiglu_limit))
+        super().__init__(chosen, stored)
 
     @classmethod
     def from_mxfp4(
@@ -183,6 +183,13 @@ class Nvfp4MoE(MoeRunner):
         gate_up_scale, gate_up_global = mxfp4_scale_as_nvfp4("w13_scale", w13.view(torch.uint8), w13_scale, None)
         down_scale, down_global = mxfp4_scale_as_nvfp4("w2_scale", w2.view(torch.uint8), w2_scale, None)
         return cls(w13, gate_up_scale, gate_up_global, w2, down_scale, down_global, swiglu_limit, kernel=kernel)
+
+
+def stored_nvfp4(w13: Sequence[torch.Tensor], w2: Sequence[torch.Tensor], swiglu_limit: float) -> StoredExperts:
+    """Checks stacks, each (qdata, scale, global scale) as ``Nvfp4MoE`` takes them. Errors: ValueError naming one."""
+    gate_up, down = _nvfp4_side("w13", *w13), _nvfp4_side("w2", *w2)
+    _require_fit(gate_up, down)
+    return StoredExperts(gate_up, down, swiglu_limit)
 
 
 def _nvfp4_side(name: str, codes: torch.Tensor, scale: torch.Tensor, global_scale: torch.Tensor) -> QuantTensor:
@@ -223,14 +230,13 @@ class Nvfp4MoEW4A4(MoeRunner):
         *,
         kernel: KernelOrName = "triton.nvfp4_moe_w4a4_sm100",
     ) -> None:
-        gate_up, down = _nvfp4_side("w13", *w13[:3]), _nvfp4_side("w2", *w2[:3])
-        _require_fit(gate_up, down)
+        stored = stored_nvfp4(w13[:3], w2[:3], swiglu_limit)
         num_experts = len(w2[0])
         pairs = w13[3].ndim == 2
         require("w13_input_scale", w13[3], (torch.float32,), (num_experts, 2) if pairs else (num_experts,))
         require("w2_input_scale", w2[3], (torch.float32,), (num_experts,))
         shared = w13[3].amax(dim=1) if pairs else w13[3]
-        super().__init__(kernel, StoredExperts(gate_up, down, swiglu_limit, shared, w2[3]))
+        super().__init__(kernel, replace(stored, gate_up_input_scale=shared, down_input_scale=w2[3]))
 
 
 class Fp8MoE(MoeRunner):

@@ -1,9 +1,9 @@
-"""Torch references of the exchanges: every rank gives every other all that it has, and computes from that.
+"""Torch references of the exchanges: every rank gives every other what that one needs, in one trip, and adds up itself.
 
 Sums are added in the order of ranks, in at least float32, and rounded once: the same bits on every rank. Were they not,
 routers would choose other experts on one rank than on another.
 
-Legend: N ranks, B rows of all ranks, T rows of this one, C columns.
+Legend: N ranks, B rows of all ranks, T rows of this one, S rows that came to this one, C columns.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ownpath.kernels.mixture import sum_dtype
 from ownpath.kernels.reference import Reference
-from ownpath.ranks.peers import Peers
+from ownpath.ranks.peers import Peers, RanksDiffer
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,6 @@ def all_reduce(parts_N: Sequence[Tensor]) -> Tensor:
     return total.to(parts_N[0].dtype)
 
 
-def own_rows(counts_N: Sequence[int], rank: int) -> slice:
-    """Returns a rank's rows among those of all ranks."""
-    start = sum(counts_N[:rank])
-    return slice(start, start + counts_N[rank])
-
-
 class ExchangeKernel(Reference):
     """The methods that all exchanges share. The operand is the exchange."""
 
@@ -54,10 +48,11 @@ class AllReduce(ExchangeKernel):
     """The sum of the ranks' parts."""
 
     def run(self, x_TC: Tensor, operand: ExchangeOperand, other_TC: Tensor | None = None) -> Tensor:
-        """Computes the sum over ranks of x, or of x + other: the same [T, C] on every rank."""
-        part = x_TC if other_TC is None else x_TC.to(sum_dtype(x_TC)) + other_TC
+        """Computes the sum over ranks of x, or of x + other, rounded: the same [T, C] on every rank."""
+        part = x_TC if other_TC is None else (x_TC.to(sum_dtype(x_TC)) + other_TC).to(x_TC.dtype)
         parts = operand.peers.swap(operand.slot, (part,))
-        return all_reduce([given for (given,) in parts]).to(x_TC.dtype)
+        _require_alike(operand, parts, dims=0)
+        return all_reduce([given for (given,) in parts])
 
 
 class AllGather(ExchangeKernel):
@@ -70,6 +65,7 @@ class AllGather(ExchangeKernel):
     def rows(self, rows: tuple[Tensor, ...], operand: ExchangeOperand) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         """Returns all ranks' rows of each tensor, in the order of ranks, and how many each rank has."""
         given = operand.peers.swap(operand.slot, rows)
+        _require_alike(operand, given)
         counts = tuple(len(of_rank[0]) for of_rank in given)
         return tuple(torch.cat(column) for column in zip(*given, strict=True)), counts
 
@@ -79,8 +75,7 @@ class ReduceScatter(ExchangeKernel):
 
     def run(self, x_BC: Tensor, operand: ExchangeOperand, counts: tuple[int, ...]) -> Tensor:
         """Returns this rank's rows [T, C] of the sum over ranks of x [B, C]. counts: rows of each rank."""
-        mine = own_rows(counts, operand.peers.rank)
-        return all_reduce([given[mine] for (given,) in operand.peers.swap(operand.slot, (x_BC,))])
+        return all_reduce([given for (given,) in operand.peers.trade(operand.slot, _by_rank(x_BC, counts))])
 
 
 class AllToAll(ExchangeKernel):
@@ -88,8 +83,61 @@ class AllToAll(ExchangeKernel):
 
     def run(self, x_BC: Tensor, operand: ExchangeOperand, counts: tuple[int, ...]) -> Tensor:
         """Returns this rank's rows [T, N * C] from columns [B, C] of all rows. counts: rows of each rank."""
-        mine = own_rows(counts, operand.peers.rank)
-        return torch.cat([given[mine] for (given,) in operand.peers.swap(operand.slot, (x_BC,))], dim=-1)
+        return torch.cat([given for (given,) in operand.peers.trade(operand.slot, _by_rank(x_BC, counts))], dim=-1)
+
+
+class RoutedDispatch(ExchangeKernel):
+    """Rows to the ranks that have one of their experts."""
+
+    def run(
+        self, rows: tuple[Tensor, ...], goes_NT: Tensor, operand: ExchangeOperand
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """Sends each tensor's row t to the ranks for which goes [N, T] is True.
+
+        Returns the rows [S, ...] that came to this rank, in the order of ranks and of each one's rows, and how many
+        each rank sent.
+        """
+        given = operand.peers.trade(operand.slot, [tuple(part[goes_T] for part in rows) for goes_T in goes_NT])
+        _require_alike(operand, given)
+        counts = tuple(len(of_rank[0]) for of_rank in given)
+        return tuple(torch.cat(column) for column in zip(*given, strict=True)), counts
+
+
+class RoutedCombine(ExchangeKernel):
+    """The sums of rows that were dispatched, back where they came from."""
+
+    def run(self, x_SC: Tensor, operand: ExchangeOperand, counts: tuple[int, ...], goes_NT: Tensor) -> Tensor:
+        """Returns the sum over ranks [T, C] of this rank's rows; a rank that a row did not go to has zeros for it.
+
+        x [S, C], counts: of what came to this rank. goes: as this rank's rows were sent.
+        """
+        parts = operand.peers.trade(operand.slot, _by_rank(x_SC, counts))
+        return all_reduce([_spread(part, goes_T) for (part,), goes_T in zip(parts, goes_NT, strict=True)])
+
+
+def _by_rank(x_BC: Tensor, counts: Sequence[int]) -> list[tuple[Tensor]]:
+    return [(part,) for part in x_BC.split(tuple(counts))]
+
+
+def _spread(part_SC: Tensor, goes_T: Tensor) -> Tensor:
+    """Returns rows at their places among all of a rank's rows [T, C], and zeros at the others."""
+    spread_TC = part_SC.new_zeros((len(goes_T), part_SC.shape[1]))
+    spread_TC[goes_T] = part_SC
+    return spread_TC
+
+
+def _require_alike(operand: ExchangeOperand, parts: Sequence[Sequence[Tensor]], dims: int = 1) -> None:
+    """Checks that all ranks gave tensors of the same dtypes and shapes, but for ``dims``. Errors: RanksDiffer."""
+    kinds = [[(tensor.dtype, tuple(tensor.shape[dims:])) for tensor in tensors] for tensors in parts]
+    own, rank = kinds[operand.peers.rank], operand.peers.rank
+    for other, found in enumerate(kinds):
+        if found != own:
+            raise RanksDiffer(f"rank {other} gives {_told(found)} in {operand.slot}, rank {rank} {_told(own)}")
+
+
+def _told(kinds: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> str:
+    return ", ".join(f"{str(dtype).removeprefix('torch.')} {list(shape)}" for dtype, shape in kinds)
 
 
 REDUCE, GATHER, SCATTER, TURN = AllReduce(), AllGather(), ReduceScatter(), AllToAll()
+DISPATCH, COMBINE = RoutedDispatch(), RoutedCombine()

@@ -6,8 +6,10 @@ from ownpath.ops import OpKind
 _WHY = {
     OpKind.REDUCE: "every rank gives every other its part; each adds them in the order of ranks, in at least float32",
     OpKind.GATHER: "every rank gives every other its rows, or its columns",
-    OpKind.SCATTER: "every rank gives every other its part of all rows; each adds its own rows, in the order of ranks",
-    OpKind.TURN: "every rank gives every other its columns of all rows; each keeps its own rows",
+    OpKind.SCATTER: "every rank gives every other its part of that one's rows; each adds them in the order of ranks",
+    OpKind.TURN: "every rank gives every other its columns of that one's rows",
+    OpKind.DISPATCH: "every rank gives every other the rows that chose one of that one's experts, through the host",
+    OpKind.COMBINE: "every rank gives every other its sums of that one's rows; each adds them in the order of ranks",
 }
 
 SPECS = tuple(
