@@ -28,6 +28,8 @@ FOLDER = Path(__file__).parents[1] / "gpu"
 NONE = {
     "test_attend",
     "test_entries",
+    "test_exchange_gpus",
+    "test_exchange_one_gpu",
     "test_indexer",
     "test_loading",
     "test_plain_few",
