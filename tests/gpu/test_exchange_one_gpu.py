@@ -11,7 +11,7 @@ from ownpath.conformance.call import tensors_of
 from ownpath.conformance.operations import make_inputs
 from ownpath.kernels.cases import KernelCase
 from ownpath.kernels.exchange.launch import PUSHED_REDUCE, start_exchange
-from ownpath.kernels.exchange.layout import WindowLayout
+from ownpath.kernels.exchange.layout import NUM_PROGRAMS, WindowLayout
 from ownpath.kernels.exchange.ref import all_reduce
 from ownpath.kernels.exchange.window import Window, virtual_windows
 from ownpath.kernels.hyper.launch import HYPER_BOUNDARY, HYPER_BOUNDARY_INVARIANT, HyperBoundaryKernel
@@ -31,7 +31,8 @@ def parts_of(size: int, num_tokens: int, device: torch.device, seed: int = 0) ->
 
 
 def layout_of(size: int) -> WindowLayout:
-    return WindowLayout(size, 512 * WIDTH)
+    """Fewer programs a rank than on a GPU of its own: all ranks' must fit it at once, as they wait for each other."""
+    return WindowLayout(size, 512 * WIDTH, NUM_PROGRAMS // size)
 
 
 @pytest.mark.parametrize("size", [2, 3, 8])

@@ -55,13 +55,15 @@ def end_of_server(fault: str, trigger: Path, options: Sequence[str], num_streams
     process = subprocess.Popen(full, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
         assert process.stderr is not None
-        said = []
+        said: list[str] = []
         for line in process.stderr:
             said.append(line)
             if found := re.search(r"at (http://\S+)/v1\n", line):
                 break
         else:
             raise AssertionError("the server did not start: " + "".join(said))
+        reader = threading.Thread(target=said.extend, args=(process.stderr,))  # a full pipe would stop the server
+        reader.start()
         begun = threading.Semaphore(0)
 
         def follow() -> None:
@@ -84,34 +86,43 @@ def end_of_server(fault: str, trigger: Path, options: Sequence[str], num_streams
         health = httpx.get(f"{found[1]}/health", timeout=WAIT_S)
         ending.health = health.status_code, health.json()["status"]
         ending.exit_code = process.wait(WAIT_S)
-        ending.log = "".join([*said, *process.stderr])
+        reader.join(WAIT_S)
+        ending.log = "".join(said)
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
     return ending
 
 
 def break_step(fault: str, trigger: Path) -> None:
-    """Lets every step of every model fail once the trigger exists."""
+    """Lets every step of every model fail once the trigger exists, by ``forward`` and by a graph."""
     import torch
 
     from ownpath.engine import engine
+    from ownpath.engine.decoder import Decoder
     from ownpath.model.batch import ForwardBatch
     from ownpath.model.model import Model
 
-    forward, device_problem = Model.forward, engine.device_problem
+    forward, launch, device_problem = Model.forward, Decoder.launch, engine.device_problem
 
-    def failing(self: Model, batch: ForwardBatch) -> torch.Tensor:
+    def fail_if_due(device: torch.device) -> None:
         if trigger.exists():
             if fault == "pretended":
                 raise RuntimeError(PRETENDED)
-            lose(fault, self.cache_spec.device)
+            lose(fault, device)
+
+    def failing(self: Model, batch: ForwardBatch) -> torch.Tensor:
+        fail_if_due(self.cache_spec.device)
         return forward(self, batch)
+
+    def failing_launch(self: Decoder, count: int) -> torch.Tensor:
+        fail_if_due(self.pool.spec.device)
+        return launch(self, count)
 
     def problem(device: torch.device | str) -> str | None:
         return PRETENDED if fault == "pretended" and trigger.exists() else device_problem(device)
 
-    Model.forward = failing
+    Model.forward, Decoder.launch = failing, failing_launch
     engine.device_problem = problem
 
 

@@ -1,6 +1,7 @@
 """Runs the steps that the engine schedules, and reports what each of them gave its requests.
 
-A step in which every request has one row goes to the decoder, if there is one; any other is one forward of the model.
+Requests with one row in a step go to the decoder, if there is one; those with more go through one forward of the model,
+behind the decoder's graph. Without a graph for the rows all of such a step is one forward.
 
 Graphs overlap with the host: a step is launched before the tokens of the one before are read, so that the device goes
 from one to the next while the host reads, reports and schedules. At most two are launched at a time. What holds:
@@ -13,7 +14,8 @@ from one to the next while the host reads, reports and schedules. At most two ar
   before the next one overwrites the logits, and come with the results.
 - Where logits change by what was drawn before, by grammars and penalties, the step is launched all the same, and its
   rows are drawn again when the tokens before it are read, while the device runs it.
-- A step is read at once if its logits score a prompt. Steps by ``forward`` wait for all before them.
+- A step is read at once if its logits score a prompt. A ``forward`` is read at once too, while the graph before it may
+  stay unread; it waits for launched steps only if one has a row of its own requests.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -68,8 +70,8 @@ def wanted_tops(rows: Iterable[tuple[int, Request]]) -> dict[int, int]:
 
 
 class StepRunner:
-    """Runs steps on the engine's thread. decoder: runs those in which every request has one row; ``None``: the model
-    runs all. device: where the model computes. num_vocab: ids below it are tokens."""
+    """Runs steps on the engine's thread. decoder: runs requests with one row in a step; ``None``: the model runs
+    all. device: where the model computes. num_vocab: ids below it are tokens."""
 
     def __init__(
         self,
@@ -93,32 +95,60 @@ class StepRunner:
         return bool(self._flights)
 
     def step(self, chunks: Sequence[ScheduledChunk]) -> None:
-        """Runs the scheduled chunks: one forward, one token for each sequence that is due one.
+        """Runs the scheduled chunks: one token for each sequence that is due one.
 
-        A step that the decoder runs as a graph is only launched; the step before it is read meanwhile. Whoever ends
-        there has a row too many in this one, which nobody reads. Without chunks, reads what is left.
+        What the decoder runs as a graph is only launched; the step before it is read meanwhile. Whoever ends there has
+        a row too many in this one, which nobody reads. Without chunks, reads what is left.
         """
         decoder = self._decoder
-        is_open = self._adjuster.may_change(chunk.request for chunk in chunks)
         last = self._flights[-1] if self._flights else None
         if decoder is not None and last is not None and last.repeats(chunks) and decoder.can_repeat:
+            is_open = self._may_change(chunks)
             self._launch(lambda at: last.repeated(decoder.repeat(is_open), at))
             self._land_to(1)
             return
-        if decoder is not None and chunks and all(chunk.num_tokens == 1 for chunk in chunks):
-            self._decode(decoder, chunks, {} if last is None else last.rows(), is_open)
-            return
-        self.settle()
+        rows, longer = self._divide(chunks)
+        if not rows or self._are_flying(longer):
+            self.settle()
+        if decoder is not None and rows:
+            ahead = self._flights[-1].rows() if self._flights else {}
+            self._decode(decoder, rows, ahead, self._may_change(rows))
         # What was launched may have read some of it, up to the last known token.
-        chunks = [
+        longer = [
             chunk._replace(num_tokens=min(chunk.num_tokens, chunk.request.most_next))
-            for chunk in chunks
+            for chunk in longer
             if chunk.request.cache is not None
         ]
-        if chunks:
+        if longer:
             begun = perf_counter()
-            self._forward(chunks)
+            try:
+                self._forward(longer)
+            except Exception:
+                self.settle()  # the graph before it is whole
+                raise
             self.times.add(begun, perf_counter())
+
+    def _divide(self, chunks: Sequence[ScheduledChunk]) -> tuple[Sequence[ScheduledChunk], Sequence[ScheduledChunk]]:
+        """Returns the chunks that the decoder runs, a row each, and those that the model's ``forward`` does.
+
+        Answers go on in their graph beside a prompt: a ``forward`` takes its time for each request.
+        """
+        single = [chunk for chunk in chunks if chunk.num_tokens == 1]
+        if self._decoder is None or not single:
+            return (), chunks
+        if len(single) == len(chunks):
+            return chunks, ()
+        if not self._decoder.has_graph(len(single)):
+            return (), chunks
+        return single, [chunk for chunk in chunks if chunk.num_tokens > 1]
+
+    def _are_flying(self, chunks: Iterable[ScheduledChunk]) -> bool:
+        """Returns True if a launched step has a row of one of these requests."""
+        flying = {request for flight in self._flights for request in flight.requests}
+        return any(chunk.request in flying for chunk in chunks)
+
+    def _may_change(self, chunks: Iterable[ScheduledChunk]) -> bool:
+        return self._adjuster.may_change(chunk.request for chunk in chunks)
 
     def in_rows(self, chunks: list[ScheduledChunk]) -> list[ScheduledChunk]:
         """Returns the chunks with one token each if a graph runs such a step and no request has many tokens to read;

@@ -51,8 +51,29 @@ def test_a_prompt_beside_an_answer(count: int, num_forwards: int) -> None:
         asked_for = prompt_of(count), SamplingParams(NUM_TOKENS, temperature=0)
         (asked,) = running.start(asked_for)
         assert asked.all() == alone(*asked_for)
-        assert len(sizes) == num_forwards
+        assert sizes == [count] * num_forwards, "the answer beside it has its row in a graph"
         assert len(first.all()) == params.max_tokens - 1, "the first output was taken"
+
+
+def test_a_prompt_that_fails_leaves_the_answer_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph of the same step is whole: nothing of the answer is lost or told twice."""
+    params = SamplingParams(200, temperature=0.9, seed=3, ignore_eos=True)
+    with served(max_prefill_tokens=128) as running:
+        expected = alone([5], params)
+        (first,) = running.start(([5], params))
+        heard = [first.outputs.get(timeout=20)]
+        forward = running.model.forward
+
+        def failing(batch: Any) -> Any:
+            if 4 in batch.token_ids_T.tolist():
+                raise RuntimeError("broken")
+            return forward(batch)
+
+        monkeypatch.setattr(running.model, "forward", failing)
+        (guilty,) = running.start(([6, *[4] * 90], SamplingParams(NUM_TOKENS, temperature=0)))
+        assert guilty.all()[-1].error == "the step that this request was part of failed"
+        assert [*heard, *first.all()] == expected
+        assert running.engine.counts.num_step_retries > 0
 
 
 def test_a_prompt_that_is_scored_is_read_at_once() -> None:

@@ -105,6 +105,7 @@ class TappedEngine:
         mode = getattr(config.compilation_config, "cudagraph_mode", None)
         return {
             "version": vllm.__version__,
+            "device": "cuda" if current_platform.is_cuda_alike() else "cpu",
             "platform": current_platform.device_name or current_platform.device_type,
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "cache_dtype": str(config.cache_config.cache_dtype),

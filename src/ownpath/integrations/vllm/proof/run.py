@@ -90,7 +90,7 @@ def verify_vllm(job: VllmJob) -> Verification:
         skipped = Finding("VE01", "graphs", Verdict.SKIPPED, f"vLLM captures no graphs on {eager.facts['platform']}")
         stages.append(StageResult("graphs", (skipped,), 0.0))
     facts = eager.facts
-    engine = EngineConfig(dtype=_dtype(facts)) if facts else EngineConfig()
+    engine = EngineConfig(device=facts["device"], dtype=_dtype(facts)) if facts else EngineConfig()
     told = VerifyJob(job.folder, engine, Selection(job.layers))
     return Verification(told, tuple(stages), engine=f"vLLM {facts['version']}" if facts else "vLLM")
 
