@@ -9,6 +9,7 @@ from support.triton_aot import Compiled, Launch, compile_launch, recorded_launch
 
 from ownpath.conformance.operations import make_inputs
 from ownpath.kernels.cases import KernelCase
+from ownpath.kernels.exchange import gather
 from ownpath.kernels.exchange import launch as exchange
 from ownpath.kernels.exchange.layout import WindowLayout
 from ownpath.kernels.exchange.window import virtual_windows
@@ -57,6 +58,43 @@ def test_rows_move_sixteen_bytes_at_a_time(compiled: dict[tuple[int, int, int], 
     for (size, num_tokens, _), one in compiled.items():
         if num_tokens > 1:
             assert one.ptx.count("st.global.v4.b32") >= size + 1
+
+
+def gathers_of(size: int, *parts: torch.Tensor, by_columns: bool = False) -> Launch:
+    window = virtual_windows(WindowLayout(size, 512 * 4096), CPU)[1]
+    outs = [part.new_empty(size * part.numel()) for part in parts]
+    with recorded_launches() as launches, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gather, "launch", lambda f, grid, args, options, moving: f[grid](*args, **options))
+        gather.start_gather(window, parts, outs, by_columns, pushes=True, takes=True)
+    return launches[0]
+
+
+def token_rows(num_tokens: int) -> tuple[torch.Tensor, ...]:
+    """V4-Flash's rows with ids and weights."""
+    ids, weights = torch.zeros(num_tokens, 6, dtype=torch.int32), torch.zeros(num_tokens, 6)
+    return torch.zeros(num_tokens, 4096, dtype=torch.bfloat16), ids, weights
+
+
+@pytest.fixture(scope="module")
+def gathers(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
+    """Tokens, one and many; the columns of V4-Flash's logits."""
+    folder: Path = tmp_path_factory.mktemp("gathers")
+    launches = [gathers_of(2, *token_rows(1)), gathers_of(8, *token_rows(64))]
+    launches.append(gathers_of(2, torch.zeros(8, 64640), by_columns=True))
+    return [compile_launch(one, sm, folder) for one, sm in zip(launches, (90, 90, 100), strict=True)]
+
+
+def test_gathered_rows_do_not_spill_and_move_sixteen_bytes(gathers: list[Compiled]) -> None:
+    """Words to every other rank and to the own output, then from the inbox."""
+    assert {one.stack_bytes for one in gathers} == {0}
+    assert max(one.registers for one in gathers) <= 128
+    for one, size in zip(gathers[1:], (8, 2), strict=True):
+        release, acquire = one.ptx.index("atom.global.sys.release.exch"), one.ptx.index("atom.global.sys.acquire.or")
+        rows, behind = one.ptx[:release], one.ptx[acquire:]
+        assert rows.count("st.global.v4.b32") >= size
+        assert rows.rindex("bar.sync") > rows.rindex("st.global")
+        assert behind.index("bar.sync") < behind.index("ld.global.cg.v4.b32")
+        assert "ld.global.nc" not in one.ptx
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,11 @@ def all_reduce(parts_N: Sequence[Tensor]) -> Tensor:
     return total.to(parts_N[0].dtype)
 
 
+def all_gather(parts_N: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Puts the ranks' rows (dim 0), or columns (dim -1), side by side in the order of ranks."""
+    return torch.cat(list(parts_N), dim=dim)
+
+
 class ExchangeKernel(Reference):
     """The methods that all exchanges share. The operand is the exchange."""
 
@@ -60,14 +65,14 @@ class AllGather(ExchangeKernel):
 
     def run(self, x: Tensor, operand: ExchangeOperand, *, dim: int = 0) -> Tensor:
         """Returns all ranks' rows (dim 0) or columns (dim -1), in the order of ranks."""
-        return torch.cat([given for (given,) in operand.peers.swap(operand.slot, (x,))], dim=dim)
+        return all_gather([given for (given,) in operand.peers.swap(operand.slot, (x,))], dim)
 
     def rows(self, rows: tuple[Tensor, ...], operand: ExchangeOperand) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         """Returns all ranks' rows of each tensor, in the order of ranks, and how many each rank has."""
         given = operand.peers.swap(operand.slot, rows)
         _require_alike(operand, given)
         counts = tuple(len(of_rank[0]) for of_rank in given)
-        return tuple(torch.cat(column) for column in zip(*given, strict=True)), counts
+        return tuple(all_gather(column) for column in zip(*given, strict=True)), counts
 
 
 class ReduceScatter(ExchangeKernel):

@@ -43,3 +43,19 @@ PUSHED = KernelSpec(
     evidence=Evidence("exchange.ref:all_reduce", "tests/interpret/test_exchange_kernel.py", "python bench/exchange.py"),
 )
 """Not among ``SPECS``, which plans choose from, until it has run on two GPUs."""
+
+PUSHED_GATHER = KernelSpec(
+    "triton.gather",
+    OpKind.GATHER,
+    (),
+    "Exchange",
+    "row_major",
+    "rows or columns pushed into every other rank's inbox, awaited and copied, in one launch; all ranks have as many",
+    "exchange.gather:PUSHED_GATHER",
+    min_sm=90,
+    is_batch_invariant=True,
+    packages=("triton",),
+    launches=(r"\bgather_rows\b",),
+    evidence=Evidence("exchange.ref:all_gather", "tests/interpret/test_gather_kernel.py", "python bench/exchange.py"),
+)
+"""As ``PUSHED``. It takes any dtype of 2, 4 or 8 bytes."""
