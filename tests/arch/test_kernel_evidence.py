@@ -12,7 +12,7 @@ import pytest
 from ownpath.bench.benches import BENCHES
 from ownpath.cli import main
 from ownpath.conformance.operations import CASES
-from ownpath.kernels.exchange.spec import PUSHED, PUSHED_GATHER
+from ownpath.kernels.exchange.spec import PUSHED, PUSHED_GATHER, PUSHED_SCATTER
 from ownpath.kernels.registry import SPECS
 from ownpath.kernels.spec import Evidence, KernelSpec
 
@@ -79,7 +79,7 @@ def _measures(command: str, spec: KernelSpec) -> bool:
 
 @pytest.mark.parametrize(
     "spec",
-    [*SPECS, PUSHED, PUSHED_GATHER],
+    [*SPECS, PUSHED, PUSHED_GATHER, PUSHED_SCATTER],
     ids=lambda spec: f"{spec.name} {spec.runner} {'/'.join(map(str, spec.formats))}",
 )
 def test_every_kernel_has_its_evidence(spec: KernelSpec) -> None:

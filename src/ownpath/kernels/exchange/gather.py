@@ -1,17 +1,20 @@
-"""Rows or columns of all ranks on GPUs that map each other's memory: pushed, awaited and copied in one launch.
+"""Rows or columns of all ranks on GPUs that map each other's memory: pushed and awaited in one launch.
 
-``layout`` has the protocol, ``rows`` the device code. Bits travel as they are, in any dtype of 2, 4 or 8 bytes. Up to
-three tensors of as many rows go together: a token with its experts and their weights.
+``layout`` has the protocol, ``rows`` the device code. Bits travel as they are, in any dtype of 2, 4 or 8 bytes.
+``run`` copies what has arrived to an output. ``rows`` pushes up to three tensors, a token with its experts and their
+weights, straight to where they are read, and copies nothing.
 
-Roofline: (N - 1) times a rank's bytes leave it, and as many arrive; what has arrived is written once more.
+Roofline: (N - 1) times a rank's bytes leave it, and as many arrive; ``run`` writes what has arrived once more.
 
 Limits. Every rank calls it in the same order with tensors of the same shapes, which is not checked: a rank that does
-not know others' rows cannot ask for them without a trip. Where a rank was lost, the others' part of the output is NaN.
+not know others' rows cannot ask for them without a trip. Where a rank was lost, the others' part of an output is NaN,
+and rows are whatever was there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
+from typing import Any
 
 import torch
 import triton
@@ -22,7 +25,7 @@ from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
 from ownpath.kernels.exchange.layout import SHARE_MULTIPLE
-from ownpath.kernels.exchange.rows import gather_rows
+from ownpath.kernels.exchange.rows import gather_rows, place_rows
 from ownpath.kernels.exchange.window import INTERPRETED, Window
 from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.variants import variant_name
@@ -31,8 +34,16 @@ MAX_PARTS = 3
 MAX_BLOCK = 4096
 """Words of a program's step: two loads of 16 bytes in each of 256 threads."""
 
-GatherKey = tuple[tuple[tuple[torch.Size, torch.dtype], ...], bool]
-"""Shape and dtype of each tensor; True by columns."""
+GatherKey = tuple[tuple[tuple[torch.Size, torch.dtype], ...], str]
+"""Shape and dtype of each tensor, and the form: columns, copies of rows, or rows in place."""
+
+
+@dataclass(frozen=True)
+class GatherCall:
+    """A prepared launch. views: all ranks' rows in the window, if they stay there."""
+
+    launch: TritonCall | None
+    views: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,7 @@ class GatherOperand:
     """launches: for tensors that have passed every check."""
 
     window: Window
-    launches: LaunchCache[GatherKey, TritonCall] = field(default_factory=LaunchCache, compare=False)
+    launches: LaunchCache[GatherKey, GatherCall] = field(default_factory=LaunchCache, compare=False)
     lock: Lock = field(default_factory=Lock, compare=False)
 
 
@@ -49,46 +60,69 @@ def as_words(x: Tensor) -> Tensor:
     return x.view(torch.int16).view(-1)
 
 
-def starts_of(xs: Sequence[Tensor]) -> list[int]:
-    """Returns where each tensor begins in a rank's place of an inbox, in words, and behind them the words in all."""
+def block_options(window: Window, num_elements: int) -> dict[str, Any]:
+    """Returns the step of a program that pushes so many elements with others, and other options of every launch."""
+    block = min(MAX_BLOCK, int(triton.next_power_of_2(window.layout.share(num_elements))))
+    pdl = not INTERPRETED
+    return {"BLOCK": block, "PDL": pdl, "num_warps": max(1, min(8, block // 256)), "launch_pdl": pdl}
+
+
+def start_gather(
+    window: Window, x_TC: Tensor, out: Tensor, by_columns: bool, pushes: bool, takes: bool
+) -> TritonCall | None:
+    """Launches, and returns the prepared launch. pushes, takes: both halves in one launch, or one of them. Later calls
+    move x and out."""
+    x = as_words(x_TC)
+    width = x_TC.shape[1] * x_TC.itemsize // 2
+    options = {"COLUMNS": by_columns, "PUSHES": pushes, "TAKES": takes, **block_options(window, x.numel())}
+    arguments = (
+        *(x, as_words(out), window.words, window.peers, window.record, window.rank),
+        *(x.numel(), width, window.layout.max_elements),
+    )
+    grid = (window.layout.num_programs,)
+    return launch(gather_rows, grid, arguments, options | window.constants(), moving=(0, 1))
+
+
+def row_starts(xs: Sequence[Tensor], size: int) -> list[int]:
+    """Returns where all ranks' rows of each tensor begin, in words of 16 bits, and behind them the words in all."""
     starts = [0]
     for x in xs:
-        num_words = x.numel() * x.itemsize // 2
+        num_words = size * x.numel() * x.itemsize // 2
         starts.append(starts[-1] + -(-num_words // SHARE_MULTIPLE) * SHARE_MULTIPLE)
     return starts
 
 
-def start_gather(
-    window: Window, xs: Sequence[Tensor], outs: Sequence[Tensor], by_columns: bool, pushes: bool, takes: bool
-) -> TritonCall | None:
-    """Launches, and returns the prepared launch. pushes, takes: both halves in one launch, or one of them. Later calls
-    move xs and outs, each three."""
-    share = max(window.layout.share(as_words(x).numel()) for x in xs)
-    block, starts = min(MAX_BLOCK, int(triton.next_power_of_2(share))), starts_of(xs)
-    given, taken = (padded([as_words(x) for x in tensors]) for tensors in (xs, outs))
-    counts = [as_words(x).numel() if idx < len(xs) else 0 for idx, x in enumerate(padded(xs))]
-    width = xs[0].shape[1] * xs[0].itemsize // 2
-    ends = [starts[idx] if idx < len(xs) else 0 for idx in (1, 2)]
+def start_rows(window: Window, xs: Sequence[Tensor], pushes: bool, awaits: bool) -> TritonCall | None:
+    """Launches, and returns the prepared launch. pushes, awaits: both halves in one launch, or one of them. Later calls
+    move up to three tensors."""
+    words, starts = [as_words(x) for x in xs], row_starts(xs, window.layout.size)
+    absent = MAX_PARTS - len(xs)
+    counts, ends = [*(x.numel() for x in words), *[0] * absent], [*starts[1 : len(xs)], *[0] * absent]
     options = {
         "PARTS": len(xs),
-        "COLUMNS": by_columns,
         "PUSHES": pushes,
-        "TAKES": takes,
-        "BLOCK": block,
-        "PDL": not INTERPRETED,
-        "num_warps": max(1, min(8, block // 256)),
-        "launch_pdl": not INTERPRETED,
+        "AWAITS": awaits,
+        "ROWS_AT": window.layout.rows_at,
+        **block_options(window, max(counts)),
     }
-    tensors = *given, *taken, window.words, window.peers, window.record
-    arguments = *tensors, window.rank, *counts, *ends, width, window.layout.max_elements
-    return launch(
-        gather_rows, (window.layout.num_programs,), arguments, options | window.constants(), moving=range(2 * MAX_PARTS)
-    )
+    arguments = (*padded(words), window.words, window.peers, window.record, window.rank, *counts, *ends)
+    grid = (window.layout.num_programs,)
+    return launch(place_rows, grid, arguments, options | window.constants(), moving=range(MAX_PARTS))
 
 
 def padded(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Returns ``MAX_PARTS`` tensors: the first one again in the place of those that are not there."""
     return [*tensors, *[tensors[0]] * (MAX_PARTS - len(tensors))]
+
+
+def rows_in_place(window: Window, xs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Returns all ranks' rows of each tensor, as they lie in this rank's window."""
+    size, words = window.layout.size, window.words[window.layout.rows_at :].view(torch.int16)
+    found = []
+    for x, start in zip(xs, row_starts(xs, size), strict=False):
+        num_words = size * x.numel() * x.itemsize // 2
+        found.append(words[start : start + num_words].view(x.dtype).view(size * len(x), x.shape[1]))
+    return tuple(found)
 
 
 class PushedGather:
@@ -105,11 +139,10 @@ class PushedGather:
 
     def variant(self, x_TC: Tensor, operand: GatherOperand) -> str:
         """Returns the variant's name, which depends on the number of elements."""
-        share = operand.window.layout.share(x_TC.numel() * x_TC.itemsize // 2)
-        return variant_name("pushed", block=min(MAX_BLOCK, int(triton.next_power_of_2(share))))
+        return variant_name("pushed", block=block_options(operand.window, x_TC.numel() * x_TC.itemsize // 2)["BLOCK"])
 
     def run(self, x_TC: Tensor, operand: GatherOperand, *, dim: int = -1, out: Tensor | None = None) -> Tensor:
-        """Returns all ranks' columns [T, N * C] (dim -1), or rows [N * T, C] (dim 0), of x [T, C], which is 2, 4 or 8
+        """Returns all ranks' columns [T, N * C] (dim -1), or rows [N * T, C] (dim 0), of x [T, C], which has 2, 4 or 8
         bytes an element.
 
         Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment, or a size beyond
@@ -117,48 +150,66 @@ class PushedGather:
         """
         if dim not in (-1, 0, 1):
             raise ValueError(f"dim must be 0, or -1 for columns, found {dim}")
-        (gathered,) = self._gather((x_TC,), operand, None if out is None else (out,), by_columns=dim != 0)
-        return gathered
+        _check_tensors((x_TC,), operand.window)
+        operand.window.require_room(x_TC.numel() * x_TC.itemsize // 2)
+        (num_rows, width), size, by_columns = x_TC.shape, operand.window.layout.size, dim != 0
+        shape = (num_rows, size * width) if by_columns else (size * num_rows, width)
+        if out is None:
+            out = x_TC.new_empty(shape)
+        check("out", out, (x_TC.dtype,), shape, x_TC.device)
+        if num_rows:
+            given, to = x_TC, out
+            key = ((x_TC.shape, x_TC.dtype),), "columns" if by_columns else "copies"
+            self._start(
+                operand, key, (x_TC, out),
+                lambda: GatherCall(start_gather(operand.window, given, to, by_columns, pushes=True, takes=True)),
+            )  # fmt: skip
+        return out
 
-    def rows(
-        self, xs: Sequence[Tensor], operand: GatherOperand, *, outs: Sequence[Tensor] | None = None
-    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        """Returns all ranks' rows of each of up to three tensors, and how many each rank has: as many as this one.
+    def rows(self, xs: Sequence[Tensor], operand: GatherOperand) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """Returns all ranks' rows [N * T, C] of each of up to three tensors [T, C], and how many each rank has: as many
+        as this one.
 
-        Errors: as ``run``.
+        They lie in the window, at an address that depends on shapes alone, and hold until this rank's next exchange,
+        whichever: what reads them is launched in front of it. Another exchange of the window, on all ranks, must lie
+        between two calls. Errors: as ``run``.
         """
-        gathered = self._gather(tuple(xs), operand, outs, by_columns=False)
-        return gathered, (len(xs[0]),) * operand.window.layout.size
-
-    def _gather(
-        self, xs: tuple[Tensor, ...], operand: GatherOperand, outs: Sequence[Tensor] | None, by_columns: bool
-    ) -> tuple[Tensor, ...]:
-        check_gathered(xs, operand.window)
-        size = operand.window.layout.size
-        shapes = [(len(x), size * x.shape[1]) if by_columns else (size * len(x), x.shape[1]) for x in xs]
-        if outs is None:
-            outs = [x.new_empty(shape) for x, shape in zip(xs, shapes, strict=True)]
-        for x, shape, out in zip(xs, shapes, outs, strict=True):
-            check("out", out, (x.dtype,), shape, x.device)
-        if len(xs[0]):
-            self._start(xs, tuple(outs), operand, by_columns)
-        return tuple(outs)
+        _check_tensors(xs, operand.window)
+        layout = operand.window.layout
+        if row_starts(xs, layout.size)[-1] > layout.size * layout.row_elements:
+            told = ", ".join(f"{x.dtype} {list(x.shape)}" for x in xs)
+            raise ValueError(f"rows {told} of each rank do not fit a window of {layout.row_elements} elements")
+        counts = (len(xs[0]),) * layout.size
+        if not len(xs[0]):
+            return tuple(xs), counts
+        key = tuple((x.shape, x.dtype) for x in xs), "rows"
+        call = self._start(
+            operand, key, padded(xs),
+            lambda: GatherCall(
+                start_rows(operand.window, xs, pushes=True, awaits=True), rows_in_place(operand.window, xs)
+            ),
+        )  # fmt: skip
+        return call.views, counts
 
     @staticmethod
-    def _start(xs: tuple[Tensor, ...], outs: tuple[Tensor, ...], operand: GatherOperand, by_columns: bool) -> None:
-        key = tuple((x.shape, x.dtype) for x in xs), by_columns
+    def _start(
+        operand: GatherOperand, key: GatherKey, moving: Sequence[Tensor], first: Callable[[], GatherCall]
+    ) -> GatherCall:
+        """Launches; for a new key as ``first`` does."""
         with operand.lock:
             prepared = operand.launches.get(key)
-            if prepared is not None:
-                addresses = [tensor.data_ptr() for tensor in (*padded(xs), *padded(outs))]
-                prepared.start(current_stream(xs[0].get_device()), *addresses)
-                return
-            call = start_gather(operand.window, xs, outs, by_columns, pushes=True, takes=True)
-            if call is not None:
-                operand.launches.add(key, call)
+            if prepared is None:
+                prepared = first()
+                if prepared.launch is not None:
+                    operand.launches.add(key, prepared)
+            else:
+                assert prepared.launch is not None
+                addresses = [tensor.data_ptr() for tensor in moving]
+                prepared.launch.start(current_stream(moving[0].get_device()), *addresses)
+            return prepared
 
 
-def check_gathered(xs: Sequence[Tensor], window: Window) -> None:
+def _check_tensors(xs: Sequence[Tensor], window: Window) -> None:
     """Checks a rank's tensors. Errors: ValueError naming the one that does not fit."""
     if not 1 <= len(xs) <= MAX_PARTS:
         raise ValueError(f"1 to {MAX_PARTS} tensors are gathered together, found {len(xs)}")
@@ -168,7 +219,6 @@ def check_gathered(xs: Sequence[Tensor], window: Window) -> None:
         if x.itemsize not in (2, 4, 8):
             raise ValueError(f"{name} must have 2, 4 or 8 bytes an element, found {x.dtype}")
         check(name, x, (x.dtype,), (len(xs[0]), x.shape[1]), window.words.device)
-    window.require_room(starts_of(xs)[-1])
 
 
 PUSHED_GATHER = PushedGather()

@@ -33,6 +33,11 @@ def all_reduce(parts_N: Sequence[Tensor]) -> Tensor:
     return total.to(parts_N[0].dtype)
 
 
+def reduce_scatter(parts_N: Sequence[Tensor], rank: int) -> Tensor:
+    """Adds a rank's rows of the ranks' parts, as ``all_reduce`` does; each rank has as many."""
+    return all_reduce([part.chunk(len(parts_N))[rank] for part in parts_N])
+
+
 def all_gather(parts_N: Sequence[Tensor], dim: int = 0) -> Tensor:
     """Puts the ranks' rows (dim 0), or columns (dim -1), side by side in the order of ranks."""
     return torch.cat(list(parts_N), dim=dim)

@@ -50,12 +50,31 @@ PUSHED_GATHER = KernelSpec(
     (),
     "Exchange",
     "row_major",
-    "rows or columns pushed into every other rank's inbox, awaited and copied, in one launch; all ranks have as many",
+    "pushed to every other rank and awaited, in one launch; all ranks have as many rows",
     "exchange.gather:PUSHED_GATHER",
     min_sm=90,
     is_batch_invariant=True,
     packages=("triton",),
-    launches=(r"\bgather_rows\b",),
+    launches=(r"\b(gather|place)_rows\b",),
     evidence=Evidence("exchange.ref:all_gather", "tests/interpret/test_gather_kernel.py", "python bench/exchange.py"),
 )
 """As ``PUSHED``. It takes any dtype of 2, 4 or 8 bytes."""
+
+PUSHED_SCATTER = KernelSpec(
+    "triton.scatter",
+    OpKind.SCATTER,
+    (),
+    "Exchange",
+    "row_major",
+    "rows pushed to their rank, awaited and added in the order of ranks, in one launch; all ranks have as many rows",
+    "exchange.scatter:PUSHED_SCATTER",
+    min_sm=90,
+    activations=("bfloat16",),
+    is_batch_invariant=True,
+    packages=("triton",),
+    launches=(r"\bscatter_rows\b",),
+    evidence=Evidence(
+        "exchange.ref:reduce_scatter", "tests/interpret/test_scatter_kernel.py", "python bench/exchange.py"
+    ),
+)
+"""As ``PUSHED``."""
