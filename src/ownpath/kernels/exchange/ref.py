@@ -59,7 +59,7 @@ class AllReduce(ExchangeKernel):
 
     def run(self, x_TC: Tensor, operand: ExchangeOperand, other_TC: Tensor | None = None) -> Tensor:
         """Computes the sum over ranks of x, or of x + other, rounded: the same [T, C] on every rank."""
-        part = x_TC if other_TC is None else (x_TC.to(sum_dtype(x_TC)) + other_TC).to(x_TC.dtype)
+        part = _with_other(x_TC, other_TC)
         parts = operand.peers.swap(operand.slot, (part,))
         _require_alike(operand, parts, dims=0)
         return all_reduce([given for (given,) in parts])
@@ -83,9 +83,13 @@ class AllGather(ExchangeKernel):
 class ReduceScatter(ExchangeKernel):
     """The sum of the ranks' parts, of a rank's own rows."""
 
-    def run(self, x_BC: Tensor, operand: ExchangeOperand, counts: tuple[int, ...]) -> Tensor:
-        """Returns this rank's rows [T, C] of the sum over ranks of x [B, C]. counts: rows of each rank."""
-        return all_reduce([given for (given,) in operand.peers.trade(operand.slot, _by_rank(x_BC, counts))])
+    def run(
+        self, x_BC: Tensor, operand: ExchangeOperand, counts: tuple[int, ...], *, other_TD: Tensor | None = None
+    ) -> Tensor:
+        """Returns this rank's rows [T, C] of the sum over ranks of x [B, C], plus other, rounded again. counts: rows of
+        each rank."""
+        y_TC = all_reduce([given for (given,) in operand.peers.trade(operand.slot, _by_rank(x_BC, counts))])
+        return _with_other(y_TC, other_TD)
 
 
 class AllToAll(ExchangeKernel):
@@ -116,13 +120,27 @@ class RoutedDispatch(ExchangeKernel):
 class RoutedCombine(ExchangeKernel):
     """The sums of rows that were dispatched, back where they came from."""
 
-    def run(self, x_SC: Tensor, operand: ExchangeOperand, counts: tuple[int, ...], goes_NT: Tensor) -> Tensor:
-        """Returns the sum over ranks [T, C] of this rank's rows; a rank that a row did not go to has zeros for it.
+    def run(
+        self,
+        x_SC: Tensor,
+        operand: ExchangeOperand,
+        counts: tuple[int, ...],
+        goes_NT: Tensor,
+        other_TC: Tensor | None = None,
+    ) -> Tensor:
+        """Returns the sum over ranks [T, C] of this rank's rows, plus other, rounded again; a rank that a row did not
+        go to has zeros for it.
 
         x [S, C], counts: of what came to this rank. goes: as this rank's rows were sent.
         """
         parts = operand.peers.trade(operand.slot, _by_rank(x_SC, counts))
-        return all_reduce([_spread(part, goes_T) for (part,), goes_T in zip(parts, goes_NT, strict=True)])
+        total_TC = all_reduce([_spread(part, goes_T) for (part,), goes_T in zip(parts, goes_NT, strict=True)])
+        return _with_other(total_TC, other_TC)
+
+
+def _with_other(y_TC: Tensor, other_TC: Tensor | None) -> Tensor:
+    """Adds what is there to rounded sums, and rounds again."""
+    return y_TC if other_TC is None else (y_TC.to(sum_dtype(y_TC)) + other_TC).to(y_TC.dtype)
 
 
 def _by_rank(x_BC: Tensor, counts: Sequence[int]) -> list[tuple[Tensor]]:

@@ -12,7 +12,7 @@ _WHY = {
     OpKind.COMBINE: "every rank gives every other its sums of that one's rows; each adds them in the order of ranks",
 }
 
-SPECS = tuple(
+_REFERENCES = tuple(
     KernelSpec(
         f"ref.{kind}",
         kind,
@@ -42,8 +42,6 @@ PUSHED = KernelSpec(
     launches=(r"\bexchange_rows\b",),
     evidence=Evidence("exchange.ref:all_reduce", "tests/interpret/test_exchange_kernel.py", "python bench/exchange.py"),
 )
-"""Not among ``SPECS``, which plans choose from, until it has run on two GPUs."""
-
 PUSHED_GATHER = KernelSpec(
     "triton.gather",
     OpKind.GATHER,
@@ -58,8 +56,6 @@ PUSHED_GATHER = KernelSpec(
     launches=(r"\b(gather|place)_rows\b",),
     evidence=Evidence("exchange.ref:all_gather", "tests/interpret/test_gather_kernel.py", "python bench/exchange.py"),
 )
-"""As ``PUSHED``. It takes any dtype of 2, 4 or 8 bytes."""
-
 PUSHED_SCATTER = KernelSpec(
     "triton.scatter",
     OpKind.SCATTER,
@@ -77,4 +73,6 @@ PUSHED_SCATTER = KernelSpec(
         "exchange.ref:reduce_scatter", "tests/interpret/test_scatter_kernel.py", "python bench/exchange.py"
     ),
 )
-"""As ``PUSHED``."""
+
+SPECS = (*_REFERENCES, PUSHED, PUSHED_GATHER, PUSHED_SCATTER)
+"""Plans choose the references, which come first: the others have not run on two GPUs, and need windows."""
