@@ -20,9 +20,11 @@ import torch.distributed as dist
 from ownpath.conformance.operations import make_inputs
 from ownpath.kernels.cases import KernelCase
 from ownpath.kernels.exchange.collectives import GroupCollectives, SymmetricCollectives
+from ownpath.kernels.exchange.gather import PUSHED_GATHER
 from ownpath.kernels.exchange.launch import PUSHED_REDUCE
 from ownpath.kernels.exchange.layout import WindowLayout
-from ownpath.kernels.exchange.ref import all_reduce
+from ownpath.kernels.exchange.ref import all_reduce, reduce_scatter
+from ownpath.kernels.exchange.scatter import PUSHED_SCATTER
 from ownpath.kernels.exchange.symmetric import open_window
 from ownpath.kernels.exchange.window import Window
 from ownpath.kernels.hyper.launch import HYPER_BOUNDARY
@@ -88,12 +90,50 @@ def boundaries(window: Window, num_tokens: int, width: int) -> tuple[Call, Call]
     )
 
 
+def gathers(window: Window, num_tokens: int, width: int, group: dist.ProcessGroup) -> dict[str, Call]:
+    """Returns each system's gather of rows, both of them right."""
+    size, device = window.layout.size, window.words.device
+    parts = [torch.randn(num_tokens, width, device=device, generator=_seeded(device, rank)) for rank in range(size)]
+    mine, operand = parts[window.rank].to(torch.bfloat16), PUSHED_GATHER.prepare(window)
+    nccl, expected = GroupCollectives(group), torch.cat(parts).to(torch.bfloat16)
+    for found in (PUSHED_GATHER.run(mine, operand, dim=0), nccl.all_gather(mine)):
+        assert torch.equal(found, expected)
+    out = torch.empty_like(expected)
+    return {
+        "triton.gather": lambda: PUSHED_GATHER.run(mine, operand, dim=0, out=out),
+        "nccl": lambda: nccl.all_gather(mine),
+    }
+
+
+def scatters(window: Window, num_tokens: int, width: int, group: dist.ProcessGroup) -> dict[str, Call]:
+    """Returns each system's sums of a rank's own rows, both of them right: of whole numbers, exact in any order."""
+    size, rank, device = window.layout.size, window.rank, window.words.device
+    whole = torch.arange(size * num_tokens * width, device=device).view(-1, width) % 61
+    parts = [(whole + one).to(torch.bfloat16) for one in range(size)]
+    operand, nccl, expected = PUSHED_SCATTER.prepare(window), GroupCollectives(group), reduce_scatter(parts, rank)
+    for found in (PUSHED_SCATTER.run(parts[rank], operand), nccl.reduce_scatter(parts[rank])):
+        assert torch.equal(found, expected)
+    out = torch.empty_like(expected)
+    return {
+        "triton.scatter": lambda: PUSHED_SCATTER.run(parts[rank], operand, out=out),
+        "nccl": lambda: nccl.reduce_scatter(parts[rank]),
+    }
+
+
+def _seeded(device: torch.device, seed: int) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
+
+
 def rows_of(window: Window, num_tokens: int, width: int, group: dist.ProcessGroup) -> list[dict[str, Any]]:
     """Returns the rows of one size."""
     size = {"ranks": window.layout.size, "tokens": num_tokens, "width": width}
     found = []
     for name, call in sums(window, num_tokens, width, group).items():
         found.append({**size, "what": "sum", "system": name, **slowest(replay_us(call))})
+    for name, call in gathers(window, num_tokens, width, group).items():
+        found.append({**size, "what": "gather", "system": name, **slowest(replay_us(call))})
+    for name, call in scatters(window, num_tokens, width, group).items():
+        found.append({**size, "what": "scatter", "system": name, **slowest(replay_us(call))})
     across, alone = (slowest(replay_us(call)) for call in boundaries(window, num_tokens, width))
     added = {"added_us": across["us"] - alone["us"], "alone_us": alone["us"]}
     return [*found, {**size, "what": "boundary", "system": "triton.reduce", **across, **added}]

@@ -1,16 +1,16 @@
 """ownpath: DeepSeek-V4 NVFP4 checkpoints on a path whose every step has a name.
 
-``Nvfp4Linear`` and ``Nvfp4MoE`` are the public kernels, and ``MegaMoE`` is experts over several ranks: usable on
-tensors as a ModelOpt file holds them, without any checkpoint or engine. They are imported when first asked for, so that
-``import ownpath`` costs nothing.
+``Nvfp4Linear`` and ``Nvfp4MoE`` are the public kernels, and ``MegaMoE`` is experts over several ranks (``open_window``
+lets GPUs exchange rows by kernels): usable on tensors as a ModelOpt file holds them, without any checkpoint or engine.
+They are imported when first asked for, so that ``import ownpath`` costs nothing.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ownpath.runners import MegaMoE, Nvfp4Linear, Nvfp4MoE
+    from ownpath.runners import MegaMoE, Nvfp4Linear, Nvfp4MoE, open_window
 
-__all__ = ["MegaMoE", "Nvfp4Linear", "Nvfp4MoE"]
+__all__ = ["MegaMoE", "Nvfp4Linear", "Nvfp4MoE", "open_window"]
 
 
 def __getattr__(name: str) -> Any:

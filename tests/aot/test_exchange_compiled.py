@@ -1,7 +1,9 @@
 """Pushed exchanges compile for sm_90 and sm_100 as they are launched: no stack, and stores, fences and flags in the
 order that the protocol needs. Nothing is run."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from support.triton_aot import Compiled, Launch, compile_launch, recorded_launch
 
 from ownpath.conformance.operations import make_inputs
 from ownpath.kernels.cases import KernelCase
+from ownpath.kernels.exchange import gather, scatter
 from ownpath.kernels.exchange import launch as exchange
 from ownpath.kernels.exchange.layout import WindowLayout
 from ownpath.kernels.exchange.window import virtual_windows
@@ -57,6 +60,66 @@ def test_rows_move_sixteen_bytes_at_a_time(compiled: dict[tuple[int, int, int], 
     for (size, num_tokens, _), one in compiled.items():
         if num_tokens > 1:
             assert one.ptx.count("st.global.v4.b32") >= size + 1
+
+
+def launch_of(start: Callable[..., object], *args: Any) -> Launch:
+    """The launch that a function of rows makes for rank 1."""
+    window = virtual_windows(WindowLayout(args[0], 512 * 4096, row_elements=512 * 4224), CPU)[1]
+    with recorded_launches() as launches, pytest.MonkeyPatch.context() as patch:
+        for module in (gather, scatter):
+            patch.setattr(module, "launch", lambda f, grid, args, options, moving: f[grid](*args, **options))
+        start(window, *args[1:], True, True)
+    return launches[0]
+
+
+def columns_of(size: int, num_rows: int, width: int) -> Launch:
+    x = torch.zeros(num_rows, width)
+    return launch_of(gather.start_gather, size, x, x.new_empty(num_rows, size * width), True)
+
+
+def rows_of(size: int, num_tokens: int) -> Launch:
+    """V4-Flash's tokens with ids and weights."""
+    ids, weights = torch.zeros(num_tokens, 6, dtype=torch.int32), torch.zeros(num_tokens, 6)
+    return launch_of(gather.start_rows, size, (torch.zeros(num_tokens, 4096, dtype=torch.bfloat16), ids, weights))
+
+
+def sums_of(size: int, num_tokens: int) -> Launch:
+    part = torch.zeros(size * num_tokens, 4096, dtype=torch.bfloat16)
+    return launch_of(scatter.start_scatter, size, part, None, part[:num_tokens].clone())
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
+    """Tokens and sums, one and many, of 2 and 8 ranks; the columns of V4-Flash's logits."""
+    folder: Path = tmp_path_factory.mktemp("rows")
+    launches = [columns_of(2, 8, 64640), rows_of(8, 64), sums_of(2, 512), rows_of(2, 1), sums_of(8, 1), sums_of(2, 512)]
+    sms = (90, 90, 90, 90, 90, 100)
+    return [compile_launch(one, sm, folder) for one, sm in zip(launches, sms, strict=True)]
+
+
+def test_rows_do_not_spill(rows: list[Compiled]) -> None:
+    assert {one.stack_bytes for one in rows} == {0}
+    assert max(one.registers for one in rows) <= 128
+
+
+def test_rows_are_pushed_in_front_of_flags(rows: list[Compiled]) -> None:
+    """And read behind them, where they are read by the same launch."""
+    for one in rows:
+        release, acquire = one.ptx.index("atom.global.sys.release.exch"), one.ptx.index("atom.global.sys.acquire.or")
+        pushed, behind = one.ptx[:release], one.ptx[acquire:]
+        assert pushed.index("griddepcontrol.wait") < pushed.index("atom.global.gpu.relaxed.add")
+        assert pushed.rindex("bar.sync") > pushed.rindex("st.global")
+        if one.launch.name != "place_rows":
+            assert behind.index("bar.sync") < behind.index("ld.global.cg")
+        assert "ld.global.nc" not in one.ptx
+
+
+def test_many_rows_move_sixteen_bytes_at_a_time(rows: list[Compiled]) -> None:
+    """To the other ranks, and out of the inbox."""
+    for one, size in zip(rows[:3], (2, 8, 2), strict=True):
+        assert one.ptx.count("st.global.v4.b32") >= size
+    for one in (rows[0], rows[2]):
+        assert "ld.global.cg.v4.b32" in one.ptx
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import pytest
 from ownpath.bench.benches import BENCHES
 from ownpath.cli import main
 from ownpath.conformance.operations import CASES
-from ownpath.kernels.exchange.spec import PUSHED
 from ownpath.kernels.registry import SPECS
 from ownpath.kernels.spec import Evidence, KernelSpec
 
@@ -78,7 +77,7 @@ def _measures(command: str, spec: KernelSpec) -> bool:
 
 
 @pytest.mark.parametrize(
-    "spec", [*SPECS, PUSHED], ids=lambda spec: f"{spec.name} {spec.runner} {'/'.join(map(str, spec.formats))}"
+    "spec", SPECS, ids=lambda spec: f"{spec.name} {spec.runner} {'/'.join(map(str, spec.formats))}"
 )
 def test_every_kernel_has_its_evidence(spec: KernelSpec) -> None:
     assert not list(faults_of(spec))

@@ -2,13 +2,13 @@
 order that the protocol allows."""
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import pytest
 import torch
+from support.exchange_orders import Event, orders
 from triton.runtime.interpreter import InterpreterBuilder
 
 from ownpath.conformance.call import tensors_of
@@ -23,24 +23,6 @@ from ownpath.kernels.hyper.launch import HYPER_BOUNDARY, HYPER_BOUNDARY_INVARIAN
 from ownpath.ranks.peers import PeerLost
 
 CPU = torch.device("cpu")
-Event = tuple[str, int, int]
-"""push or sum, rank, exchange."""
-
-
-def orders(size: int, steps: int) -> Iterator[tuple[Event, ...]]:
-    """Yields every order of pushes and sums: a rank's own in turn, a sum behind all pushes of its exchange."""
-
-    def go(done: tuple[Event, ...], at: tuple[int, ...]) -> Iterator[tuple[Event, ...]]:
-        if all(position == 2 * steps for position in at):
-            yield done
-        for rank, position in enumerate(at):
-            step, is_sum = divmod(position, 2)
-            is_free = step < steps and (not is_sum or all(other > 2 * step for other in at))
-            if is_free:
-                event = ("sum" if is_sum else "push", rank, step)
-                yield from go((*done, event), (*at[:rank], position + 1, *at[rank + 1 :]))
-
-    return go((), (0,) * size)
 
 
 @dataclass

@@ -93,7 +93,7 @@ class Wrong(Exception):
 @dataclass(frozen=True)
 class Search:
     """size: ranks. steps: exchanges. empty: a rank that has no rows. dies, late: a rank that may die, or be waited for
-    in vain although it lives."""
+    in vain although it lives. in_place: exchanges whose rows have one place of their own, in place of the buffers."""
 
     size: int
     steps: int
@@ -101,12 +101,18 @@ class Search:
     empty: int | None = None
     dies: int | None = None
     late: int | None = None
+    in_place: frozenset[int] = frozenset()
 
     def start(self) -> State:
         """Returns the state before the first exchange."""
         n, first = self.size, 0 if self.protocol.resets else FIRST_EPOCH
-        rows = (EMPTY,) * (n * self.protocol.buffers * n)
+        rows = (EMPTY,) * (n * self.places * n)
         return State((Rank(),) * n, rows, (first,) * (n * n), (0,) * n, frozenset())
+
+    @property
+    def places(self) -> int:
+        """Places of a source's row in a rank's memory."""
+        return self.protocol.buffers + bool(self.in_place)
 
     def epoch(self, step: int) -> int:
         """Returns the epoch of a step, as its flags hold it."""
@@ -116,8 +122,8 @@ class Search:
 
     def place(self, to: int, source: int, step: int, skew: int = 0) -> int:
         """Returns where a source's row of a step lies in a rank's memory."""
-        buffer = (step + skew) % self.protocol.buffers
-        return (to * self.protocol.buffers + buffer) * self.size + source
+        buffer = self.protocol.buffers if step in self.in_place else (step + skew) % self.protocol.buffers
+        return (to * self.places + buffer) * self.size + source
 
     def next_states(self, state: State) -> Iterator[State]:
         """Yields the state after each step that can happen now. Errors: Wrong."""

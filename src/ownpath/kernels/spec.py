@@ -97,6 +97,11 @@ class KernelSpec:
         return not self.launches
 
     @property
+    def is_pushed(self) -> bool:
+        """True for an exchange between ranks by a kernel, which pushes into the other ranks' windows."""
+        return self.kind.is_exchange and not self.is_torch
+
+    @property
     def reads_host(self) -> bool:
         """True if a call waits for values on the host, so that no graph can hold it: torch's experts ask which experts
         were chosen, torch's decode steps how long rows are, torch's sampler which rows draw, torch's exchanges for the

@@ -41,6 +41,7 @@ from ownpath.runners.mega_moe import DispatchedExperts, GatheredExperts, MegaMoE
 from ownpath.runners.mlp import SwigluMlp
 from ownpath.runners.moe import Fp8MoE, HeldExperts, MoeRunner, Nvfp4MoE, Nvfp4MoEW4A4, PlainMoE
 from ownpath.runners.runner import KernelRunner, Runner
+from ownpath.runners.window import open_window
 
 __all__ = [
     "CacheEntries",
@@ -92,4 +93,5 @@ __all__ = [
     "SwigluMlp",
     "Turn",
     "WideLinear",
+    "open_window",
 ]

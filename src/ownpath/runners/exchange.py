@@ -1,12 +1,13 @@
 """Runners of the exchanges between ranks."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 
 from ownpath.kernels.exchange.ref import (
     AllGather,
     AllReduce,
     AllToAll,
-    ExchangeKernel,
     ExchangeOperand,
     ReduceScatter,
     RoutedCombine,
@@ -16,18 +17,27 @@ from ownpath.kernels.registry import KERNELS
 from ownpath.ranks.peers import Peers
 from ownpath.runners.runner import KernelOrName, KernelRunner, chosen_spec
 
+if TYPE_CHECKING:  # needs triton
+    from ownpath.kernels.exchange.window import Window
+
 
 class Exchange(KernelRunner):
-    """The base of exchanges: a kernel among these peers, under the slot that the plan names."""
+    """The base of exchanges: a kernel among these peers, under the slot that the plan names.
 
-    def __init__(self, peers: Peers, slot: str, *, kernel: KernelOrName) -> None:
-        self.spec = chosen_spec(kernel)
-        self.kernel: ExchangeKernel = KERNELS[self.spec.name]
-        self.operand: ExchangeOperand = self.kernel.prepare(ExchangeOperand(peers, slot))
+    window: of this rank, for kernels that push into the other ranks' memory.
+    """
+
+    def __init__(self, peers: Peers, slot: str, window: "Window | None" = None, *, kernel: KernelOrName) -> None:
+        self.spec, self.slot = chosen_spec(kernel), slot
+        self.kernel: Any = KERNELS[self.spec.name]
+        if self.spec.is_pushed and window is None:
+            raise ValueError(f"{slot}: {self.spec.name} needs windows of all ranks, and there are none")
+        self.window = window if self.spec.is_pushed else None
+        self.operand: Any = self.kernel.prepare(self.window or ExchangeOperand(peers, slot))
 
     def variant(self, x: torch.Tensor, *_: object) -> str | None:
         """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""
-        return None
+        return None if self.window is None else self.kernel.variant(x, self.operand)
 
 
 class Reduce(Exchange):
@@ -58,12 +68,14 @@ class GatherRows(Exchange):
 
 
 class Scatter(Exchange):
-    """x [B, C] and the ranks' counts of rows -> this rank's rows [T, C] of the sum over all ranks."""
+    """x [B, C] and the ranks' counts of rows -> this rank's rows [T, C] of the sum over all ranks, plus other."""
 
     kernel: ReduceScatter
 
-    def __call__(self, x_BC: torch.Tensor, counts: tuple[int, ...]) -> torch.Tensor:
-        return self.kernel.run(x_BC, self.operand, counts)
+    def __call__(
+        self, x_BC: torch.Tensor, counts: tuple[int, ...], other_TC: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self.kernel.run(x_BC, self.operand, counts, other_TD=other_TC)
 
 
 class Turn(Exchange):
@@ -85,9 +97,12 @@ class DispatchRows(Exchange):
 
 
 class CombineRows(Exchange):
-    """x [S, C] of rows that came, their counts by rank, and goes as they were sent -> the sum over ranks [T, C]."""
+    """x [S, C] of rows that came, their counts by rank, and goes as they were sent -> the sum over ranks [T, C], plus
+    other."""
 
     kernel: RoutedCombine
 
-    def __call__(self, x_SC: torch.Tensor, counts: tuple[int, ...], goes_NT: torch.Tensor) -> torch.Tensor:
-        return self.kernel.run(x_SC, self.operand, counts, goes_NT)
+    def __call__(
+        self, x_SC: torch.Tensor, counts: tuple[int, ...], goes_NT: torch.Tensor, other_TC: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self.kernel.run(x_SC, self.operand, counts, goes_NT, other_TC)

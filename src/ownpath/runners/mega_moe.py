@@ -7,6 +7,7 @@ experts of all ranks.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +15,6 @@ from torch import Tensor
 from ownpath.config import Parallel
 from ownpath.kernels.checks import require_activations, require_routing
 from ownpath.kernels.contract import StoredExperts
-from ownpath.kernels.mixture import sum_dtype
 from ownpath.ops import OpKind
 from ownpath.ranks.peers import Peers
 from ownpath.ranks.start import phase, require_same
@@ -24,8 +24,12 @@ from ownpath.runners.linear import Nvfp4Linear
 from ownpath.runners.mlp import SwigluMlp
 from ownpath.runners.moe import HeldExperts, MoeRunner, Nvfp4MoE, stored_nvfp4
 from ownpath.runners.runner import KernelOrName, KernelRunner, Runner
+from ownpath.runners.window import WindowedPeers
 from ownpath.splits import AttentionSplit, ExpertSplit, RowTravel
 
+PUSHED_KERNELS = {OpKind.REDUCE: "triton.reduce", OpKind.GATHER: "triton.gather", OpKind.SCATTER: "triton.scatter"}
+"""The kernels of exchanges between windows."""
+AnyExchange = TypeVar("AnyExchange", bound=Exchange)
 ExpertSum = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x [T, D], expert ids [T, K], weights [T, K]) -> y [T, D]."""
 DenseExpert = Callable[[Tensor], Tensor]
@@ -36,16 +40,16 @@ DenseExpert = Callable[[Tensor], Tensor]
 class GatheredExperts:
     """Every rank computes its part of the sum for all ranks' tokens, and gets its own tokens' sums.
 
-    experts: this rank's part of the sum, for any tokens.
+    experts: this rank's part of the sum, for any tokens. other: added to a rank's own sums, rounded.
     """
 
     experts: ExpertSum
     gather: Callable[..., tuple[tuple[Tensor, ...], tuple[int, ...]]]
-    scatter: Callable[[Tensor, tuple[int, ...]], Tensor]
+    scatter: Callable[[Tensor, tuple[int, ...], Tensor | None], Tensor]
 
-    def __call__(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    def __call__(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, other_TD: Tensor | None = None) -> Tensor:
         (x_BD, ids_BK, weights_BK), counts = self.gather(x_TD, ids_TK, weights_TK)
-        return self.scatter(self.experts(x_BD, ids_BK, weights_BK), counts)
+        return self.scatter(self.experts(x_BD, ids_BK, weights_BK), counts, other_TD)
 
 
 @dataclass(frozen=True)
@@ -61,10 +65,10 @@ class DispatchedExperts:
     num_experts: int
     size: int
 
-    def __call__(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    def __call__(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, other_TD: Tensor | None = None) -> Tensor:
         goes_NT = rows_by_rank(ids_TK, self.num_experts, self.size)
         (x_SD, ids_SK, weights_SK), counts = self.dispatch(goes_NT, x_TD, ids_TK, weights_TK)
-        return self.combine(self.experts(x_SD, ids_SK, weights_SK), counts, goes_NT)
+        return self.combine(self.experts(x_SD, ids_SK, weights_SK), counts, goes_NT, other_TD)
 
 
 def rows_by_rank(ids_TK: Tensor, num_experts: int, size: int) -> Tensor:
@@ -96,19 +100,24 @@ class MegaMoE(Runner):
     local: this rank's experts. By ids (the default) rank r of N has experts r E / N to (r + 1) E / N, whole; by width
         every rank has the same part of each, in the order of ranks. Any ``Nvfp4MoE``, or another runner of experts.
     peers: the ranks: ``ownpath.ranks.group.join(os.environ)`` in processes that torchrun has started, or
-        ``VirtualPeers`` in threads of one (``run_virtual``).
+        ``VirtualPeers`` in threads of one (``run_virtual``). With those of ``ownpath.open_window``, on GPUs, exchanges
+        are kernels that push rows into the other ranks' memory, but for a routed dispatch. They take bfloat16, and as
+        many rows from every rank (in place of tokens that are not there, rows with ids -1), up to the window's. The
+        first call with so many rows asks the other ranks, and RanksDiffer is raised where they have others.
     attention: ``data``: each rank gives its own tokens; x, ids and weights travel to the experts, and the ranks' sums
         travel back. ``heads``: every rank gives all tokens, the same; the ranks' sums are added up on every rank.
     dispatch: ``all`` sends every row to every rank, ``routed`` only to ranks with one of its experts.
     shared: the shared expert, for this rank's tokens: whole by data; by heads a part of its width, whose sum is a part
         of y. ``SwigluMlp`` of two linears, or ``None``.
     slot: the name under which exchanges and errors speak of it. All ranks use the same.
-    kernels: of exchanges, by kind; the torch references for those that are not named.
+    kernels: of exchanges, by kind, in place of those.
 
     A rank's sum of a token (by heads with the shared expert's part in it) is rounded to the dtype of x; sums are added
     in the order of ranks, in at least float32, and rounded once. Nothing else depends on ranks or time: the same call
     returns the same bits, by heads on all ranks. Between exchanges nothing is read on the host but counts of rows. A
-    CUDA graph can hold a call if its kernels' can (``reads_host``): the torch references of exchanges cannot.
+    CUDA graph can hold a call if its kernels' can (``reads_host``): with a window it can, the torch references of
+    exchanges cannot. Graphs are replayed by all ranks in the same order, on one stream; a rank that is lost makes the
+    result NaN, and ``check`` names it.
 
     Every rank makes the object, and each call, in the same order. Errors: RanksDiffer, on every rank, for ranks whose
     experts, division or rows do not fit each other; ShardingError for experts or a width that do not divide; ValueError
@@ -131,6 +140,8 @@ class MegaMoE(Runner):
         self.parallel = _parallel(peers, attention, experts)
         self.travel = _travel(slot, self.parallel, dispatch)
         self.local, self.shared, self._slot, self._kernels, self._peers = local, shared, slot, kernels, peers
+        self._window = peers.window if isinstance(peers, WindowedPeers) else None
+        self._known = set[tuple[int, int, torch.dtype, torch.dtype]]()
         by_ids = self.parallel.experts is ExpertSplit.IDS
         self.num_experts = local.num_experts * (peers.size if by_ids else 1)
         self._require_same()
@@ -182,7 +193,14 @@ class MegaMoE(Runner):
             raise ValueError(f"x has {x.shape[1]} features, the experts take {self.local.hidden_size}")
         require_activations(x, self.local.device)
         require_routing(x, topk_ids, topk_weights)
+        if self._is_pushed:
+            self._require_alike(x, topk_ids)
         return self._run(x, topk_ids, topk_weights)
+
+    def check(self) -> None:
+        """Checks that no exchange of the window was given up; asked when a call's result is there. Errors: PeerLost."""
+        if self._window is not None:
+            self._window.check(self._slot)
 
     def sent(self, ids_NTK: Sequence[Tensor], dtype: torch.dtype, rank: int | None = None) -> SentRows:
         """Counts what a rank sends in a call; this one if none is named.
@@ -219,36 +237,45 @@ class MegaMoE(Runner):
         )
 
     def _by_heads(self) -> ExpertSum:
-        reduce = Reduce(self._peers, f"{self._slot}.reduce", kernel=self._kernel(OpKind.REDUCE))
+        reduce = self._exchange(Reduce, "reduce", OpKind.REDUCE)
         self._exchanges = (reduce,)
         return lambda x, ids, weights: reduce(self._part(x, ids, weights), self._shared_part(x))
 
     def _by_data(self) -> ExpertSum:
         routed = self._dispatched() if self.travel is RowTravel.ROUTED else self._gathered()
-
-        def run(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-            y, other = routed(x, ids, weights), self._shared_part(x)
-            return y if other is None else (y.to(sum_dtype(y)) + other).to(x.dtype)
-
-        return run
+        return lambda x, ids, weights: routed(x, ids, weights, self._shared_part(x))
 
     def _gathered(self) -> GatheredExperts:
-        gather = GatherRows(self._peers, f"{self._slot}.gather", kernel=self._kernel(OpKind.GATHER))
-        scatter = Scatter(self._peers, f"{self._slot}.scatter", kernel=self._kernel(OpKind.SCATTER))
+        gather = self._exchange(GatherRows, "gather", OpKind.GATHER)
+        scatter = self._exchange(Scatter, "scatter", OpKind.SCATTER)
         self._exchanges = (gather, scatter)
         return GatheredExperts(self._part, gather, scatter)
 
     def _dispatched(self) -> DispatchedExperts:
-        dispatch = DispatchRows(self._peers, f"{self._slot}.dispatch", kernel=self._kernel(OpKind.DISPATCH))
-        combine = CombineRows(self._peers, f"{self._slot}.combine", kernel=self._kernel(OpKind.COMBINE))
+        dispatch = self._exchange(DispatchRows, "dispatch", OpKind.DISPATCH)
+        combine = self._exchange(CombineRows, "combine", OpKind.COMBINE)
         self._exchanges = (dispatch, combine)
         return DispatchedExperts(self._part, dispatch, combine, self.num_experts, self.parallel.size)
 
     def _shared_part(self, x: Tensor) -> Tensor | None:
         return None if self.shared is None else self.shared(x)
 
-    def _kernel(self, kind: OpKind) -> KernelOrName:
-        return self._kernels.get(kind, f"ref.{kind}")
+    def _exchange(self, make: type[AnyExchange], name: str, kind: OpKind) -> AnyExchange:
+        pushed = None if self._window is None else PUSHED_KERNELS.get(kind)
+        kernel = self._kernels.get(kind, pushed or f"ref.{kind}")
+        return make(self._peers, f"{self._slot}.{name}", self._window, kernel=kernel)
+
+    @property
+    def _is_pushed(self) -> bool:
+        return any(exchange.spec.is_pushed for exchange in self._exchanges)
+
+    def _require_alike(self, x: Tensor, topk_ids: Tensor) -> None:
+        """Checks, the first time that rows of such a shape are given, that all ranks give them. Errors: RanksDiffer."""
+        key = len(x), topk_ids.shape[1], topk_ids.dtype, x.dtype
+        if key not in self._known:
+            told = f"{key[0]} of {key[1]} experts, {key[2]}, {key[3]}"
+            require_same(self._peers, {f"{self._slot}: number of rows": told})
+            self._known.add(key)
 
 
 def _parallel(peers: Peers, attention: AttentionSplit | str, experts: ExpertSplit | str) -> Parallel:

@@ -22,8 +22,14 @@ DEATH_OF_THREE = Search(3, 2, dies=1)
         (LATE, 10000),
         (Search(3, 3), 40000),
         (DEATH_OF_THREE, 50000),
+        (replace(TWO, steps=7, in_place=frozenset({0, 2, 5})), 1000),
+        (replace(LATE, in_place=frozenset({0, 2})), 10000),
+        (Search(3, 2, in_place=frozenset({0})), 1000),
     ],
-    ids=["two", "no rows", "a death", "the first dies", "late", "three", "a death among three"],
+    ids=[
+        *("two", "no rows", "a death", "the first dies", "late", "three", "a death among three"),
+        *("rows in place", "rows in place, late", "rows of three in place"),
+    ],
 )
 def test_no_order_of_steps_is_wrong(search: Search, at_least: int) -> None:
     """Nothing is read early or overwritten unread, nothing hangs, sums are in the order of ranks; a rank that dies is
@@ -58,6 +64,12 @@ MISTAKES = [
 def test_a_mistake_is_found(protocol: Protocol, search: Search, found: str) -> None:
     with pytest.raises(Wrong, match=found):
         replace(search, protocol=protocol).run()
+
+
+def test_rows_in_place_twice_running_are_overwritten_unread() -> None:
+    """The exchange between is what says that all have read them."""
+    with pytest.raises(Wrong, match=READS):
+        replace(TWO, in_place=frozenset({1, 2})).run()
 
 
 def test_every_part_of_the_protocol_has_its_mistake() -> None:

@@ -32,6 +32,26 @@ def inbox_of(window, INBOX_AT: tl.constexpr):
 
 
 @triton.jit
+def count_up(window_ptr, RANKS: tl.constexpr, PROGRAMS: tl.constexpr):
+    """Begins a program's next exchange, and returns its epoch."""
+    # By an atomic: threads that read for themselves could read what another has counted up already.
+    return tl.atomic_add(window_ptr + RANKS * PROGRAMS + tl.program_id(0), 1, sem="relaxed", scope="gpu") + 1
+
+
+@triton.jit
+def raise_flags(
+    window_ptr, peers_ptr, rank, epoch, RANKS: tl.constexpr, LANES: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """Sets a program's flag on all ranks, behind what all its threads have stored."""
+    # All threads' rows are in front of the one thread's release, which makes them visible too.
+    tl.debug_barrier()
+    to = tl.arange(0, LANES)
+    windows = tl.load(peers_ptr + to, mask=to < RANKS, other=0).to(tl.pointer_type(tl.int32))
+    flags = windows + rank * PROGRAMS + tl.program_id(0)
+    tl.atomic_xchg(flags, tl.full((LANES,), 0, tl.int32) + epoch, mask=to < RANKS, sem="release", scope="sys")
+
+
+@triton.jit
 def push(
     y_ptr, other_ptr, window_ptr, peers_ptr, rank, num_elements, share, max_elements,
     HAS_OTHER: tl.constexpr, RANKS: tl.constexpr, LANES: tl.constexpr, PROGRAMS: tl.constexpr,
@@ -39,8 +59,7 @@ def push(
 ):  # fmt: skip
     """Stores a program's share of y, or of y + other as it would be stored, into all inboxes, and then its flag."""
     program = tl.program_id(0)
-    # By an atomic: threads that read for themselves could read what another has counted up already.
-    epoch = tl.atomic_add(window_ptr + RANKS * PROGRAMS + program, 1, sem="relaxed", scope="gpu") + 1
+    epoch = count_up(window_ptr, RANKS, PROGRAMS)
     if look(window_ptr + ABORT_AT) == 0:
         first = program.to(tl.int64) * share
         place = ((epoch & 1) * RANKS + rank).to(tl.int64) * max_elements
@@ -54,12 +73,7 @@ def push(
             for to in tl.static_range(RANKS):
                 window = tl.load(peers_ptr + to).to(tl.pointer_type(tl.int32))
                 tl.store(inbox_of(window, INBOX_AT) + place + at, y, mask=inside)
-        # All threads' rows are in front of the one thread's release, which makes them visible too.
-        tl.debug_barrier()
-        to = tl.arange(0, LANES)
-        windows = tl.load(peers_ptr + to, mask=to < RANKS, other=0).to(tl.pointer_type(tl.int32))
-        flags = windows + rank * PROGRAMS + program
-        tl.atomic_xchg(flags, tl.full((LANES,), 0, tl.int32) + epoch, mask=to < RANKS, sem="release", scope="sys")
+        raise_flags(window_ptr, peers_ptr, rank, epoch, RANKS, LANES, PROGRAMS)
     return epoch
 
 

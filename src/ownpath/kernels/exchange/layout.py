@@ -3,7 +3,7 @@
 A window is int32 words: flags [N, P], one for each pushing program of each rank; epochs [P], this rank's, and written
 by nobody else; the abort cell, bits of the ranks that somebody has named as lost; the limit of a wait in microseconds.
 Behind them is the inbox, bfloat16 [2, N, elements]: what each rank has pushed, in two buffers that exchanges take in
-turn.
+turn. Behind that are the rows: where tensors of all ranks' rows lie as kernels read them, at addresses that stay.
 
 The protocol, which ``tests/support/exchange_model.py`` goes through in every order of its steps:
   1. Push. Program p counts its epoch up, stores its share of the rows into buffer ``epoch % 2`` of every inbox, its own
@@ -17,6 +17,9 @@ every rank's flag of the exchange between, and a rank pushes that one only after
 That needs one stream on each rank, every kernel behind the end of the one before, and all programs pushing in every
 exchange, those without rows too; so flags also never lag by half a turn of the epoch. Every flag has one writer: no
 atomic sums, nothing that must be zero, and a captured graph replays.
+
+Rows have one place, which exchanges do not take in turn. It is enough where another exchange lies between two that push
+rows, and kernels that read them are in front of that one: by the same argument.
 
 Legend: N ranks, P pushing programs, T tokens, D hidden.
 """
@@ -33,17 +36,23 @@ _LINE_WORDS = 32
 
 @dataclass(frozen=True)
 class WindowLayout:
-    """size: ranks. max_elements: the most elements of an exchange, T * D. num_programs: pushing programs."""
+    """size: ranks. max_elements: the most elements of an exchange, T * D. num_programs: pushing programs.
+
+    row_elements: the most words of 16 bits of one rank's rows.
+    """
 
     size: int
     max_elements: int
     num_programs: int = NUM_PROGRAMS
+    row_elements: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= MAX_RANKS:
             raise ValueError(f"exchanges are made for 1 to {MAX_RANKS} ranks, not {self.size}")
         if self.max_elements < 1 or self.max_elements % SHARE_MULTIPLE:
             raise ValueError(f"elements must be a multiple of {SHARE_MULTIPLE}, found {self.max_elements}")
+        if self.row_elements < 0 or self.row_elements % SHARE_MULTIPLE:
+            raise ValueError(f"elements of rows must be a multiple of {SHARE_MULTIPLE}, found {self.row_elements}")
 
     @property
     def epochs_at(self) -> int:
@@ -66,9 +75,14 @@ class WindowLayout:
         return -(-(self.limit_at + 1) // _LINE_WORDS) * _LINE_WORDS
 
     @property
+    def rows_at(self) -> int:
+        """The word at which the rows begin."""
+        return self.inbox_at + self.size * self.max_elements  # two buffers of half words
+
+    @property
     def num_words(self) -> int:
         """Words of a window."""
-        return self.inbox_at + self.size * self.max_elements  # two buffers of half words
+        return self.rows_at + self.size * self.row_elements // 2
 
     def share(self, num_elements: int) -> int:
         """Returns how many elements each pushing program has; the last ones may have fewer or none."""

@@ -33,6 +33,16 @@ def all_reduce(parts_N: Sequence[Tensor]) -> Tensor:
     return total.to(parts_N[0].dtype)
 
 
+def reduce_scatter(parts_N: Sequence[Tensor], rank: int) -> Tensor:
+    """Adds a rank's rows of the ranks' parts, as ``all_reduce`` does; each rank has as many."""
+    return all_reduce([part.chunk(len(parts_N))[rank] for part in parts_N])
+
+
+def all_gather(parts_N: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Puts the ranks' rows (dim 0), or columns (dim -1), side by side in the order of ranks."""
+    return torch.cat(list(parts_N), dim=dim)
+
+
 class ExchangeKernel(Reference):
     """The methods that all exchanges share. The operand is the exchange."""
 
@@ -49,7 +59,7 @@ class AllReduce(ExchangeKernel):
 
     def run(self, x_TC: Tensor, operand: ExchangeOperand, other_TC: Tensor | None = None) -> Tensor:
         """Computes the sum over ranks of x, or of x + other, rounded: the same [T, C] on every rank."""
-        part = x_TC if other_TC is None else (x_TC.to(sum_dtype(x_TC)) + other_TC).to(x_TC.dtype)
+        part = _with_other(x_TC, other_TC)
         parts = operand.peers.swap(operand.slot, (part,))
         _require_alike(operand, parts, dims=0)
         return all_reduce([given for (given,) in parts])
@@ -60,22 +70,26 @@ class AllGather(ExchangeKernel):
 
     def run(self, x: Tensor, operand: ExchangeOperand, *, dim: int = 0) -> Tensor:
         """Returns all ranks' rows (dim 0) or columns (dim -1), in the order of ranks."""
-        return torch.cat([given for (given,) in operand.peers.swap(operand.slot, (x,))], dim=dim)
+        return all_gather([given for (given,) in operand.peers.swap(operand.slot, (x,))], dim)
 
     def rows(self, rows: tuple[Tensor, ...], operand: ExchangeOperand) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         """Returns all ranks' rows of each tensor, in the order of ranks, and how many each rank has."""
         given = operand.peers.swap(operand.slot, rows)
         _require_alike(operand, given)
         counts = tuple(len(of_rank[0]) for of_rank in given)
-        return tuple(torch.cat(column) for column in zip(*given, strict=True)), counts
+        return tuple(all_gather(column) for column in zip(*given, strict=True)), counts
 
 
 class ReduceScatter(ExchangeKernel):
     """The sum of the ranks' parts, of a rank's own rows."""
 
-    def run(self, x_BC: Tensor, operand: ExchangeOperand, counts: tuple[int, ...]) -> Tensor:
-        """Returns this rank's rows [T, C] of the sum over ranks of x [B, C]. counts: rows of each rank."""
-        return all_reduce([given for (given,) in operand.peers.trade(operand.slot, _by_rank(x_BC, counts))])
+    def run(
+        self, x_BC: Tensor, operand: ExchangeOperand, counts: tuple[int, ...], *, other_TD: Tensor | None = None
+    ) -> Tensor:
+        """Returns this rank's rows [T, C] of the sum over ranks of x [B, C], plus other, rounded again. counts: rows of
+        each rank."""
+        y_TC = all_reduce([given for (given,) in operand.peers.trade(operand.slot, _by_rank(x_BC, counts))])
+        return _with_other(y_TC, other_TD)
 
 
 class AllToAll(ExchangeKernel):
@@ -106,13 +120,27 @@ class RoutedDispatch(ExchangeKernel):
 class RoutedCombine(ExchangeKernel):
     """The sums of rows that were dispatched, back where they came from."""
 
-    def run(self, x_SC: Tensor, operand: ExchangeOperand, counts: tuple[int, ...], goes_NT: Tensor) -> Tensor:
-        """Returns the sum over ranks [T, C] of this rank's rows; a rank that a row did not go to has zeros for it.
+    def run(
+        self,
+        x_SC: Tensor,
+        operand: ExchangeOperand,
+        counts: tuple[int, ...],
+        goes_NT: Tensor,
+        other_TC: Tensor | None = None,
+    ) -> Tensor:
+        """Returns the sum over ranks [T, C] of this rank's rows, plus other, rounded again; a rank that a row did not
+        go to has zeros for it.
 
         x [S, C], counts: of what came to this rank. goes: as this rank's rows were sent.
         """
         parts = operand.peers.trade(operand.slot, _by_rank(x_SC, counts))
-        return all_reduce([_spread(part, goes_T) for (part,), goes_T in zip(parts, goes_NT, strict=True)])
+        total_TC = all_reduce([_spread(part, goes_T) for (part,), goes_T in zip(parts, goes_NT, strict=True)])
+        return _with_other(total_TC, other_TC)
+
+
+def _with_other(y_TC: Tensor, other_TC: Tensor | None) -> Tensor:
+    """Adds what is there to rounded sums, and rounds again."""
+    return y_TC if other_TC is None else (y_TC.to(sum_dtype(y_TC)) + other_TC).to(y_TC.dtype)
 
 
 def _by_rank(x_BC: Tensor, counts: Sequence[int]) -> list[tuple[Tensor]]:

@@ -12,7 +12,7 @@ _WHY = {
     OpKind.COMBINE: "every rank gives every other its sums of that one's rows; each adds them in the order of ranks",
 }
 
-SPECS = tuple(
+_REFERENCES = tuple(
     KernelSpec(
         f"ref.{kind}",
         kind,
@@ -42,4 +42,37 @@ PUSHED = KernelSpec(
     launches=(r"\bexchange_rows\b",),
     evidence=Evidence("exchange.ref:all_reduce", "tests/interpret/test_exchange_kernel.py", "python bench/exchange.py"),
 )
-"""Not among ``SPECS``, which plans choose from, until it has run on two GPUs."""
+PUSHED_GATHER = KernelSpec(
+    "triton.gather",
+    OpKind.GATHER,
+    (),
+    "Exchange",
+    "row_major",
+    "pushed to every other rank and awaited, in one launch; all ranks have as many rows",
+    "exchange.gather:PUSHED_GATHER",
+    min_sm=90,
+    is_batch_invariant=True,
+    packages=("triton",),
+    launches=(r"\b(gather|place)_rows\b",),
+    evidence=Evidence("exchange.ref:all_gather", "tests/interpret/test_gather_kernel.py", "python bench/exchange.py"),
+)
+PUSHED_SCATTER = KernelSpec(
+    "triton.scatter",
+    OpKind.SCATTER,
+    (),
+    "Exchange",
+    "row_major",
+    "rows pushed to their rank, awaited and added in the order of ranks, in one launch; all ranks have as many rows",
+    "exchange.scatter:PUSHED_SCATTER",
+    min_sm=90,
+    activations=("bfloat16",),
+    is_batch_invariant=True,
+    packages=("triton",),
+    launches=(r"\bscatter_rows\b",),
+    evidence=Evidence(
+        "exchange.ref:reduce_scatter", "tests/interpret/test_scatter_kernel.py", "python bench/exchange.py"
+    ),
+)
+
+SPECS = (*_REFERENCES, PUSHED, PUSHED_GATHER, PUSHED_SCATTER)
+"""Plans choose the references, which come first: the others have not run on two GPUs, and need windows."""

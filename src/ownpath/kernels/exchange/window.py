@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ownpath.kernels.exchange.layout import WindowLayout
+from ownpath.kernels.exchange.layout import SHARE_MULTIPLE, WindowLayout
 from ownpath.ranks.peers import PeerLost
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -32,11 +32,15 @@ class Window:
         """Returns a reader's arguments for an exchange of so many elements: window, peers, record, share and the
         inbox's pitch. Errors: ValueError for more elements than fit, or not a multiple of 128."""
         layout = self.layout
-        if num_elements > layout.max_elements:
-            raise ValueError(f"{num_elements} elements do not fit a window of {layout.max_elements}")
-        if num_elements % 128:
-            raise ValueError(f"elements must be a multiple of 128, found {num_elements}")
+        self.require_room(num_elements)
+        if num_elements % SHARE_MULTIPLE:
+            raise ValueError(f"elements must be a multiple of {SHARE_MULTIPLE}, found {num_elements}")
         return self.words, self.peers, self.record, layout.share(num_elements), layout.max_elements
+
+    def require_room(self, num_elements: int) -> None:
+        """Checks that so many elements of a rank fit its place in an inbox. Errors: ValueError."""
+        if num_elements > self.layout.max_elements:
+            raise ValueError(f"{num_elements} elements do not fit a window of {self.layout.max_elements}")
 
     def constants(self) -> dict[str, Any]:
         """Returns what is known at compile time."""
