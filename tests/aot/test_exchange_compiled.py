@@ -62,6 +62,33 @@ def test_rows_move_sixteen_bytes_at_a_time(compiled: dict[tuple[int, int, int], 
             assert one.ptx.count("st.global.v4.b32") >= size + 1
 
 
+@pytest.fixture(scope="module")
+def tagged(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
+    """Sums of few rows by tagged words: 2 ranks, 1 and 16 tokens, 8 ranks; one for Blackwell."""
+    folder, found = tmp_path_factory.mktemp("tagged"), []
+    for size, num_tokens, sm in ((2, 1, 90), (2, 16, 90), (8, 16, 90), (2, 1, 100)):
+        window = virtual_windows(WindowLayout(size, 64 * 4096), CPU)[1]
+        part = torch.zeros(num_tokens, 4096, dtype=torch.bfloat16)
+        with recorded_launches() as launches, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(exchange, "launch", lambda f, grid, args, options, moving: f[grid](*args, **options))
+            exchange.start_tagged(window, part, None, part)
+        found.append(compile_launch(launches[0], sm, folder))
+    return found
+
+
+def test_a_tagged_word_is_one_store_and_one_load(tagged: list[Compiled]) -> None:
+    """64 bits or two words in one access; nothing is released or acquired, and the epoch is written behind a barrier."""
+    for one in tagged:
+        assert one.stack_bytes == 0
+        assert one.registers <= 168
+        assert "release" not in one.ptx
+        assert "acquire" not in one.ptx
+        assert "st.global.v2.b64" in one.ptx
+        assert "ld.volatile.global.v2.b64" in one.ptx
+        last = one.ptx.rindex("st.global.b32")
+        assert one.ptx.rindex("bar", 0, last) > one.ptx.rindex("ld.volatile.global")
+
+
 def launch_of(start: Callable[..., object], *args: Any) -> Launch:
     """The launch that a function of rows makes for rank 1."""
     window = virtual_windows(WindowLayout(args[0], 512 * 4096, row_elements=512 * 4224), CPU)[1]

@@ -2,6 +2,7 @@
 order that the protocol allows."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -14,7 +15,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 from ownpath.conformance.call import tensors_of
 from ownpath.conformance.operations import make_inputs
 from ownpath.kernels.cases import KernelCase
-from ownpath.kernels.exchange.launch import PUSHED_REDUCE, start_exchange
+from ownpath.kernels.exchange.launch import PUSHED_REDUCE, start_exchange, start_tagged
 from ownpath.kernels.exchange.layout import WindowLayout
 from ownpath.kernels.exchange.ref import all_reduce
 from ownpath.kernels.exchange.window import Window, virtual_windows
@@ -32,6 +33,7 @@ class Run:
     windows: list[Window]
     parts: list[list[torch.Tensor]]
     others: list[list[torch.Tensor | None]] | None = None
+    start: Callable[..., object] = start_exchange
     outs: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
     def do(self, event: Event) -> None:
@@ -39,7 +41,7 @@ class Run:
         part = self.parts[step][rank]
         other = None if self.others is None else self.others[step][rank]
         out = torch.full_like(part, 7)
-        start_exchange(self.windows[rank], part, other, out, pushes=what == "push", sums=what == "sum")
+        self.start(self.windows[rank], part, other, out, pushes=what == "push", sums=what == "sum")
         if what == "sum":
             self.outs[rank, step] = out
 
@@ -60,6 +62,7 @@ def parts_of(size: int, shapes: list[tuple[int, int]]) -> list[list[torch.Tensor
     return [[one(shape) for _ in range(size)] for shape in shapes]
 
 
+FORMS = pytest.mark.parametrize("start", [start_exchange, start_tagged])
 BOTH = (("push", 0, 0), ("push", 1, 0))
 
 
@@ -71,43 +74,49 @@ def test_the_orders_are_all() -> None:
     assert len(set(orders(2, 2))) == len(list(orders(2, 2))) > 16
 
 
+@FORMS
 @pytest.mark.parametrize(("size", "shapes"), [(2, [(2, 128), (1, 128)]), (3, [(1, 384)])])
-def test_every_order_gives_the_same_sums(size: int, shapes: list[tuple[int, int]]) -> None:
+def test_every_order_gives_the_same_sums(
+    size: int, shapes: list[tuple[int, int]], start: Callable[..., object]
+) -> None:
     """Sizes change between exchanges; the epoch wraps. Of three ranks' orders every fifth."""
     layout, parts = WindowLayout(size, 384, num_programs=1), parts_of(size, shapes)
     for order in islice(orders(size, len(shapes)), 0, None, 1 if size == 2 else 5):
-        run = Run(virtual_windows(layout, CPU, epoch=-1 if size == 2 else 2**31 - 1), parts)
+        run = Run(virtual_windows(layout, CPU, epoch=-1 if size == 2 else 2**31 - 1), parts, start=start)
         for event in order:
             run.do(event)
         run.check()
         assert all(window.lost() is None for window in run.windows)
 
 
-def test_programs_share_the_rows() -> None:
+@FORMS
+def test_programs_share_the_rows(start: Callable[..., object]) -> None:
     """Of three, one has no rows, then two, then none; the epochs of all go on."""
     layout, parts = WindowLayout(2, 384, num_programs=3), parts_of(2, [(2, 128), (1, 128), (3, 128)])
-    run = Run(virtual_windows(layout, CPU), parts)
+    run = Run(virtual_windows(layout, CPU), parts, start=start)
     for event in next(orders(2, 3)):
         run.do(event)
     run.check()
     assert all(run.windows[0].words[: layout.abort_at] == 3)
 
 
-def test_eight_ranks_add_in_their_order() -> None:
+@FORMS
+def test_eight_ranks_add_in_their_order(start: Callable[..., object]) -> None:
     layout, parts = WindowLayout(8, 128, num_programs=1), parts_of(8, [(1, 128)])
     parts[0][4] = -parts[0][0] * 2**20
     parts[0][0] = -parts[0][4]
-    run = Run(virtual_windows(layout, CPU), parts)
+    run = Run(virtual_windows(layout, CPU), parts, start=start)
     for event in [(what, rank, 0) for what in ("push", "sum") for rank in range(8)]:
         run.do(event)
     run.check()
     assert not torch.equal(all_reduce(parts[0]), all_reduce(parts[0][::-1])), "the order would not show"
 
 
-def test_a_part_may_have_two_parts() -> None:
+@FORMS
+def test_a_part_may_have_two_parts(start: Callable[..., object]) -> None:
     layout, parts, others = WindowLayout(2, 256, num_programs=1), parts_of(2, [(2, 128)]), parts_of(2, [(2, 128)])
     others[0].reverse()
-    run = Run(virtual_windows(layout, CPU), parts, others)
+    run = Run(virtual_windows(layout, CPU), parts, others, start=start)
     for event in [(what, rank, 0) for what in ("push", "sum") for rank in range(2)]:
         run.do(event)
     stored = [part + other for part, other in zip(parts[0], others[0], strict=True)]
@@ -122,10 +131,11 @@ def test_one_rank_in_one_launch_gives_its_own() -> None:
     assert torch.equal(out, part)
 
 
-def test_a_wait_for_a_lost_rank_ends() -> None:
+@FORMS
+def test_a_wait_for_a_lost_rank_ends(start: Callable[..., object]) -> None:
     """Rank 1 pushes nothing: rank 0's and 2's waits end, name it, tell it, and give NaN; nobody pushes any more."""
     layout, parts = WindowLayout(3, 128, num_programs=1), parts_of(3, [(1, 128), (1, 128)])
-    run = Run(virtual_windows(layout, CPU), parts)
+    run = Run(virtual_windows(layout, CPU), parts, start=start)
     for window in run.windows:
         window.set_limit(20)
     for event in (("push", 0, 0), ("push", 2, 0), ("sum", 0, 0)):
@@ -174,10 +184,11 @@ def test_who_misses_several_waits_longer(monkeypatch: pytest.MonkeyPatch) -> Non
     assert several - one == 2 * 64 // 16
 
 
-def test_nothing_is_used_once_a_rank_is_lost() -> None:
+@FORMS
+def test_nothing_is_used_once_a_rank_is_lost(start: Callable[..., object]) -> None:
     """Not even rows that have come: another rank has given up."""
     layout, parts = WindowLayout(2, 128, num_programs=1), parts_of(2, [(1, 128)])
-    run = Run(virtual_windows(layout, CPU), parts)
+    run = Run(virtual_windows(layout, CPU), parts, start=start)
     for rank in range(2):
         run.do(("push", rank, 0))
     run.windows[0].words[layout.abort_at] = 2
@@ -262,7 +273,7 @@ def test_a_boundary_pushes_its_part_itself() -> None:
     windows = virtual_windows(layout, CPU)
     windows[0].set_limit(4)
     HYPER_BOUNDARY.run(x_TSD, y_TD, mix, HYPER_BOUNDARY.prepare(weights, windows[0]))
-    inbox = windows[1].words[layout.inbox_at :].view(torch.bfloat16).view(2, 2, 128)
+    inbox = windows[1].words[layout.inbox_at : layout.rows_at].view(torch.bfloat16).view(2, 2, 128)
     assert torch.equal(inbox[1, 0], y_TD[0])
     assert windows[0].lost() == (1, (1,))
 

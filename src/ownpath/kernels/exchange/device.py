@@ -10,7 +10,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _clock_us(polls, INTERPRETED: tl.constexpr):
+def clock_us(polls, INTERPRETED: tl.constexpr):
     """Returns microseconds; the interpreter, which has no clock, counts polls."""
     if INTERPRETED:
         return polls
@@ -99,24 +99,24 @@ def await_rows(
     polls, lost = 0, look(cell)
     missing = _missing(window_ptr, epoch, programs, RANKS, LANES, PROGRAMS)
     if (missing != 0) & (lost == 0):
-        limit, start = tl.load(window_ptr + ABORT_AT + 1), _clock_us(polls, INTERPRETED)
+        limit, start = tl.load(window_ptr + ABORT_AT + 1), clock_us(polls, INTERPRETED)
         while (missing != 0) & (lost == 0):
             polls += 1
             missing = _missing(window_ptr, epoch, programs, RANKS, LANES, PROGRAMS)
             if (missing != 0) & (polls % LOOKS == 0):
                 is_one = (missing & (missing - 1)) == 0
                 longest = tl.where(is_one, limit, limit + limit // 16)
-                is_over = _clock_us(polls, INTERPRETED) - start > longest
+                is_over = clock_us(polls, INTERPRETED) - start > longest
                 # Threads' clocks differ. The atomic takes one thread's word for it, and tells all.
                 lost = tl.atomic_or(cell, tl.where(is_over, missing, 0), sem="relaxed", scope="sys")
         # The atomic returned what was there before: who sets the cell sees it at the next look.
     if lost != 0:
-        _tell(peers_ptr, record_ptr, epoch, lost, RANKS, LANES, ABORT_AT)
+        tell(peers_ptr, record_ptr, epoch, lost, RANKS, LANES, ABORT_AT)
     return lost == 0
 
 
 @triton.jit
-def _tell(peers_ptr, record_ptr, epoch, lost, RANKS: tl.constexpr, LANES: tl.constexpr, ABORT_AT: tl.constexpr):
+def tell(peers_ptr, record_ptr, epoch, lost, RANKS: tl.constexpr, LANES: tl.constexpr, ABORT_AT: tl.constexpr):
     """Sets all abort cells, and writes {epoch, ranks} for the host in one store, which cannot be torn."""
     to = tl.arange(0, LANES)
     windows = tl.load(peers_ptr + to, mask=to < RANKS, other=0).to(tl.pointer_type(tl.int32))

@@ -22,11 +22,12 @@ from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
 from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.exchange.pushed import exchange_rows
+from ownpath.kernels.exchange.tagged import exchange_words
 from ownpath.kernels.exchange.window import INTERPRETED, Window
 from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.variants import variant_name
 
-MAX_BLOCK = 2048
+MAX_BLOCK, MAX_TAGGED_BLOCK = 2048, 512
 
 PushKey = tuple[torch.Size, bool]
 """Shape of x, and whether there is a second part."""
@@ -45,7 +46,7 @@ def start_exchange(
     window: Window, x_TD: Tensor, other_TD: Tensor | None, out_TD: Tensor, pushes: bool, sums: bool
 ) -> TritonCall | None:
     """Launches, and returns the prepared launch. pushes, sums: both of its parts in one launch, or one of them, where
-    another kernel does the other. Later calls move x, other and out."""
+    another kernel does the other, a sum by tiles for example. Later calls move x, other and out."""
     share = window.layout.share(x_TD.numel())
     block = min(MAX_BLOCK, int(triton.next_power_of_2(share)))
     words, peers, record, *sizes = window.arguments(x_TD.numel())
@@ -64,6 +65,31 @@ def start_exchange(
     return launch(exchange_rows, grid, arguments, options | window.constants(), moving=(0, 1, 2))
 
 
+def start_tagged(
+    window: Window, x_TD: Tensor, other_TD: Tensor | None, out_TD: Tensor, pushes: bool = True, sums: bool = True
+) -> TritonCall | None:
+    """Launches the exchange by tagged words, of at most ``WindowLayout.tagged_elements``; as ``start_exchange``."""
+    layout = window.layout
+    share = layout.share(x_TD.numel()) // 2
+    block = min(MAX_TAGGED_BLOCK, int(triton.next_power_of_2(share)))
+    words, peers, record, *_ = window.arguments(x_TD.numel())
+    parts = (x_TD, x_TD if other_TD is None else other_TD, out_TD)
+    tensors = *(part.view(torch.int32) for part in parts), words, peers, record
+    options = {
+        "HAS_OTHER": other_TD is not None,
+        "PUSHES": pushes,
+        "SUMS": sums,
+        "BLOCK": block,
+        "PDL": not INTERPRETED,
+        "TAGS_AT": layout.tags_at,
+        "num_warps": max(1, block // 128),
+        "launch_pdl": not INTERPRETED,
+    }
+    constants = {name: value for name, value in window.constants().items() if name != "INBOX_AT"}
+    arguments = *tensors, window.rank, x_TD.numel() // 2, share, layout.tagged_elements // 2
+    return launch(exchange_words, (layout.num_programs,), arguments, options | constants, moving=(0, 1, 2))
+
+
 class PushedReduce:
     """The ranks' parts, added in the order of ranks in float32 and rounded once. Every rank calls it in the same order
     with as many rows."""
@@ -78,7 +104,10 @@ class PushedReduce:
 
     def variant(self, x_TD: Tensor, operand: PushedOperand) -> str:
         """Returns the variant's name, which depends on the number of elements."""
-        share = operand.window.layout.share(x_TD.numel())
+        layout = operand.window.layout
+        share = layout.share(x_TD.numel())
+        if x_TD.numel() <= layout.tagged_elements:
+            return variant_name("tagged", block=min(MAX_TAGGED_BLOCK, int(triton.next_power_of_2(share // 2))))
         return variant_name("pushed", block=min(MAX_BLOCK, int(triton.next_power_of_2(share))))
 
     def run(
@@ -94,7 +123,9 @@ class PushedReduce:
         out = self._checked(x_TD, operand, other_TD, out, None if prepared is None else prepared[1])
         with operand.lock:
             if prepared is None:
-                call = start_exchange(operand.window, x_TD, other_TD, out, pushes=True, sums=True)
+                is_tagged = x_TD.numel() <= operand.window.layout.tagged_elements
+                start = start_tagged if is_tagged else start_exchange
+                call = start(operand.window, x_TD, other_TD, out, pushes=True, sums=True)
                 if call is not None:
                     empty = EmptyOutput(x_TD.shape, torch.bfloat16, x_TD.get_device())
                     operand.launches.add(key, (call, empty))

@@ -3,7 +3,8 @@
 A window is int32 words: flags [N, P], one for each pushing program of each rank; epochs [P], this rank's, and written
 by nobody else; the abort cell, bits of the ranks that somebody has named as lost; the limit of a wait in microseconds.
 Behind them is the inbox, bfloat16 [2, N, elements]: what each rank has pushed, in two buffers that exchanges take in
-turn. Behind that are the rows: where tensors of all ranks' rows lie as kernels read them, at addresses that stay.
+turn. Behind that are the rows: where tensors of all ranks' rows lie as kernels read them, at addresses that stay. Last
+are tagged words [2, N, words] of 64 bits, an inbox for sums of few rows, which ``tagged`` explains.
 
 The protocol, which ``tests/support/exchange_model.py`` goes through in every order of its steps:
   1. Push. Program p counts its epoch up, stores its share of the rows into buffer ``epoch % 2`` of every inbox, its own
@@ -29,6 +30,8 @@ from dataclasses import dataclass
 MAX_RANKS = 8
 NUM_PROGRAMS = 128
 """Pushing programs: no more than an H200 has SMs (132), so that all run at once, and enough to fill a link."""
+TAGGED_ELEMENTS = 1 << 16
+"""The most elements of a sum whose words have tags (``tagged``), if an exchange may be as large: 16 tokens of 4,096."""
 SHARE_MULTIPLE = 128
 """A share of rows is a multiple of it: no slice of channels that a boundary's program reads lies in two shares."""
 _LINE_WORDS = 32
@@ -80,9 +83,19 @@ class WindowLayout:
         return self.inbox_at + self.size * self.max_elements  # two buffers of half words
 
     @property
+    def tags_at(self) -> int:
+        """The word at which the tagged words begin."""
+        return self.rows_at + self.size * self.row_elements // 2
+
+    @property
+    def tagged_elements(self) -> int:
+        """The most elements of a sum by tagged words."""
+        return min(self.max_elements, TAGGED_ELEMENTS)
+
+    @property
     def num_words(self) -> int:
         """Words of a window."""
-        return self.rows_at + self.size * self.row_elements // 2
+        return self.tags_at + 2 * self.size * self.tagged_elements  # two buffers, two elements in two words
 
     def share(self, num_elements: int) -> int:
         """Returns how many elements each pushing program has; the last ones may have fewer or none."""

@@ -87,6 +87,7 @@ def start_words(words: Tensor, layout: WindowLayout, epoch: int = 0) -> None:
     words[: layout.inbox_at] = 0
     words[: layout.abort_at] = epoch
     words[layout.limit_at] = START_LIMIT_US
+    words[layout.tags_at + 1 :: 2] = epoch  # of tagged words; the next exchange has another
 
 
 def virtual_windows(layout: WindowLayout, device: torch.device, epoch: int = 0) -> list[Window]:
