@@ -77,7 +77,7 @@ def tagged(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
 
 
 def test_a_tagged_word_is_one_store_and_one_load(tagged: list[Compiled]) -> None:
-    """64 bits or two words in one access; nothing is released or acquired, and the epoch is written behind a barrier."""
+    """64 bits, or two words in one; nothing is released or acquired, and the epoch is written behind a barrier."""
     for one in tagged:
         assert one.stack_bytes == 0
         assert one.registers <= 168

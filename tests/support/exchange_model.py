@@ -93,7 +93,10 @@ class Wrong(Exception):
 @dataclass(frozen=True)
 class Search:
     """size: ranks. steps: exchanges. empty: a rank that has no rows. dies, late: a rank that may die, or be waited for
-    in vain although it lives. in_place: exchanges whose rows have one place of their own, in place of the buffers."""
+    in vain although it lives. in_place: exchanges whose rows have one place of their own, in place of the buffers.
+    tagged: exchanges whose rows say their epoch themselves, and are what is waited for. Their flags, which nobody reads,
+    are left out.
+    """
 
     size: int
     steps: int
@@ -102,6 +105,7 @@ class Search:
     dies: int | None = None
     late: int | None = None
     in_place: frozenset[int] = frozenset()
+    tagged: frozenset[int] = frozenset()
 
     def start(self) -> State:
         """Returns the state before the first exchange."""
@@ -195,10 +199,15 @@ class Search:
         for to in range(self.size):
             if me != self.empty:
                 yield Store("row", me, 2 * step, self.place(to, me, step), step)
-            yield Store("flag", me, 2 * step + 1, to * self.size + me, self.epoch(step))
+            if step not in self.tagged:
+                yield Store("flag", me, 2 * step + 1, to * self.size + me, self.epoch(step))
 
     def _missing(self, state: State, me: int) -> list[int]:
-        want = self.epoch(state.ranks[me].step)
+        step = state.ranks[me].step
+        want = self.epoch(step)
+        if step in self.tagged:
+            rows = [state.rows[self.place(me, source, step)] for source in range(self.size)]
+            return [source for source, row in enumerate(rows) if row == EMPTY or self.epoch(row) != want]
         flags = state.flags[me * self.size : (me + 1) * self.size]
         if self.protocol.wraps and not self.protocol.resets:
             return [source for source, flag in enumerate(flags) if (flag - want) % WRAP >= WRAP // 2]
@@ -223,7 +232,7 @@ class Search:
         arrive within the limit, and so does what a rank that has not given up still sends."""
         if missing == [self.late]:
             return True
-        arrives = {store.source for store in state.flight if store.kind != "row"}
+        arrives = {store.source for store in state.flight if store.kind != "row" or store.number // 2 in self.tagged}
         gone = {source for source, rank in enumerate(state.ranks) if not rank.alive or rank.step == self.steps}
         if not gone & set(missing) or arrives & set(missing) or not self._is_stuck(state):
             return False
@@ -240,7 +249,8 @@ class Search:
 
     def _is_stuck(self, state: State) -> bool:
         """Returns True if every living rank waits for a flag, and none is on its way: then time passes."""
-        if any(store.kind == "flag" for store in state.flight):
+        kinds = [(store.kind, store.number // 2 in self.tagged) for store in state.flight]
+        if any(kind == "flag" or (kind == "row" and is_tagged) for kind, is_tagged in kinds):
             return False
         for me, rank in enumerate(state.ranks):
             is_waiting = rank.sent and not rank.waited and bool(self._missing(state, me))

@@ -25,10 +25,16 @@ DEATH_OF_THREE = Search(3, 2, dies=1)
         (replace(TWO, steps=7, in_place=frozenset({0, 2, 5})), 1000),
         (replace(LATE, in_place=frozenset({0, 2})), 10000),
         (Search(3, 2, in_place=frozenset({0})), 1000),
+        (Search(2, 2 * 8, tagged=frozenset(range(1, 16))), 2000),
+        (replace(TWO, steps=7, tagged=frozenset({0, 2, 3, 6}), in_place=frozenset({1, 4})), 1000),
+        (replace(DEATH, tagged=frozenset({0, 1, 3})), 2000),
+        (replace(LATE, steps=3, tagged=frozenset({1, 2})), 2000),
+        (replace(DEATH_OF_THREE, tagged=frozenset({0, 1})), 10000),
     ],
     ids=[
         *("two", "no rows", "a death", "the first dies", "late", "three", "a death among three"),
         *("rows in place", "rows in place, late", "rows of three in place"),
+        *("tags", "tags and flags in turn", "tags, a death", "tags, late", "tags, a death among three"),
     ],
 )
 def test_no_order_of_steps_is_wrong(search: Search, at_least: int) -> None:
@@ -70,6 +76,11 @@ def test_rows_in_place_twice_running_are_overwritten_unread() -> None:
     """The exchange between is what says that all have read them."""
     with pytest.raises(Wrong, match=READS):
         replace(TWO, in_place=frozenset({1, 2})).run()
+
+
+def test_tagged_rows_in_one_buffer_are_overwritten_unread() -> None:
+    with pytest.raises(Wrong, match="reads rank|hangs"):
+        replace(TWO, tagged=frozenset(range(4)), protocol=Protocol(buffers=1)).run()
 
 
 def test_every_part_of_the_protocol_has_its_mistake() -> None:

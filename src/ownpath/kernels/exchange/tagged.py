@@ -1,8 +1,8 @@
 """Device code of a sum over ranks of few rows in one launch, whose words say themselves of which exchange they are.
 
-A word is 64 bits, stored at once: two elements, and the epoch. A reader polls the words that it adds, until all have its
-epoch, so that nothing is ordered by a release: a trip over the link is all that it takes, for twice the bytes. Nothing
-is cleared, as an epoch comes once.
+A word is 64 bits, stored at once: two elements, and the epoch. A reader polls the words that it adds, until all have
+its epoch, so that nothing is ordered by a release: a trip over the link is all that it takes, for twice the bytes.
+Nothing is cleared, as an epoch comes once.
 
 A program's epoch is read by its threads at the start and counted up at the end. Two buffers are enough by the argument
 of ``layout``: program 0 has rows in every exchange, waits for all ranks' words, and ends before its rank pushes again.
