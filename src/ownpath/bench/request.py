@@ -26,7 +26,10 @@ class StepOptions:
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """shapes, tokens, contenders: empty or ``None`` for a bench's own. libraries: other systems' files, by system."""
+    """shapes, tokens, contenders: empty or ``None`` for a bench's own. libraries: other systems' files, by system.
+
+    ranks: of ``bench parallel``, which it starts; ``None``: a rank for each GPU. command_line: which they run.
+    """
 
     settings: Settings
     shapes: Sequence[str] = ()
@@ -34,6 +37,8 @@ class BenchRequest:
     contenders: str | None = None
     libraries: Mapping[str, Path] = field(default_factory=dict)
     step: StepOptions = field(default_factory=StepOptions)
+    ranks: int | None = None
+    command_line: Sequence[str] = ()
 
     def library(self, system: str) -> Path | None:
         """Returns a system's library: as asked for, or by ``OWNPATH_BENCH_<SYSTEM>``; ``None`` if neither says."""

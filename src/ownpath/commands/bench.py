@@ -1,6 +1,7 @@
 """Measure kernels beside other systems' kernels, or a whole decode step; or tune a kernel family's table."""
 
 import argparse
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING
 from ownpath.bench.benches import BENCHES
 from ownpath.commands.arguments import device_here, file_to_write, number, whole_number
 from ownpath.commands.start import starting
+from ownpath.ranks.started import is_rank
 from ownpath.terminal.console import show
 from ownpath.terminal.progress import Progress
 
@@ -60,6 +62,9 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     parser.add_argument("--plot", type=file_to_write, metavar="FILE", help="write a PNG (needs the extra 'bench')")
     parser.add_argument("--commit", default="unknown", metavar="ID", help="recorded with every row")
     _add_step_options(parser.add_argument_group("bench step"))
+    parser.add_argument_group("bench parallel").add_argument(
+        "--ranks", type=whole_number(2), metavar="N", help="GPUs, a process each (default: all; under torchrun its)"
+    )
     return parser
 
 
@@ -92,10 +97,14 @@ def run(args: argparse.Namespace) -> int:
     if args.tune is not None:
         return _tune(args)
     _check_names(args)
-    with starting(args.device):
+    with starting(_device(args)):
         asked = _asked(args)
         measured = BENCHES[args.bench].load()
         from ownpath.bench.table import table_page
+    if _is_follower(args):
+        for _ in measured(asked):
+            pass
+        return 0
     rows: list[Row] = []
     keep = _keeper(args, asked.settings)
     with Progress("measuring") as progress:
@@ -111,6 +120,17 @@ def run(args: argparse.Namespace) -> int:
     return 0 if all(row.status in ("ok", "not applicable") for row in rows if not row.is_peer) else 1
 
 
+def _device(args: argparse.Namespace) -> str:
+    """Returns this process's device: of several ranks each has the one of its number."""
+    is_numbered = args.bench == "parallel" and args.device == "cuda" and is_rank(os.environ)
+    return f"cuda:{os.environ['LOCAL_RANK']}" if is_numbered else str(args.device)
+
+
+def _is_follower(args: argparse.Namespace) -> bool:
+    """Returns True in a rank that measures with the first one, which shows the rows."""
+    return args.bench == "parallel" and is_rank(os.environ) and os.environ["RANK"] != "0"
+
+
 def _check_names(args: argparse.Namespace) -> None:
     """Looks names up before anything heavy is imported. Errors: ValueError for a shape that is unknown, or an option of
     another bench."""
@@ -119,6 +139,8 @@ def _check_names(args: argparse.Namespace) -> None:
     for name in _STEP_OPTIONS:
         if getattr(args, name) is not None and args.bench != "step":
             raise ValueError(f"--{name.replace('_', '-')}: an option of bench step")
+    if args.ranks is not None and args.bench != "parallel":
+        raise ValueError("--ranks: an option of bench parallel")
 
 
 def _asked(args: argparse.Namespace) -> "BenchRequest":
@@ -126,8 +148,10 @@ def _asked(args: argparse.Namespace) -> "BenchRequest":
     from ownpath.bench.request import BenchRequest, StepOptions
 
     given = {name: value for name in _STEP_OPTIONS if (value := getattr(args, name)) is not None}
-    settings = Settings.of(args.device, args.seed, args.seconds)
-    return BenchRequest(settings, args.shape, args.tokens, args.contenders, dict(args.library), StepOptions(**given))
+    settings = Settings.of(_device(args), args.seed, args.seconds)
+    libraries, options = dict(args.library), StepOptions(**given)
+    shared = (settings, args.shape, args.tokens, args.contenders, libraries, options)
+    return BenchRequest(*shared, args.ranks, args.command_line)
 
 
 def _counts(text: str) -> tuple[int, ...]:
@@ -183,7 +207,7 @@ def _command(args: argparse.Namespace) -> str:
     words = ["ownpath", "bench", args.bench] if args.tune is None else ["ownpath", "bench", "--tune", args.tune]
     for shape in args.shape:
         words += ["--shape", shape]
-    for option in ("tokens", "contenders", "device", "seed", "seconds", *_STEP_OPTIONS):
+    for option in ("tokens", "contenders", "device", "seed", "seconds", *_STEP_OPTIONS, "ranks"):
         value = getattr(args, option)
         if value is not None:
             words.append(f"--{option.replace('_', '-')}")

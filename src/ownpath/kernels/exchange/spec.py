@@ -40,7 +40,7 @@ PUSHED = KernelSpec(
     is_batch_invariant=True,
     packages=("triton",),
     launches=(r"\bexchange_rows\b",),
-    evidence=Evidence("exchange.ref:all_reduce", "tests/interpret/test_exchange_kernel.py", "python bench/exchange.py"),
+    evidence=Evidence("exchange.ref:all_reduce", "tests/interpret/test_exchange_kernel.py", "ownpath bench parallel"),
 )
 PUSHED_GATHER = KernelSpec(
     "triton.gather",
@@ -54,7 +54,7 @@ PUSHED_GATHER = KernelSpec(
     is_batch_invariant=True,
     packages=("triton",),
     launches=(r"\b(gather|place)_rows\b",),
-    evidence=Evidence("exchange.ref:all_gather", "tests/interpret/test_gather_kernel.py", "python bench/exchange.py"),
+    evidence=Evidence("exchange.ref:all_gather", "tests/interpret/test_gather_kernel.py", "ownpath bench parallel"),
 )
 PUSHED_SCATTER = KernelSpec(
     "triton.scatter",
@@ -70,7 +70,7 @@ PUSHED_SCATTER = KernelSpec(
     packages=("triton",),
     launches=(r"\bscatter_rows\b",),
     evidence=Evidence(
-        "exchange.ref:reduce_scatter", "tests/interpret/test_scatter_kernel.py", "python bench/exchange.py"
+        "exchange.ref:reduce_scatter", "tests/interpret/test_scatter_kernel.py", "ownpath bench parallel"
     ),
 )
 
