@@ -2,10 +2,12 @@
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +15,7 @@ from ownpath.assembly import load_part
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.config import EngineConfig, ModelConfig
 from ownpath.formats import CacheFormat
+from ownpath.kernels.exchange.layout import SHARE_MULTIPLE, WindowLayout
 from ownpath.model.build import ALONE
 from ownpath.model.model import Model
 from ownpath.official import PLAIN, Step
@@ -25,6 +28,12 @@ from ownpath.ranks.peers import Peers
 from ownpath.ranks.start import phase, require_same
 from ownpath.weights.load import find_lossless_casts
 from ownpath.weights.readers import LoadProgress
+
+if TYPE_CHECKING:  # needs triton
+    from ownpath.kernels.exchange.window import Window
+
+WindowOpener = Callable[[WindowLayout], "Window"]
+"""Opens this rank's window; every rank calls it."""
 
 
 def default_model_dir() -> Path:
@@ -121,12 +130,17 @@ def planned_ranks(
 
 
 def load_model(
-    folder: Path, engine_config: EngineConfig, progress: LoadProgress | None = None, peers: Peers | None = None
+    folder: Path,
+    engine_config: EngineConfig,
+    progress: LoadProgress | None = None,
+    peers: Peers | None = None,
+    open_window: "WindowOpener | None" = None,
 ) -> Model:
     """Loads the checkpoint in ``folder`` as its plan says.
 
     progress: called a few times a second with the bytes loaded and their total. peers: the ranks that run the model
-    together, as many as ``engine_config.parallel`` says; each of them loads its part.
+    together, as many as ``engine_config.parallel`` says; each of them loads its part. open_window: opens this rank's,
+    if the plan has kernels that push into the others'; called by all ranks at once.
     Errors: ConfigError, CheckpointError or PlanError (all ValueError), naming the file, field, tensor or op; RankFailed
         with another rank's; RanksDiffer naming a rank that is about to run something else.
     """
@@ -142,9 +156,21 @@ def load_model(
     if peers.size > 1:
         require_same(peers, rank_facts(plan, index))
     with phase(peers, "load"):
-        part = load_part(plan, index, engine_config, progress, peers=peers)
+        is_pushed = open_window is not None and any(one.choice.kernel.is_pushed for one in plan.companions)
+        window = open_window(window_layout(plan, engine_config)) if is_pushed and open_window is not None else None
+        part = load_part(plan, index, engine_config, progress, peers=peers, window=window)
     casts, contradictions = part.weights.lossless_casts, plan.contradictions
     return replace(part.builder.model(), lossless_casts=casts, contradictions=contradictions)
+
+
+def window_layout(plan: Plan, engine_config: EngineConfig) -> WindowLayout:
+    """Returns the layout of windows with room for the sums of any step, and for the logits of a row at least: of more
+    than it has room for, some go at a time."""
+    config, size = plan.config, plan.parallel.size
+    num_rows = engine_config.max_prefill_tokens + engine_config.max_num_seqs
+    logits = 2 * -(-config.vocab_size // size)  # in words of 16 bits
+    most = max(num_rows * config.hidden_size, logits)
+    return WindowLayout(size, -(-most // SHARE_MULTIPLE) * SHARE_MULTIPLE)
 
 
 def lossless_casts(plan: Plan, folder: Path) -> tuple[str, ...]:

@@ -62,14 +62,17 @@ def follow(args: argparse.Namespace, prefix: "PrefixSettings | None") -> NoRetur
 
     0 after a clean end; 2 where a rank could not start, which rank 0 tells; ``RANK_LOST``.
     """
+    from ownpath.commands.rank_start import become_ready, opener_of, rank_decoder, share_number
     from ownpath.commands.session import engine_config_of, model_folder_of
+    from ownpath.engine.decoding_ranks import FollowingDecoder
     from ownpath.engine.following import Follower
     from ownpath.loading import leave_a_core, load_model
-    from ownpath.ranks.control import hear
+    from ownpath.ranks.control import Listener
     from ownpath.ranks.group import join
     from ownpath.ranks.launch import end_with_parent
     from ownpath.ranks.peers import PeerLost
     from ownpath.ranks.start import phase
+    from ownpath.startup import warm_up
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: _end_later())
@@ -79,11 +82,15 @@ def follow(args: argparse.Namespace, prefix: "PrefixSettings | None") -> NoRetur
         with phase(group, "open"):
             leave_a_core(group.size)
         config = engine_config_of(args, args.max_num_seqs, args.num_cache_blocks, group)
-        model = load_model(model_folder_of(args), config, peers=group)
-        follower = Follower(model, 0 if prefix is None else prefix.num_snapshots)
-        with phase(group, "ready"):
-            group.limit_s = args.rank_timeout
-        follower.follow(lambda: hear(group))
+        model = load_model(model_folder_of(args), config, peers=group, open_window=opener_of(config, group))
+        with phase(group, "warm up"):
+            if config.device != "cpu":
+                warm_up(model, config)
+        num_tokens, most = share_number(group), config.max_num_seqs
+        decoder = rank_decoder(model, config, group, lambda: FollowingDecoder(model, most, num_tokens))
+        follower = Follower(model, 0 if prefix is None else prefix.num_snapshots, decoder)
+        become_ready(model, group, args.rank_timeout)
+        follower.follow(Listener(group).hear)
     except PeerLost as error:
         print(f"ownpath: rank {group.rank}: {error}", file=sys.stderr, flush=True)
         os._exit(RANK_LOST)

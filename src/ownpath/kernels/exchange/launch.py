@@ -64,6 +64,12 @@ def start_exchange(
     return launch(exchange_rows, grid, arguments, options | window.constants(), moving=(0, 1, 2))
 
 
+def variant_of(x_TD: Tensor, window: Window) -> str:
+    """Returns the name of what a call launches."""
+    share = window.layout.share(x_TD.numel())
+    return variant_name("pushed", block=min(MAX_BLOCK, int(triton.next_power_of_2(share))))
+
+
 class PushedReduce:
     """The ranks' parts, added in the order of ranks in float32 and rounded once. Every rank calls it in the same order
     with as many rows."""
@@ -78,8 +84,7 @@ class PushedReduce:
 
     def variant(self, x_TD: Tensor, operand: PushedOperand) -> str:
         """Returns the variant's name, which depends on the number of elements."""
-        share = operand.window.layout.share(x_TD.numel())
-        return variant_name("pushed", block=min(MAX_BLOCK, int(triton.next_power_of_2(share))))
+        return variant_of(x_TD, operand.window)
 
     def run(
         self, x_TD: Tensor, operand: PushedOperand, other_TD: Tensor | None = None, *, out: Tensor | None = None

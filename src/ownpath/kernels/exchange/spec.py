@@ -1,5 +1,7 @@
 """Specs of the exchanges between ranks."""
 
+from dataclasses import replace
+
 from ownpath.kernels.spec import Evidence, KernelSpec
 from ownpath.ops import OpKind
 
@@ -36,11 +38,19 @@ PUSHED = KernelSpec(
     "pushed into every rank's inbox, awaited and added in the order of ranks, in one launch",
     "exchange.launch:PUSHED_REDUCE",
     min_sm=90,
+    dim_multiple=128,
     activations=("bfloat16",),
     is_batch_invariant=True,
     packages=("triton",),
     launches=(r"\bexchange_rows\b",),
     evidence=Evidence("exchange.ref:all_reduce", "tests/interpret/test_exchange_kernel.py", "ownpath bench parallel"),
+)
+PART = replace(
+    PUSHED,
+    name="triton.push",
+    why="pushed into every rank's inbox; the boundary behind it waits for all ranks' and adds them",
+    entry="exchange.part:PUSHED_PART",
+    leaves_sum=True,
 )
 PUSHED_GATHER = KernelSpec(
     "triton.gather",
@@ -74,5 +84,4 @@ PUSHED_SCATTER = KernelSpec(
     ),
 )
 
-SPECS = (*_REFERENCES, PUSHED, PUSHED_GATHER, PUSHED_SCATTER)
-"""Plans choose the references, which come first: the others have not run on two GPUs, and need windows."""
+SPECS = (PUSHED, PART, PUSHED_GATHER, PUSHED_SCATTER, *_REFERENCES)
