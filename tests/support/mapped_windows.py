@@ -42,7 +42,7 @@ def mapped_window(layout: WindowLayout, rank: int, folder: Path) -> Window:
 
 
 KEPT = list[torch.Tensor]()
-"""What is mapped."""
+"""The memory that is mapped."""
 
 
 def run_rank(rank: int, size: int, folder: Path) -> None:
