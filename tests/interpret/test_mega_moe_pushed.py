@@ -12,7 +12,7 @@ TESTS = Path(__file__).parents[1]
 
 
 def test_experts_over_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In four forms, with 3 rows and with 1: the bits of exchanges through the host. The epoch wraps."""
+    """In four forms, with 3 rows, then 1: the bits of exchanges through the host. The epoch wraps."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     path = os.pathsep.join((str(TESTS), os.environ.get("PYTHONPATH", "")))
     command = [sys.executable, "-m", "support.mapped_windows", "1", "2", str(tmp_path)]

@@ -42,7 +42,7 @@ def mapped_window(layout: WindowLayout, rank: int, folder: Path) -> Window:
 
 
 KEPT = list[torch.Tensor]()
-"""What is mapped."""
+"""The memory that is mapped."""
 
 
 def run_rank(rank: int, size: int, folder: Path) -> None:
@@ -55,10 +55,10 @@ def run_rank(rank: int, size: int, folder: Path) -> None:
     torch.manual_seed(3)  # the same on all ranks
     stacks = ExpertStacks.draw(NUM_EXPERTS + 1, HIDDEN, WIDTH, torch.device("cpu")).tensors()
     routed, shared = [part[:NUM_EXPERTS] for part in stacks], [part[NUM_EXPERTS:] for part in stacks]
-    for form in FORMS:
+    for form, counts in zip(FORMS, ((3, 1), (2,), (2,), (1,)), strict=True):
         pushed = MegaMoE.cut(routed, LIMIT, peers, shared=shared, **form)
         hosted = MegaMoE.cut(routed, LIMIT, group, shared=shared, **form)
-        for num_tokens in (3, 1):
+        for num_tokens in counts:
             drawn = RoutedTokens.draw(size * num_tokens, HIDDEN, NUM_EXPERTS, TOP_K, torch.device("cpu"))
             drawn.ids[0, 0] = -1
             first = rank * num_tokens if form["attention"] == "data" else 0

@@ -13,6 +13,7 @@ Legend: N ranks, T tokens of a rank, B of all, D hidden, K experts per token, E 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,9 @@ from ownpath.bench.routing import TopkRouting, uniform_routing
 from ownpath.bench.row import Case, Row
 from ownpath.bench.shapes import MoeShape, parallel_shape
 from ownpath.bench.together import LINK_GBPS, Together, TogetherContender, TogetherRound, together
+from ownpath.kernels.dsl.cache import compile_missing
 from ownpath.kernels.exchange.collectives import Collectives
+from ownpath.kernels.nvfp4.moe import nvfp4_moe
 from ownpath.runners import HeldExperts, MegaMoE
 
 LAYER_TOKENS, EXCHANGE_TOKENS = (1, 8, 64, 512, 8192), (1, 8, 64, 512)
@@ -51,6 +54,7 @@ def measured(asked: BenchRequest) -> Iterator[Row]:
             rows = (exchange_rows(ranks, shape.name, count, shape.hidden) for count in exchange_tokens)
             yield from (row for of_size in rows for row in of_size)
             layer = ExpertLayer(ranks, asked, shape)
+            layer.compile(layer_tokens)
             for num_tokens in layer_tokens:
                 yield from layer.rows(num_tokens, wanted)
 
@@ -87,6 +91,15 @@ class ExpertLayer:
         count = self._moe.local.num_experts
         first = self._ranks.rank * count
         return HeldExperts(self._moe.local, range(first, first + count), self._shape.num_experts)
+
+    def compile(self, token_counts: Sequence[int]) -> None:
+        """Compiles ahead what calls of these sizes launch: inside a call, the other ranks would wait for it."""
+        if not self._ranks.on_gpus:
+            return
+        local, shape = self._moe.local, self._shape
+        pairs = [self._ranks.size * num_tokens * shape.top_k for num_tokens in token_counts]
+        configs = [nvfp4_moe.mapped_configs(count, local.operand, shape.num_experts) for count in pairs]
+        compile_missing(chain.from_iterable(configs))
 
     def rows(self, num_tokens: int, wanted: Sequence[str] | None) -> Iterator[Row]:
         """Yields a row for each contender, the experts without an exchange first."""
