@@ -74,7 +74,7 @@ def engine_config_of(
     config = EngineConfig.for_device(device, args.max_model_len)
     config = replace(config, is_batch_invariant=args.batch_invariant, official=args.numerics)
     config = replace(config, reference=frozenset(args.reference), graphs=not args.no_graphs)
-    config = replace(config, cache_format=args.cache_format)
+    config = replace(config, cache_format=args.cache_format, draws_weights=args.random_weights)
     config = replace(config, max_num_seqs=max_num_seqs, num_cache_blocks=num_cache_blocks)
     return config if group is None else replace(config, parallel=parallel_of(args, group.rank))
 
