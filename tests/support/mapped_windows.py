@@ -1,7 +1,7 @@
-"""A rank whose window is a file that other processes map too, as GPUs map each other's memory; kernels are interpreted.
+"""A rank that maps other processes' windows, which are files, as GPUs map each other's memory; kernels are interpreted.
 
-python -m support.mapped_windows RANK SIZE FOLDER: ``MegaMoE`` in four forms, by pushed kernels and through gloo; exits
-0 if the bits are the same.
+python -m support.mapped_windows RANK SIZE FOLDER: ``MegaMoE`` in four forms, and rows that go to all ranks and whose
+columns come back, by pushed kernels and through gloo; exits 0 if the bits are the same.
 """
 
 import os
@@ -18,6 +18,7 @@ from ownpath.conformance.quant_weights import ExpertStacks, RoutedTokens
 from ownpath.kernels.exchange.layout import WindowLayout
 from ownpath.kernels.exchange.window import Window, start_words
 from ownpath.ranks.group import Group
+from ownpath.runners.exchange import GatherRows, Turn
 from ownpath.runners.window import WindowedPeers, expert_layout
 from support import triton_interpreter
 
@@ -66,8 +67,28 @@ def run_rank(rank: int, size: int, folder: Path) -> None:
             given = drawn.x[mine].bfloat16(), drawn.ids[mine], drawn.weights[mine]
             assert torch.equal(pushed(*given), hosted(*given)), (form, num_tokens)
             pushed.check()
+    check_turn(peers)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def check_turn(peers: WindowedPeers) -> None:
+    """Checks rows of 3 tokens a rank, and of 1, there and back; more than fit the window's inbox go in two."""
+    window, group = peers.window, peers.peers
+    for num_tokens in (3, 1):
+        mine = torch.randn(num_tokens, HIDDEN).bfloat16()
+        part_VD = torch.randn(window.layout.max_elements // 8, HIDDEN)
+        found = []
+        for kernels, at in ((("triton.gather", "triton.turn"), window), (("ref.all_gather", "ref.all_to_all"), None)):
+            gather, turn = (
+                GatherRows(group, "gather", at, kernel=kernels[0]),
+                Turn(group, "turn", at, kernel=kernels[1]),
+            )
+            (rows_BD,), counts = gather(mine)
+            assert counts == (num_tokens,) * peers.size
+            found.append(turn(rows_BD.float() @ part_VD.T, counts))
+        assert torch.equal(*found), num_tokens
+        window.check()
 
 
 def main() -> None:

@@ -53,7 +53,9 @@ BENCHES = {
         "entries:measured", "a decode step's cache writes", partial(family_cases, "entries"), OpKind.ENTRIES
     ),
     "sample": Bench("sample:measured", "the sampler", partial(family_cases, "sample"), OpKind.SAMPLE),
-    "step": Bench("step:measured", "a decode step of a whole model of random weights", model_shape),
+    "step": Bench(
+        "step:measured", "a decode step of a whole model of random weights", model_shape, kinds=(OpKind.TURN,)
+    ),
     "parallel": Bench(
         "parallel:measured",
         "exchanges between GPUs, and experts over them",

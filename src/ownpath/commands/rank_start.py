@@ -15,8 +15,13 @@ _MICRO = 1_000_000
 
 
 def opener_of(config: EngineConfig, group: Group | None) -> WindowOpener | None:
+    """See ``window_opener``."""
+    return window_opener(config.device, group)
+
+
+def window_opener(name: str, group: Group | None) -> WindowOpener | None:
     """Makes this rank's GPU the one that kernels run on, and returns how its window is opened; ``None`` elsewhere."""
-    device = torch.device(config.device)
+    device = torch.device(name)
     if group is None or device.type != "cuda":
         return None
     from ownpath.kernels.exchange.symmetric import open_on_gpus

@@ -22,8 +22,11 @@ _LINGER_S = 10.0
 """The longest that a rank goes on after SIGTERM, so that rank 0, which may have been sent one too, can end answers."""
 
 
-def rank_of(args: argparse.Namespace) -> int:
-    """Returns this process's rank, and settles ``args.ranks``. Errors: ValueError for options that do not fit."""
+def rank_of(args: argparse.Namespace, *, takes_data: bool = False) -> int:
+    """Returns this process's rank, and settles ``args.ranks``. takes_data: each rank may have tokens of its own.
+
+    Errors: ValueError for options that do not fit.
+    """
     if is_rank(os.environ):
         size = int(os.environ["WORLD_SIZE"])
         if args.ranks not in (1, size):
@@ -31,7 +34,7 @@ def rank_of(args: argparse.Namespace) -> int:
         args.ranks = size
     if args.ranks == 1:
         return 0
-    if args.attention == AttentionSplit.DATA:
+    if args.attention == AttentionSplit.DATA and not takes_data:
         raise ValueError("--attention data: here every rank computes all requests; `ownpath plan` alone takes it")
     if args.device.startswith("cuda:"):
         raise ValueError(f"--device {args.device}: of several ranks each has a device of its own; name it cuda")
@@ -51,6 +54,24 @@ def leading(args: argparse.Namespace) -> "Iterator[Group | None]":
         with launched(args.ranks, args.command_line) as group:
             yield group
         return
+    try:
+        yield join(os.environ)
+    finally:
+        leave()
+
+
+@contextmanager
+def beside(args: argparse.Namespace, rank: int) -> "Iterator[Group | None]":
+    """Yields the group of a rank that does what all others do; ``None`` for one rank. Others than the first end with
+    the process that has started them."""
+    if rank == 0:
+        with leading(args) as group:
+            yield group
+        return
+    from ownpath.ranks.group import join, leave
+    from ownpath.ranks.launch import end_with_parent
+
+    end_with_parent(os.environ)
     try:
         yield join(os.environ)
     finally:

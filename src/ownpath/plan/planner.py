@@ -208,7 +208,8 @@ class Planner:
             # A quantised weight's kernel rounds activations to a dtype that it takes.
             demands = replace(demands, activations="float32")
         # Pushed rows are as many of each rank, which they are not where ranks have tokens of their own.
-        is_uneven = spec.kind.is_exchange and self.parallel.attention is AttentionSplit.DATA
+        by_data = self.parallel.attention is AttentionSplit.DATA and not self.parallel.is_even
+        is_uneven = spec.kind.is_exchange and by_data
         decision = select(
             spec.kind,
             stored,

@@ -97,6 +97,8 @@ class GatherRows(Exchange):
     kernel: AllGather
 
     def __call__(self, *rows: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
+        if self.window is not None and len(rows[0]):
+            self.window.note(self.slot)
         return self.kernel.rows(rows, self.operand)
 
 
@@ -108,16 +110,30 @@ class Scatter(Exchange):
     def __call__(
         self, x_BC: torch.Tensor, counts: tuple[int, ...], other_TC: torch.Tensor | None = None
     ) -> torch.Tensor:
+        if self.window is not None and len(x_BC):
+            self.window.note(self.slot)
         return self.kernel.run(x_BC, self.operand, counts, other_TD=other_TC)
 
 
-class Turn(Exchange):
-    """Columns x [B, C] of all rows, and the ranks' counts of rows -> this rank's rows, whole [T, N * C]."""
+class Turn(GatherColumns):
+    """Columns x [B, C] of all rows, and the ranks' counts of rows -> this rank's rows, whole [T, N * C].
 
-    kernel: AllToAll
+    By a kernel that pushes, the columns of all rows go to every rank, which keeps its own rows.
+    """
 
-    def __call__(self, x_BC: torch.Tensor, counts: tuple[int, ...]) -> torch.Tensor:
-        return self.kernel.run(x_BC, self.operand, counts)
+    def __call__(self, x_BC: torch.Tensor, counts: tuple[int, ...]) -> torch.Tensor:  # type: ignore[override]
+        if self.window is None:
+            turned: torch.Tensor = self.turning.run(x_BC, self.operand, counts)
+            return turned
+        rank = self.window.rank
+        return super().__call__(x_BC)[sum(counts[:rank]) : sum(counts[: rank + 1])]
+
+    @property
+    def turning(self) -> AllToAll:
+        """The reference's kernel."""
+        kernel: Any = self.kernel
+        assert isinstance(kernel, AllToAll)
+        return kernel
 
 
 class DispatchRows(Exchange):

@@ -84,4 +84,12 @@ PUSHED_SCATTER = KernelSpec(
     ),
 )
 
-SPECS = (PUSHED, PART, PUSHED_GATHER, PUSHED_SCATTER, *_REFERENCES)
+PUSHED_TURN = replace(
+    PUSHED_GATHER,
+    name="triton.turn",
+    kind=OpKind.TURN,
+    why="columns of all rows pushed to every rank and awaited, in one launch; each keeps its own rows",
+    evidence=Evidence("exchange.ref:all_gather", "tests/support/mapped_windows.py", "ownpath bench step"),
+)
+
+SPECS = (PUSHED, PART, PUSHED_GATHER, PUSHED_SCATTER, PUSHED_TURN, *_REFERENCES)
