@@ -110,10 +110,13 @@ def run(args: argparse.Namespace) -> int:
             asked = _asked(args, None)
         return _follow(args, asked) if _is_follower(os.environ) else _measure(args, asked)
     rank = rank_of(args, takes_data=True)
-    with starting(args.device), beside(args, rank) as group:
-        if group is not None and args.device != "cpu":
-            args.device = f"{args.device}:{rank}"
-        asked = _asked(args, group)
+    if args.ranks > 1 and args.device != "cpu":
+        args.device = f"{args.device}:{rank}"
+    with starting(args.device):
+        BENCHES[args.bench].load()
+        asked = _asked(args, None)
+    with beside(args, rank) as group:
+        asked = asked if group is None else _asked(args, group)
         return _measure(args, asked) if rank == 0 else _follow(args, asked)
 
 

@@ -93,7 +93,8 @@ def run(args: argparse.Namespace) -> int:
     rank = rank_of(args)
     if args.ranks > 1:
         check_ranks(args)
-    with starting(args.device):
+    is_one_of_several = args.ranks > 1 and args.device != "cpu"
+    with starting(f"{args.device}:{rank}" if is_one_of_several else args.device):
         from dataclasses import replace
 
         from ownpath.config import EngineConfig
