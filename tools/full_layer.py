@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 
-from ownpath.assembly import assemble
+from ownpath.assembly import load_part
 from ownpath.attention.interface import AttentionStep
 from ownpath.attention.reference import ReferenceAttention
 from ownpath.attention.rope import Rope
 from ownpath.bench.published import SHAPES
 from ownpath.bench.record import append_lines, provenance
-from ownpath.bench.synthetic import RATIOS, Values, headers, layer_config
+from ownpath.bench.synthetic import RATIOS, Values, layer_config
 from ownpath.bench.timing import capture_graph
 from ownpath.cache.pools import CachePool, CacheSpec
 from ownpath.config import EngineConfig, ModelConfig
@@ -37,12 +37,12 @@ from ownpath.kernels.hyper.ref import hyper_post, sinkhorn
 from ownpath.loading import device_caps
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.block import Block, Residual
+from ownpath.plan.exports import drawn_checkpoint
 from ownpath.plan.plan import Plan, make_plan
 from ownpath.plan.select import Caps, Demands
 from ownpath.runners import Mix
 from ownpath.trace import Ledger
 from ownpath.trace.launches import record_launches, slot_times
-from ownpath.weights.load import LoadedWeights
 
 MIN_COSINE = 0.9999
 NUM_REPLAYS = 20
@@ -107,13 +107,10 @@ def _arguments() -> argparse.Namespace:
 
 def make_layer(config: ModelConfig, engine: EngineConfig, export: str, caps: Caps) -> Layer:
     """Makes the layer that is planned for ``caps``, with the same weights for any."""
-    index = headers(config, export)
+    index = drawn_checkpoint(config, export)
     plan = make_plan(config, index, caps, Demands(str(engine.dtype).removeprefix("torch.")))
-    device = torch.device(engine.device)
-    params = Values.of_seed(device, 0).params(config)
-    operands = tuple(Values.of_seed(device, 1).operands(plan, index))
-    builder = assemble(plan, engine, LoadedWeights(operands, params)).builder
-    rope = Rope.for_layer(config, bool(config.compress_ratios[0]), device)
+    builder = load_part(plan, index, engine).builder
+    rope = Rope.for_layer(config, bool(config.compress_ratios[0]), torch.device(engine.device))
     return Layer(plan, builder.block(0, rope), rope, builder.ledger)
 
 

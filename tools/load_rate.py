@@ -1,14 +1,21 @@
 """Measures the rates of loading weights and of reading the same files, on synthetic full-size V4-Flash layers.
 
     PYTHONPATH=src python tools/load_rate.py --folder /tmp/synthetic --layers 5 --devices cpu,cuda --out rates.jsonl
+    PYTHONPATH=src torchrun --nproc-per-node 2 tools/load_rate.py --folder /dev/shm/synthetic --layers 11 --devices cuda
 
 The folder is written if it is not there (2.1 GB, and 3.8 GB a layer) and kept. Files are read once before anything is
 timed: what fits the page cache is measured from there. Reading is plain ``readinto``, each byte once into a small
 buffer, by one thread and by as many as load. Every load is a row; the first on a device also pays for its memory.
+
+Under torchrun the ranks load their parts at the same time, each to a device of its own, and nothing is read before.
+A row has the slowest rank's seconds, the rate of the checkpoint's bytes, and the time of 164 GB at this rate:
+V4-Flash's, of which this is a slice.
 """
 
 import argparse
 import gc
+import json
+import os
 import shlex
 import sys
 import time
@@ -25,15 +32,21 @@ from layer.shards import write_shards
 from ownpath.bench.published import SHAPES
 from ownpath.bench.record import append_lines, provenance
 from ownpath.checkpoint.index import CheckpointIndex
-from ownpath.config import EngineConfig, ModelConfig
+from ownpath.config import EngineConfig, ModelConfig, Parallel
 from ownpath.loading import device_caps
 from ownpath.plan.plan import Plan, make_plan
 from ownpath.plan.select import Demands
+from ownpath.ranks.group import Group, join, leave
+from ownpath.ranks.start import swap_text
+from ownpath.ranks.started import is_rank
+from ownpath.splits import ExpertSplit
 from ownpath.weights.load import load_weights
 from ownpath.weights.operands import reserve
 from ownpath.weights.readers import ReadOptions
 
 READ_BYTES = 8 * 2**20
+WHOLE_GB = 164.0
+"""V4-Flash's published NVFP4 checkpoint."""
 STATUS = Path("/proc/self/status")
 
 
@@ -140,22 +153,76 @@ def measure(args: argparse.Namespace, device: str, index: CheckpointIndex, confi
             append_lines(args.out, [{"bench": "load", **row, **origin}])
 
 
+def measure_ranks(
+    args: argparse.Namespace, group: Group, device: torch.device, index: CheckpointIndex, config: ModelConfig
+) -> None:
+    """Prints and records, on the first rank, a row for each load by all ranks."""
+    dtype = str(EngineConfig.for_device(device.type).dtype).removeprefix("torch.")
+    parallel = Parallel(group.rank, group.size, experts=ExpertSplit(args.experts))
+    plan = make_plan(config, index, device_caps(str(device)), Demands(dtype), parallel=parallel)
+    default = ReadOptions.for_device(device, group.size)
+    read_options = ReadOptions(args.threads or default.num_threads, args.chunk_kib * 1024 or default.chunk_bytes)
+    num_bytes = sum(info.num_bytes for info in index.tensors.values())
+    origin = provenance(str(device), args.commit, shlex.join(sys.argv), "wall clock")
+    torch.zeros(1, device=device)  # the context is not loading
+    for run in range(args.repeat):
+        swap_text(group, "load_rate: begin", "")
+        before_s = time.process_time()
+        row = load_row(plan, index, device, read_options)
+        row["cpu_s"] = time.process_time() - before_s
+        rows = [json.loads(text) for text in swap_text(group, "load_rate: end", json.dumps(row))]
+        rate = num_bytes / 1e9 / max(one["load_s"] for one in rows)
+        shared = {"run": run, "shape": args.shape, "bytes": num_bytes, "ranks": group.size, "experts": args.experts}
+        shared |= {"load_s": max(one["load_s"] for one in rows), "load_gb_per_s": rate, "threads": default.num_threads}
+        shared |= {"cpu_s": sum(one["cpu_s"] for one in rows), "projected_s": WHOLE_GB / rate}
+        if group.rank == 0:
+            print(f"{device.type} {num_bytes / 1e9:.2f} GB by {group.size} ranks, run {run}: {shared['load_s']:.2f} s, "
+                  f"{rate:.2f} GB/s, {shared['cpu_s']:.2f} s of processors; {WHOLE_GB:.0f} GB at this rate: "
+                  f"{shared['projected_s']:.1f} s", flush=True)  # fmt: skip
+            if args.out is not None:
+                append_lines(args.out, [{"bench": "load_ranks", **shared, "of_ranks": rows, **origin}])
+
+
+def load_by_ranks(args: argparse.Namespace) -> None:
+    """Measures as one of the processes that torchrun has started; the first writes the folder if it is not there."""
+    group = join(os.environ)
+    if group.rank == 0:
+        write_missing(args)
+    swap_text(group, "load_rate: written", "")
+    config, index = ModelConfig.from_file(args.folder / "config.json"), CheckpointIndex.open(args.folder)
+    for name in args.devices.split(","):
+        device = torch.device(name if name == "cpu" else f"{name}:{group.rank}")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        measure_ranks(args, group, device, index, config)
+    leave()
+
+
+def write_missing(args: argparse.Namespace) -> None:
+    """Writes the folder if it is not there."""
+    if not args.folder.exists():
+        start = time.perf_counter()
+        num_bytes = write_shards(args.folder, args.shape, args.layers)
+        print(f"written {num_bytes / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--shape", choices=SHAPES, default="flash")
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--devices", default="cpu", help="comma-separated (default: cpu)")
+    parser.add_argument("--experts", choices=list(ExpertSplit), default="width", help="what ranks divide of experts")
     parser.add_argument("--threads", type=int, default=0, help="default: as the loader chooses")
     parser.add_argument("--chunk-kib", type=int, default=0, help="default: as the loader chooses")
     parser.add_argument("--repeat", type=int, default=2, help="loads on each device (default: 2)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="append one JSON line for each load")
     parser.add_argument("--commit", default="unknown", metavar="ID", help="recorded with every row")
     args = parser.parse_args()
-    if not args.folder.exists():
-        start = time.perf_counter()
-        num_bytes = write_shards(args.folder, args.shape, args.layers)
-        print(f"written {num_bytes / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s", flush=True)
+    if is_rank(os.environ):
+        load_by_ranks(args)
+        return
+    write_missing(args)
     config, index = ModelConfig.from_file(args.folder / "config.json"), CheckpointIndex.open(args.folder)
     read_files(index, 8)
     for device in args.devices.split(","):

@@ -4,6 +4,7 @@ The plan may cover a whole model or some of its slots. Serving and verifying bot
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,6 +20,9 @@ from ownpath.trace import Ledger
 from ownpath.weights.load import LoadedWeights, load_weights
 from ownpath.weights.operands import Allocate, reserve
 from ownpath.weights.readers import LoadProgress, ReadOptions
+
+if TYPE_CHECKING:
+    from ownpath.kernels.exchange.window import Window
 
 
 @dataclass(frozen=True)
@@ -46,18 +50,21 @@ def load_part(
     progress: LoadProgress | None = None,
     allocate: Allocate = reserve,
     peers: Peers = ALONE,
+    window: "Window | None" = None,
 ) -> LoadedPart:
-    """Loads what a plan names and assembles it. peers: the ranks that run the plan together. Errors: as
-    ``load_weights`` and ``make_runners``."""
+    """Loads what a plan names and assembles it. peers: the ranks that run the plan together; window: this one's.
+    Errors: as ``load_weights`` and ``make_runners``."""
     device = torch.device(engine.device)
     read_options = ReadOptions.for_device(device, engine.parallel.size)
-    return assemble(plan, engine, load_weights(plan, index, device, progress, read_options, allocate), peers)
+    return assemble(plan, engine, load_weights(plan, index, device, progress, read_options, allocate), peers, window)
 
 
-def assemble(plan: Plan, engine: EngineConfig, weights: LoadedWeights, peers: Peers = ALONE) -> LoadedPart:
+def assemble(
+    plan: Plan, engine: EngineConfig, weights: LoadedWeights, peers: Peers = ALONE, window: "Window | None" = None
+) -> LoadedPart:
     """Repacks weights into their kernels' layouts and compiles what the cache lacks. Errors: as ``make_runners``."""
     runners = make_runners(plan, weights.operands)
     compile_kernels(runners.values())
     specs = {companion.spec.slot: companion.choice.kernel for companion in plan.companions}
-    builder = Builder(plan.config, engine, runners, specs, weights.params, Ledger(plan.slots), peers)
+    builder = Builder(plan.config, engine, runners, specs, weights.params, Ledger(plan.slots), peers, window)
     return LoadedPart(plan, weights, builder)

@@ -186,6 +186,7 @@ class ModelConfig:
 class Parallel:
     """This process's rank among the ``size`` processes that run one model, each on its own GPU, and what they divide.
 
+    is_even: by data, every rank has as many rows in each step, so that kernels of fixed sizes may exchange them.
     Errors: ConfigError for a rank outside 0 to size - 1, or another division.
     """
 
@@ -193,6 +194,7 @@ class Parallel:
     size: int = 1
     attention: AttentionSplit = AttentionSplit.HEADS
     experts: ExpertSplit = ExpertSplit.WIDTH
+    is_even: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
@@ -231,6 +233,8 @@ class EngineConfig:
     parallel: this process's rank among those that run one model together.
     num_cache_blocks: blocks of 256 tokens that all sequences share; ``None``: as many as ``max_num_seqs`` sequences of
         ``max_model_len`` tokens fill.
+    draws_weights: make all weights at random, in memory: no shard is read. For measuring what a model of this shape
+        costs.
     """
 
     device: str = "cpu"
@@ -247,6 +251,7 @@ class EngineConfig:
     cache_format: CacheFormat = CacheFormat.BF16
     rows_per_request: int = 1
     num_cache_blocks: int | None = None
+    draws_weights: bool = False
 
     @classmethod
     def for_device(cls, device: str, max_model_len: int = 4096) -> "EngineConfig":

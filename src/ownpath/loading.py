@@ -2,10 +2,12 @@
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,9 +15,11 @@ from ownpath.assembly import load_part
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.config import EngineConfig, ModelConfig
 from ownpath.formats import CacheFormat
+from ownpath.kernels.exchange.layout import SHARE_MULTIPLE, WindowLayout
 from ownpath.model.build import ALONE
 from ownpath.model.model import Model
 from ownpath.official import PLAIN, Step
+from ownpath.plan.exports import drawn_checkpoint
 from ownpath.plan.facts import rank_facts
 from ownpath.plan.plan import Plan, make_plan
 from ownpath.plan.select import Caps, Demands
@@ -23,8 +27,16 @@ from ownpath.plan.sharding import ShardingError
 from ownpath.plan.tiling import tiling_faults
 from ownpath.ranks.peers import Peers
 from ownpath.ranks.start import phase, require_same
+from ownpath.runners.window import expert_layout
+from ownpath.splits import AttentionSplit
 from ownpath.weights.load import find_lossless_casts
 from ownpath.weights.readers import LoadProgress
+
+if TYPE_CHECKING:  # needs triton
+    from ownpath.kernels.exchange.window import Window
+
+WindowOpener = Callable[[WindowLayout], "Window"]
+"""Opens this rank's window; every rank calls it."""
 
 
 def default_model_dir() -> Path:
@@ -121,12 +133,17 @@ def planned_ranks(
 
 
 def load_model(
-    folder: Path, engine_config: EngineConfig, progress: LoadProgress | None = None, peers: Peers | None = None
+    folder: Path,
+    engine_config: EngineConfig,
+    progress: LoadProgress | None = None,
+    peers: Peers | None = None,
+    open_window: "WindowOpener | None" = None,
 ) -> Model:
     """Loads the checkpoint in ``folder`` as its plan says.
 
     progress: called a few times a second with the bytes loaded and their total. peers: the ranks that run the model
-    together, as many as ``engine_config.parallel`` says; each of them loads its part.
+    together, as many as ``engine_config.parallel`` says; each of them loads its part. open_window: opens this rank's,
+    if the plan has kernels that push into the others'; called by all ranks at once.
     Errors: ConfigError, CheckpointError or PlanError (all ValueError), naming the file, field, tensor or op; RankFailed
         with another rank's; RanksDiffer naming a rank that is about to run something else.
     """
@@ -142,9 +159,30 @@ def load_model(
     if peers.size > 1:
         require_same(peers, rank_facts(plan, index))
     with phase(peers, "load"):
-        part = load_part(plan, index, engine_config, progress, peers=peers)
+        window = planned_window(plan, engine_config, open_window)
+        part = load_part(plan, index, engine_config, progress, peers=peers, window=window)
     casts, contradictions = part.weights.lossless_casts, plan.contradictions
     return replace(part.builder.model(), lossless_casts=casts, contradictions=contradictions)
+
+
+def planned_window(plan: Plan, engine_config: EngineConfig, open_window: WindowOpener | None) -> "Window | None":
+    """Opens this rank's window if the plan has kernels that push into the others'; all ranks call it at once."""
+    if open_window is None or not any(one.choice.kernel.is_pushed for one in plan.companions):
+        return None
+    return open_window(window_layout(plan, engine_config))
+
+
+def window_layout(plan: Plan, engine_config: EngineConfig) -> WindowLayout:
+    """Returns the layout of windows with room for the sums of any step, and for the logits of a row at least: of more
+    than it has room for, some go at a time. By data also for the rows of any step with their experts and weights."""
+    config, size = plan.config, plan.parallel.size
+    num_rows = engine_config.max_prefill_tokens + engine_config.max_num_seqs
+    logits = 2 * -(-config.vocab_size // size)  # in words of 16 bits
+    most = -(-max(num_rows * config.hidden_size, logits) // SHARE_MULTIPLE) * SHARE_MULTIPLE
+    if plan.parallel.attention is AttentionSplit.HEADS:
+        return WindowLayout(size, most)
+    rows = expert_layout(size, config.hidden_size, num_rows, config.num_experts_per_tok)
+    return WindowLayout(size, max(most, rows.max_elements), row_elements=rows.row_elements)
 
 
 def lossless_casts(plan: Plan, folder: Path) -> tuple[str, ...]:
@@ -153,13 +191,14 @@ def lossless_casts(plan: Plan, folder: Path) -> tuple[str, ...]:
 
 
 def planned(folder: Path, engine_config: EngineConfig, caps: Caps | None = None) -> tuple[Plan, CheckpointIndex]:
-    """Returns the plan of the checkpoint in ``folder`` and its index, from headers alone. caps: of the engine's device.
+    """Returns the plan of the checkpoint in ``folder`` and its index, from headers alone; where weights are drawn, of
+    its config.json as NVIDIA's export has it. caps: of the engine's device.
 
     Errors: ConfigError, CheckpointError, PlanError, naming the file, field, tensor or op.
     """
     caps = caps or device_caps(engine_config.device)
     config = ModelConfig.from_file(folder / "config.json")
-    index = CheckpointIndex.open(folder)
+    index = drawn_checkpoint(config) if engine_config.draws_weights else CheckpointIndex.open(folder)
     dtype = str(engine_config.dtype).removeprefix("torch.")
     asked = engine_config.official, engine_config.reference, engine_config.cache_format
     demands = Demands(dtype, engine_config.is_batch_invariant, *asked)

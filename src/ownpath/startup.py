@@ -7,12 +7,15 @@ so there is one for each form that Triton's kernels have, and one of the largest
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from ownpath.config import EngineConfig
 from ownpath.kernels.dsl.cache import compile_missing
 from ownpath.kernels.dsl.compilations import COMPILATIONS
+from ownpath.kernels.exchange.layout import SHARE_MULTIPLE
+from ownpath.kernels.registry import KERNELS
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
 from ownpath.runners import Runner
@@ -20,6 +23,11 @@ from ownpath.runners.make import compile_configs
 from ownpath.terminal.progress import Progress
 from ownpath.terminal.text import counted
 
+if TYPE_CHECKING:
+    from ownpath.kernels.exchange.window import Window
+
+WARM_UP_SLOT = "the start"
+"""The name of exchanges that warm up."""
 SCORED_ROWS = 257
 """Rows of the largest step that are scored: one more than the last form but one has."""
 WARM_UP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -44,9 +52,32 @@ def warm_up(model: Model, engine: EngineConfig) -> None:
         for done, num_tokens in enumerate(sizes):
             progress(done, len(sizes), counted(num_tokens, "token"))
             _step(model, engine, num_tokens)
+        if model.window is not None:
+            progress(len(sizes), len(sizes), "exchanges")
+            warm_up_exchanges(model.window)
         if torch.device(engine.device).type == "cuda":
             torch.cuda.synchronize()
     model.ledger.clear()
+
+
+def warm_up_exchanges(window: "Window") -> None:
+    """Runs the pushed kernels in every form that exchanges of up to the window's size have; all ranks do at once. Forms
+    go by the elements that a program has."""
+    layout, block = window.layout, SHARE_MULTIPLE
+    push, reduce, gather = (KERNELS[name] for name in ("triton.push", "triton.reduce", "triton.gather"))
+    pushing, reducing, gathering = (kernel.prepare(window) for kernel in (push, reduce, gather))
+    while True:
+        num_rows = min(block * layout.num_programs, layout.max_elements) // SHARE_MULTIPLE
+        x = torch.zeros(num_rows, SHARE_MULTIPLE, dtype=torch.bfloat16, device=window.words.device)
+        for other in (None, x):
+            for kernel, operand in ((push, pushing), (reduce, reducing)):
+                window.note(WARM_UP_SLOT)
+                kernel.run(x, operand, other)
+        window.note(WARM_UP_SLOT)
+        gather.run(x.view(torch.float32), gathering, dim=-1)
+        if layout.share(layout.max_elements) <= block:
+            return
+        block *= 2
 
 
 def warm_up_sizes(engine: EngineConfig) -> list[int]:

@@ -72,7 +72,8 @@ def _measures(command: str, spec: KernelSpec) -> bool:
     bench = BENCHES.get(command.removeprefix("ownpath bench "))
     same = [other for other in SPECS if other.name == spec.name]
     return bench is not None and any(
-        other.kind is bench.kind and (bench.stored is None or bench.stored in other.formats) for other in same
+        other.kind in (bench.kind, *bench.kinds) and (bench.stored is None or bench.stored in other.formats)
+        for other in same
     )
 
 

@@ -34,6 +34,7 @@ NONE = {
     "test_loading",
     "test_plain_few",
     "test_plain_linear",
+    "test_ranks_gpu",
     "test_sample_gpu",
     "test_small_ops",
     "test_w4a4_sm100",

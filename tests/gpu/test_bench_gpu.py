@@ -15,11 +15,11 @@ from ownpath.bench.peers.cublas import CublasFp8, CublasNvfp4
 from ownpath.bench.request import BenchRequest, StepOptions
 from ownpath.bench.shapes import LinearShape, MoeShape
 from ownpath.bench.step import step_config
-from ownpath.bench.synthetic import headers
 from ownpath.inspect.memory import KINDS
 from ownpath.kernels.attend.choose_sm90 import reachable_configs
 from ownpath.kernels.dsl.cache import Config
 from ownpath.kernels.fp8.cases import Fp8Case
+from ownpath.plan.exports import headers
 from ownpath.plan.plan import make_plan
 from ownpath.plan.select import Demands
 

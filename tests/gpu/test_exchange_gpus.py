@@ -54,6 +54,18 @@ def test_a_hundred_thousand_replays(size: int, tmp_path: Path) -> None:
     assert [code for code, *_ in found] == [0] * size, found
 
 
+def test_rows_and_sums_share_a_window(size: int, tmp_path: Path) -> None:
+    """As many replays of rows there and sums back, columns and sums: no bit is wrong on any rank."""
+    found = run_ranks(size, tmp_path / "meeting", "rows", "100000")
+    assert [code for code, *_ in found] == [0] * size, found
+
+
+def test_experts_over_ranks(size: int, tmp_path: Path) -> None:
+    """``MegaMoE`` by kernels has the bits of exchanges through the host, eagerly and as a graph, in every form."""
+    found = run_ranks(size, tmp_path / "meeting", "mega")
+    assert [code for code, *_ in found] == [0] * size, found
+
+
 @pytest.mark.parametrize("phase", ["before the push", "in the push", "after the push", "in the wait"])
 def test_a_rank_dies(size: int, tmp_path: Path, phase: str) -> None:
     """The others name it within six seconds, go on to use their GPU, and end with an error."""

@@ -10,9 +10,11 @@ import torch
 from ownpath.conformance.call import tensors_of
 from ownpath.conformance.operations import make_inputs
 from ownpath.kernels.cases import KernelCase
+from ownpath.kernels.exchange.gather import rows_in_place, start_gather, start_rows
 from ownpath.kernels.exchange.launch import PUSHED_REDUCE, start_exchange
 from ownpath.kernels.exchange.layout import NUM_PROGRAMS, WindowLayout
-from ownpath.kernels.exchange.ref import all_reduce
+from ownpath.kernels.exchange.ref import all_gather, all_reduce, reduce_scatter
+from ownpath.kernels.exchange.scatter import start_scatter
 from ownpath.kernels.exchange.window import Window, virtual_windows
 from ownpath.kernels.hyper.launch import HYPER_BOUNDARY, HYPER_BOUNDARY_INVARIANT, HyperBoundaryKernel
 
@@ -48,6 +50,39 @@ def test_phase_after_phase(size: int, device: torch.device) -> None:
             start_exchange(window, part, None, out, pushes=False, sums=True)
         expected = all_reduce(parts)
         assert all(torch.equal(out, expected) for out in outs), num_tokens
+    assert all(window.lost() is None for window in windows)
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_rows_phase_after_phase(size: int, device: torch.device) -> None:
+    """Rows with ids and weights, sums of own rows, then columns of float32, in one window whose epoch wraps."""
+    layout = WindowLayout(size, 512 * WIDTH, row_elements=512 * WIDTH + 512 * 24 + 384)
+    windows = virtual_windows(layout, device, epoch=2**31 - 3)
+    for step, num_tokens in enumerate((1, 64, 3, 512)):
+        x = parts_of(size, num_tokens, device, step)
+        ids = [part[:, :6].float().int().contiguous() for part in x]
+        weights = [part[:, :6].float() for part in x]
+        given = list(zip(x, ids, weights, strict=True))
+        for pushes in (True, False):
+            for window, one in zip(windows, given, strict=True):
+                start_rows(window, one, pushes, not pushes)
+        for window in windows:
+            for found, wanted in zip(rows_in_place(window, given[0]), (x, ids, weights), strict=True):
+                assert torch.equal(found, all_gather(wanted)), num_tokens
+        sums = [torch.cat([part + rank for rank in range(size)]) for part in x]
+        outs = [torch.full_like(part, 7) for part in x]
+        for pushes in (True, False):
+            for window, part, out in zip(windows, sums, outs, strict=True):
+                start_scatter(window, part, part[:num_tokens], out, pushes, not pushes)
+        for rank, out in enumerate(outs):
+            wanted = (reduce_scatter(sums, rank).float() + sums[rank][:num_tokens].float()).to(torch.bfloat16)
+            assert torch.equal(out, wanted), num_tokens
+        wide = [part[: max(1, num_tokens // 2)].float() / 3 for part in x]
+        beside = [part.new_full((len(part), size * WIDTH), 7) for part in wide]
+        for pushes in (True, False):
+            for window, part, out in zip(windows, wide, beside, strict=True):
+                start_gather(window, part, out, True, pushes, not pushes)
+        assert all(torch.equal(out, all_gather(wide, -1)) for out in beside), num_tokens
     assert all(window.lost() is None for window in windows)
 
 

@@ -12,11 +12,12 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import full_layer
 
-from ownpath.bench.synthetic import headers, layer_config
+from ownpath.bench.synthetic import layer_config
 from ownpath.config import EngineConfig
 from ownpath.inspect.memory import KINDS
 from ownpath.kernels.dsl.cache import Config
 from ownpath.loading import device_caps
+from ownpath.plan.exports import headers
 from ownpath.plan.plan import make_plan
 from ownpath.plan.select import Caps, Demands
 

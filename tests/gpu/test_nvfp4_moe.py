@@ -38,7 +38,7 @@ def kernel_configs() -> Iterator[Config]:
     yield from moe_configs((8, 256, 256), [50 * 3, 20 * 2, 1 * 2, 33 * 2, 21 * 2, 12 * 2])
     yield from moe_configs((8, 256, 256), [33 * 2], wide_ids=True)
     yield from moe_configs((9, 512, 256), [4 * count for count in SHARED_COUNTS], num_shared=1)
-    yield from moe_configs((4, 512, 256), [77 * 3], mapped=True)
+    yield from moe_configs((8, 512, 256), [77 * 3], mapped=True)
     yield from moe_configs((16, 512, 256), [4 * count for count in (*PARTS, 3000)], is_invariant=True)
 
 

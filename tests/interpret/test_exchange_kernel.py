@@ -15,13 +15,18 @@ from triton.runtime.interpreter import InterpreterBuilder
 from ownpath.conformance.call import tensors_of
 from ownpath.conformance.operations import make_inputs
 from ownpath.kernels.cases import KernelCase
+from ownpath.kernels.exchange import gather as exchange_gather
+from ownpath.kernels.exchange import launch as exchange_launch
+from ownpath.kernels.exchange import part as exchange_part
 from ownpath.kernels.exchange.launch import PUSHED_REDUCE, start_exchange, start_tagged
 from ownpath.kernels.exchange.layout import WindowLayout
 from ownpath.kernels.exchange.ref import all_reduce
 from ownpath.kernels.exchange.window import Window, virtual_windows
 from ownpath.kernels.hyper import launch as hyper
 from ownpath.kernels.hyper.launch import HYPER_BOUNDARY, HYPER_BOUNDARY_INVARIANT, HyperBoundaryKernel
+from ownpath.kernels.registry import KERNELS
 from ownpath.ranks.peers import PeerLost
+from ownpath.startup import warm_up_exchanges
 
 CPU = torch.device("cpu")
 
@@ -278,6 +283,23 @@ def test_a_boundary_pushes_its_part_itself() -> None:
     assert windows[0].lost() == (1, (1,))
 
 
+def test_a_boundary_adds_the_parts_that_were_pushed_before_it() -> None:
+    """As plans have it: "triton.push" gives a part of two parts, and the boundary does not read what it is given."""
+    case = KernelCase("hyper_boundary", "two parts", (128, 4, 2), (1,))
+    x_TSD, y_TD, mix, weights, other_TD = make_inputs(case, 1, CPU)[:5]
+    windows, push = virtual_windows(WindowLayout(2, 128, num_programs=1), CPU), KERNELS["triton.push"]
+    parts = [y_TD, (y_TD * 3).to(torch.bfloat16)]
+    for window, part in zip(windows, parts, strict=True):
+        assert push.run(part, push.prepare(window), other_TD) is part
+    total = all_reduce([(part.float() + other_TD.float()).to(torch.bfloat16) for part in parts])
+    expected = HYPER_BOUNDARY(x_TSD, total, mix, weights)
+    for window in windows:
+        operand = HYPER_BOUNDARY.prepare(weights, window, pushes=False)
+        found = HYPER_BOUNDARY.run(x_TSD, torch.zeros_like(y_TD), mix, operand)
+        assert all(torch.equal(one, two) for one, two in zip(tensors_of(found), tensors_of(expected), strict=True))
+        assert window.lost() is None
+
+
 def test_a_boundary_before_the_first_sublayer_exchanges_nothing() -> None:
     case = KernelCase("hyper_boundary", "first", (128, 24, 0), (1,))
     x_TSD, _, _, weights = make_inputs(case, 1, CPU)[:4]
@@ -286,3 +308,17 @@ def test_a_boundary_before_the_first_sublayer_exchanges_nothing() -> None:
     expected = HYPER_BOUNDARY(x_TSD, None, None, weights)
     assert all(torch.equal(one, two) for one, two in zip(tensors_of(found), tensors_of(expected), strict=True))
     assert windows[0].lost() is None
+
+
+def test_warming_up_reaches_every_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All numbers of elements that a program may have, in the powers of two that kernels know."""
+    (window,) = virtual_windows(WindowLayout(1, 128 * 9, num_programs=2), CPU)
+    shares = list[int]()
+    for module in (exchange_launch, exchange_part):
+        monkeypatch.setattr(
+            module, "start_exchange", lambda window, x, *_, **__: shares.append(window.layout.share(x.numel()))
+        )
+    monkeypatch.setattr(exchange_gather, "start_gather", lambda *_, **__: None)
+    warm_up_exchanges(window)
+    assert shares == [128] * 4 + [256] * 4 + [512] * 4 + [640] * 4
+    assert window.order.count == 5 * 4

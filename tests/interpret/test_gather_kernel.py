@@ -131,7 +131,7 @@ def tokens(step: int, size: int, count: int) -> list[Rows]:
     return [one(rank) for rank in range(size)]
 
 
-@pytest.mark.parametrize(("size", "count"), [(2, 5), (3, 2)])
+@pytest.mark.parametrize(("size", "count"), [(2, 2), (3, 1)])
 def test_tokens_travel_to_their_places_in_any_order(size: int, count: int) -> None:
     """Three tensors under one epoch, and a sum behind their readers; then another number of rows, in the same place.
     The epoch wraps; a rank may push while others are an exchange behind. So many random orders."""
@@ -217,7 +217,6 @@ FOUR = (torch.zeros(1, 1),) * 4
         ((torch.zeros(2, 300),), r"rows torch.float32 \[2, 300\] of each rank do not fit a window of 512 elements"),
         ((torch.zeros(128),), "2 dimensions"),
         ((torch.zeros(2, 8, dtype=torch.uint8),), "x_TC must have 2, 4 or 8 bytes an element"),
-        ((torch.zeros(8, 4).T,), "x_TC must be contiguous"),
         ((torch.zeros(2, 8), torch.zeros(3, 8)), r"tensor 1 must have shape \[2, 8\]"),
         (FOUR, "1 to 3 tensors are gathered together, found 4"),
     ],
@@ -228,11 +227,22 @@ def test_what_does_not_fit_is_refused(xs: Rows, found: str) -> None:
         PUSHED_GATHER.rows(xs, PUSHED_GATHER.prepare(window))
 
 
+def test_rows_that_lie_otherwise_are_copied() -> None:
+    """A slice at no multiple of 16 bytes, and columns of a wider tensor."""
+    (window,) = virtual_windows(WindowLayout(1, 384, num_programs=1, row_elements=512), CPU)
+    (ids,), (wide,) = drawn(1, (3, 6), dtype=torch.int32), drawn(2, (2, 50))
+    (first, second), _ = PUSHED_GATHER.rows((ids[1:], wide[:, :40]), PUSHED_GATHER.prepare(window))
+    assert same(first, ids[1:])
+    assert same(second, wide[:, :40].contiguous())
+
+
 def test_an_output_that_does_not_fit_is_refused() -> None:
     operand, x = PUSHED_GATHER.prepare(virtual_windows(WindowLayout(2, 384), CPU)[0]), torch.zeros(2, 8)
     with pytest.raises(ValueError, match=r"out must have shape \[2, 16\]"):
         PUSHED_GATHER.run(x, operand, out=torch.zeros(2, 8))
     with pytest.raises(ValueError, match="400 elements do not fit a window of 384"):
         PUSHED_GATHER.run(torch.zeros(1, 200), operand)
+    with pytest.raises(ValueError, match="x_TC must be contiguous"):
+        PUSHED_GATHER.run(torch.zeros(8, 4).T, operand)
     with pytest.raises(ValueError, match="dim must be 0, or -1"):
         PUSHED_GATHER.run(x, operand, dim=2)

@@ -50,7 +50,8 @@ def moe_configs(
     wide_ids: bool = False,
     mapped: bool = False,
 ) -> Iterator[Config]:
-    """Of ``Nvfp4MoE``. dims: experts held, hidden, width. pairs: numbers of (token, slot) pairs, shared slots too."""
+    """Of ``Nvfp4MoE``. dims: experts held (or ids of an expert map), hidden, width. pairs: numbers of
+    (token, slot) pairs, shared slots too."""
     for count in pairs:
         choice = choose_moe(count, *dims, is_invariant)
         if choice.sliced:

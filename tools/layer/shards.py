@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from ownpath.bench.published import ONE_LAYER, SHAPES
-from ownpath.bench.synthetic import headers
 from ownpath.checkpoint.tensor_info import TensorInfo
 from ownpath.checkpoint.writer import INDEX_NAME
 from ownpath.config import ModelConfig
+from ownpath.plan.exports import headers
 
 SHARD_BYTES = 2 * 10**9
 NUM_WRITERS = 8

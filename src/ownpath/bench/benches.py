@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ownpath.bench.cases import family_cases
 from ownpath.bench.published import model_shape
-from ownpath.bench.shapes import linear_shape, moe_shape
+from ownpath.bench.shapes import linear_shape, moe_shape, parallel_shape
 from ownpath.formats import FP8_BLOCK, NVFP4, Format
 from ownpath.ops import OpKind
 
@@ -24,7 +24,7 @@ class Bench(NamedTuple):
 
     find: looks up a shape by its name, without torch. Errors: ValueError for a name that is unknown.
     kind, stored: the operation, and the weights' format if they have one: every registered kernel of these may take
-    part by its name. ``None``: a bench of more than one operation.
+    part by its name. ``None``: a bench of more than one operation. kinds: the operations of such a one.
     """
 
     place: str
@@ -32,6 +32,7 @@ class Bench(NamedTuple):
     find: Callable[[str], object]
     kind: OpKind | None = None
     stored: Format | None = None
+    kinds: tuple[OpKind, ...] = ()
 
     def load(self) -> "Measured":
         """Imports the bench."""
@@ -52,5 +53,13 @@ BENCHES = {
         "entries:measured", "a decode step's cache writes", partial(family_cases, "entries"), OpKind.ENTRIES
     ),
     "sample": Bench("sample:measured", "the sampler", partial(family_cases, "sample"), OpKind.SAMPLE),
-    "step": Bench("step:measured", "a decode step of a whole model of random weights", model_shape),
+    "step": Bench(
+        "step:measured", "a decode step of a whole model of random weights", model_shape, kinds=(OpKind.TURN,)
+    ),
+    "parallel": Bench(
+        "parallel:measured",
+        "exchanges between GPUs, and experts over them",
+        parallel_shape,
+        kinds=(OpKind.REDUCE, OpKind.GATHER, OpKind.SCATTER),
+    ),
 }

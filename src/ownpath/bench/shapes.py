@@ -61,6 +61,11 @@ def moe_shape(name: str) -> MoeShape:
     raise ValueError(f"--shape: no MoE shape {name!r}; known: {', '.join(s.name for s in MOE_SHAPES)}")
 
 
+def parallel_shape(name: str) -> MoeShape:
+    """Returns an MoE shape by its name, which may lack "v4-". Errors: ValueError for an unknown name."""
+    return moe_shape(f"v4-{name}" if name in ("flash", "pro") else name)
+
+
 def linear_shape(name: str) -> LinearShape:
     """Returns a shape by name. Errors: ValueError for an unknown name."""
     for shape in LINEAR_SHAPES:

@@ -43,17 +43,21 @@ def choose_timer(device: str, budget_s: float = 0.5) -> Timer:
 
 @dataclass(frozen=True)
 class CudaGraph:
-    """Captures the round once and replays it; events time each replay, and the median counts."""
+    """Captures the round once and replays it; events time each replay, and the median counts.
+
+    agreed: what several ranks, which must replay as often, make of the time of a round.
+    """
 
     budget_s: float
     name: str = "cuda graph replay"
     warm_up_s: float = 0.5
     least_replays: int = 11
     most_replays: int = 400
+    agreed: Callable[[float], float] = float
 
     def time(self, calls: Sequence[TimedCall]) -> Timing:
         graph = capture_graph(calls)
-        round_us = self._replay(graph, 3)[-1]
+        round_us = self.agreed(self._replay(graph, 3)[-1])
         # From rest a GPU runs faster than its power limit lets it run for long; when a heavy load begins, the limiter
         # then overshoots, down to half the clock, for 0.2 to 0.3 s.
         self._replay(graph, int(self.warm_up_s * 1e6 / round_us))
@@ -73,15 +77,16 @@ class CudaGraph:
 
 @dataclass(frozen=True)
 class WallClock:
-    """Times each round with the CPU's clock. Not valid for a GPU."""
+    """Times each round with the CPU's clock. Not valid for a GPU. agreed: as ``CudaGraph``."""
 
     budget_s: float
     name: str = "cpu wall clock"
     least_replays: int = 3
     most_replays: int = 50
+    agreed: Callable[[float], float] = float
 
     def time(self, calls: Sequence[TimedCall]) -> Timing:
-        round_us = self._round(calls)
+        round_us = self.agreed(self._round(calls))
         replays = int(min(max(self.budget_s * 1e6 / round_us, self.least_replays), self.most_replays))
         return _timing([self._round(calls) for _ in range(replays)], len(calls))
 

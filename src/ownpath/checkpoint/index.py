@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
+from ownpath.checkpoint.drawn import DrawnValues
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.header import MAX_PROBLEMS, MAX_TENSORS, HeaderBudget, read_header
 from ownpath.checkpoint.needless import may_stay_unread
@@ -30,11 +31,13 @@ class CheckpointIndex:
     """Every tensor of a checkpoint by its DeepSeek name.
 
     absent: tensors that the index file lists and no shard holds, with the shard, where they may stay unread.
+    drawn: makes the tensors' values, where they are stored nowhere.
     """
 
     folder: Path
     tensors: MappingProxyType[str, TensorInfo]
     absent: Mapping[str, str] = field(default_factory=dict)
+    drawn: DrawnValues | None = None
 
     @cached_property
     def endings(self) -> dict[str, list[str]]:

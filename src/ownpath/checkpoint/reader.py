@@ -15,6 +15,7 @@ from ownpath.checkpoint.positioned import PositionedReader
 from ownpath.checkpoint.tensor_info import TensorInfo
 
 MAX_SLICE_BYTES = 64 * 2**20
+_HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,13 @@ def _row_slices(info: TensorInfo, max_slice_bytes: int) -> Iterator[slice]:
 
 
 class TensorReader:
-    """Reads tensors by name, each into memory of its own. A shard stays open until another is read or the end."""
+    """Reads tensors by name, each into memory of its own. A shard stays open until another is read or the end.
 
-    def __init__(self, index: CheckpointIndex) -> None:
-        self._index = index
+    device: where tensors are made that are drawn; what is stored is read into host memory.
+    """
+
+    def __init__(self, index: CheckpointIndex, device: torch.device = _HOST) -> None:
+        self._index, self._device = index, device
         self._shards = PositionedReader()
 
     def __enter__(self) -> "TensorReader":
@@ -84,6 +88,8 @@ class TensorReader:
         dtype = TORCH_DTYPES.get(info.dtype)
         if dtype is None:
             raise CheckpointError(f"tensor {info}: nothing here reads this dtype")
+        if self._index.drawn is not None:
+            return self._index.drawn.rows(info, start, stop, self._device)
         shape = (stop - start, *info.shape[1:]) if info.shape else ()
         row_bytes = info.num_bytes // info.shape[0] if info.shape and info.shape[0] else info.num_bytes
         data = torch.empty(row_bytes * (stop - start), dtype=torch.uint8)

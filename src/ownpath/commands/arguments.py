@@ -99,6 +99,12 @@ def add_plan_arguments(parser: OptionHolder, *, any_gpu: bool = False) -> None:
         help="format of keys in the caches: bf16, the activations' dtype; fp8, the pages of DeepSeek's published "
         "caches, about half the memory; or fp4-index, those with the indexer's keys in FP4 (default: bf16)",
     )
+    parser.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="draw all weights in memory and read no shard, as an export with NVFP4 experts and FP8 linears of this "
+        "config.json: to measure what a model of this shape costs",
+    )
     add_reference_argument(parser)
 
 

@@ -1,13 +1,18 @@
 """Measure kernels beside other systems' kernels, or a whole decode step; or tune a kernel family's table."""
 
 import argparse
+import os
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ownpath.bench.benches import BENCHES
 from ownpath.commands.arguments import device_here, file_to_write, number, whole_number
+from ownpath.commands.rank_options import add_ranks_arguments, parallel_of
+from ownpath.commands.ranks import beside, rank_of
 from ownpath.commands.start import starting
+from ownpath.ranks.started import is_rank
 from ownpath.terminal.console import show
 from ownpath.terminal.progress import Progress
 
@@ -18,7 +23,10 @@ if TYPE_CHECKING:
     from ownpath.bench.request import BenchRequest
     from ownpath.bench.row import Row
     from ownpath.commands.arguments import Subparsers
+    from ownpath.ranks.group import Group
 
+_STARTS_RANKS = "parallel"
+"""The bench that starts its ranks itself, a rank for each GPU unless ``--ranks`` says how many."""
 _STEP_OPTIONS = ("context", "layers", "export", "expert_sets", "by_gate", "slots")
 
 
@@ -60,6 +68,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     parser.add_argument("--plot", type=file_to_write, metavar="FILE", help="write a PNG (needs the extra 'bench')")
     parser.add_argument("--commit", default="unknown", metavar="ID", help="recorded with every row")
     _add_step_options(parser.add_argument_group("bench step"))
+    add_ranks_arguments(parser.add_argument_group("bench step and bench parallel"))
     return parser
 
 
@@ -68,7 +77,10 @@ def _add_step_options(group: "argparse._ArgumentGroup") -> None:
     group.add_argument("--layers", type=whole_number(1), metavar="N", help="the first layers only (default: all)")
     group.add_argument("--export", choices=("nvidia", "full"), help="dense weights: FP8 (nvidia) or NVFP4 (full)")
     group.add_argument(
-        "--expert-sets", type=whole_number(1), metavar="N", help="sets of experts that the layers share (24)"
+        "--expert-sets",
+        type=whole_number(1),
+        metavar="N",
+        help="sets of experts that the layers share (24; over several ranks each layer has its own)",
     )
     group.add_argument(
         "--by-gate",
@@ -92,14 +104,40 @@ def run(args: argparse.Namespace) -> int:
     if args.tune is not None:
         return _tune(args)
     _check_names(args)
+    if args.bench == _STARTS_RANKS:
+        args.device = _own_device(args)
+        with starting(args.device):
+            asked = _asked(args, None)
+        return _follow(args, asked) if _is_follower(os.environ) else _measure(args, asked)
+    rank = rank_of(args, takes_data=True)
+    if args.ranks > 1 and args.device != "cpu":
+        args.device = f"{args.device}:{rank}"
     with starting(args.device):
-        asked = _asked(args)
-        measured = BENCHES[args.bench].load()
-        from ownpath.bench.table import table_page
+        BENCHES[args.bench].load()
+        asked = _asked(args, None)
+    with beside(args, rank) as group:
+        asked = asked if group is None else _asked(args, group)
+        return _measure(args, asked) if rank == 0 else _follow(args, asked)
+
+
+def _own_device(args: argparse.Namespace) -> str:
+    """Returns this process's device: of several ranks each has the one of its number."""
+    is_numbered = args.device == "cuda" and is_rank(os.environ)
+    return f"cuda:{os.environ['LOCAL_RANK']}" if is_numbered else str(args.device)
+
+
+def _is_follower(environment: Mapping[str, str]) -> bool:
+    """Returns True in a rank that measures with the first one, which shows the rows."""
+    return is_rank(environment) and environment["RANK"] != "0"
+
+
+def _measure(args: argparse.Namespace, asked: "BenchRequest") -> int:
+    from ownpath.bench.table import table_page
+
     rows: list[Row] = []
     keep = _keeper(args, asked.settings)
     with Progress("measuring") as progress:
-        for row in measured(asked):
+        for row in BENCHES[args.bench].load()(asked):
             rows.append(row)
             keep(row)
             progress.told(f"{len(rows)} measured, the last {row.contender} on {row.case.shape}")
@@ -111,6 +149,13 @@ def run(args: argparse.Namespace) -> int:
     return 0 if all(row.status in ("ok", "not applicable") for row in rows if not row.is_peer) else 1
 
 
+def _follow(args: argparse.Namespace, asked: "BenchRequest") -> int:
+    """Measures with the first rank, which tells."""
+    for _ in BENCHES[args.bench].load()(asked):
+        pass
+    return 0
+
+
 def _check_names(args: argparse.Namespace) -> None:
     """Looks names up before anything heavy is imported. Errors: ValueError for a shape that is unknown, or an option of
     another bench."""
@@ -119,15 +164,26 @@ def _check_names(args: argparse.Namespace) -> None:
     for name in _STEP_OPTIONS:
         if getattr(args, name) is not None and args.bench != "step":
             raise ValueError(f"--{name.replace('_', '-')}: an option of bench step")
+    if args.ranks > 1 and args.bench not in ("step", _STARTS_RANKS):
+        raise ValueError(f"--ranks: an option of bench step and bench {_STARTS_RANKS}")
 
 
-def _asked(args: argparse.Namespace) -> "BenchRequest":
+def _asked(args: argparse.Namespace, group: "Group | None") -> "BenchRequest":
+    from dataclasses import replace
+
     from ownpath.bench.measure import Settings
     from ownpath.bench.request import BenchRequest, StepOptions
+    from ownpath.commands.rank_start import window_opener
+    from ownpath.ranks.peers import Alone
 
     given = {name: value for name in _STEP_OPTIONS if (value := getattr(args, name)) is not None}
     settings = Settings.of(args.device, args.seed, args.seconds)
-    return BenchRequest(settings, args.shape, args.tokens, args.contenders, dict(args.library), StepOptions(**given))
+    shared = settings, args.shape, args.tokens, args.contenders, dict(args.library), StepOptions(**given)
+    if args.bench == _STARTS_RANKS:
+        return BenchRequest(*shared, ranks=args.ranks if args.ranks > 1 else None, command_line=args.command_line)
+    peers = group or Alone()
+    parallel = replace(parallel_of(args, peers.rank), is_even=True)
+    return BenchRequest(*shared, parallel, peers, window_opener(args.device, group))
 
 
 def _counts(text: str) -> tuple[int, ...]:
@@ -183,8 +239,9 @@ def _command(args: argparse.Namespace) -> str:
     words = ["ownpath", "bench", args.bench] if args.tune is None else ["ownpath", "bench", "--tune", args.tune]
     for shape in args.shape:
         words += ["--shape", shape]
-    for option in ("tokens", "contenders", "device", "seed", "seconds", *_STEP_OPTIONS):
-        value = getattr(args, option)
+    of_ranks = ("ranks", "attention", "experts") if args.ranks > 1 else ()
+    for option in ("tokens", "contenders", "device", "seed", "seconds", *_STEP_OPTIONS, *of_ranks):
+        value = getattr(args, option).partition(":")[0] if option == "device" and of_ranks else getattr(args, option)
         if value is not None:
             words.append(f"--{option.replace('_', '-')}")
             words += [] if value is True else [",".join(map(str, value)) if isinstance(value, tuple) else str(value)]

@@ -39,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
 
     Errors: ValueError naming the file, field, tensor or module.
     """
+    if args.scales and args.random_weights:
+        raise ValueError("--scales: with --random-weights no scale is stored")
     with Progress("planning"):
         from ownpath.loading import default_model_dir, lossless_casts
         from ownpath.plan.show import plan_dict, plan_page
@@ -71,6 +73,7 @@ def _planned(folder: Path, args: argparse.Namespace) -> "tuple[Plan, RankMemory 
         loads_draft=args.draft,
         reference=frozenset(args.reference),
         cache_format=args.cache_format,
+        draws_weights=args.random_weights,
         parallel=parallel_of(args),
     )
     if config.parallel.size == 1:

@@ -22,8 +22,11 @@ _LINGER_S = 10.0
 """The longest that a rank goes on after SIGTERM, so that rank 0, which may have been sent one too, can end answers."""
 
 
-def rank_of(args: argparse.Namespace) -> int:
-    """Returns this process's rank, and settles ``args.ranks``. Errors: ValueError for options that do not fit."""
+def rank_of(args: argparse.Namespace, *, takes_data: bool = False) -> int:
+    """Returns this process's rank, and settles ``args.ranks``. takes_data: each rank may have tokens of its own.
+
+    Errors: ValueError for options that do not fit.
+    """
     if is_rank(os.environ):
         size = int(os.environ["WORLD_SIZE"])
         if args.ranks not in (1, size):
@@ -31,7 +34,7 @@ def rank_of(args: argparse.Namespace) -> int:
         args.ranks = size
     if args.ranks == 1:
         return 0
-    if args.attention == AttentionSplit.DATA:
+    if args.attention == AttentionSplit.DATA and not takes_data:
         raise ValueError("--attention data: here every rank computes all requests; `ownpath plan` alone takes it")
     if args.device.startswith("cuda:"):
         raise ValueError(f"--device {args.device}: of several ranks each has a device of its own; name it cuda")
@@ -57,19 +60,40 @@ def leading(args: argparse.Namespace) -> "Iterator[Group | None]":
         leave()
 
 
+@contextmanager
+def beside(args: argparse.Namespace, rank: int) -> "Iterator[Group | None]":
+    """Yields the group of a rank that does what all others do; ``None`` for one rank. Others than the first end with
+    the process that has started them."""
+    if rank == 0:
+        with leading(args) as group:
+            yield group
+        return
+    from ownpath.ranks.group import join, leave
+    from ownpath.ranks.launch import end_with_parent
+
+    end_with_parent(os.environ)
+    try:
+        yield join(os.environ)
+    finally:
+        leave()
+
+
 def follow(args: argparse.Namespace, prefix: "PrefixSettings | None") -> NoReturn:
     """Runs a rank that is not the first, until that has no more to do, and ends the process.
 
     0 after a clean end; 2 where a rank could not start, which rank 0 tells; ``RANK_LOST``.
     """
+    from ownpath.commands.rank_start import become_ready, opener_of, rank_decoder, share_number
     from ownpath.commands.session import engine_config_of, model_folder_of
+    from ownpath.engine.decoding_ranks import FollowingDecoder
     from ownpath.engine.following import Follower
     from ownpath.loading import leave_a_core, load_model
-    from ownpath.ranks.control import hear
+    from ownpath.ranks.control import Listener
     from ownpath.ranks.group import join
     from ownpath.ranks.launch import end_with_parent
     from ownpath.ranks.peers import PeerLost
     from ownpath.ranks.start import phase
+    from ownpath.startup import warm_up
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: _end_later())
@@ -79,11 +103,15 @@ def follow(args: argparse.Namespace, prefix: "PrefixSettings | None") -> NoRetur
         with phase(group, "open"):
             leave_a_core(group.size)
         config = engine_config_of(args, args.max_num_seqs, args.num_cache_blocks, group)
-        model = load_model(model_folder_of(args), config, peers=group)
-        follower = Follower(model, 0 if prefix is None else prefix.num_snapshots)
-        with phase(group, "ready"):
-            group.limit_s = args.rank_timeout
-        follower.follow(lambda: hear(group))
+        model = load_model(model_folder_of(args), config, peers=group, open_window=opener_of(config, group))
+        with phase(group, "warm up"):
+            if config.device != "cpu":
+                warm_up(model, config)
+        num_tokens, most = share_number(group), config.max_num_seqs
+        decoder = rank_decoder(model, config, group, lambda: FollowingDecoder(model, most, num_tokens))
+        follower = Follower(model, 0 if prefix is None else prefix.num_snapshots, decoder)
+        become_ready(model, group, args.rank_timeout)
+        follower.follow(Listener(group).hear)
     except PeerLost as error:
         print(f"ownpath: rank {group.rank}: {error}", file=sys.stderr, flush=True)
         os._exit(RANK_LOST)

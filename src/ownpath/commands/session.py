@@ -12,9 +12,11 @@ from ownpath.allocator import keep_freed_memory
 from ownpath.cache.layout import BLOCK_TOKENS, num_blocks
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.commands.rank_options import parallel_of
+from ownpath.commands.rank_start import become_ready, opener_of, rank_decoder, share_number
 from ownpath.config import EngineConfig, ModelConfig
 from ownpath.end_tokens import FIELD, GENERATION_CONFIG, EndTokens, read_end_tokens
 from ownpath.engine.decoder import make_decoder
+from ownpath.engine.decoding_ranks import LeadingDecoder
 from ownpath.engine.engine import Engine
 from ownpath.engine.leading import LeadingModel, LeadingStore
 from ownpath.engine.prefix import PrefixCache, PrefixSettings
@@ -72,7 +74,7 @@ def engine_config_of(
     config = EngineConfig.for_device(device, args.max_model_len)
     config = replace(config, is_batch_invariant=args.batch_invariant, official=args.numerics)
     config = replace(config, reference=frozenset(args.reference), graphs=not args.no_graphs)
-    config = replace(config, cache_format=args.cache_format)
+    config = replace(config, cache_format=args.cache_format, draws_weights=args.random_weights)
     config = replace(config, max_num_seqs=max_num_seqs, num_cache_blocks=num_cache_blocks)
     return config if group is None else replace(config, parallel=parallel_of(args, group.rank))
 
@@ -96,7 +98,7 @@ def load_for(
             keep_freed_memory()
         tokenizer = Tokenizer.from_folder(folder)
     with Progress("loading", in_bytes=True) as show_loaded:
-        model = load_model(folder, config, show_loaded, peers)
+        model = load_model(folder, config, show_loaded, peers, opener_of(config, group))
     for contradiction in model.contradictions:
         tell("warning", f": {contradiction}; the tensors are believed")
     end_tokens = read_end_tokens(folder, model.config)
@@ -106,9 +108,10 @@ def load_for(
     for token_id in end_tokens.unusable:
         where = f"{folder / GENERATION_CONFIG}: {FIELD}"
         tell("warning", f": {where} has {token_id}, which is no token of this model")
-    if torch.device(args.device).type == "cuda":
-        if group is None:
+    with phase(peers, "warm up"):
+        if torch.device(args.device).type == "cuda":
             warm_up(model, config)
+    if torch.device(args.device).type == "cuda":
         warm_up_sampler(config.device, tokenizer.num_tokens, model.config.vocab_size)
     return LoadedModel(folder, tokenizer, model, config, end_tokens)
 
@@ -153,15 +156,19 @@ def _led(
     loaded: LoadedModel, prefix: PrefixSettings | None, group: Group, limit_s: float
 ) -> tuple[Engine, Leader | None]:
     """Makes the engine of a model that several ranks run."""
-    leader = Leader(group)
+    leader, num_tokens = Leader(group), share_number(group, loaded.tokenizer.num_tokens)
+    most = loaded.config.max_num_seqs
+    decoder = rank_decoder(
+        loaded.model, loaded.config, group, lambda: LeadingDecoder(loaded.model, most, num_tokens, leader)
+    )
     model, caches = LeadingModel(loaded.model, leader), loaded.model.caches
     kept = None
     if prefix is not None:
         store = LeadingStore(caches, prefix.num_snapshots, leader, model.passed)
         kept = PrefixCache(caches, prefix, _prefix_root(loaded), store)
-    engine = Engine(model, loaded.config, loaded.tokenizer.num_tokens, end_token_ids=loaded.end_tokens.ids, prefix=kept)
-    with phase(group, "ready"):
-        group.limit_s = limit_s
+    ends = loaded.end_tokens.ids
+    engine = Engine(model, loaded.config, num_tokens, end_token_ids=ends, decoder=decoder, prefix=kept)
+    become_ready(loaded.model, group, limit_s)
     return engine, leader
 
 

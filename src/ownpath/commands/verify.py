@@ -23,14 +23,17 @@ from ownpath.commands.arguments import (
     whole_number,
 )
 from ownpath.commands.listings import checks_of_verify
+from ownpath.commands.ranks import rank_of
 from ownpath.commands.settings import PASSED_ON
 from ownpath.commands.start import starting
+from ownpath.commands.verify_ranks import add_ranks, check_ranks, rank_lines, verify_ranks
 from ownpath.terminal.console import show, write_data
 from ownpath.terminal.text import listed, quoted
 from ownpath.verify.checks import STAGE_NAMES
 
 if TYPE_CHECKING:
     from ownpath.commands.arguments import Subparsers
+    from ownpath.commands.verify_ranks import RankReport
     from ownpath.verify.run import Verification
 
 
@@ -39,6 +42,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     parser = subparsers.add_parser("verify", help="prove each step, and name what is wrong", description=__doc__)
     add_model_argument(parser)
     add_plan_arguments(parser)
+    add_ranks(parser)
     parser.add_argument(
         "--stages", type=_stages, metavar="NAME,...", help=f"some of {', '.join(STAGE_NAMES)} (default: all of them)"
     )
@@ -86,7 +90,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"{passed_on[0] if passed_on else '--rows'}: only with --engine vllm (`ownpath verify --help`)"
         )
-    with starting(args.device):
+    rank = rank_of(args)
+    if args.ranks > 1:
+        check_ranks(args)
+    is_one_of_several = args.ranks > 1 and args.device != "cpu"
+    with starting(f"{args.device}:{rank}" if is_one_of_several else args.device):
         from dataclasses import replace
 
         from ownpath.config import EngineConfig
@@ -97,17 +105,21 @@ def run(args: argparse.Namespace) -> int:
 
     folder = args.model or default_model_dir()
     device_caps(args.device)  # says that a device is not there before torch does
-    leave_a_core()
+    leave_a_core(args.ranks)
     engine = replace(
         EngineConfig.for_device(args.device),
         is_batch_invariant=args.batch_invariant,
         official=args.numerics,
         reference=frozenset(args.reference),
         cache_format=args.cache_format,
+        draws_weights=args.random_weights,
     )
     written = None if args.ledger is None else read_plan_file(args.ledger)
     job = VerifyJob(folder, engine, Selection(args.layers, args.experts, args.seed), args.source, args.work, written)
-    return _show(verify(job, args.stages or STAGE_NAMES, keeps_going=args.keep_going), args)
+    if args.ranks == 1:
+        return _show(verify(job, args.stages or STAGE_NAMES, keeps_going=args.keep_going), args)
+    result, reports = verify_ranks(args, job, rank)
+    return _show(result, args, reports) if rank == 0 else 0
 
 
 _NOT_VLLM = ("stages", "experts", "source", "ledger", "keep_going", "batch_invariant", "numerics", "reference")
@@ -133,22 +145,24 @@ def _run_vllm(args: argparse.Namespace, options: Sequence[str]) -> int:
         return _show(verify_vllm(job), args)
 
 
-def _show(result: "Verification", args: argparse.Namespace) -> int:
-    """Writes and prints the report; returns the exit code."""
+def _show(result: "Verification", args: argparse.Namespace, reports: "Sequence[RankReport]" = ()) -> int:
+    """Writes and prints the report; returns the exit code. reports: of all ranks, of which this is the first."""
+    from ownpath.terminal.page import line
     from ownpath.verify.html import report_html
     from ownpath.verify.report import report_dict, report_page
 
+    told = report_dict(result) | ({"ranks": list(reports)} if reports else {})
     if isinstance(args.json, Path):
-        args.json.write_text(json.dumps(report_dict(result), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(told, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if args.html is not None:
         args.html.write_text(report_html(result), encoding="utf-8")
     if args.json == "-":
-        write_data(json.dumps(report_dict(result), indent=1, allow_nan=False))
+        write_data(json.dumps(told, indent=1, allow_nan=False))
     else:
-        show(*report_page(result))
+        show(*report_page(result), *map(line, rank_lines(reports)))
     if result.unreadable:
         return 2
-    return 0 if result.passed else 1
+    return 0 if result.passed and all(report["verdict"] == told["verdict"] for report in reports) else 1
 
 
 def _rows(text: str) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ Legend: T rows of a step, V vocabulary.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -330,14 +330,25 @@ def no_graph_of(ledger: Ledger) -> str | None:
     return None
 
 
-def make_decoder(model: DecodingModel, engine: EngineConfig, num_vocab: int) -> Decoder | None:
-    """Makes the decoder of a model on a GPU and captures its graphs if the engine wants them; else runs every bucket.
+AnyDecoder = TypeVar("AnyDecoder", bound=Decoder)
 
-    ``None`` on a CPU, and where no decode step is planned. Says why there are no graphs where a kernel rules them out.
+
+def make_decoder(model: DecodingModel, engine: EngineConfig, num_vocab: int) -> Decoder | None:
+    """Makes the decoder of a model on a GPU, ready for its first step.
+
+    ``None`` on a CPU, and where no decode step is planned.
+    """
+    return prepared(model, engine, lambda: Decoder(model, engine.max_num_seqs, num_vocab))
+
+
+def prepared(model: DecodingModel, engine: EngineConfig, make: Callable[[], AnyDecoder]) -> AnyDecoder | None:
+    """Makes a decoder as ``make`` does, and captures its graphs if the engine wants them; else runs every bucket.
+
+    ``None`` as ``make_decoder``. Says why there are no graphs where a kernel rules them out.
     """
     if torch.device(engine.device).type != "cuda" or not model.decodes:
         return None
-    decoder = Decoder(model, engine.max_num_seqs, num_vocab)
+    decoder = make()
     without = no_graph_of(model.ledger)
     if engine.graphs and without is not None:
         tell("decode steps run without graphs", f": {without}")

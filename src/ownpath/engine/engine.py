@@ -61,6 +61,7 @@ class Engine:
         self.num_vocab = num_vocab
         self.end_token_ids = frozenset(model.config.eos_token_id if end_token_ids is None else end_token_ids)
         self._adjuster = Adjuster(num_vocab, torch.device(config.device), self.end_token_ids)
+        self._decoder = decoder
         self._places = WaitingPlaces(config.max_num_seqs, max_num_queued)
         self._reporter = Reporter(self.end_token_ids, self._close)
         self._runner = StepRunner(model, decoder, config.device, num_vocab, self._adjuster, self._reporter)
@@ -134,7 +135,8 @@ class Engine:
         blocks = Usage(slots.num_blocks - self._memory.free[1], slots.num_blocks)
         taken = Usage(slots.num_slots - slots.num_free_slots, slots.num_slots)
         compiled, captured = self._made_before
-        made = COMPILATIONS.count - compiled, COMPILATIONS.num_captured - captured
+        replays = 0 if self._decoder is None else self._decoder.num_replays
+        made = COMPILATIONS.count - compiled, COMPILATIONS.num_captured - captured, replays
         waiting, counts = self._scheduler.num_waiting, self.counts
         return EngineLoad(len(running), waiting, use, *made, blocks, taken, counts, self._runner.times)
 

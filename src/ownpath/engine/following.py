@@ -8,6 +8,7 @@ import torch
 from ownpath.cache.pools import PlacedSequence
 from ownpath.cache.snapshot import PassedSnapshot, SnapshotStore
 from ownpath.cache.tables import StepTables
+from ownpath.engine.decoding_ranks import DECODE, REDRAW, FollowingDecoder
 from ownpath.engine.leading import LOAD, PUT, SAVE, STEP
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
@@ -15,10 +16,11 @@ from ownpath.ranks.control import RankMessage
 
 
 class Follower:
-    """One rank's part of what rank 0's engine runs. num_snapshots: places for them, as many as rank 0 has."""
+    """One rank's part of what rank 0's engine runs. num_snapshots: places for them, as many as rank 0 has. decoder:
+    where rank 0 has one."""
 
-    def __init__(self, model: Model, num_snapshots: int) -> None:
-        self._model, self._pool = model, model.caches
+    def __init__(self, model: Model, num_snapshots: int, decoder: FollowingDecoder | None = None) -> None:
+        self._model, self._pool, self._decoder = model, model.caches, decoder
         self._store = SnapshotStore(self._pool, num_snapshots) if num_snapshots else None
         self._passed: dict[int, PassedSnapshot] = {}
 
@@ -26,6 +28,8 @@ class Follower:
         """Runs until ``hear`` has no more. Errors: PeerLost."""
         run: Mapping[str, Callable[[RankMessage], Any]] = {
             STEP: self._step,
+            DECODE: lambda told: self._decoding.follow(told),
+            REDRAW: lambda told: self._decoding.take_tokens(told),
             SAVE: lambda told: self._snapshots.save(told["slot"], told["place"]),
             PUT: lambda told: self._snapshots.put(self._passed[told["taken"]], told["place"]),
             LOAD: lambda told: self._snapshots.load(told["place"], told["slot"]),
@@ -38,6 +42,11 @@ class Follower:
     def _snapshots(self) -> SnapshotStore:
         assert self._store is not None, "rank 0 has snapshots, and this rank has none"
         return self._store
+
+    @property
+    def _decoding(self) -> FollowingDecoder:
+        assert self._decoder is not None, "rank 0 has a decoder, and this rank has none"
+        return self._decoder
 
     def _step(self, told: RankMessage) -> None:
         self._passed = {number: taken for number, taken in self._passed.items() if number in {*told["living"]}}

@@ -12,10 +12,10 @@ import torch
 from ownpath.cache.pools import CachePool, SequenceCache
 from ownpath.cache.snapshot import PassedSnapshot, SnapshotStore
 from ownpath.config import ModelConfig
+from ownpath.engine.decoding_ranks import running_together
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
 from ownpath.ranks.control import Leader, RankMessage
-from ownpath.ranks.peers import PeerLost, RanksDiffer
 
 STEP, SAVE, PUT, LOAD = "step", "save", "put", "load"
 """Kinds of messages, see ``engine.following``."""
@@ -44,8 +44,8 @@ class PassedNumbers:
 
 
 class LeadingModel:
-    """A model that several ranks run, on rank 0; see ``steps.LanguageModel``. It has no decode steps of its own: the
-    engine's run by ``forward``."""
+    """A model that several ranks run, on rank 0; see ``steps.LanguageModel``. Its decode steps are those of a
+    ``LeadingDecoder``, where there is one."""
 
     def __init__(self, model: Model, leader: Leader) -> None:
         self._model, self._leader = model, leader
@@ -67,13 +67,13 @@ class LeadingModel:
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """See ``Model.forward``. Errors: PeerLost; RanksDiffer where this rank's step fails and the others' may not."""
-        with self._leader.running(self._message(batch)):
-            try:
-                return self._model.forward(batch)
-            except (PeerLost, RanksDiffer):
-                raise
-            except Exception as error:
-                raise RanksDiffer(f"a step failed on rank 0, others may have run it: {error}") from error
+        with running_together(self._leader, self._message(batch)):
+            logits_RV = self._model.forward(batch)
+        window = self._model.window
+        if window is not None and len(batch.logits_ids):  # which the engine waits for anyway
+            torch.cuda.current_stream(logits_RV.device).synchronize()
+            window.check()
+        return logits_RV
 
     def _message(self, batch: ForwardBatch) -> RankMessage:
         living, tables = self.passed.living(), batch.tables

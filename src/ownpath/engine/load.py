@@ -98,8 +98,8 @@ class EngineLoad:
     """num_running, num_waiting: requests. cache_use: share of the caches' tokens that running requests fill.
 
     Since the engine started: num_compiled, kernels that steps had to compile, or to take from Triton's cache;
-    num_captured, graphs that they had to capture. Both should stay 0. ``counts`` and ``times`` have the rest, and go on
-    counting.
+    num_captured, graphs that they had to capture. Both should stay 0. num_replays: steps that a graph ran. ``counts``
+    and ``times`` have the rest, and go on counting.
     blocks, slots: of the caches; a block that only the prefix cache holds counts as free, for whoever needs it gets it.
     """
 
@@ -108,6 +108,7 @@ class EngineLoad:
     cache_use: float = 0.0
     num_compiled: int = 0
     num_captured: int = 0
+    num_replays: int = 0
     blocks: Usage = Usage()
     slots: Usage = Usage()
     counts: EngineCounts = field(default_factory=EngineCounts)

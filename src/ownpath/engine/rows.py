@@ -164,6 +164,21 @@ class RowArrays:
         columns = self.columns
         columns.tokens.addcmul_(drawn_R.index_select(0, columns.sources), columns.carries)
 
+    def copied(self, staged: Staged) -> bytes:
+        """Returns what ``send`` transfers, for ``paste`` of another rank."""
+        host, num_heads = self._hosts[staged.turn], self.WORDS * len(self._held)
+        blocks = b"" if staged.blocks is None else host.tables[staged.blocks].tobytes()
+        return host.buffer[:num_heads].numpy().tobytes() + blocks
+
+    def paste(self, data: bytes, staged: Staged) -> Staged:
+        """Writes what another rank has staged into a buffer that nothing reads any more."""
+        host, num_heads = self._hosts[staged.turn], self.WORDS * len(self._held)
+        words = np.frombuffer(data, np.int32)
+        host.buffer.numpy()[:num_heads] = words[:num_heads]
+        if staged.blocks is not None:
+            host.tables[staged.blocks] = words[num_heads:].reshape(-1, host.tables.shape[1])
+        return staged
+
     def forget(self) -> None:
         """Sends every block table with the next rows: nobody knows which have arrived."""
         self._held = [()] * len(self._held)

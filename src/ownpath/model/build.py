@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -67,8 +67,11 @@ from ownpath.runners.decode import (
 )
 from ownpath.runners.linear import LinearRunner
 from ownpath.runners.runner import KernelOrName, chosen_spec
-from ownpath.splits import ExpertSplit
+from ownpath.splits import DRAWN, ExpertSplit, sums_at_boundaries
 from ownpath.trace import Ledger, Tap
+
+if TYPE_CHECKING:
+    from ownpath.runners.exchange import Window
 
 Runners = dict[str, Runner]
 Params = Mapping[str, torch.Tensor]
@@ -85,7 +88,7 @@ def _identity(x: torch.Tensor) -> torch.Tensor:
 class Builder:
     """The materials of one model. specs: the kernel that the plan chose for each companion, by slot.
 
-    peers: the ranks that run it together.
+    peers: the ranks that run it together. window: where kernels push what they exchange.
     """
 
     config: ModelConfig
@@ -95,6 +98,7 @@ class Builder:
     params: Params
     ledger: Ledger
     peers: Peers = ALONE
+    window: "Window | None" = None
 
     def model(self) -> Model:
         """Builds the model; the ledger watches every runner and companion."""
@@ -114,6 +118,8 @@ class Builder:
             cache_spec=CacheSpec.of(config, self.engine),
             ledger=self.ledger,
             drafts=tuple(self._drafts(sliding, compress)) if self.engine.loads_draft else (),
+            share=self._exchange(DRAWN, Reduce) if DRAWN in self.specs else None,
+            window=self.window,
         )
 
     @property
@@ -154,7 +160,7 @@ class Builder:
             )
 
     def _exchange(self, slot: str, make: type[Exchange]) -> Any:
-        return self.ledger.watch(slot, make(self.peers, slot, kernel=self.specs[slot]))
+        return self.ledger.watch(slot, make(self.peers, slot, self.window, kernel=self.specs[slot]))
 
     def _followed(self, linear: Linear, slot: str, make: type[Exchange]) -> Product:
         """Returns a product, with the exchange behind it where one is planned."""
@@ -179,7 +185,15 @@ class Builder:
             mix_norm_eps=config.rms_norm_eps,
             norm_eps=config.rms_norm_eps,
         )
-        return self.ledger.watch(slot, HyperBoundary(weights, kernel=self.specs[slot]))
+        window = self.window if slot in self._adding else None
+        return self.ledger.watch(slot, HyperBoundary(weights, window, kernel=self.specs[slot]))
+
+    @cached_property
+    def _adding(self) -> frozenset[str]:
+        """The boundaries that add up what ranks have pushed."""
+        boundaries = sums_at_boundaries([layer.name for layer in self.config.backbone_layers()])
+        pushed = (slot for slot in boundaries if slot in self.specs and chosen_spec(self.specs[slot]).leaves_sum)
+        return frozenset(boundaries[slot] for slot in pushed)
 
     def _norm(self, slot: str, weight: torch.Tensor | None) -> Any:
         norm = RMSNorm(weight, self.config.rms_norm_eps, kernel=self.specs[slot])

@@ -1,7 +1,9 @@
 """DeepSeek-V4's backbone and head: token ids in, logits out, caches extended on the way."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +20,9 @@ from ownpath.model.ranks import Product
 from ownpath.runners import HyperBoundary
 from ownpath.trace import Ledger
 
+if TYPE_CHECKING:
+    from ownpath.runners.exchange import Window
+
 
 @dataclass(frozen=True)
 class Model:
@@ -26,6 +31,8 @@ class Model:
     drafts: the loaded MTP modules, in order. Each takes the ``hidden`` of the module before it.
     lossless_casts: slots whose NVFP4 weights are MXFP4 weights rewritten without loss.
     contradictions: claims of config.json about formats that the tensors do not bear out.
+    share: adds up tensors [T, C] over ranks, for tokens that only one rank has; ``None`` where all have the same.
+    window: where kernels push what ranks exchange; ``None`` where none does.
     """
 
     config: ModelConfig
@@ -41,6 +48,8 @@ class Model:
     drafts: tuple[Mtp, ...] = ()
     lossless_casts: tuple[str, ...] = ()
     contradictions: tuple[str, ...] = ()
+    share: Callable[[torch.Tensor], torch.Tensor] | None = None
+    window: "Window | None" = None
 
     @property
     def decodes(self) -> bool:

@@ -64,7 +64,7 @@ class OracleRun:
     def of(cls, stored: StoredWeights, plan: Plan, arithmetic: Arithmetic, prefix: str = "") -> "OracleRun":
         """Starts a forward. prefix: of the modules that it will read."""
         assert stored.dtype is arithmetic.dtype, "weights and sums have one dtype"
-        modules = ((module.name, op.encoding) for op in plan.ops for module in op.spec.modules)
+        modules = ((module.name, op.encoding) for op in plan.ops for module in (*op.spec.modules, *op.elsewhere))
         encodings = {name: encoding for name, encoding in modules if name.startswith(prefix)}
         return cls(plan.config, stored, encodings, arithmetic)
 

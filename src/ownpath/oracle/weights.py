@@ -26,7 +26,7 @@ class StoredWeights:
 
     def __init__(self, index: CheckpointIndex, device: torch.device, dtype: torch.dtype = torch.float64) -> None:
         self.index, self.device, self.dtype = index, device, dtype
-        self._read = TensorReader(index)
+        self._read = TensorReader(index, device)
 
     def param(self, key: str) -> Tensor:
         """Reads a tensor that is used as it is stored: floats in ``dtype``, integers in int64."""

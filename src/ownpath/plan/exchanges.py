@@ -4,7 +4,8 @@ By heads, every rank computes all tokens: its part of ``wo_b``'s sums, of the ro
 Each part is added up over ranks where the next boundary needs it: two sums a layer. By data, each rank computes its own
 tokens, and all come together for the experts alone, whose sums go back to where the tokens are.
 
-The head's rows are divided either way: each rank has columns of the logits.
+The head's rows are divided either way: each rank has columns of the logits. By heads all ranks draw the same tokens
+from them; where rank 0 draws rows again, with what only it knows of their answers, the tokens are sent.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from ownpath.config import Layer, ModelConfig, Parallel
 from ownpath.ops import OpKind
 from ownpath.plan.opspec import CompanionSpec
-from ownpath.splits import AttentionSplit
+from ownpath.splits import DRAWN, DRAWN_MULTIPLE, AttentionSplit
 
 
 def layer_exchanges(config: ModelConfig, layer: Layer, parallel: Parallel) -> Iterator[CompanionSpec]:
@@ -35,6 +36,7 @@ def head_exchanges(config: ModelConfig, parallel: Parallel) -> Iterator[Companio
         return
     if parallel.attention is AttentionSplit.HEADS:
         yield CompanionSpec("head.gather", OpKind.GATHER, (config.vocab_size,))
+        yield CompanionSpec(DRAWN, OpKind.REDUCE, (DRAWN_MULTIPLE,))
         return
     yield CompanionSpec("head.gather", OpKind.GATHER, (config.hidden_size,))
     yield CompanionSpec("head.turn", OpKind.TURN, (config.vocab_size,))

@@ -1,7 +1,7 @@
 """Bytes that a step's exchanges send between ranks, for each token. Pure.
 
-Counted is what one rank sends for one token of the step, whichever rank the token is of; as much comes in. For w bytes
-of a token and N ranks, at least:
+Counted is what one rank sends for one token of the step, whichever rank the token is of; as much comes in. Not counted
+are tokens that rank 0 has drawn again, some bytes each. For w bytes of a token and N ranks, at least:
 
 | exchange | at least | by the references |
 |---|---|---|
@@ -20,6 +20,7 @@ from ownpath.ops import OpKind
 from ownpath.plan.caches import ACTIVATION_BYTES
 from ownpath.plan.ops import PlannedCompanion
 from ownpath.plan.plan import Plan
+from ownpath.splits import DRAWN
 
 _ID_AND_WEIGHT_BYTES = 12
 _LOGIT_BYTES = 4
@@ -30,7 +31,7 @@ class LinkBytes:
     """One kind of exchange of a step. name: within a layer. count: of such exchanges.
 
     least, sent: bytes that one rank sends for one token of the step, in all of them; at least, and by the planned
-    kernel. is_scored: of tokens whose logits are wanted, and no others.
+    kernels. is_scored: of tokens whose logits are wanted, and no others.
     """
 
     name: str
@@ -44,7 +45,8 @@ class LinkBytes:
 
 def link_bytes(plan: Plan) -> tuple[LinkBytes, ...]:
     """Returns the exchanges of a plan by kind; empty for one rank."""
-    found = [one for one in plan.companions if one.spec.kind.is_exchange and not one.spec.slot.startswith("mtp.")]
+    exchanges = (one for one in plan.companions if one.spec.kind.is_exchange and one.spec.slot != DRAWN)
+    found = [one for one in exchanges if not one.spec.slot.startswith("mtp.")]
     found.sort(key=lambda one: (one.spec.slot.startswith("head."), _name(one)))
     return tuple(_of_kind(plan, name, [*same]) for name, same in groupby(found, _name))
 
@@ -73,5 +75,5 @@ def _of_kind(plan: Plan, name: str, same: list[PlannedCompanion]) -> LinkBytes:
         OpKind.SCATTER: (others / size, others / size),
         OpKind.TURN: (others / size**2, others / size**2),
     }[spec.kind]
-    kernel = same[0].choice.kernel.name
+    kernel = "+".join(dict.fromkeys(one.choice.kernel.name for one in same))
     return LinkBytes(name, spec.kind, kernel, count, count * least, count * sent, name.startswith("head."))

@@ -41,9 +41,18 @@ class PlannedOp:
         return local_modules(self.spec.modules, self.regions)
 
     @property
+    def local_spec(self) -> OpSpec:
+        """The product with this rank's shapes."""
+        if not self.regions:
+            return self.spec
+        local = {module.name: module for module in self.local_modules}
+        parts = (replace(part, modules=tuple(local[one.name] for one in part.modules)) for part in self.spec.parts)
+        return replace(self.spec, modules=self.local_modules, parts=tuple(parts))
+
+    @property
     def local_shape(self) -> tuple[int, int]:
         """[out, in] of the fused weight on this rank."""
-        return replace(self.spec, modules=self.local_modules).shape
+        return self.local_spec.shape
 
     @property
     def regions_by_key(self) -> dict[str, Region | None]:

@@ -33,7 +33,9 @@ from ownpath.plan.opspec import (
 )
 from ownpath.plan.select import REFERENCES, Caps, Choice, Demands, Refusal, select
 from ownpath.plan.sharding import held_experts, local_modules, regions_of, require_whole_blocks
+from ownpath.splits import AttentionSplit, sums_at_boundaries
 
+_PART = next(spec for spec in SPECS if spec.leaves_sum)
 INPUT_BLOCK = 128
 """Columns of an FP8 product's input that share a scale in official numerics."""
 
@@ -109,7 +111,19 @@ class Planner:
         specs += [*self._of_layers(config.backbone_layers(), plain), *head_exchanges(config, self.parallel)]
         if loads_draft:
             specs += [*draft_companions(config, self.parallel), *self._of_layers(config.draft_layers(), plain)]
-        return tuple(PlannedCompanion(spec, self._choice(spec, None)) for spec in specs)
+        planned = tuple(PlannedCompanion(spec, self._choice(spec, None)) for spec in specs)
+        return planned if self.parallel.size == 1 else tuple(self._with_parts(planned))
+
+    def _with_parts(self, planned: Sequence[PlannedCompanion]) -> Iterator[PlannedCompanion]:
+        """Yields companions; of sums that a boundary can make, only the push."""
+        kernels = {one.spec.slot: one.choice.kernel for one in planned}
+        boundaries = sums_at_boundaries([layer.name for layer in self.config.backbone_layers()])
+        for one in planned:
+            boundary = boundaries.get(one.spec.slot)
+            if boundary is not None and one.choice.kernel.is_pushed and kernels[boundary].takes_parts:
+                yield replace(one, choice=replace(one.choice, kernel=_PART, why=_PART.why))
+            else:
+                yield one
 
     def _plain_slots(self, ops: Iterable[PlannedOp]) -> frozenset[str]:
         """Returns the slots of products with unquantised weights that are not asked for by --reference."""
@@ -193,11 +207,14 @@ class Planner:
         if isinstance(spec, OpSpec) and spec.is_wide and stored not in (BF16, FP32):
             # A quantised weight's kernel rounds activations to a dtype that it takes.
             demands = replace(demands, activations="float32")
+        # Pushed rows are as many of each rank, which they are not where ranks have tokens of their own.
+        by_data = self.parallel.attention is AttentionSplit.DATA and not self.parallel.is_even
+        is_uneven = spec.kind.is_exchange and by_data
         decision = select(
             spec.kind,
             stored,
             self.caps,
-            REFERENCES if is_reference else SPECS,
+            REFERENCES if is_reference or is_uneven else SPECS,
             demands,
             spec.dims,
             steps_of(spec, stored),

@@ -5,23 +5,25 @@ a pulse, so that rank 0 knows the same of them; in a step, its exchanges tell.
 """
 
 import json
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import torch
-
 from ownpath.ranks.group import Group
-from ownpath.ranks.peers import PeerLost
+from ownpath.ranks.peers import PeerLost, RanksDiffer
 
 PULSE_S = 1.0
 _MESSAGE = "a message"
 _PULSE, _STOP = "pulse", "stop"
 
+_HEADER = struct.Struct("<QII")
+DATA = "data"
+"""The part of a message that is bytes, where it has one."""
+
 RankMessage = dict[str, Any]
-"""JSON values. ``kind`` says which of ``engine.following`` it is for."""
+"""JSON values, and ``DATA``. ``kind`` says which of ``engine.following`` it is for."""
 
 
 class Leader:
@@ -29,6 +31,7 @@ class Leader:
 
     def __init__(self, group: Group) -> None:
         self._group, self._turn, self._is_over = group, threading.Lock(), threading.Event()
+        self._number = 0
         self._heart: threading.Thread | None = None
 
     def start(self, on_lost: Callable[[PeerLost], None]) -> None:
@@ -73,31 +76,48 @@ class Leader:
     def _pulse(self) -> None:
         group = self._group
         self._tell({"kind": _PULSE})
-        answers = {rank: torch.empty(1, dtype=torch.uint8) for rank in group.others}
-        waiting = {rank: group.receive(_PULSE, rank, into, group.messages) for rank, into in answers.items()}
-        for rank, work in waiting.items():
-            group.wait(_PULSE, rank, work)
+        for rank in group.others:
+            group.read(_PULSE, rank, 1)
 
     def _tell(self, message: RankMessage) -> None:
-        data = torch.from_numpy(np.frombuffer(json.dumps(message).encode(), np.uint8).copy())
-        group, size = self._group, torch.tensor([len(data)])
-        works = [
-            (rank, group.send(_MESSAGE, rank, part, group.messages)) for rank in group.others for part in (size, data)
-        ]
-        for rank, work in works:
-            group.wait(_MESSAGE, rank, work)
+        data = packed_message(self._number, message)
+        self._number += 1
+        for rank in self._group.others:
+            self._group.write(_MESSAGE, rank, data)
 
 
-def hear(group: Group) -> RankMessage | None:
-    """Returns rank 0's next message; ``None`` where there are no more. Answers pulses. Errors: PeerLost."""
-    while True:
-        size = torch.empty(1, dtype=torch.int64)
-        group.wait(_MESSAGE, 0, group.receive(_MESSAGE, 0, size, group.messages))
-        data = torch.empty(int(size), dtype=torch.uint8)
-        group.wait(_MESSAGE, 0, group.receive(_MESSAGE, 0, data, group.messages))
-        message: RankMessage = json.loads(data.numpy().tobytes())
-        if message["kind"] == _STOP:
-            return None
-        if message["kind"] != _PULSE:
-            return message
-        group.wait(_PULSE, 0, group.send(_PULSE, 0, torch.zeros(1, dtype=torch.uint8), group.messages))
+class Listener:
+    """Another rank's end."""
+
+    def __init__(self, group: Group) -> None:
+        self._group, self._number = group, 0
+
+    def hear(self) -> RankMessage | None:
+        """Returns rank 0's next message; ``None`` where there are no more. Answers pulses.
+
+        Errors: PeerLost; RanksDiffer where a message is missing.
+        """
+        while True:
+            message = self._next()
+            if message["kind"] == _STOP:
+                return None
+            if message["kind"] != _PULSE:
+                return message
+            self._group.write(_PULSE, 0, b"\0")
+
+    def _next(self) -> RankMessage:
+        group = self._group
+        number, *sizes = _HEADER.unpack(group.read(_MESSAGE, 0, _HEADER.size))
+        text, data = (group.read(_MESSAGE, 0, size) if size else b"" for size in sizes)
+        if number != self._number:
+            raise RanksDiffer(f"message {number} of rank 0 has come to rank {group.rank}, not {self._number}")
+        self._number += 1
+        message: RankMessage = json.loads(text)
+        return {**message, DATA: data} if data else message
+
+
+def packed_message(number: int, message: RankMessage) -> bytes:
+    """Returns a message as it is sent: its number, the sizes of its two parts, JSON, and ``DATA``."""
+    data = message.get(DATA, b"")
+    text = json.dumps({name: value for name, value in message.items() if name != DATA}).encode()
+    return b"".join((_HEADER.pack(number, len(text), len(data)), text, data))

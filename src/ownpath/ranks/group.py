@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
+from ownpath.ranks.lines import open_lines
 from ownpath.ranks.peers import PeerLost, RanksDiffer
 from ownpath.ranks.wire import HEADER_SIZE, WireHeader, packed, unpacked
 
@@ -32,7 +33,7 @@ _NOTE_WAIT_S = 0.3
 class Group:
     """This process among those of a host; see ``Peers``. limit_s: how long it waits for another.
 
-    Two threads may use it, one for exchanges and one for messages: each has connections of its own.
+    Two threads may use it, one for exchanges and one for messages, which have connections of their own (``lines``).
     """
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
@@ -42,7 +43,7 @@ class Group:
         self._lost: PeerLost | None = None
         limit = timedelta(seconds=START_LIMIT_S)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
-        self.messages = dist.new_group(list(range(size)), backend="gloo", timeout=limit)
+        self._lines = open_lines(store, rank, size, START_LIMIT_S)
 
     @property
     def others(self) -> tuple[int, ...]:
@@ -88,19 +89,33 @@ class Group:
 
     def _swap_bytes(self, slot: str, data: Mapping[int, Tensor], room: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
         """Sends each other rank its bytes, and fills a tensor from each."""
-        receiving = {rank: self.receive(slot, rank, into) for rank, into in room.items() if into.numel()}
-        sending = {rank: self.send(slot, rank, part) for rank, part in data.items() if part.numel()}
+        receiving = {rank: self._receive(slot, rank, into) for rank, into in room.items() if into.numel()}
+        sending = {rank: self._send(slot, rank, part) for rank, part in data.items() if part.numel()}
         for rank, work in (*receiving.items(), *sending.items()):
-            self.wait(slot, rank, work)
+            self._wait(slot, rank, work)
         return room
 
-    def send(self, slot: str, rank: int, data: Tensor, group: Any = None) -> Any:
-        """Begins to send to a rank. Errors: PeerLost."""
-        return self._begin(slot, rank, lambda: dist.isend(data, rank, group=group))
+    def write(self, slot: str, rank: int, data: bytes) -> None:
+        """Sends bytes to a rank, which need not be waiting for them. slot: what they are. Errors: PeerLost."""
+        try:
+            self._lines[rank].write(data, self.limit_s)
+        except OSError as error:
+            raise self.lost(slot, rank, error) from None
 
-    def receive(self, slot: str, rank: int, into: Tensor, group: Any = None) -> Any:
+    def read(self, slot: str, rank: int, count: int) -> bytes:
+        """Waits for so many bytes from a rank. slot: what they are. Errors: PeerLost."""
+        try:
+            return self._lines[rank].read(count, self.limit_s)
+        except OSError as error:
+            raise self.lost(slot, rank, error) from None
+
+    def _send(self, slot: str, rank: int, data: Tensor) -> Any:
+        """Begins to send to a rank. Errors: PeerLost."""
+        return self._begin(slot, rank, lambda: dist.isend(data, rank))
+
+    def _receive(self, slot: str, rank: int, into: Tensor) -> Any:
         """Begins to receive from a rank. Errors: PeerLost."""
-        return self._begin(slot, rank, lambda: dist.irecv(into, rank, group=group))
+        return self._begin(slot, rank, lambda: dist.irecv(into, rank))
 
     def _begin(self, slot: str, rank: int, begin: Any) -> Any:
         try:
@@ -108,14 +123,14 @@ class Group:
         except RuntimeError as error:
             raise self.lost(slot, rank, error) from None
 
-    def wait(self, slot: str, rank: int, work: Any) -> None:
+    def _wait(self, slot: str, rank: int, work: Any) -> None:
         """Waits for what was begun. Errors: PeerLost."""
         try:
             work.wait(timedelta(seconds=self.limit_s))
         except RuntimeError as error:
             raise self.lost(slot, rank, error) from None
 
-    def lost(self, slot: str, rank: int, error: RuntimeError) -> PeerLost:
+    def lost(self, slot: str, rank: int, error: Exception) -> PeerLost:
         """Returns the error of a rank that does not answer, or of the one that was lost before because of which it has
         left."""
         with self._lock:

@@ -139,6 +139,7 @@ def _engine_lines(load: EngineLoad) -> list[str]:
         *_plain("step_retries_total", "Failed steps that ran again, prompt by prompt.", counts.num_step_retries),
         *_plain("kernels_compiled_total", "Kernels first needed after the start.", load.num_compiled),
         *_plain("graphs_captured_total", "Graphs captured after the start.", load.num_captured),
+        *_plain("graph_replays_total", "Steps that a captured graph ran.", load.num_replays),
         *_histogram("step_time_seconds", "From the later of a step's launch and the last one's end.", load.times.busy),
         *_histogram("step_gap_seconds", "The device's wait between two steps in a row.", load.times.gaps),
     ]

@@ -22,7 +22,7 @@ def configs_of(plan: Plan, index: CheckpointIndex) -> dict[str, list[Config]]:
     seen = set()
     for op in plan.ops:
         name = op.choice.kernel.name
-        shape = (name, tuple(module.shape for module in op.spec.modules))
+        shape = (name, tuple(module.shape for module in op.local_modules))
         if shape in seen:
             continue
         seen.add(shape)
@@ -40,7 +40,8 @@ def _configs(op: PlannedOp, plan: Plan, index: CheckpointIndex) -> Sequence[Conf
         configs: Sequence[Config] = kernel.planned_configs(unconverted_experts(op, operand, plan.config.swiglu_limit))
         return configs
     if op.spec.kind is OpKind.GROUPED:
-        groups: Sequence[Config] = kernel.planned_configs(stored_groups(op, operand, plan.config.o_groups))
+        num_groups = op.local_modules[0].shape[0] // plan.config.o_lora_rank
+        groups: Sequence[Config] = kernel.planned_configs(stored_groups(op, operand, num_groups))
         return groups
     planned: Sequence[Config] = kernel.planned_configs(stored_linear(op, operand))
     return planned

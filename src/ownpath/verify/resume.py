@@ -34,7 +34,8 @@ def digest_of(subject: Subject, **more: object) -> str:
     more: other values that a stage's findings depend on, JSON-serialisable.
     """
     selection = subject.selection
-    shards = {info.file for info in subject.index.tensors.values()}
+    drawn, infos = subject.index.drawn, subject.index.tensors.values()
+    shards = {info.file for info in infos} if drawn is None else set()
     parts: dict[str, object] = more | {
         "format": _FORMAT,
         "versions": versions(),
@@ -44,7 +45,8 @@ def digest_of(subject: Subject, **more: object) -> str:
         "plan": sorted(subject.plan.slots.items()),
         "layers": subject.layer_ids,
         "experts": [selection.num_experts, selection.seed],
-        "tensors": [(t.name, t.dtype, t.shape, t.file.name, t.start) for t in subject.index.tensors.values()],
+        "tensors": [(t.name, t.dtype, t.shape, t.file.name, t.start) for t in infos],
+        "drawn": None if drawn is None else drawn.seed,
         "shards": sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in shards),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -13,8 +13,11 @@ from ownpath.checkpoint.problems import make_problem
 from ownpath.config import ConfigError, EngineConfig
 from ownpath.finding import Finding, Verdict, failed
 from ownpath.kernels.spec import InputRounding
+from ownpath.loading import WindowOpener
+from ownpath.model.build import ALONE
 from ownpath.plan.errors import MissingInputScaleError, PlanError
 from ownpath.plan.show import plan_dict
+from ownpath.ranks.peers import Peers
 from ownpath.terminal.progress import Progress
 from ownpath.verify.environment_stage import environment_stage
 from ownpath.verify.file_stage import file_stage
@@ -32,6 +35,7 @@ class VerifyJob:
     """One verification to run. source: another export of the same model. work: where a stage may keep its state.
 
     written_plan: an earlier output of ``ownpath plan --json`` that should be what runs; ``None``: the plan of now.
+    peers: the ranks that run it together, each of which verifies its part; open_window: as of ``load_model``.
     subject: the checkpoint's plan for the device, made when a stage first asks for it.
     """
 
@@ -41,12 +45,14 @@ class VerifyJob:
     source: Path | None = None
     work: Path | None = None
     written_plan: Mapping[str, object] | None = None
+    peers: Peers = ALONE
+    open_window: WindowOpener | None = None
 
     @cached_property
     def subject(self) -> Subject:
         """The checkpoint's plan. Errors: ConfigError, CheckpointError, PlanError; ValueError for an unknown layer or
         device."""
-        return Subject.of(self.folder, self.engine, self.selection)
+        return Subject.of(self.folder, self.engine, self.selection, self.peers, self.open_window)
 
 
 def _run_file_stage(job: VerifyJob, progress: StageProgress) -> Iterator[Finding]:

@@ -3,13 +3,19 @@
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.config import EngineConfig, ModelConfig
-from ownpath.loading import planned
+from ownpath.loading import WindowOpener, planned, planned_window
+from ownpath.model.build import ALONE
 from ownpath.plan.plan import Plan
+from ownpath.ranks.peers import Peers
+
+if TYPE_CHECKING:
+    from ownpath.kernels.exchange.window import Window
 
 
 @dataclass(frozen=True)
@@ -23,16 +29,25 @@ class Selection:
 
 @dataclass(frozen=True)
 class Subject:
-    """One checkpoint with its plan for one device."""
+    """One checkpoint with its plan for one device. peers: the ranks that run it together; window: this one's."""
 
     folder: Path
     index: CheckpointIndex
     plan: Plan
     engine: EngineConfig
     selection: Selection = Selection()
+    peers: Peers = ALONE
+    window: "Window | None" = None
 
     @classmethod
-    def of(cls, folder: Path, engine: EngineConfig, selection: Selection | None = None) -> "Subject":
+    def of(
+        cls,
+        folder: Path,
+        engine: EngineConfig,
+        selection: Selection | None = None,
+        peers: Peers = ALONE,
+        open_window: WindowOpener | None = None,
+    ) -> "Subject":
         """Reads headers and makes the plan; reads no weight.
 
         Errors: ConfigError, CheckpointError, PlanError as ``load_model``; ValueError naming a layer that does not
@@ -44,7 +59,7 @@ class Subject:
         for layer_idx in sorted(selection.layer_ids or ()):
             if not 0 <= layer_idx < num_layers:
                 raise ValueError(f"layer {layer_idx}: the model has layers 0 to {num_layers - 1}")
-        return cls(folder, index, plan, engine, selection)
+        return cls(folder, index, plan, engine, selection, peers, planned_window(plan, engine, open_window))
 
     @property
     def config(self) -> ModelConfig:

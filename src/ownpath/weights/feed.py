@@ -105,6 +105,9 @@ class Feed:
         for info in infos:
             first = info.start - self._starts[key]
             part = data[first : first + info.num_bytes]
+            target = self._reserved.fill.targets.matrices.get(info.name)
+            if target is not None and not target.is_one_stretch:
+                part = part.copy()  # its columns are joined in place, and the bytes are somebody else's
             chunk = FileChunk(info.file, info.start, part.size, (Piece(info, 0, 0, part.size),))
             self._reserved.fill(chunk, part, GivenBytes(part))
 

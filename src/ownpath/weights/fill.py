@@ -77,7 +77,7 @@ class Filler:
     """Takes chunks in any order from any thread, each with its own staging; call ``finish`` after the last chunk."""
 
     def __init__(self, targets: CopyTargets) -> None:
-        self._targets = targets
+        self.targets = targets
         self._missing_bytes = {info.name: info.num_bytes for info in targets.infos}
         self._scalars = np.full(len(targets.scalars), np.nan, np.float32)
         self._is_divisor = np.zeros(len(targets.scalars), np.bool_)
@@ -87,13 +87,13 @@ class Filler:
 
     def __call__(self, chunk: FileChunk, buffer: Bytes, staging: Staging) -> None:
         """Checks and copies one chunk. Errors: CheckpointError naming the chunk's first tensor with a bad value."""
-        scalars = [piece for piece in chunk.pieces if piece.info.name in self._targets.scalars]
+        scalars = [piece for piece in chunk.pieces if piece.info.name in self.targets.scalars]
         faulty = self._take_scalars(scalars, buffer) if scalars else None
         for piece in chunk.pieces:
             if piece is faulty:
-                number = self._targets.scalars[piece.info.name]
+                number = self.targets.scalars[piece.info.name]
                 check_global_scale(piece.info, float(self._scalars[number]), bool(self._is_divisor[number]))
-            if piece.info.name not in self._targets.scalars:
+            if piece.info.name not in self.targets.scalars:
                 self._take(piece, buffer, staging)
         with self._lock:  # two threads may hold parts of one tensor
             for piece in chunk.pieces:
@@ -101,29 +101,28 @@ class Filler:
 
     def finish(self) -> None:
         """Fills the buffers of multipliers. Errors: CheckpointError naming a tensor not written exactly once."""
-        for info in self._targets.infos:
+        for info in self.targets.infos:
             count = self._missing_bytes[info.name]
             if count:
                 num_rows = ceil(abs(count) * (info.shape[0] if info.shape else 1) / info.num_bytes)
                 raise CheckpointError(f"tensor {info.name!r}: {num_rows} rows were not written exactly once")
         stored = torch.from_numpy(self._scalars)
-        for scalars in self._targets.buffers:
+        for scalars in self.targets.buffers:
             scalars.fill(stored)
 
     def _take(self, piece: Piece, buffer: Bytes, staging: Staging) -> None:
-        target = self._targets.matrices[piece.info.name]
+        target = self.targets.matrices[piece.info.name]
         data = buffer[piece.start : piece.stop]
-        if target.widened is None and target.is_one_stretch:
-            self._check(target, piece, data)
-            staging.copy(piece.start, piece.stop, target.flat, target.first + piece.first)
+        first, count = target.join(piece.first, data)  # what is another rank's is that one's to check
+        wanted = data[:count]
+        if not count:
             return
-        for first, wanted in target.stretches(piece.first, data):
-            self._check(target, piece._replace(first=first), wanted)  # what is another rank's is that one's to check
-            values = torch.from_numpy(wanted)
-            if target.widened is not None:
-                values = values.clone().view(target.widened).to(target.destination.target.dtype)
-                first = first // target.widened.itemsize * values.element_size()
-            staging.write(values, target.flat, target.first + first)
+        self._check(target, piece._replace(first=first), wanted)
+        if target.widened is None:
+            staging.copy(piece.start, piece.start + count, target.flat, target.first + first)
+            return
+        values = torch.from_numpy(wanted).clone().view(target.widened).to(target.destination.target.dtype)
+        staging.write(values, target.flat, target.first + first // target.widened.itemsize * values.element_size())
 
     def _check(self, target: CopyTarget, piece: Piece, data: Bytes) -> None:
         if target.destination.role == "scale":
@@ -134,7 +133,7 @@ class Filler:
     def _take_scalars(self, pieces: list[Piece], buffer: Bytes) -> Piece | None:
         """Stores all scalars of a chunk at once; returns the first that is not a valid scale."""
         starts = np.array([piece.start for piece in pieces])
-        numbers = [self._targets.scalars[piece.info.name] for piece in pieces]
+        numbers = [self.targets.scalars[piece.info.name] for piece in pieces]
         values = np.empty(len(pieces), np.float32)
         for dtype in {piece.info.dtype for piece in pieces}:
             chosen = np.array([piece.info.dtype == dtype for piece in pieces])

@@ -21,6 +21,7 @@ from ownpath.checkpoint.tensor_info import TensorInfo
 from ownpath.formats import NVFP4
 from ownpath.plan.ops import PlannedOp
 from ownpath.plan.plan import Plan
+from ownpath.weights.draw import draw_targets
 from ownpath.weights.fill import Filler, check_expert_ids
 from ownpath.weights.lossless import is_lossless_cast
 from ownpath.weights.operands import Allocate, Destination, OperandBuffers, make_operand, reserve
@@ -97,7 +98,7 @@ def load_weights(
     read_options: ReadOptions | None = None,
     allocate: Allocate = reserve,
 ) -> LoadedWeights:
-    """Allocates every operand on ``device`` and fills it from the checkpoint.
+    """Allocates every operand on ``device`` and fills it from the checkpoint, or draws what is stored nowhere.
 
     progress: called with (bytes loaded, total bytes). read_options: ``None`` for the device's default. allocate: makes
         each buffer.
@@ -106,6 +107,9 @@ def load_weights(
         first fault in the order of the files.
     """
     room = reserve_weights(plan, index, device, allocate)
+    if index.drawn is not None:
+        draw_targets(room.fill.targets, index, index.drawn, device, progress)
+        return LoadedWeights(room.operands, room.params)
     read_options = read_options or ReadOptions.for_device(device)
     total_bytes = sum(info.num_bytes for info in room.infos)
 

@@ -1,6 +1,6 @@
 """Finds the bytes of a buffer that each checkpoint tensor fills, and asserts that tensors cover every buffer."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -35,30 +35,46 @@ class CopyTarget:
         """True if all bytes that are read are copied, in their order."""
         return self.destination.region is None or self.destination.region.dim == 0
 
-    def stretches(self, first: int, data: Bytes) -> Iterator[tuple[int, Bytes]]:
-        """Yields the wanted stretches of ``data``, the tensor's bytes from its byte ``first`` on.
+    def join(self, first: int, data: Bytes) -> tuple[int, int]:
+        """Moves the wanted bytes of ``data``, the tensor's from its byte ``first`` on, to the beginning of ``data``.
 
-        Each comes with its offset among the wanted bytes; a region's columns are joined, row after row.
+        Returns their offset among the wanted bytes of the tensor, and their number; a region's columns are joined, row
+        after row.
         """
         if self.is_one_stretch:
-            yield first, data
-            return
+            return first, data.size
         region = self.destination.region
         assert region is not None
         row_bytes = self.info.num_bytes // self.info.shape[0]
         item_bytes = row_bytes // self.info.shape[1]
         start, stop = region.start * item_bytes, region.stop * item_bytes
-        while data.size:
-            row, column = divmod(first, row_bytes)
-            whole = 0 if column else data.size // row_bytes * row_bytes
+        row, column = divmod(first, row_bytes)
+        offset = row * (stop - start) + min(max(0, column - start), stop - start)
+        done = kept = 0
+        while done < data.size:
+            column = (first + done) % row_bytes
+            whole = 0 if column else (data.size - done) // row_bytes * row_bytes
             if whole:
-                part = data[:whole].reshape(-1, row_bytes)[:, start:stop].reshape(-1)
+                rows = data[done : done + whole].reshape(-1, row_bytes)[:, start:stop]
+                _move_rows(rows, data[kept : kept + rows.size].reshape(rows.shape))
+                kept += rows.size
             else:  # a row that continues from another chunk, or into one
-                whole = min(row_bytes - column, data.size)
-                part = data[max(0, start - column) : max(0, min(whole, stop - column))]
-            if part.size:
-                yield row * (stop - start) + max(0, column - start), part
-            first, data = first + whole, data[whole:]
+                whole = min(row_bytes - column, data.size - done)
+                part = data[done : done + whole][max(0, start - column) : max(0, min(whole, stop - column))]
+                data[kept : kept + part.size] = part
+                kept += part.size
+            done += whole
+        return offset, kept
+
+
+def _move_rows(rows: Bytes, to: Bytes) -> None:
+    """Moves rows to an earlier place in the same memory, without gaps: in blocks that end before they begin, each twice
+    as many rows as all before it, so that nothing is copied aside."""
+    done, count = 0, 1
+    while done < len(rows):
+        to[done : done + count] = rows[done : done + count]
+        done += count
+        count = done
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import json
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,14 +24,19 @@ from ownpath.bench.peers.topk import PersistentTopk, TorchTopk
 from ownpath.bench.request import BenchRequest, StepOptions
 from ownpath.bench.row import Row, Timing
 from ownpath.bench.select import SelectInputs
-from ownpath.bench.step import StepBench, StepModel, step_config, step_work
-from ownpath.bench.synthetic import Values, headers
+from ownpath.bench.step import StepBench, StepModel, dense_bytes, step_config, step_work
+from ownpath.bench.step_ranks import group_of, with_slots
 from ownpath.cache.pools import CachePool, CacheSpec
 from ownpath.cli import main
+from ownpath.config import Parallel
 from ownpath.kernels.attend.cases import CASES
 from ownpath.kernels.registry import SPECS
 from ownpath.kernels.scores.types import PagedRows
 from ownpath.ops import OpKind
+from ownpath.plan.exports import drawn_checkpoint, headers
+from ownpath.ranks.virtual import VirtualPeers, run_virtual
+from ownpath.splits import AttentionSplit, ExpertSplit
+from ownpath.trace.launches import DeviceLaunch
 
 SETTINGS = Settings.of("cpu", seed=1, budget_s=0.0)
 SHAPES = {
@@ -246,25 +251,55 @@ def test_the_bytes_of_a_step_are_weights_experts_and_caches(step: StepBench) -> 
     assert step_work(made, 0, 130, 0).num_bytes == made.dense_bytes
 
 
+@pytest.mark.parametrize(("attention", "experts"), [("heads", "width"), ("data", "ids")])
+def test_ranks_measure_a_step_together(attention: str, experts: str) -> None:
+    """Every rank has the same row, of its own bytes: half of the experts, and of the rows by data."""
+
+    def work(peers: VirtualPeers) -> tuple[Row, int]:
+        parallel = Parallel(peers.rank, 2, AttentionSplit(attention), ExpertSplit(experts))
+        options = replace(STEP, expert_sets=None, slots=True)
+        bench = StepBench.of(BenchRequest(SETTINGS, step=options, parallel=parallel, peers=peers), "small", 4)
+        (row,) = bench.measured((4,))
+        return row, len(bench.caches)
+
+    (first, rows), (second, _) = run_virtual(2, work)
+    assert first.timing == second.timing
+    assert rows == (2 if attention == "data" else 4)
+    assert (first.case.num_tokens, first.facts["ranks"], first.facts["experts"]) == (4, 2, experts)
+    assert first.case.shape == f"small, 130 tokens, 2 ranks, {attention} + {experts}"
+    per_layer = first.facts["distinct_experts_by_layer"]
+    assert isinstance(per_layer, list)
+    assert len(per_layer) == 4
+    assert all(count <= (4 if experts == "ids" else 8) for count in per_layer)
+
+
+def test_a_replayed_steps_kernels_have_the_slots_of_an_eager_ones() -> None:
+    def launches(*pairs: tuple[str | None, str]) -> list[DeviceLaunch]:
+        return [DeviceLaunch(slot, kernel, 10.0 * at, 1.0) for at, (slot, kernel) in enumerate(pairs)]
+
+    eager = launches(("layers.0.attn.reduce", "exchange_rows"), (None, "copy"))
+    found, same = with_slots(launches((None, "exchange_rows"), (None, "copy")), eager)
+    assert same
+    assert [launch.slot for launch in found] == ["layers.0.attn.reduce", None]
+    assert with_slots(launches((None, "copy")), eager) == (eager, False)
+    kinds = ["attn.reduce", "ffn.experts", "hc_ffn", "attn.decode.attend", "attn.wqa_wkv", "(glue)"]
+    assert [group_of(kind) for kind in kinds] == ["exchange", "experts", "hyper", "attention", "dense", "rest"]
+
+
 def test_routing_by_token_id_is_uniform() -> None:
     """As many distinct experts as V4-Flash's 8 and 32 rows choose if each token draws 6 of 256: 44.2 and 136."""
     config = step_config("flash", StepOptions(layers=2))
     assert config.num_hash_layers == 2
     assert step_config("flash", StepOptions(layers=5, by_gate=True)).num_hash_layers == 3
-    (spec,) = [spec for spec in _params(config) if spec.key == "layers.1.ffn.gate.tid2eid"]
-    table = Values.of_seed(torch.device("cpu"), 0).table(4096, spec.shape[1], config.n_routed_experts)
+    index = drawn_checkpoint(config)
+    assert index.drawn is not None
+    table = index.drawn.rows(index["layers.1.ffn.gate.tid2eid"], 0, 4096, torch.device("cpu"))
     assert all(len(set(row)) == 6 for row in table[:100].tolist())
     g = torch.Generator().manual_seed(1)
     for num_rows in (8, 32):
         drawn = [len(table[torch.randint(0, 4096, (num_rows,), generator=g)].unique()) for _ in range(300)]
         # A step's number has a standard deviation below 6: the mean of 300 is within 1.5 but once in 10^5 times.
         assert statistics.mean(drawn) == pytest.approx(256 * (1 - (1 - 6 / 256) ** num_rows), abs=1.5)
-
-
-def _params(config):
-    from ownpath.checkpoint.names import model_params
-
-    return model_params(config)
 
 
 def test_the_command_writes_a_line_and_a_table_for_a_step(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -282,7 +317,7 @@ def test_the_floor_of_v4_flashs_step_is_the_known_one() -> None:
     config = step_config("flash", StepOptions())
     index = headers(config, "nvidia")
     pool = CachePool(CacheSpec(config, 1024, torch.bfloat16, torch.device("meta")))
-    made = StepModel(SimpleNamespace(config=config, caches=pool), index)  # type: ignore[arg-type]
+    made = StepModel(SimpleNamespace(config=config, caches=pool), dense_bytes(index, {}))  # type: ignore[arg-type]
     for num_rows, ms in ((1, 2.6), (8, 7.9), (32, 20.6), (128, 35.7)):
         distinct = 256 * (1 - (1 - 6 / 256) ** num_rows)
         assert step_work(made, num_rows, 1024, distinct).floor_us(H200) / 1e3 == pytest.approx(ms, rel=0.02)

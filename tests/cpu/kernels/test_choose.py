@@ -1,9 +1,13 @@
 """The choice of kernels: every shape gets one that fits, and its tiles cover the work exactly."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
-from ownpath.kernels.nvfp4.choose import SMS, choose_linear, choose_moe
+from ownpath.kernels.nvfp4.choose import SMS, WIDE_PAIRS, choose_linear, choose_moe
 from ownpath.kernels.nvfp4.config import MAX_SHARED_BYTES, GemmConfig
+from ownpath.kernels.nvfp4.moe import nvfp4_moe
 from ownpath.kernels.nvfp4.moe_sliced_config import MAX_SLICED_PAIRS, SlicedConfig, fits_slices
 
 SHAPES = ((1536, 4096), (32768, 1024), (4096, 8192), (4096, 4096), (4096, 2048), (64, 128), (192, 384), (640, 256))
@@ -81,3 +85,15 @@ def test_a_kernel_that_does_not_fit_is_refused() -> None:
         GemmConfig(2, 2, 1, (128,), 9)
     with pytest.raises(ValueError, match="along K"):
         GemmConfig(1, 2, 2, (8,), 2)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 8, 64, 512, 8192])
+def test_pairs_of_experts_elsewhere_do_not_count(num_tokens: int) -> None:
+    """A rank of two with half the experts and all tokens, half of whose pairs are its own, runs what it would for
+    half the tokens; the form of the outputs follows all pairs, so that every rank has the same."""
+    held: Any = SimpleNamespace(num_experts=128, hidden=4096, inter=2048)
+    here = nvfp4_moe.choose(num_tokens * 6, held)
+    over_ranks = nvfp4_moe.choose(2 * num_tokens * 6, held, num_ids=256)
+    assert over_ranks.gate_up == here.gate_up
+    assert over_ranks.sliced == here.sliced
+    assert over_ranks.is_wide == (2 * num_tokens * 6 <= WIDE_PAIRS)

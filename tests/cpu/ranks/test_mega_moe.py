@@ -395,7 +395,7 @@ def test_a_call_says_whether_a_graph_can_hold_it(stacks: ExpertStacks) -> None:
     assert moe.reads_host
     assert [leaf.spec.name for leaf in moe.leaves] == ["ref.nvfp4_moe", "ref.routed_dispatch", "ref.routed_combine"]
     assert all(spec.reads_host != spec.is_pushed for spec in SPECS)
-    chosen = {OpKind.REDUCE: next(spec for spec in SPECS if spec.kind is OpKind.REDUCE)}
+    chosen = {OpKind.REDUCE: next(spec for spec in SPECS if spec.kind is OpKind.REDUCE and spec.is_torch)}
     assert MegaMoE(moe.local, Alone(), attention="heads", kernels=chosen).leaves[1].spec is chosen[OpKind.REDUCE]
     with pytest.raises(ValueError, match="there is no kernel 'other'"):
         MegaMoE(moe.local, Alone(), attention="heads", kernels={OpKind.REDUCE: "other"})

@@ -1,5 +1,6 @@
 """Two processes on a CPU run the embedded model as one does; whoever is lost is named, and nothing hangs."""
 
+import asyncio
 import json
 import os
 import signal
@@ -14,6 +15,10 @@ import httpx
 import pytest
 import torch
 from served_ranks import Served, served
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
+
+from full_shape import mixed_requests, send_all
 
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.config import EngineConfig
@@ -105,6 +110,16 @@ def test_the_server_answers_as_one_process(
     slots = {one["slot"]: one["kernel"] for one in told["plan"]["companions"]}
     assert slots["layers.3.attn.reduce"] == "ref.all_reduce"
     assert told["plan"]["parallel"]["size"] == 2
+
+
+def test_mixed_requests_are_all_answered(server: Served) -> None:
+    """Greedy and sampled, whole and streamed, one cancelled: as the tool sends a thousand to a model of full shape."""
+    requests = mixed_requests(20, most_prompt=40, most_answer=4, model="tiny-v4")
+    assert sum(request.events > 0 for request in requests) == 1
+    assert {bool(request.body["temperature"]) for request in requests} == {True, False}
+    found = asyncio.run(send_all(int(server.url.rpartition(":")[2]), requests, 60.0))
+    assert [fault for _, fault in found if fault] == []
+    assert len(found) == 20
 
 
 def test_a_killed_rank_ends_open_answers_and_the_server(server: Served) -> None:

@@ -6,6 +6,8 @@ ranks. Those on GPUs have not been run yet.
 Legend: N ranks, T rows of a rank, C columns.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -77,20 +79,21 @@ class SymmetricCollectives:
 
     def all_gather(self, x_TC: Tensor) -> Tensor:
         """See ``Collectives``."""
-        return torch.cat(self._of_all(x_TC))
+        with self._shared(x_TC) as parts:
+            return torch.cat(parts)
 
     def reduce_scatter(self, x_BC: Tensor) -> Tensor:
         """See ``Collectives``."""
         num_rows, rank = rows_of_each(x_BC, self._handle.world_size), self._handle.rank
         mine = slice(rank * num_rows, (rank + 1) * num_rows)
-        parts = [part[mine].float() for part in self._of_all(x_BC)]
-        return torch.stack(parts).sum(0).to(x_BC.dtype)
+        with self._shared(x_BC) as parts:
+            return torch.stack([part[mine] for part in parts]).float().sum(0).to(x_BC.dtype)
 
-    def _of_all(self, x: Tensor) -> list[Tensor]:
-        """Returns copies of all ranks' x."""
+    @contextmanager
+    def _shared(self, x: Tensor) -> Iterator[list[Tensor]]:
+        """Yields all ranks' x, in their memory."""
         self._own[: x.numel()].view_as(x).copy_(x)
         self._handle.barrier(channel=0)
         size = self._handle.world_size
-        found = [self._handle.get_buffer(rank, tuple(x.shape), x.dtype).clone() for rank in range(size)]
+        yield [self._handle.get_buffer(rank, tuple(x.shape), x.dtype) for rank in range(size)]
         self._handle.barrier(channel=1)  # nobody writes before all have read
-        return found

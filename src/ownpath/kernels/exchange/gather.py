@@ -20,7 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ownpath.kernels.checks import check, check_rank
+from ownpath.kernels.checks import VECTOR_BYTES, check, check_rank
 from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
@@ -172,8 +172,10 @@ class PushedGather:
 
         They lie in the window, at an address that depends on shapes alone, and hold until this rank's next exchange,
         whichever: what reads them is launched in front of it. Another exchange of the window, on all ranks, must lie
-        between two calls. Errors: as ``run``.
+        between two calls. A tensor that is not contiguous, or at no multiple of 16 bytes, is copied first. Errors: as
+        ``run``.
         """
+        xs = tuple(_dense(x) for x in xs)
         _check_tensors(xs, operand.window)
         layout = operand.window.layout
         if row_starts(xs, layout.size)[-1] > layout.size * layout.row_elements:
@@ -207,6 +209,12 @@ class PushedGather:
                 addresses = [tensor.data_ptr() for tensor in moving]
                 prepared.launch.start(current_stream(moving[0].get_device()), *addresses)
             return prepared
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Returns a tensor as kernels read it, copied if it lies otherwise: some tokens' ids are seldom at 16 bytes."""
+    lies_so = x.is_contiguous() and not x.data_ptr() % VECTOR_BYTES
+    return x if lies_so else x.clone(memory_format=torch.contiguous_format)
 
 
 def _check_tensors(xs: Sequence[Tensor], window: Window) -> None:

@@ -1,5 +1,7 @@
 """Specs of the exchanges between ranks."""
 
+from dataclasses import replace
+
 from ownpath.kernels.spec import Evidence, KernelSpec
 from ownpath.ops import OpKind
 
@@ -36,11 +38,19 @@ PUSHED = KernelSpec(
     "pushed into every rank's inbox, awaited and added in the order of ranks, in one launch",
     "exchange.launch:PUSHED_REDUCE",
     min_sm=90,
+    dim_multiple=128,
     activations=("bfloat16",),
     is_batch_invariant=True,
     packages=("triton",),
     launches=(r"\bexchange_rows\b",),
-    evidence=Evidence("exchange.ref:all_reduce", "tests/interpret/test_exchange_kernel.py", "python bench/exchange.py"),
+    evidence=Evidence("exchange.ref:all_reduce", "tests/interpret/test_exchange_kernel.py", "ownpath bench parallel"),
+)
+PART = replace(
+    PUSHED,
+    name="triton.push",
+    why="pushed into every rank's inbox; the boundary behind it waits for all ranks' and adds them",
+    entry="exchange.part:PUSHED_PART",
+    leaves_sum=True,
 )
 PUSHED_GATHER = KernelSpec(
     "triton.gather",
@@ -54,7 +64,7 @@ PUSHED_GATHER = KernelSpec(
     is_batch_invariant=True,
     packages=("triton",),
     launches=(r"\b(gather|place)_rows\b",),
-    evidence=Evidence("exchange.ref:all_gather", "tests/interpret/test_gather_kernel.py", "python bench/exchange.py"),
+    evidence=Evidence("exchange.ref:all_gather", "tests/interpret/test_gather_kernel.py", "ownpath bench parallel"),
 )
 PUSHED_SCATTER = KernelSpec(
     "triton.scatter",
@@ -70,9 +80,16 @@ PUSHED_SCATTER = KernelSpec(
     packages=("triton",),
     launches=(r"\bscatter_rows\b",),
     evidence=Evidence(
-        "exchange.ref:reduce_scatter", "tests/interpret/test_scatter_kernel.py", "python bench/exchange.py"
+        "exchange.ref:reduce_scatter", "tests/interpret/test_scatter_kernel.py", "ownpath bench parallel"
     ),
 )
 
-SPECS = (*_REFERENCES, PUSHED, PUSHED_GATHER, PUSHED_SCATTER)
-"""Plans choose the references, which come first: the others have not run on two GPUs, and need windows."""
+PUSHED_TURN = replace(
+    PUSHED_GATHER,
+    name="triton.turn",
+    kind=OpKind.TURN,
+    why="columns of all rows pushed to every rank and awaited, in one launch; each keeps its own rows",
+    evidence=Evidence("exchange.ref:all_gather", "tests/support/mapped_windows.py", "ownpath bench step"),
+)
+
+SPECS = (PUSHED, PART, PUSHED_GATHER, PUSHED_SCATTER, PUSHED_TURN, *_REFERENCES)

@@ -12,6 +12,14 @@ from ownpath.kernels.exchange.layout import WindowLayout
 from ownpath.kernels.exchange.window import Window, start_words
 
 
+def open_on_gpus(layout: WindowLayout) -> Window:
+    """Opens a window as ``open_window`` does, among all processes of torch's default group, of whatever backend: ranks
+    find each other's memory through its store."""
+    world = dist.group.WORLD
+    assert world is not None
+    return open_window(layout, world, world)
+
+
 def open_window(layout: WindowLayout, group: dist.ProcessGroup, host_group: dist.ProcessGroup) -> Window:
     """Opens a window on this process's GPU; every rank calls it. group: of GPUs, which torch maps memory for;
     host_group: gloo, on which ranks wait until all windows are in their first state.

@@ -1,7 +1,7 @@
 """One rank's view of all ranks' windows, as kernels take it; and windows of virtual ranks, in one process."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,24 +9,31 @@ import triton
 from torch import Tensor
 
 from ownpath.kernels.exchange.layout import SHARE_MULTIPLE, WindowLayout
+from ownpath.kernels.exchange.order import ExchangeOrder
 from ownpath.ranks.peers import PeerLost
 
 INTERPRETED = triton.knobs.runtime.interpret
 LOOKS = 1 if INTERPRETED else 64
 """Polls of flags between two looks at the abort cell and at the clock."""
-SERVING_LIMIT_US, START_LIMIT_US = 5_000_000, 120_000_000
+SERVING_LIMIT_US, START_LIMIT_US, MOST_LIMIT_US = 5_000_000, 120_000_000, 1_800_000_000
 
 
 @dataclass(frozen=True)
 class Window:
     """words: int32 [num_words], this rank's window. peers: int64 [N], the address here of each rank's. record: int64
-    [1], where a wait that was given up says so: memory of the host on a GPU, which reads it after each step."""
+    [1], where a wait that was given up says so: memory of the host on a GPU, which reads it after each step. order: the
+    exchanges by their epochs, where they are noted."""
 
     layout: WindowLayout
     rank: int
     words: Tensor
     peers: Tensor
     record: Tensor
+    order: ExchangeOrder = field(default_factory=ExchangeOrder, compare=False)
+
+    def note(self, slot: str) -> None:
+        """Notes an exchange that is launched, or captured, now."""
+        self.order.note(slot, self.words.is_cuda and torch.cuda.is_current_stream_capturing())
 
     def arguments(self, num_elements: int) -> tuple[Tensor | int, ...]:
         """Returns a reader's arguments for an exchange of so many elements: window, peers, record, share and the
@@ -56,8 +63,8 @@ class Window:
         }
 
     def set_limit(self, limit_us: int) -> None:
-        """Sets the limit of waits, for graphs that are captured already too."""
-        self.words[self.layout.limit_at] = limit_us
+        """Sets the limit of waits, for graphs that are captured already too. At most half an hour."""
+        self.words[self.layout.limit_at] = min(limit_us, MOST_LIMIT_US)
 
     def lost(self) -> tuple[int, tuple[int, ...]] | None:
         """Returns the epoch of the wait that was given up last, and the lost ranks; ``None`` where none was."""
@@ -66,11 +73,13 @@ class Window:
             return None
         return value >> 32, tuple(rank for rank in range(self.layout.size) if value >> rank & 1)
 
-    def check(self, slot: str) -> None:
-        """Checks that no wait was given up; the host asks after each step. Errors: PeerLost naming the first rank."""
+    def check(self, slot: str | None = None) -> None:
+        """Checks that no wait was given up; the host asks after each step. slot: the exchange, where none are noted.
+        Errors: PeerLost naming the first rank."""
         found = self.lost()
         if found is not None:
             epoch, ranks = found
+            slot = slot or self.order.slot_of(epoch) or "an exchange"
             raise PeerLost(ranks[0], slot, f"its rows of exchange {epoch} have not come")
 
 

@@ -134,11 +134,11 @@ class BoundaryCall:
 
 @dataclass(frozen=True)
 class HyperOperand:
-    """window: where the output is a part, which all ranks' are added to. launches: for inputs that have passed every
-    check."""
+    """window, pushes: as of ``prepare``. launches: for inputs that have passed every check."""
 
     weights: HyperWeights
     window: Window | None = None
+    pushes: bool = True
     launches: LaunchCache[BoundaryKey, BoundaryCall] = field(default_factory=LaunchCache, compare=False)
     lock: Lock = field(default_factory=Lock, compare=False)
 
@@ -152,6 +152,7 @@ class Tensors:
     out: HyperOut
     workspace: torch.Tensor
     window: Window | None = None
+    pushes: bool = True
 
     def spread(self) -> tuple[torch.Tensor, ...]:
         """Returns the first launch's tensors; an absent input is replaced by a tensor that is not read."""
@@ -184,7 +185,7 @@ def _first_launches(tensors: Tensors, tiles: BoundaryTiles, num_floats: int) -> 
 def _launch_push(tensors: Tensors) -> TritonCall | None:
     """Launches what sends a rank's part of the output to all; no launch in front of it waits for another rank."""
     _, y_TD, _, other_TD = tensors.given
-    if tensors.window is None or y_TD is None:
+    if tensors.window is None or y_TD is None or not tensors.pushes:
         return None
     return start_exchange(tensors.window, y_TD, other_TD, y_TD, pushes=True, sums=False)
 
@@ -299,10 +300,11 @@ class HyperBoundaryKernel:
     def __init__(self, is_batch_invariant: bool) -> None:
         self.is_batch_invariant = is_batch_invariant
 
-    def prepare(self, weights: HyperWeights, window: Window | None = None) -> HyperOperand:
+    def prepare(self, weights: HyperWeights, window: Window | None = None, *, pushes: bool = True) -> HyperOperand:
         """Makes the operand. The first call raises for weights that do not fit. window: y and other are this rank's
-        part of the output: what all ranks push into their windows is added, in the order of ranks."""
-        return HyperOperand(weights, window)
+        part of the output: what all ranks push into their windows is added, in the order of ranks. pushes: False where
+        the exchange before has pushed the part, which is then not read here."""
+        return HyperOperand(weights, window, pushes)
 
     def configs(self, operand: HyperOperand) -> Sequence[Config]:
         """Returns nothing: Triton compiles at the first call."""
@@ -374,7 +376,8 @@ class HyperBoundaryKernel:
         else:
             check_workspace(workspace, num_floats, x_TSD.device)
         if num_tokens:
-            call = _first_launches(Tensors(inputs, weights, out, workspace, operand.window), tiles, num_floats)
+            tensors = Tensors(inputs, weights, out, workspace, operand.window, operand.pushes)
+            call = _first_launches(tensors, tiles, num_floats)
             if call is not None:
                 operand.launches.add(inputs.key, call)
         return out

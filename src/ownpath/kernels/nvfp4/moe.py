@@ -195,14 +195,19 @@ class Nvfp4MoeKernel:
         w13, w2 = (_restore_stack(weight, rows(weight.num_rows), operand.num_experts, expert) for weight, rows in sides)
         return w13, w2
 
-    def choose(self, pairs: int, operand: MoeOperand) -> MoeChoice:
-        """Chooses the kernels of a call with ``pairs`` (token, slot) pairs."""
-        return self._choose(pairs, operand.num_experts, operand.hidden, operand.inter, self.is_batch_invariant)
+    def choose(self, pairs: int, operand: MoeOperand, num_ids: int = 0) -> MoeChoice:
+        """Chooses the kernels of a call with ``pairs`` (token, slot) pairs.
+
+        num_ids: of an expert map. Pairs of experts elsewhere are skipped: an expert here has as many as if all were.
+        """
+        num_experts = max(operand.num_experts, num_ids)
+        return self._choose(pairs, num_experts, operand.hidden, operand.inter, self.is_batch_invariant)
 
     def variant(self, x: torch.Tensor, routing: Routing, operand: MoeOperand) -> str:
         """Returns the names of the products that a call with these arguments launches."""
         pairs = routing.ids.numel() + len(x) * routing.num_shared
-        choice = self.choose(pairs, operand)
+        num_ids = 0 if routing.expert_map is None else len(routing.expert_map)
+        choice = self.choose(pairs, operand, num_ids)
         if choice.sliced:
             wide_ids, mapped = routing.ids.dtype is torch.int64, routing.expert_map is not None
             products, total = sliced_configs(choice.sliced, wide_ids, mapped, routing.num_shared)
@@ -212,6 +217,15 @@ class Nvfp4MoeKernel:
     def configs(self, operand: MoeOperand) -> list[Config]:
         """Returns the configurations of every kernel that a call without shared experts or a map may launch."""
         return self._configs(operand.hidden, operand.inter)
+
+    def mapped_configs(self, pairs: int, operand: MoeOperand, num_ids: int) -> list[Config]:
+        """Returns the configurations of a call with int32 ids through a map of ``num_ids``."""
+        choice = self.choose(pairs, operand, num_ids)
+        if choice.sliced:
+            return list(sliced_configs(choice.sliced, wide_ids=False, mapped=True, num_shared=0))
+        found: list[Config] = [align_config(False, True, 0, pairs), choice.gate_up, choice.down]
+        found.append(CombineConfig(0, choice.is_wide))
+        return found if choice.gate_up.gather else [*found, PermuteConfig()]
 
     def planned_configs(self, stored: StoredExperts) -> list[Config]:
         """Returns ``configs`` from the shapes."""
@@ -284,10 +298,10 @@ class Nvfp4MoeKernel:
         return out
 
     def _new_call(self, key: MoeCallKey, operand: MoeOperand) -> "_AnyLaunches":
-        num_tokens, num_choices, num_shared = key[:3]
+        num_tokens, num_choices, num_shared, map_length = key[:4]
         if not 0 <= num_shared < operand.num_experts:
             raise ValueError(f"num_shared is {num_shared}, there are {operand.num_experts} experts")
-        choice = self.choose(num_tokens * (num_choices + num_shared), operand)
+        choice = self.choose(num_tokens * (num_choices + num_shared), operand, map_length)
         if choice.sliced:
             weights = PackedExperts(operand.w13, operand.w2, operand.num_experts, operand.swiglu_limit)
             return SlicedLaunches(choice.sliced, key, weights)

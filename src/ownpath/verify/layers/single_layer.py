@@ -12,6 +12,7 @@ from ownpath.cache.pools import CachePool, SequenceCache
 from ownpath.config import Layer
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.block import Residual
+from ownpath.plan.ops import PlannedOp
 from ownpath.plan.opspec import CompanionSpec, OpSpec
 from ownpath.verify.layer import LoadedLayer
 from ownpath.verify.layers.activations import Activations
@@ -50,8 +51,9 @@ class SingleLayer:
 
     @cached_property
     def specs(self) -> dict[str, OpSpec | CompanionSpec]:
-        """The operation of each slot; of one that several share, the last."""
-        return {planned.spec.slot: planned.spec for planned in self.loaded.plan.decided}
+        """The operation of each slot, with this rank's shapes; of one that several share, the last."""
+        decided = self.loaded.plan.decided
+        return {one.spec.slot: one.local_spec if isinstance(one, PlannedOp) else one.spec for one in decided}
 
     @cached_property
     def _joined(self) -> dict[str, str]:

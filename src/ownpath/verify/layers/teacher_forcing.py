@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ownpath.config import Layer
+from ownpath.config import Layer, Parallel
 from ownpath.model.block import Residual
 from ownpath.oracle.block import Choices, LayerTrace
 from ownpath.oracle.formulas import index_scores
+from ownpath.runners.runner import chosen_spec
 from ownpath.verify.layers.activations import Activations
 from ownpath.verify.layers.choices import RunChoices, Scores, scores_of
+from ownpath.verify.layers.divided import WHOLE_SUMS, reference_part
 from ownpath.verify.layers.measure import ROW_FACTOR, Measurement, Pair, distance, row_distances
 from ownpath.verify.layers.oracle import Oracle
 from ownpath.verify.layers.single_layer import SequenceRows, SingleLayer
@@ -40,6 +42,7 @@ ORDER = (
     "attn.core",
     "attn.wo_a",
     "attn.wo_b",
+    "attn.reduce",
     "hc_ffn.x",
     "hc_ffn.h",
     "ffn.gate",
@@ -48,6 +51,7 @@ ORDER = (
     "ffn.shared_experts.w13",
     "ffn.shared_experts.swiglu",
     "ffn.shared_experts.w2",
+    "ffn.reduce",
     "out",
 )
 """A layer's values in the order in which they depend on each other."""
@@ -98,10 +102,16 @@ def compare_layer(single: SingleLayer, oracle: Oracle, streams_TSD: torch.Tensor
         scores = replace(scores, expert_scores_TE=trace.values[f"{router}.scores"])
         choices = scores.judge(run, index_keys)
     sampled_T = choices.experts_TE[:, list(oracle.subject.expert_ids(single.layer_idx))].any(1)
-    pairs = _pairs(layer, values, trace, sampled_T)
+    for name in WHOLE_SUMS:
+        slot = f"{layer.name}.{name}"
+        if slot in values and chosen_spec(single.loaded.ledger.kernels[slot][1]).leaves_sum:
+            del values[slot]  # a summand, which the boundary behind it adds to the other ranks'
+    pairs = _pairs(layer, values, trace, sampled_T, oracle.subject.engine.parallel)
     measured = tuple(_measure(oracle, single, name, pair, run) for name, pair in pairs.items())
-    experts = pairs["ffn.experts"]
-    expert = _one_bad_expert(experts, choices.experts_TE[sampled_T], oracle.budget("ffn.experts"))
+    expert = None
+    if "ffn.experts" in pairs:
+        experts_TE, budget = choices.experts_TE[sampled_T], oracle.budget("ffn.experts")
+        expert = _one_bad_expert(pairs["ffn.experts"], experts_TE, budget)
     rounding, few_rows = _key_rounding(layer, values), _of_few_rows(oracle, single, streams_TSD, trace)
     return LayerComparison(free.streams_TSD, out_TSD, measured, scores, choices, expert, rounding, few_rows)
 
@@ -130,11 +140,16 @@ def _replace_missing(ids_TK: torch.Tensor, instead_TK: torch.Tensor, num_experts
 
 
 def _pairs(
-    layer: Layer, values: Mapping[str, torch.Tensor], trace: LayerTrace, sampled_T: torch.Tensor
+    layer: Layer,
+    values: Mapping[str, torch.Tensor],
+    trace: LayerTrace,
+    sampled_T: torch.Tensor,
+    parallel: Parallel,
 ) -> dict[str, Pair]:
     """Pairs the engine's values with the reference's, by name within the layer, in the order in which they depend.
 
     sampled: tokens that went to one of the chosen experts; of the routed experts' outputs, no others are compared.
+    parallel: of several ranks, a rank's values are paired with their part of the reference's.
     """
     router = f"{layer.name}.ffn.router"
     theirs = {name: trace.values[f"{router}.{name}"] for name in ("ids", "weights", "scores")}
@@ -151,8 +166,10 @@ def _pairs(
         elif name == "attn.indexer.scores":
             pairs[name] = _visible_scores(values[full], trace.values[full])
         else:
-            rows = sampled_T if name == "ffn.experts" else slice(None)
-            pairs[name] = values[full][rows], trace.values[full].reshape(values[full].shape)[rows]
+            wanted = reference_part(trace.values, layer.name, name, parallel)
+            if wanted is not None:
+                rows = sampled_T if name == "ffn.experts" else slice(None)
+                pairs[name] = values[full][rows], wanted.reshape(values[full].shape)[rows]
     return pairs
 
 
@@ -171,7 +188,8 @@ def _measure(oracle: Oracle, single: SingleLayer, name: str, pair: Pair, run: Ac
     full = f"{single.layer.name}.{name}"
     slot = single.slot_of(full)
     kernel = single.loaded.ledger.kernels[slot][1] if slot else ""
-    return Measurement.of(single.layer_idx, name, pair, oracle.budget(name), kernel, run.dtypes.get(slot, ("", "")))
+    budget = oracle.budget(WHOLE_SUMS[name][0] if name in WHOLE_SUMS else name)
+    return Measurement.of(single.layer_idx, name, pair, budget, kernel, run.dtypes.get(slot, ("", "")))
 
 
 def _one_bad_expert(pair: Pair, experts_TE: torch.Tensor, budget: float) -> int | None:

@@ -16,10 +16,12 @@ _PLACES = {
     "attn.indexer.scores": "index queries and keys: their rotation, the compressor, the head weights' scale",
     "attn.core": "the softmax: scale, sink, the window's edge, complete windows, cached rows",
     "attn.wo_a": "the rotation back in front of the product, or the product",
+    "attn.reduce": "the exchange that adds up all ranks' parts, or a rank's columns of wo_b",
     "hc_ffn.x": "post and comb that hc_attn made, as the streams take attention's output in",
     "ffn.router.weights": "weights from scores without the bias, their sum, routed_scaling_factor",
     "ffn.experts": "the experts: scales, gate and up, the clamp, the routing weight",
     "ffn.shared_experts.swiglu": "the clamp, gate and up",
+    "ffn.reduce": "the exchange that adds up all ranks' parts, or a rank's experts and its part of the shared one",
     "out": "post and comb that hc_ffn made, as the streams take the experts' output in, or the experts' sum",
 }
 """Places to look at, by the value that is the first to be off."""

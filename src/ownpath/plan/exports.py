@@ -1,0 +1,58 @@
+"""The headers of a checkpoint that a published export of a model has, from its config alone. Pure."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from ownpath.checkpoint.drawn import DrawnValues
+from ownpath.checkpoint.index import CheckpointIndex
+from ownpath.checkpoint.names import model_params
+from ownpath.checkpoint.schema import MODELOPT_NVFP4, NATIVE_FP8, PLAIN_BF16, Encoding
+from ownpath.checkpoint.tensor_info import TensorInfo
+from ownpath.config import ModelConfig
+from ownpath.plan.opspec import model_ops
+
+EXPORTS = ("nvidia", "full")
+"""Dense weights in FP8, as NVIDIA's export leaves them; in NVFP4 too, but for the indexer's and ``wo_a``."""
+DRAWN = "drawn"
+"""The name of the folder and, with the suffix, of the file of tensors that are stored nowhere."""
+
+
+def encoding_of(module: str, export: str) -> Encoding:
+    """Returns an export's encoding of a module: "nvidia" has FP8 outside the experts, "full" has NVFP4 there too."""
+    leaf = module.rsplit(".", 1)[-1]
+    if ".ffn.experts." in module:
+        return MODELOPT_NVFP4
+    is_projection = leaf in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b") and "compressor" not in module
+    if not is_projection and ".shared_experts." not in module:
+        return PLAIN_BF16
+    if export == "nvidia" or ".indexer." in module:
+        return NATIVE_FP8
+    return PLAIN_BF16 if leaf == "wo_a" else MODELOPT_NVFP4
+
+
+def headers(config: ModelConfig, export: str) -> CheckpointIndex:
+    """Returns the index that an export of this model would have, without drafts."""
+    infos, _ = _described(config, export)
+    return CheckpointIndex(Path(DRAWN), MappingProxyType(infos))
+
+
+def drawn_checkpoint(config: ModelConfig, export: str = "nvidia", seed: int = 0) -> CheckpointIndex:
+    """Returns the index of a checkpoint of this model that is drawn at random: whoever reads it makes the values."""
+    infos, widths = _described(config, export)
+    drawn = DrawnValues(widths, config.n_routed_experts, seed)
+    return CheckpointIndex(Path(DRAWN), MappingProxyType(infos), drawn=drawn)
+
+
+def _described(config: ModelConfig, export: str) -> tuple[dict[str, TensorInfo], Mapping[str, int]]:
+    """Returns every tensor by its key, and the columns of each module's weight."""
+    file, widths = Path(f"{DRAWN}.safetensors"), {"embed": config.hidden_size}
+    infos = {spec.key: TensorInfo(spec.key, spec.dtypes[0], spec.shape, file) for spec in model_params(config)}
+    for op in model_ops(config):
+        for module in op.modules:
+            encoding, widths[module.name] = encoding_of(module.name, export), module.shape[1]
+            for part in encoding.parts:
+                key = encoding.key(module.name, part.role)
+                dtype = "F8_E8M0" if encoding is NATIVE_FP8 and part.role == "scale" else part.dtypes[0]
+                infos[key] = TensorInfo(key, dtype, part.shape(*module.shape), file)
+    return infos, widths
