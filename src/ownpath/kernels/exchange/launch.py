@@ -90,6 +90,12 @@ def start_tagged(
     return launch(exchange_words, (layout.num_programs,), arguments, options | constants, moving=(0, 1, 2))
 
 
+def variant_of(x_TD: Tensor, window: Window) -> str:
+    """Returns the name of what a push by flags launches."""
+    share = window.layout.share(x_TD.numel())
+    return variant_name("pushed", block=min(MAX_BLOCK, int(triton.next_power_of_2(share))))
+
+
 class PushedReduce:
     """The ranks' parts, added in the order of ranks in float32 and rounded once. Every rank calls it in the same order
     with as many rows."""
@@ -108,7 +114,7 @@ class PushedReduce:
         share = layout.share(x_TD.numel())
         if x_TD.numel() <= layout.tagged_elements:
             return variant_name("tagged", block=min(MAX_TAGGED_BLOCK, int(triton.next_power_of_2(share // 2))))
-        return variant_name("pushed", block=min(MAX_BLOCK, int(triton.next_power_of_2(share))))
+        return variant_of(x_TD, operand.window)
 
     def run(
         self, x_TD: Tensor, operand: PushedOperand, other_TD: Tensor | None = None, *, out: Tensor | None = None
