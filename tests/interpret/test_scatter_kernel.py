@@ -97,7 +97,7 @@ def test_nobody_is_given_rows_of_others() -> None:
     run = Run(windows, [parts])
     for rank in range(3):
         run.do(("push", rank, 0))
-    inbox = windows[2].words[layout.inbox_at :].view(torch.bfloat16).view(2, 3, 128)
+    inbox = windows[2].words[layout.inbox_at : layout.rows_at].view(torch.bfloat16).view(2, 3, 128)
     for source in (0, 1):
         assert torch.equal(inbox[1, source, :100], parts[source][2])
     assert inbox[1, 2].isnan().all()
