@@ -81,7 +81,7 @@ def test_rows_in_place_twice_running_are_overwritten_unread() -> None:
 
 
 def test_tagged_rows_in_one_buffer_are_overwritten_unread() -> None:
-    with pytest.raises(Wrong, match="reads rank|hangs"):
+    with pytest.raises(Wrong, match=r"reads rank|hangs"):
         replace(TWO, tagged=frozenset(range(4)), protocol=Protocol(buffers=1)).run()
 
 
