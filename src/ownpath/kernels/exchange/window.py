@@ -1,6 +1,5 @@
 """One rank's view of all ranks' windows, as kernels take it; and windows of virtual ranks, in one process."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,14 +80,6 @@ class Window:
             epoch, ranks = found
             slot = slot or self.order.slot_of(epoch) or "an exchange"
             raise PeerLost(ranks[0], slot, f"its rows of exchange {epoch} have not come")
-
-
-NO_ARGUMENTS: tuple[None, ...] = (None,) * 5
-NO_CONSTANTS: Mapping[str, Any] = {
-    name: int(name in ("RANKS", "LANES"))
-    for name in ("RANKS", "LANES", "PROGRAMS", "ABORT_AT", "INBOX_AT", "LOOKS", "INTERPRETED")
-}
-"""Arguments and constants of a kernel that takes part in no exchange."""
 
 
 def start_words(words: Tensor, layout: WindowLayout, epoch: int = 0) -> None:
