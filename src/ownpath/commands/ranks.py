@@ -80,7 +80,8 @@ def follow(args: argparse.Namespace, prefix: "PrefixSettings | None") -> NoRetur
             leave_a_core(group.size)
         config = engine_config_of(args, args.max_num_seqs, args.num_cache_blocks, group)
         model = load_model(model_folder_of(args), config, peers=group)
-        follower = Follower(model, 0 if prefix is None else prefix.num_snapshots)
+        places = (0, 0) if prefix is None else (prefix.num_snapshots, prefix.num_tails)
+        follower = Follower(model, *places)
         with phase(group, "ready"):
             group.limit_s = args.rank_timeout
         follower.follow(lambda: hear(group))

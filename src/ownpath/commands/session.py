@@ -157,7 +157,7 @@ def _led(
     model, caches = LeadingModel(loaded.model, leader), loaded.model.caches
     kept = None
     if prefix is not None:
-        store = LeadingStore(caches, prefix.num_snapshots, leader, model.passed)
+        store = LeadingStore(caches, prefix.num_snapshots, leader, model.passed, prefix.num_tails)
         kept = PrefixCache(caches, prefix, _prefix_root(loaded), store)
     engine = Engine(model, loaded.config, loaded.tokenizer.num_tokens, end_token_ids=loaded.end_tokens.ids, prefix=kept)
     with phase(group, "ready"):

@@ -309,7 +309,7 @@ def test_a_model_that_passes_is_served_with_its_release_alone(
     monkeypatch.setattr("ownpath.server.run.run_server", lambda *_: 0)
     for options in ([], ["--allow-unverified"]):
         assert main(["serve", str(folder), "--max-model-len", "256", *options]) == 0
-        told = r"release v4, guessed [^\n]+\nprefix cache: 64 snapshots of [^\n]+ together\n"
+        told = r"release v4, guessed [^\n]+\nprefix cache: 64 snapshots of [^\n]+ together; 16 tails of [^\n]+\n"
         assert re.fullmatch(told, capsys.readouterr().err)
 
 
