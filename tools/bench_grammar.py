@@ -1,11 +1,14 @@
 """Measures what grammars cost: tokens a second of the engine with and without them, and what a step's parts take.
 
     python tools/bench_grammar.py [MODEL] [--device cuda] [--requests 1 8 32] [--beside 0] [--tokens 256]
+    python tools/bench_grammar.py --shape flash --device cuda --cache-format fp8 --requests 32 --tokens 64 --rounds 3
     python tools/bench_grammar.py --host-only --calls --requests 32 --beside 32
 
 Rounds with and without take turns; each generates the same number of tokens a request, and each request is submitted by
 itself. Beside the requests that are free in one kind of round and bound in the other, others may run that are always
-free. By default: the embedded model.
+free. By default: the embedded model. ``--shape`` has random weights of a published shape in its place, so that a step
+lasts as long as that model's, experts in sets that layers share as in ``ownpath bench step``, and a vocabulary of its
+size: the embedded model's tokens, and made-up words.
 
 Behind the rates: where steps are launched ahead, the host's parts of a step by the clock, medians in a round of their
 own, each without the parts inside it, all of which a graph has to hide; on a GPU, by events in its stream, a graph and
@@ -24,6 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from grammar_parts import CountedCalls, Crowd, FreeDecoder, StepParts, device_line, device_times, free_engine
+from shaped_engine import add_shape_arguments, made_up_tokens, shaped_engine
 
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.commands.arguments import add_engine_arguments, add_model_argument
@@ -52,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_argument(parser)
     add_engine_arguments(parser.add_argument_group("numerics"), parser.add_argument_group("limits"))
+    add_shape_arguments(parser)
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--beside", type=int, default=0, help="requests that are always free")
     parser.add_argument("--tokens", type=int, default=256)
@@ -60,7 +65,7 @@ def main() -> None:
     parser.add_argument("--calls", action="store_true", help="count torch's calls in a step")
     args = parser.parse_args()
     with open_engine(args) as (engine, tokenizer):
-        compiler = GrammarCompiler(vocabulary_of(tokenizer))
+        compiler = GrammarCompiler(vocabulary_of(tokenizer, engine.num_vocab))
         bench = Bench(engine, tokenizer, compiler, args.tokens)
         for count in args.requests:
             if not args.host_only:
@@ -75,12 +80,17 @@ def main() -> None:
 def open_engine(args: argparse.Namespace) -> Iterator[tuple[Engine, Tokenizer]]:
     """Runs the engine that the arguments name."""
     max_num_seqs = max(args.requests) + args.beside
-    if not args.host_only:
+    if not args.host_only and args.shape is None:
         with open_session(args, max_num_seqs) as session:
             yield session.engine, session.tokenizer
         return
     tokenizer = Tokenizer.from_folder(default_model_dir())
-    engine = free_engine(max_num_seqs, tokenizer.num_tokens)
+    if args.host_only:
+        engine = free_engine(max_num_seqs, tokenizer.num_tokens)
+    else:
+        begun = time.perf_counter()
+        engine = shaped_engine(args, max_num_seqs, {count + args.beside for count in args.requests})
+        print(f"{args.shape}: {engine.num_vocab} tokens, ready in {time.perf_counter() - begun:.1f} s", flush=True)
     engine.start()
     try:
         yield engine, tokenizer
@@ -88,8 +98,10 @@ def open_engine(args: argparse.Namespace) -> Iterator[tuple[Engine, Tokenizer]]:
         engine.stop()
 
 
-def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
+def vocabulary_of(tokenizer: Tokenizer, count: int) -> Vocabulary:
+    """Returns the tokenizer's tokens, and made-up ones behind them if there are to be more."""
     tokens = [tokenizer.token_bytes(idx) for idx in range(tokenizer.num_tokens)]
+    tokens = tokens if count == len(tokens) else made_up_tokens(tokens, count)
     return Vocabulary(tokens, tuple(sorted(tokenizer.marker_ids)), (tokenizer.eos_id,))
 
 
@@ -129,7 +141,8 @@ class Bench:
         before, after = (statistics.median(worked[it]) for it in (False, True))
         beside = f" beside {num_beside}" if num_beside else ""
         print(f"{count} requests{beside}: free {free:.1f}, bound {bound:.1f} tokens/s: ", end="")
-        print(f"{100 * (1 - bound / free):+.1f} % slower; a step's processor time {before:.2f} and {after:.2f} ms")
+        slower = f"{100 * (1 - bound / free):+.1f} % slower"
+        print(f"{slower}; a step's processor time {before:.2f} and {after:.2f} ms", flush=True)
 
     def report_parts(self, count: int, num_beside: int, counts_calls: bool) -> None:
         """Prints what the parts of a step take, if steps are launched ahead, and how often they call torch."""
@@ -158,7 +171,7 @@ class Bench:
         """Returns the median times of taking a token and filling the next mask for so many answers, along a typical
         one: of one after the other, and of all together."""
         ids = self.tokenizer.encode_text(TYPICAL)
-        rows = np.zeros((count, -(-self.tokenizer.num_tokens // 32)), np.int32)
+        rows = np.zeros((count, -(-self.engine.num_vocab // 32)), np.int32)
         times: tuple[list[float], list[float]] = [], []
         for together, found in enumerate(times):
             matchers = self.matchers(count)

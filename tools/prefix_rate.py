@@ -3,9 +3,10 @@
     PYTHONPATH=src python tools/prefix_rate.py --device cuda --shape flash --tokens 32768,32769 --out prefix.jsonl
 
 Experts are sets that layers share, as in ``ownpath bench step``, so that all layers of V4-Flash fit one H200. The
-engine runs in this process, without a decoder: a first token comes from a prompt's step. Of a prompt of 32,768 tokens a
-hit leaves 256 to compute, the most there can be; of 32,769 one. For each length there is a line of JSON: the cold run's
-seconds to the first token, and those of every later one.
+engine runs in this process, without a decoder: a first token comes from a prompt's step. A hit leaves one token to
+compute, or up to 32 where those behind a block's end are too few for a tail; without tails, 256 of a prompt of 32,768
+tokens, the most there can be. For each length there is a line of JSON: the cold run's seconds to the first token, and
+those of every later one.
 """
 
 import argparse
@@ -92,7 +93,7 @@ def running_engine(args: argparse.Namespace) -> tuple[Engine, PrefixCache]:
         max_prefill_tokens=args.prefill_tokens,
     )
     model = make_model(step_config(args.shape, options), config, options.export, options.expert_sets).model
-    prefix = PrefixCache(model.caches, PrefixSettings(32), "random weights")
+    prefix = PrefixCache(model.caches, PrefixSettings(32, num_tails=args.tails), "random weights")
     engine = Engine(model, config, model.config.vocab_size, end_token_ids=(), prefix=prefix)
     engine.start()
     return engine, prefix
@@ -112,6 +113,7 @@ def records(args: argparse.Namespace) -> Iterator[dict[str, object]]:
             facts = {"shape": args.shape, "layers": args.layers, "cache_format": args.cache_format}
             facts |= {"expert_sets": args.expert_sets, "prefill_tokens": args.prefill_tokens}
             facts |= {"batch_invariant": args.batch_invariant, "snapshot_bytes": prefix.store.bytes_each}
+            facts |= {"tails": args.tails, "tail_bytes": prefix.store.tail_bytes_each}
             yield {"bench": "prefix", **facts, **prompts.measured(num_tokens), "origin": origin}
     finally:
         engine.stop()
@@ -127,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache-format", choices=tuple(FORMATS), default=str(CacheFormat.FP8))
     parser.add_argument("--batch-invariant", action="store_true")
     parser.add_argument("--prefill-tokens", type=int, default=512, help="prompt tokens of a step (default: 512)")
+    parser.add_argument("--tails", type=int, default=2, help="places for them (default: 2)")
     parser.add_argument("--tokens", type=lambda text: [int(word) for word in text.split(",")], default=[32768, 32769])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)

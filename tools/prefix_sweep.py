@@ -57,7 +57,7 @@ def started(model: Model, config: EngineConfig, prefix: PrefixCache | None) -> E
     return engine
 
 
-def differences(model: Model, config: EngineConfig, length: int, num_tokens: int) -> dict[str, object]:
+def differences(model: Model, config: EngineConfig, length: int, num_tokens: int, num_tails: int) -> dict[str, object]:
     """Runs all prompts of a length, cold and with a prefix cache."""
     generator = torch.Generator().manual_seed(length)
     ids: list[int] = torch.randint(7, 2000, (length,), generator=generator).tolist()
@@ -66,7 +66,7 @@ def differences(model: Model, config: EngineConfig, length: int, num_tokens: int
     prompts = [ids, ids, [*ids[:-1], 7], [*ids, *first, *range(10, 10 + NUM_MORE)]]
     expected = [first, first, *(answer(cold, prompt, num_tokens).token_ids for prompt in prompts[2:])]
     cold.stop()
-    prefix = PrefixCache(model.caches, PrefixSettings(16))
+    prefix = PrefixCache(model.caches, PrefixSettings(16, num_tails=num_tails))
     warm = started(model, config, prefix)
     found = [answer(warm, prompt, num_tokens) for prompt in prompts]
     warm.stop()
@@ -92,7 +92,7 @@ def records(args: argparse.Namespace) -> Iterator[dict[str, object]]:
     )
     model = load_model(default_model_dir(), config)
     for length in args.lengths:
-        yield differences(model, config, length, args.tokens)
+        yield differences(model, config, length, args.tokens, args.tails)
 
 
 def read_range(text: str) -> range:
@@ -110,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows-per-request", type=int, default=1)
     parser.add_argument("--lengths", type=read_range, default=range(255, 261))
     parser.add_argument("--tokens", type=int, default=6, help="of each answer (default: 6)")
+    parser.add_argument("--tails", type=int, default=4, help="places for them (default: 4)")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     num_wrong = 0

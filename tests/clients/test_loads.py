@@ -74,3 +74,22 @@ def test_aiperf_profiles_streams_without_an_error(served: Any, tmp_path: Path, e
     found = json.loads((tmp_path / "profile_export_aiperf.json").read_text(encoding="utf-8"))
     assert found["request_count"]["avg"] == 20
     assert found.get("error_summary", []) == []
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
+def test_guidellm_completes_every_request(served: Any, tmp_path: Path, path: str) -> None:
+    """Streams, 4 at once, as it sends them by itself."""
+    backend = f"kind=openai_http,target={root_of(served)},model=tiny-v4,request_format={path}"
+    run_tool(
+        "guidellm",
+        *("guidellm", "run", "--backend", backend),
+        *("--profile", "kind=concurrent,streams=4", "--constraint", "kind=max_requests,count=20"),
+        *("--tokenizer", f"kind=huggingface_auto,model={MODEL}"),
+        *("--data", "kind=synthetic_text,prompt_tokens=100,output_tokens=20"),
+        *("--output", "kind=json,path=found.json", "--disable-console"),
+        cwd=tmp_path,
+    )
+    (found,) = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["benchmarks"]
+    assert found["metrics"]["request_totals"] == {"successful": 20, "errored": 0, "incomplete": 0, "total": 20}
+    answers = found["requests"]["successful"]
+    assert {answer["output_metrics"]["text_tokens"] for answer in answers} == {20}

@@ -11,6 +11,7 @@ sys.path.insert(0, str(TOOLS))
 
 import bench_grammar  # noqa: E402
 from grammar_parts import StepParts  # noqa: E402
+from shaped_engine import made_up_tokens  # noqa: E402
 
 
 def test_a_part_is_without_the_parts_inside_it() -> None:
@@ -38,3 +39,25 @@ def test_the_hosts_part_can_be_measured_without_a_gpu(
     assert [line.strip().startswith(kind) for line, kind in zip(lines, kinds, strict=True)] == [True] * 3
     assert "second draw" not in lines[0]
     assert "second draw" in lines[1]
+
+
+def test_steps_of_a_published_shape_are_bound_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its vocabulary is larger than any tokenizer here: made-up words are bound like known ones, or the run fails."""
+    arguments = ["--shape", "small", "--layers", "1", "--expert-sets", "1", "--requests", "2", "--tokens", "5"]
+    monkeypatch.setattr(sys, "argv", ["bench_grammar.py", *arguments, "--rounds", "1", "--max-model-len", "256"])
+    bench_grammar.main()
+    shape, rates, masks = capsys.readouterr().out.splitlines()
+    assert shape.startswith("small: 4096 tokens, ready in ")
+    assert rates.startswith("2 requests: free ")
+    assert masks.strip().startswith("masks of 2 answers")
+
+
+def test_made_up_tokens_are_different_and_begin_with_the_known_ones() -> None:
+    known = [b"a", b"", b" the"]
+    tokens = made_up_tokens(known, 20_000)
+    assert tokens[:3] == known
+    assert len({*tokens}) == 20_000
+    assert tokens == made_up_tokens(known, 20_000)
+    assert made_up_tokens(known, 2) == known[:2]

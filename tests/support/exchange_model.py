@@ -94,8 +94,8 @@ class Wrong(Exception):
 class Search:
     """size: ranks. steps: exchanges. empty: a rank that has no rows. dies, late: a rank that may die, or be waited for
     in vain although it lives. in_place: exchanges whose rows have one place of their own, in place of the buffers.
-    tagged: exchanges whose rows say their epoch themselves, and are what is waited for. Their flags, which nobody
-    reads, are left out.
+    tagged: exchanges whose rows say their epoch themselves, and are what is waited for. Flags are left out there, as
+    nobody reads them.
     """
 
     size: int

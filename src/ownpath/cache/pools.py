@@ -108,12 +108,17 @@ class CacheSpec:
     @property
     def token_bytes(self) -> float:
         """Bytes that the entries of one more token fill, in all layers."""
-        return self._unit_bytes(is_paged=True) / BLOCK_TOKENS
+        return self.block_bytes / BLOCK_TOKENS
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block, in all layers."""
+        return self._unit_bytes(is_paged=True)
 
     @property
     def pool_bytes(self) -> int:
         """Bytes of the slots and blocks that sequences can have, in whole blocks."""
-        return self.max_sequences * self.slot_bytes + self.num_blocks * self._unit_bytes(is_paged=True)
+        return self.max_sequences * self.slot_bytes + self.num_blocks * self.block_bytes
 
     @property
     def slot_bytes(self) -> int:

@@ -5,7 +5,7 @@ A block is named by a chained hash: of the name of the block before it and of it
 tokens up to the block's end, and for the root of the chain: what else decides the keys (model, formats), and the salt
 of those who may share them. Entries and index keys lie in the blocks themselves. Windows and compressors' raw rows do
 not, and can be computed only from the first token on: they need a snapshot, which is too large to be taken of every
-block. A hit is the longest chain that ends in one.
+block. A hit is the longest chain that ends in one, or in a tail (``tails``), which lies behind a block's end.
 
 Example: blocks a-b-c-d hold a prompt of 1,100 tokens; there is a snapshot at d. A prompt that shares its first 600
 tokens finds a and b, and no snapshot there: it computes them, and takes one at b, because chains part there. The next
@@ -13,7 +13,8 @@ prompt of that kind begins with token 512.
 
 What goes, when blocks are needed: first those that no snapshot depends on, from the end of a chain, the chain that was
 used longest ago first; then the snapshot, of those at ends of chains, that was used longest ago, and so on. A block
-that a running sequence reads stays. When places for snapshots are needed, the one used longest ago goes.
+that a running sequence reads stays. When places for snapshots are needed, the one used longest ago goes. Tails go with
+their block, and keep none.
 """
 
 import hashlib
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ownpath.cache.layout import BLOCK_TOKENS
+from ownpath.cache.tails import Tail, TailIndex
 
 ChainKey = bytes
 """The name of a block and of all before it."""
@@ -39,7 +41,12 @@ def chain_root(*parts: str) -> ChainKey:
 
 def next_key(parent: ChainKey, token_ids: Sequence[int]) -> ChainKey:
     """Returns the name of the block of these ids behind ``parent``."""
-    return hashlib.sha256(parent + array("i", token_ids).tobytes()).digest()
+    return hashlib.sha256(parent + bytes_of(token_ids)).digest()
+
+
+def bytes_of(token_ids: Sequence[int]) -> bytes:
+    """Returns tokens as bytes that no others have."""
+    return array("i", token_ids).tobytes()
 
 
 class PrefixChain:
@@ -50,15 +57,19 @@ class PrefixChain:
     """
 
     def __init__(self, root: ChainKey, lookahead: int = 0) -> None:
-        self._last, self._lookahead = root, lookahead
+        self._root, self._last, self.lookahead = root, root, lookahead
         self.keys: list[ChainKey] = []
 
     def grow(self, num_tokens: int, read: Callable[[int, int], Sequence[int]]) -> None:
         """Names the blocks that are full by ``num_tokens``. read: returns the ids from one position up to another."""
-        first, stop = len(self.keys), max(0, num_tokens - self._lookahead) // BLOCK_TOKENS
+        first, stop = len(self.keys), max(0, num_tokens - self.lookahead) // BLOCK_TOKENS
         for start in range(first * BLOCK_TOKENS, stop * BLOCK_TOKENS, BLOCK_TOKENS):
-            self._last = next_key(self._last, read(start, start + BLOCK_TOKENS + self._lookahead))
+            self._last = next_key(self._last, read(start, start + BLOCK_TOKENS + self.lookahead))
             self.keys.append(self._last)
+
+    def before(self, num_blocks: int) -> ChainKey:
+        """Returns the name of the first so many blocks, or the root."""
+        return self.keys[num_blocks - 1] if num_blocks else self._root
 
 
 class PrefixHit(NamedTuple):
@@ -91,13 +102,14 @@ class _Node:
 
 
 class PrefixIndex:
-    """The blocks that are kept for later sequences, and the snapshots of ``num_places`` places.
+    """The blocks that are kept for later sequences, the snapshots of ``num_places`` places, and ``num_tails`` tails.
 
     It holds no block itself: whoever calls it keeps and drops them as it says.
     """
 
-    def __init__(self, num_places: int) -> None:
+    def __init__(self, num_places: int, num_tails: int = 0) -> None:
         self.num_places, self.num_evicted_snapshots = num_places, 0
+        self.tails = TailIndex(num_tails)
         self._free_places = list(range(num_places - 1, -1, -1))
         self._nodes: dict[ChainKey, _Node] = {}
         # Both in the order of their last use, the oldest first.
@@ -133,6 +145,23 @@ class PrefixIndex:
         assert node.snapshot is not None, "a hit ends in a snapshot"
         node.is_shared = True
         self._snapshots[node.snapshot] = self._snapshots.pop(node.snapshot)
+
+    def use_tail(self, tail: Tail) -> None:
+        """Notes that a sequence begins with a tail, and the blocks before it."""
+        self.tails.use(tail)
+        node = None if tail.is_first else self._nodes[tail.parent]
+        if node is not None and node.snapshot is not None:
+            self._snapshots[node.snapshot] = self._snapshots.pop(node.snapshot)
+        elif node is not None and node.is_loose:
+            self._loose[node.key] = self._loose.pop(node.key)
+
+    def knows(self, key: ChainKey) -> bool:
+        """Returns True if a block is kept under this name."""
+        return key in self._nodes
+
+    def blocks_of(self, keys: Sequence[ChainKey]) -> tuple[int, ...]:
+        """Returns the blocks of names that are known."""
+        return tuple(self._nodes[key].block for key in keys)
 
     def add(self, keys: Sequence[ChainKey], blocks: Sequence[int]) -> list[int]:
         """Takes up a sequence's blocks by their names, from the first on. Returns those to keep: of names that were not
@@ -224,6 +253,7 @@ class PrefixIndex:
             self._loose[node.key] = node
 
     def _unlink(self, node: _Node) -> None:
+        self.tails.drop_behind(node.key)
         del self._nodes[node.key], self._loose[node.key]
         if node.parent is not None:
             node.parent.num_children -= 1
@@ -235,6 +265,7 @@ class PrefixIndex:
         dropped = [node.block for node in self._nodes.values()]
         self._nodes, self._loose, self._snapshots = {}, {}, {}
         self._free_places = list(range(self.num_places - 1, -1, -1))
+        self.tails.clear()
         return dropped
 
     def blocks(self) -> Iterator[int]:
@@ -243,8 +274,8 @@ class PrefixIndex:
 
     def faults(self) -> list[str]:
         """Lists inconsistencies, a sentence each: none while every block is kept once, every place is free or one
-        snapshot's, and chains are whole."""
-        return [*self._find_broken_chains(), *self._find_wrong_places()]
+        snapshot's or tail's, and chains are whole."""
+        return [*self._find_broken_chains(), *self._find_wrong_places(), *self.tails.faults(self._nodes)]
 
     def _find_broken_chains(self) -> Iterator[str]:
         children: dict[_Node | None, int] = {}

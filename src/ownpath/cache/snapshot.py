@@ -6,6 +6,11 @@ layer. Rings are addressed by position, so rows go back to where they were, into
 
 Between two steps a slot is copied to a place as it is. A step that passes a block's end copies it layer by layer, when
 each layer's rings hold what they hold there; the copy goes to a place once the step is done.
+
+A tail (``tails``) is a snapshot anywhere in a block: all raw rows of the slot, and the block as far as it goes. It is
+copied one row late, behind the step that has written the row after its last token. That row is written again by whoever
+goes on from there, and no ring has lost a row to it that is still read: a ring of R rows loses that of the position R
+before, and who goes on reads the last R - 1.
 """
 
 from collections import defaultdict
@@ -39,6 +44,11 @@ def snapshot_bytes(spec: CacheSpec) -> int:
     return sum((held.stop - held.start) * member.row_bytes(itemsize, state_itemsize) for member, held in rows)
 
 
+def tail_bytes(spec: CacheSpec) -> int:
+    """Returns the bytes of one tail: those of a slot and of a block."""
+    return spec.slot_bytes + spec.block_bytes
+
+
 @dataclass(frozen=True, eq=False)
 class PassedSnapshot:
     """A snapshot that a step takes where it passes a block's end. num_tokens: up to there. parts: what it holds of each
@@ -58,8 +68,8 @@ class PassedSnapshot:
 
 @dataclass(frozen=True)
 class _Copied:
-    """The tensors of one dtype: the held part of each one's slots [slots, elements], and of its places [places, the
-    same]."""
+    """The tensors of one dtype: what is held of each one's slots, or blocks, [slots, elements], and its places [places,
+    the same]."""
 
     members: tuple[CacheTensor, ...]
     slots: tuple[Tensor, ...]
@@ -72,35 +82,73 @@ class _Copied:
             places = [zeros((num_places, part.shape[1]), part.dtype, part.device) for part in parts]
         return cls(tuple(members), tuple(parts), tuple(places))
 
+    @classmethod
+    def by_dtype(cls, held: Mapping[CacheTensor, Tensor], num_places: int) -> "list[_Copied]":
+        """Groups what is copied of each slot or block [slots or blocks, elements]. What is empty is left out."""
+        by_dtype: defaultdict[torch.dtype, list[CacheTensor]] = defaultdict(list)
+        for member, part in held.items():
+            if part.shape[1] and num_places:
+                by_dtype[part.dtype].append(member)
+        return [cls.of(members, held, num_places) for members in by_dtype.values()]
+
+    def save(self, unit: int, place: int) -> None:
+        """Copies a slot or block to a place."""
+        torch._foreach_copy_([part[place] for part in self.places], [part[unit] for part in self.slots])
+
+    def load(self, place: int, unit: int) -> None:
+        """Copies a place to a slot or block."""
+        torch._foreach_copy_([part[unit] for part in self.slots], [part[place] for part in self.places])
+
 
 class SnapshotStore:
-    """Memory of ``num_places`` snapshots of a pool, allocated once, on the pool's device.
+    """Memory of ``num_places`` snapshots of a pool and of ``num_tails`` tails, allocated once, on the pool's device.
 
     Copies are launched in the order of calls, as steps are, and wait for nothing.
     """
 
-    def __init__(self, pool: CachePool, num_places: int) -> None:
+    def __init__(self, pool: CachePool, num_places: int, num_tails: int = 0) -> None:
         self.num_places, self.bytes_each = num_places, snapshot_bytes(pool.spec)
+        self.num_tails, self.tail_bytes_each = num_tails, tail_bytes(pool.spec)
         held = {member: _held_part(member, tensor) for member, tensor in pool.tensors.items()}
-        by_dtype: defaultdict[torch.dtype, list[CacheTensor]] = defaultdict(list)
-        for member, part in held.items():
-            if part.shape[1]:
-                by_dtype[part.dtype].append(member)
-        self._columns = [_Copied.of(members, held, num_places) for members in by_dtype.values()]
+        self._columns = _Copied.by_dtype(held, num_places)
+        units = {member: _by_unit(member, tensor) for member, tensor in pool.tensors.items()}
+        paged, rings = ({m: part for m, part in units.items() if m.group.is_paged is it} for it in (True, False))
+        self._tail_slots, self._tail_blocks = (_Copied.by_dtype(parts, num_tails) for parts in (rings, paged))
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all places."""
+        """Bytes of all places of snapshots."""
         return self.num_places * self.bytes_each
 
+    @property
+    def num_tail_bytes(self) -> int:
+        """Bytes of all places of tails."""
+        return self.num_tails * self.tail_bytes_each
+
     def __str__(self) -> str:
-        each, whole = size_text(self.bytes_each), size_text(self.num_bytes)
-        return f"{counted(self.num_places, 'snapshot')} of {each}, {whole} together"
+        parts = [_sizes(self.num_places, "snapshot", self.bytes_each)]
+        parts += [_sizes(self.num_tails, "tail", self.tail_bytes_each)] if self.num_tails else []
+        return "; ".join(parts)
+
+    def save_tail(self, slot: int, block: int, place: int) -> None:
+        """Copies a sequence's rings and its last block to a tail's place. The sequence has written one row more than
+        the tail stands for."""
+        for columns in self._tail_slots:
+            columns.save(slot, place)
+        for columns in self._tail_blocks:
+            columns.save(block, place)
+
+    def load_tail(self, place: int, slot: int, block: int) -> None:
+        """Copies a tail to the rings of a slot, and to the block that its sequence goes on in."""
+        for columns in self._tail_slots:
+            columns.load(place, slot)
+        for columns in self._tail_blocks:
+            columns.load(place, block)
 
     def save(self, slot: int, place: int) -> None:
         """Copies the rings of a slot, whose sequence has just reached a block's end, to a place."""
         for columns in self._columns:
-            torch._foreach_copy_([part[place] for part in columns.places], [part[slot] for part in columns.slots])
+            columns.save(slot, place)
 
     def put(self, taken: PassedSnapshot, place: int) -> None:
         """Copies to a place what a step has taken."""
@@ -113,13 +161,21 @@ class SnapshotStore:
     def load(self, place: int, slot: int) -> None:
         """Copies a place to the rings of a slot."""
         for columns in self._columns:
-            torch._foreach_copy_([part[slot] for part in columns.slots], [part[place] for part in columns.places])
+            columns.load(place, slot)
 
 
 def _held_part(member: CacheTensor, tensor: Tensor) -> Tensor:
     """Returns what a snapshot holds of each slot, as a view [slots, elements]. Pages are held whole or not at all."""
-    held = held_rows(member)
+    held, by_slot = held_rows(member), _by_unit(member, tensor)
     if member.page_bytes:
-        return tensor[:, : tensor.shape[1] if held.stop else 0]
-    by_slot = tensor.view(-1, member.num_rows * member.width)
+        return by_slot[:, : by_slot.shape[1] if held.stop else 0]
     return by_slot[:, held.start * member.width : held.stop * member.width]
+
+
+def _by_unit(member: CacheTensor, tensor: Tensor) -> Tensor:
+    """Returns a view of each slot's or block's part of a tensor: [slots or blocks, elements]."""
+    return tensor if member.page_bytes else tensor.view(-1, member.num_rows * member.width)
+
+
+def _sizes(count: int, name: str, bytes_each: int) -> str:
+    return f"{counted(count, name)} of {size_text(bytes_each)}, {size_text(count * bytes_each)} together"

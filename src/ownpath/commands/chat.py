@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ownpath.chat.levels import LEVEL_OF_WORD
 from ownpath.commands.arguments import add_engine_arguments, add_model_argument
-from ownpath.commands.prefix_options import SNAPSHOTS_PER_SEQUENCE
+from ownpath.commands.prefix_options import SNAPSHOTS_PER_SEQUENCE, TAILS_PER_SEQUENCE
 from ownpath.commands.sampling_options import add_sampling_arguments
 from ownpath.terminal.progress import Progress
 
@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
         from ownpath.engine.prefix import PrefixSettings
 
     # Each turn begins with all that was said before it.
-    with open_session(args, 1, PrefixSettings(SNAPSHOTS_PER_SEQUENCE)) as session:
+    prefix = PrefixSettings(SNAPSHOTS_PER_SEQUENCE, num_tails=TAILS_PER_SEQUENCE)
+    with open_session(args, 1, prefix) as session:
         session.ledger.clear()
         return Dialogue(session, args).talk()

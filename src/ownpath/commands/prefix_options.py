@@ -12,6 +12,8 @@ BLOCK_TOKENS = 256
 """As the caches' layout says, which imports torch; ``PrefixSettings`` checks it again."""
 SNAPSHOTS_PER_SEQUENCE = 4
 """Snapshots for each sequence that may run, unless a number is asked for."""
+TAILS_PER_SEQUENCE = 1
+"""Tails, the same; each takes as much as a sequence that runs, and a block."""
 _DEFAULT_INTERVAL = 4096
 
 
@@ -28,6 +30,14 @@ def add_prefix_arguments(group: OptionHolder) -> None:
         metavar="N",
         help="beginnings to go on from that are kept at a time; the start says how many bytes they take (default: "
         f"{SNAPSHOTS_PER_SEQUENCE} for each of --max-num-seqs)",
+    )
+    group.add_argument(
+        "--prefix-tails",
+        type=whole_number(0, 10**6),
+        metavar="N",
+        help="prompts kept whole at a time, of which only the last token is computed when they are sent again; each "
+        f"takes as much memory as a request that runs, and a block (default: {TAILS_PER_SEQUENCE} for each of "
+        "--max-num-seqs)",
     )
     group.add_argument(
         "--prefix-interval",
@@ -57,4 +67,6 @@ def prefix_settings(args: argparse.Namespace) -> "PrefixSettings | None":
 
     if args.no_prefix_cache:
         return None
-    return PrefixSettings(args.prefix_snapshots or SNAPSHOTS_PER_SEQUENCE * args.max_num_seqs, args.prefix_interval)
+    num_seqs = args.max_num_seqs
+    num_tails = TAILS_PER_SEQUENCE * num_seqs if args.prefix_tails is None else args.prefix_tails
+    return PrefixSettings(args.prefix_snapshots or SNAPSHOTS_PER_SEQUENCE * num_seqs, args.prefix_interval, num_tails)

@@ -109,7 +109,8 @@ def follow(args: argparse.Namespace, prefix: "PrefixSettings | None") -> NoRetur
                 warm_up(model, config)
         num_tokens, most = share_number(group), config.max_num_seqs
         decoder = rank_decoder(model, config, group, lambda: FollowingDecoder(model, most, num_tokens))
-        follower = Follower(model, 0 if prefix is None else prefix.num_snapshots, decoder)
+        places = (0, 0) if prefix is None else (prefix.num_snapshots, prefix.num_tails)
+        follower = Follower(model, *places, decoder)
         become_ready(model, group, args.rank_timeout)
         follower.follow(Listener(group).hear)
     except PeerLost as error:

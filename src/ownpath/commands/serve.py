@@ -210,6 +210,8 @@ def _debug_plan(session: "Session", admin_key: str, model_id: str, release: Rele
         "tokens_each": config.max_model_len,
         "snapshots": 0 if store is None else store.num_places,
         "snapshot_bytes": 0 if store is None else store.num_bytes,
+        "tails": 0 if store is None else store.num_tails,
+        "tail_bytes": 0 if store is None else store.num_tail_bytes,
     }
     return DebugPlan(admin_key, facts, session.ledger, Limits())
 

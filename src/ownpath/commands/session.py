@@ -164,7 +164,7 @@ def _led(
     model, caches = LeadingModel(loaded.model, leader), loaded.model.caches
     kept = None
     if prefix is not None:
-        store = LeadingStore(caches, prefix.num_snapshots, leader, model.passed)
+        store = LeadingStore(caches, prefix.num_snapshots, leader, model.passed, prefix.num_tails)
         kept = PrefixCache(caches, prefix, _prefix_root(loaded), store)
     ends = loaded.end_tokens.ids
     engine = Engine(model, loaded.config, num_tokens, end_token_ids=ends, decoder=decoder, prefix=kept)

@@ -9,19 +9,21 @@ from ownpath.cache.pools import PlacedSequence
 from ownpath.cache.snapshot import PassedSnapshot, SnapshotStore
 from ownpath.cache.tables import StepTables
 from ownpath.engine.decoding_ranks import DECODE, REDRAW, FollowingDecoder
-from ownpath.engine.leading import LOAD, PUT, SAVE, STEP
+from ownpath.engine.leading import LOAD, LOAD_TAIL, PUT, SAVE, SAVE_TAIL, STEP
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
 from ownpath.ranks.control import RankMessage
 
 
 class Follower:
-    """One rank's part of what rank 0's engine runs. num_snapshots: places for them, as many as rank 0 has. decoder:
+    """One rank's part of what rank 0's engine runs. num_snapshots, num_tails: places, as many as rank 0 has. decoder:
     where rank 0 has one."""
 
-    def __init__(self, model: Model, num_snapshots: int, decoder: FollowingDecoder | None = None) -> None:
+    def __init__(
+        self, model: Model, num_snapshots: int, num_tails: int = 0, decoder: FollowingDecoder | None = None
+    ) -> None:
         self._model, self._pool, self._decoder = model, model.caches, decoder
-        self._store = SnapshotStore(self._pool, num_snapshots) if num_snapshots else None
+        self._store = SnapshotStore(self._pool, num_snapshots, num_tails) if num_snapshots else None
         self._passed: dict[int, PassedSnapshot] = {}
 
     def follow(self, hear: Callable[[], RankMessage | None]) -> None:
@@ -33,6 +35,8 @@ class Follower:
             SAVE: lambda told: self._snapshots.save(told["slot"], told["place"]),
             PUT: lambda told: self._snapshots.put(self._passed[told["taken"]], told["place"]),
             LOAD: lambda told: self._snapshots.load(told["place"], told["slot"]),
+            SAVE_TAIL: lambda told: self._snapshots.save_tail(told["slot"], told["block"], told["place"]),
+            LOAD_TAIL: lambda told: self._snapshots.load_tail(told["place"], told["slot"], told["block"]),
         }
         with torch.inference_mode():
             while (told := hear()) is not None:

@@ -18,6 +18,7 @@ from ownpath.model.model import Model
 from ownpath.ranks.control import Leader, RankMessage
 
 STEP, SAVE, PUT, LOAD = "step", "save", "put", "load"
+SAVE_TAIL, LOAD_TAIL = "save-tail", "load-tail"
 """Kinds of messages, see ``engine.following``."""
 
 
@@ -92,8 +93,10 @@ class LeadingModel:
 class LeadingStore(SnapshotStore):
     """The snapshots of all ranks: each copy is made on every rank."""
 
-    def __init__(self, pool: CachePool, num_places: int, leader: Leader, passed: PassedNumbers) -> None:
-        super().__init__(pool, num_places)
+    def __init__(
+        self, pool: CachePool, num_places: int, leader: Leader, passed: PassedNumbers, num_tails: int = 0
+    ) -> None:
+        super().__init__(pool, num_places, num_tails)
         self._leader, self._passed = leader, passed
 
     def save(self, slot: int, place: int) -> None:
@@ -110,3 +113,13 @@ class LeadingStore(SnapshotStore):
         """See ``SnapshotStore``."""
         self._leader.tell({"kind": LOAD, "place": place, "slot": slot})
         super().load(place, slot)
+
+    def save_tail(self, slot: int, block: int, place: int) -> None:
+        """See ``SnapshotStore``."""
+        self._leader.tell({"kind": SAVE_TAIL, "slot": slot, "block": block, "place": place})
+        super().save_tail(slot, block, place)
+
+    def load_tail(self, place: int, slot: int, block: int) -> None:
+        """See ``SnapshotStore``."""
+        self._leader.tell({"kind": LOAD_TAIL, "place": place, "slot": slot, "block": block})
+        super().load_tail(place, slot, block)

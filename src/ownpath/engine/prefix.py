@@ -13,39 +13,62 @@ be read, and a place written again, as soon as the step or copy before is launch
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from ownpath.cache.layout import BLOCK_TOKENS
 from ownpath.cache.pools import CachePool, SequenceCache
-from ownpath.cache.prefix import ChainKey, PrefixChain, PrefixHit, PrefixIndex, chain_root
+from ownpath.cache.prefix import ChainKey, PrefixChain, PrefixHit, PrefixIndex, bytes_of, chain_root
 from ownpath.cache.snapshot import PassedSnapshot, SnapshotStore
+from ownpath.cache.tails import Tail
 from ownpath.engine.load import EngineCounts
 from ownpath.engine.request import Request
-from ownpath.engine.request_prefix import RequestPrefix
+from ownpath.engine.request_prefix import NO_TAIL, RequestPrefix
 
 SNAPSHOT_INTERVAL = 4096
 _MOST_SHARE = 4
 """At intervals one sequence takes at most a quarter of the places, so that a long prompt leaves others theirs."""
+_MOST_LATE = 1
+"""Rows behind a tail's tokens that may be written before it is copied. A draft's row is named with the token behind it,
+so with one module loaded a tail's tokens end before the prompt's last one, with two they would end one earlier."""
 
 
 @dataclass(frozen=True)
 class PrefixSettings:
-    """num_snapshots: places for them. interval: tokens between two of a long sequence. Errors: ValueError."""
+    """num_snapshots: places for them. interval: tokens between two of a long sequence. num_tails: places for tails.
+    Errors: ValueError."""
 
     num_snapshots: int
     interval: int = SNAPSHOT_INTERVAL
+    num_tails: int = 0
 
     def __post_init__(self) -> None:
         if self.num_snapshots < 1:
             raise ValueError(f"a prefix cache needs at least 1 snapshot, found {self.num_snapshots}")
         if self.interval < 1 or self.interval % BLOCK_TOKENS:
             raise ValueError(f"snapshots are taken at multiples of {BLOCK_TOKENS} tokens, found {self.interval}")
+        if self.num_tails < 0:
+            raise ValueError(f"a prefix cache has at least 0 tails, found {self.num_tails}")
 
     def interval_of(self, num_tokens: int) -> int:
         """Returns the interval of a sequence of so many tokens: the setting, or a multiple that leaves others room."""
         most = max(1, self.num_snapshots // _MOST_SHARE)
         return self.interval * max(1, -(-num_tokens // (self.interval * most)))
+
+
+class _Start(NamedTuple):
+    """The beginning that a request takes. blocks: it shares them. snapshot: the place behind them. tail: that lies
+    behind them; then there is no snapshot."""
+
+    blocks: tuple[int, ...]
+    snapshot: int | None = None
+    tail: Tail | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that need not be computed."""
+        return BLOCK_TOKENS * len(self.blocks) + (0 if self.tail is None else self.tail.num_tokens)
 
 
 class PrefixCache:
@@ -63,8 +86,9 @@ class PrefixCache:
         self.cuts = pool.spec.dtype.itemsize < torch.float32.itemsize
         self._pool = pool
         self._root = (model, str(pool.spec.cache_format), str(pool.spec.dtype))
-        self.index = PrefixIndex(settings.num_snapshots)
-        self.store = store or SnapshotStore(pool, settings.num_snapshots)
+        num_tails = settings.num_tails if pool.spec.num_drafts <= _MOST_LATE else 0
+        self.index = PrefixIndex(settings.num_snapshots, num_tails)
+        self.store = store or SnapshotStore(pool, settings.num_snapshots, num_tails)
         pool.slots.reclaim = self.reclaim
 
     def name(self, request: Request) -> None:
@@ -82,28 +106,48 @@ class PrefixCache:
         prefix.chain.grow(num_tokens, request.ids_between)
         keys = prefix.chain.keys
         found = self.index.find(keys)
-        hit = self._usable(request, keys, found)
-        slots.keep(hit.blocks)  # so that none of them goes while others are taken
+        start = self._longest_start(request, prefix.chain, found)
+        slots.keep(start.blocks)  # so that none of them goes while others are taken
         try:
-            cache = self._pool.new_sequence(room, hit.blocks)
+            cache = self._pool.new_sequence(room, start.blocks)
         finally:
-            slots.drop(hit.blocks)
-        num_hit = BLOCK_TOKENS * len(hit.blocks)
-        if hit.snapshot is not None:
-            self.store.load(hit.snapshot, cache.slot)
-            self.index.use(keys[: len(hit.blocks)])
+            slots.drop(start.blocks)
         interval = self.settings.interval_of(num_tokens + request.params.max_tokens)
-        prefix.begin(num_hit, num_tokens, interval, BLOCK_TOKENS * found.num_known)
+        num_hit, leaves_tail = start.num_tokens, self.index.tails.num_places > 0 and not request.output_ids
+        prefix.begin(num_hit, num_tokens, interval, BLOCK_TOKENS * found.num_known, leaves_tail)
+        self._go_on(start, prefix, cache)
         request.num_computed = num_hit
         self.counts.num_prefix_queried += num_tokens
         self.counts.num_prefix_hit += num_hit
         self.counts.num_prefix_hits += num_hit > 0
         return cache
 
-    def _usable(self, request: Request, keys: Sequence[ChainKey], found: PrefixHit) -> PrefixHit:
-        """Returns what of the found blocks leaves every row to compute whose logits are wanted."""
-        most = request.most_reused // BLOCK_TOKENS
-        return found if len(found.blocks) <= most else self.index.find(keys[:most])
+    def _longest_start(self, request: Request, chain: PrefixChain, found: PrefixHit) -> "_Start":
+        """Returns what of the known tokens a request begins with, so that every row is left to compute whose logits are
+        wanted. found: all that is known."""
+        most, keys = request.most_reused, chain.keys
+        hit = found if len(found.blocks) <= most // BLOCK_TOKENS else self.index.find(keys[: most // BLOCK_TOKENS])
+        for num_blocks in range(min(found.num_known, most // BLOCK_TOKENS), len(hit.blocks) - 1, -1):
+            first = BLOCK_TOKENS * num_blocks
+
+            def read(first: int = first) -> bytes:
+                return bytes_of(request.ids_between(first, first + BLOCK_TOKENS + chain.lookahead))
+
+            tail = self.index.tails.find(chain.before(num_blocks), read, most - first)
+            if tail is not None:
+                return _Start(self.index.blocks_of(keys[:num_blocks]), tail=tail)
+        return _Start(hit.blocks, hit.snapshot)
+
+    def _go_on(self, start: "_Start", prefix: RequestPrefix, cache: SequenceCache) -> None:
+        """Copies into a new cache what lies in no block that it shares."""
+        if start.tail is not None:
+            self.index.use_tail(start.tail)
+            prefix.tails.add(start.tail)
+            self.store.load_tail(start.tail.place, cache.slot, cache.blocks[len(start.blocks)])
+            cache.num_tokens = start.num_tokens
+        elif start.snapshot is not None:
+            self.index.use(prefix.chain.keys[: len(start.blocks)])
+            self.store.load(start.snapshot, cache.slot)
 
     def note(self, requests: Sequence[Request]) -> None:
         """Takes up what requests have filled. Call before each step of theirs is launched."""
@@ -120,6 +164,8 @@ class PrefixCache:
                 prefix.passed = ()
             if num_tokens % BLOCK_TOKENS == 0:
                 self._note(request, self._prefix_of(request), num_tokens)
+            if prefix is not None and num_tokens == prefix.tail_end:
+                self._leave_tail(request, prefix)
 
     def _note(
         self, request: Request, prefix: RequestPrefix, num_tokens: int, taken: PassedSnapshot | None = None
@@ -152,6 +198,23 @@ class PrefixCache:
             self.counts.num_snapshots_taken += 1
             prefix.moving = None if prefix.stays(prefix.num_noted) else key
 
+    def _leave_tail(self, request: Request, prefix: RequestPrefix) -> None:
+        """Keeps a tail of a request whose prompt has just been computed."""
+        end, chain, tails = prefix.tail_end, prefix.chain, self.index.tails
+        num_blocks, num_tokens = divmod(end - 1, BLOCK_TOKENS)
+        prefix.tail_end = NO_TAIL
+        parent = chain.before(num_blocks)
+        if num_blocks and not self.index.knows(parent):
+            return
+        ids = request.ids_between(BLOCK_TOKENS * num_blocks, end - 1 + chain.lookahead)
+        before = tails.num_evicted
+        tail = tails.place(parent, bytes_of(ids), num_tokens, is_first=not num_blocks)
+        self.counts.num_snapshots_evicted += tails.num_evicted - before
+        if tail is not None:
+            prefix.tails.add(tail)
+            self.store.save_tail(request.caches.slot, request.caches.blocks[num_blocks], tail.place)
+            self.counts.num_snapshots_taken += 1
+
     def end(self, request: Request) -> None:
         """Takes up what a request leaves, before its cache is released. Of one that failed nothing stays."""
         if request.cache is None or request.prefix is None:
@@ -159,6 +222,8 @@ class PrefixCache:
         if request.has_failed:
             dropped = self.index.withdraw(request.prefix.chain.keys, request.cache.blocks)
             self._pool.slots.drop(dropped)
+            for tail in request.prefix.tails:
+                self.index.tails.drop(tail)
         else:
             self.note([request])
 

@@ -1,12 +1,16 @@
 """The prefix cache's knowledge of one request."""
 
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ownpath.cache.layout import BLOCK_TOKENS
 from ownpath.cache.pools import SequenceCache
 from ownpath.cache.prefix import ChainKey, PrefixChain
 from ownpath.cache.snapshot import PassedSnapshot
+from ownpath.cache.tails import LEAST_TAIL, Tail
+
+NO_TAIL = -1
+"""No number of tokens."""
 
 
 @dataclass(eq=False)
@@ -17,7 +21,9 @@ class RequestPrefix:
     num_begun: tokens that were known when it began. stops: positions among them, ascending, where a snapshot is to be
     taken. interval: of those of its answer that stay. num_noted: tokens whose blocks are taken up. moving: the block
     whose snapshot goes when the next one of the answer is taken. passed: the snapshots that the last step took. cuts:
-    whether chunks end at stops; else they pass them.
+    whether chunks end at stops, and before the prompt's last token if a tail is taken there; else they pass them.
+    tail_end: tokens of the prompt, of which its tail has all but the last; ``NO_TAIL``: it leaves none. tails: those
+    that it began with, and the one that it left.
     """
 
     chain: PrefixChain
@@ -29,17 +35,22 @@ class RequestPrefix:
     moving: ChainKey | None = None
     passed: tuple[PassedSnapshot, ...] = ()
     cuts: bool = False
+    tail_end: int = NO_TAIL
+    tails: set[Tail] = field(default_factory=set)
 
-    def begin(self, num_hit: int, num_tokens: int, interval: int, num_known: int) -> None:
+    def begin(self, num_hit: int, num_tokens: int, interval: int, num_known: int, leaves_tail: bool = False) -> None:
         """Plans the snapshots of a request that begins with ``num_hit`` of its ``num_tokens`` tokens.
 
-        num_known: tokens whose blocks are known, with or without a snapshot behind them.
+        num_known: tokens whose blocks are known, with or without a snapshot behind them. leaves_tail: whether these
+        tokens are a prompt that may leave a tail.
         """
         if self.num_cached is None:
             self.num_cached = num_hit
         self.num_begun, self.num_noted, self.moving, self.passed = num_tokens, num_hit, None, ()
         self.interval = interval
         self.stops = _stops(num_hit, num_tokens, interval, num_known)
+        is_new = num_hit < num_tokens - 1 and (num_tokens - 1) % BLOCK_TOKENS >= LEAST_TAIL
+        self.tail_end = num_tokens if leaves_tail and is_new else NO_TAIL
 
     def wants_snapshot(self, num_tokens: int) -> bool:
         """True at a planned stop, and at each block's end of the answer."""
@@ -51,8 +62,13 @@ class RequestPrefix:
 
     def next_cut(self, num_tokens: int) -> int | None:
         """Returns the next position behind so many tokens where a chunk is to end; ``None``: there is none."""
-        index = bisect_right(self.stops, num_tokens)
-        return self.stops[index] if self.cuts and index < len(self.stops) else None
+        if not self.cuts:
+            return None
+        index, before_last = bisect_right(self.stops, num_tokens), self.tail_end - 1
+        stop = self.stops[index] if index < len(self.stops) else None
+        if num_tokens < before_last and (stop is None or before_last < stop):
+            return before_last
+        return stop
 
     def pass_stops(self, cache: SequenceCache, start: int, end: int) -> tuple[PassedSnapshot, ...]:
         """Returns the snapshots that a step takes at planned stops between its first position and its end; what it ends

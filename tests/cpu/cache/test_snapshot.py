@@ -3,17 +3,18 @@
 Every ring that a snapshot goes into was full of NaN before, so whatever it lacks would be seen.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import random_checkpoint
+from support.checkpoints import SMALL, random_checkpoint
 
 from ownpath.bench.published import FLASH
 from ownpath.cache.layout import NAN_BYTE, STATE, WINDOW, CacheLayout
 from ownpath.cache.pools import CachePool, CacheSpec, SequenceCache
-from ownpath.cache.snapshot import SnapshotStore, held_rows, snapshot_bytes
+from ownpath.cache.snapshot import SnapshotStore, held_rows, snapshot_bytes, tail_bytes
 from ownpath.config import EngineConfig, ModelConfig
 from ownpath.formats import CacheFormat
 from ownpath.loading import load_model
@@ -79,6 +80,34 @@ def test_a_sequence_goes_on_from_a_snapshot(
         other.release()
 
 
+@pytest.mark.parametrize(("sizes", "engine"), CASES[1:], ids=["spare rows", "fp8", "fp4-index"])
+def test_a_sequence_goes_on_from_a_tail(
+    sizes: dict[str, Any], engine: dict[str, Any], tmp_path: Path, device: torch.device
+) -> None:
+    """Taken a row late, anywhere in a window of CSA's and HCA's and of a block; the next row, and more behind it. The
+    row that was written too early was another token's."""
+    random_checkpoint(tmp_path, "full-nvfp4", seed=5, **sizes)
+    model = load_model(tmp_path, EngineConfig(str(device), max_model_len=512, max_num_seqs=2, **engine))
+    pool, store, ids = model.caches, SnapshotStore(model.caches, 1, num_tails=2), tokens(400, seed=2)
+    for length in (37, 254, 391):
+        first, shared = model.new_cache(), length // 256
+        run(model, first, ids[:length])
+        run(model, first, [ids[length] ^ 1])
+        store.save_tail(first.slot, first.blocks[shared], 1)
+        first.num_tokens = length
+        parts = ids[length : length + 1], ids[length + 1 : length + 9]
+        expected = [run(model, first, part) for part in parts]
+        other = pool.new_sequence(512, shared=first.blocks[:shared])
+        poison(pool, other.slot, first.blocks[:shared])
+        store.load_tail(1, other.slot, other.blocks[shared])
+        other.num_tokens = length
+        for part, wanted in zip(parts, expected, strict=True):
+            assert torch.equal(run(model, other, part), wanted), f"from {length} tokens"
+        assert pool.slots.faults() == []
+        first.release()
+        other.release()
+
+
 def test_a_window_without_its_ring_is_seen(tmp_path: Path, device: torch.device) -> None:
     """Blocks alone are no prefix cache: without the snapshot the same run gives no number at all."""
     random_checkpoint(tmp_path, "full-nvfp4", seed=5, **LAYERS)
@@ -121,6 +150,24 @@ def test_a_snapshot_holds_what_windows_and_csa_need() -> None:
     assert snapshot_bytes(spec) == 43 * 128 * 584 + 21 * 4 * (2048 + 512) * 4
     assert round(snapshot_bytes(spec) / 1e6, 2) == 4.07
     assert snapshot_bytes(spec) < 0.3 * spec.slot_bytes
+
+
+def test_a_tail_holds_a_slot_and_a_block() -> None:
+    """V4-Flash in FP8 pages: with HCA's raw rows, 128 of 1,024 floats in 20 layers, CSA's, 8, and a block: 64 keys and
+    index keys in 21 layers and 2 keys in 20."""
+    spec = CacheSpec(FLASH_CONFIG, 4096, torch.bfloat16, torch.device("meta"), cache_format=CacheFormat.FP8)
+    rings = 43 * 128 * 584 + 21 * 8 * (2048 + 512) * 4 + 20 * 128 * 1024 * 4
+    assert tail_bytes(spec) == rings + 21 * 64 * (584 + 132) + 20 * 2 * 584
+    assert round(tail_bytes(spec) / 1e6, 1) == 16.4
+
+
+def test_memory_of_tails_is_told_beside_that_of_snapshots() -> None:
+    small = ModelConfig.from_dict(SMALL | LAYERS)
+    pool = CachePool(CacheSpec(small, 512, torch.float32, torch.device("cpu")))
+    store = SnapshotStore(pool, 3, num_tails=2)
+    assert store.num_tail_bytes == 2 * tail_bytes(pool.spec)
+    assert re.fullmatch(r"3 snapshots of \S+ \S+, \S+ \S+ together; 2 tails of \S+ \S+, \S+ \S+ together", str(store))
+    assert "tail" not in str(SnapshotStore(pool, 3))
 
 
 @pytest.mark.parametrize("rows_per_request", [1, 2, 9])

@@ -55,7 +55,7 @@ def test_every_option_is_a_setting_in_both_places(tmp_path: Path) -> None:
         "numerics": "official", "cache_format": "fp8", "reference": "layers.3", "max_model_len": "99",
         "max_num_seqs": "3", "num_cache_blocks": "70", "max_connections": "7", "request_timeout": "8",
         "step_timeout": "9",
-        "drain_timeout": "2", "host": "::1", "prefix_snapshots": "4", "prefix_interval": "512",
+        "drain_timeout": "2", "host": "::1", "prefix_snapshots": "4", "prefix_tails": "0", "prefix_interval": "512",
         "port": "0", "tls_cert": "c.pem", "tls_key": "k.pem", "api_key_file": "keys", "admin_key": SECRET,
         "allowed_hosts": "h", "allowed_origins": "https://o", "log_requests": "off", "log_format": "json",
         "otlp_traces_endpoint": "http://h/v1/traces", "ranks": "2", "attention": "data", "experts": "ids",

@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 from cpu.engine.late_device import LateDecoder, LateDevice, Work
 from cpu.engine.served import VOCAB, Asked, Served
@@ -55,8 +56,8 @@ class LateStampModel(StampModel):
 class LateStore(SnapshotStore):
     """Copies in the order of the device's work."""
 
-    def __init__(self, pool: CachePool, num_places: int, device: LateDevice) -> None:
-        super().__init__(pool, num_places)
+    def __init__(self, pool: CachePool, places: PrefixSettings, device: LateDevice) -> None:
+        super().__init__(pool, places.num_snapshots, places.num_tails)
         self._device = device
 
     def _later(self, copy: Work) -> None:
@@ -71,15 +72,24 @@ class LateStore(SnapshotStore):
     def load(self, place: int, slot: int) -> None:
         self._later(lambda: super(LateStore, self).load(place, slot))
 
+    def save_tail(self, slot: int, block: int, place: int) -> None:
+        self._later(lambda: super(LateStore, self).save_tail(slot, block, place))
+
+    def load_tail(self, place: int, slot: int, block: int) -> None:
+        self._later(lambda: super(LateStore, self).load_tail(place, slot, block))
+
 
 @contextmanager
-def served(most_s: float = 0.0, num_places: int = 32, max_sequences: int = 4) -> Iterator[tuple[Served, LateDecoder]]:
+def served(
+    most_s: float = 0.0, num_places: int = 32, max_sequences: int = 4, num_tails: int = 0
+) -> Iterator[tuple[Served, LateDecoder]]:
     device = LateDevice(most_s, seed=1)
     model = LateStampModel(device, max_sequences)
     decoder = LateDecoder(model, max_sequences, VOCAB)
-    running = Served(model, PrefixSettings(num_places), decoder=decoder)
+    places = PrefixSettings(num_places, num_tails=num_tails)
+    running = Served(model, places, decoder=decoder)
     assert running.prefix is not None
-    running.prefix.store = LateStore(model.caches, num_places, device)
+    running.prefix.store = LateStore(model.caches, places, device)
     try:
         with running:
             yield running, decoder
@@ -114,10 +124,26 @@ def test_a_copy_lies_between_the_steps_that_it_was_given_between() -> None:
         assert running.answer(known, 5) == (expected_answer(known, 5), 256)
 
 
-def test_whoever_joins_leaves_or_begins_alike() -> None:
+def test_a_tail_is_copied_between_the_last_row_of_a_prompt_and_the_next_one() -> None:
+    """Prompts that graphs read beside an answer, a row a step: the rings lose the oldest row two steps later."""
+    with served(most_s=0.0005, num_tails=8) as (running, decoder):
+        beside = running.submit(BASE[:5], 600)
+        beside.next()
+        last = 0
+        for length in (34, 50, 64):
+            ids, other = BASE[:length], [*BASE[: length - 1], 95]
+            for asked, hit in ((ids, last), (ids, length - 1), (other, length - 1)):
+                assert running.answer(asked, 40) == (expected_answer(asked, 40), hit)
+            last = length - 1
+        assert beside.tokens() == expected_answer(BASE[:5], 600)
+        assert decoder.num_behind > 200
+
+
+@pytest.mark.parametrize("num_tails", [0, 2])
+def test_whoever_joins_leaves_or_begins_alike(num_tails: int) -> None:
     """Prompts that part at random places, answers over blocks' ends and aborts: every answer is exact."""
     chance, asked = random.Random(7), list[Asked]()
-    with served(most_s=0.0002, num_places=2) as (running, decoder):
+    with served(most_s=0.0002, num_places=2, num_tails=num_tails) as (running, decoder):
         for number in range(30):
             ids = [number % 3, *BASE[: chance.choice((3, 12, 240, 255, 256, 299))], *([number] * chance.randint(0, 9))]
             asked.append(running.submit(ids, chance.choice((1, 9, 40))))

@@ -2,6 +2,7 @@
 row which V4 reads, whatever comes together."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,12 +53,12 @@ class Unreliable(StampModel):
         return logits
 
 
-@pytest.mark.parametrize("with_prefix", [False, True])
-def test_whatever_comes_together(with_prefix: bool) -> None:
+@pytest.mark.parametrize("kept", [None, SETTINGS, replace(SETTINGS, num_tails=4)], ids=["nothing", "blocks", "tails"])
+def test_whatever_comes_together(kept: PrefixSettings | None) -> None:
     """Prompts that begin alike, few blocks, clients that leave, and steps that fail: of those that stay each answers
     exactly, once, and at the end all is free."""
     chance, model = random.Random(5), Unreliable()
-    with Served(model, SETTINGS if with_prefix else None, 300) as served:
+    with Served(model, kept, 300) as served:
         stay: list[tuple[Asked, list[int]]] = []
         for number in range(60):
             ids, num_tokens = prompt(number % 3, chance.choice((3, 250, 256, 511, 600))), chance.choice((2, 9, 60))
@@ -74,4 +75,4 @@ def test_whatever_comes_together(with_prefix: bool) -> None:
         counts = served.engine.load().counts
         assert model.num_failed > 5
         assert counts.num_step_retries > 10
-        assert (counts.num_prefix_hits > 0) == with_prefix
+        assert (counts.num_prefix_hits > 0) == (kept is not None)

@@ -59,6 +59,25 @@ def test_pages_give_the_tokens_of_a_cold_run(cache_format: CacheFormat, tmp_path
         assert [served.answer(ids) for ids in prompts] == [(tokens, 256) for tokens in expected]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "engine"),
+    [(LAYERS, {"dtype": torch.float64}), (WIDE, {"cache_format": CacheFormat.FP8, "rows_per_request": 2})],
+    ids=["float64", "fp8"],
+)
+def test_tails_give_the_tokens_of_a_cold_run(sizes: dict[str, Any], engine: dict[str, Any], tmp_path: Path) -> None:
+    """The same prompt, another last token, and the conversation that goes on; cut before the last token or not, by
+    ``forward`` or a decoder."""
+    model = loaded(tmp_path, sizes, **engine)
+    prompts = [BASE[:100], [*BASE[:99], 7], [*BASE[:100], 9, 8], BASE[:299]]
+    expected = cold(model, *prompts)
+    for cuts, decodes in ((False, False), (True, True)):
+        with Served(model, PrefixSettings(8, num_tails=4), decodes=decodes) as served:
+            assert served.prefix is not None
+            served.prefix.cuts = cuts
+            found = [served.answer(ids) for ids in (*prompts, prompts[-1])]
+        assert found == list(zip((*expected, expected[-1]), (0, 99, 99, 99, 298), strict=True))
+
+
 def test_a_decoder_takes_snapshots_between_its_steps(tmp_path: Path) -> None:
     """Rows on the device: the copy is launched between the step that fills a block and the next one's."""
     model = loaded(tmp_path, LAYERS)

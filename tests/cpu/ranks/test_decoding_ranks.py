@@ -133,7 +133,7 @@ def on_two_ranks(folder: Path, lead: Callable[[Model, Told], None]) -> tuple[Tol
             else:
                 decoder = FollowingDecoder(model, MAX_ROWS, VOCAB)
                 decoder.warm_up(lambda *_: None)
-                Follower(model, SETTINGS.num_snapshots, decoder).follow(told.messages.get)
+                Follower(model, SETTINGS.num_snapshots, SETTINGS.num_tails, decoder).follow(told.messages.get)
         return model
 
     return told, run_virtual(2, work)

@@ -24,7 +24,7 @@ from ownpath.model.model import Model
 from ownpath.ranks.control import RankMessage
 from ownpath.ranks.virtual import VirtualPeers, run_virtual
 
-SETTINGS = PrefixSettings(4, 256)
+SETTINGS = PrefixSettings(4, 256, num_tails=2)
 ENGINE = EngineConfig(max_model_len=768, max_num_seqs=3, max_prefill_tokens=200)
 SMALL_LAYERS: dict[str, Any] = {"num_hidden_layers": 3, "compress_ratios": [0, 4, 128], "moe_intermediate_size": 64}
 
@@ -62,11 +62,11 @@ def answer(engine: Engine, prompt: list[int], num_tokens: int) -> list[int]:
 
 
 def answers(engine: Engine) -> list[list[int]]:
-    """A prompt whose answer ends a block, the same beginning twice more, passing a block, and what parts from it."""
+    """A prompt whose answer ends a block, twice, the same beginning twice, passing a block, and what parts from it."""
     prompt = torch.randint(2, 90, (600,), generator=torch.Generator().manual_seed(4)).tolist()
     engine.start()
     try:
-        found = [answer(engine, prompt[:n], 12) for n in (505, 600, 270)]
+        found = [answer(engine, prompt[:n], 12) for n in (505, 505, 600, 270)]
         return [*found, answer(engine, [*prompt[:300], *prompt[:40]], 6)]
     finally:
         engine.stop()
@@ -80,7 +80,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def places_of(store: SnapshotStore) -> list[torch.Tensor]:
-    return [place for columns in store._columns for place in columns.places]
+    copied = [*store._columns, *store._tail_slots, *store._tail_blocks]
+    return [place for columns in copied for place in columns.places]
 
 
 def test_the_follower_holds_what_the_leader_holds(folder: Path) -> None:
@@ -88,7 +89,8 @@ def test_the_follower_holds_what_the_leader_holds(folder: Path) -> None:
 
     def lead(model: Model) -> None:
         leading = LeadingModel(model, told)  # type: ignore[arg-type]
-        stores[0] = LeadingStore(model.caches, SETTINGS.num_snapshots, told, leading.passed)  # type: ignore[arg-type]
+        places = SETTINGS.num_snapshots, SETTINGS.num_tails
+        stores[0] = LeadingStore(model.caches, places[0], told, leading.passed, places[1])  # type: ignore[arg-type]
         prefix = PrefixCache(model.caches, SETTINGS, store=stores[0])
         found.extend(answers(Engine(leading, ENGINE, 96, prefix=prefix)))
         assert prefix.counts.num_prefix_hits >= 2
@@ -99,15 +101,16 @@ def test_the_follower_holds_what_the_leader_holds(folder: Path) -> None:
         if peers.rank == 0:
             lead(model)
         else:
-            follower = Follower(model, SETTINGS.num_snapshots)
+            follower = Follower(model, SETTINGS.num_snapshots, SETTINGS.num_tails)
             follower.follow(told.messages.get)
             stores[1] = follower._snapshots
         return model
 
     first, second = run_virtual(2, work)
-    assert {"step", "save", "put", "load"} == {*told.kinds}
+    assert {"step", "save", "put", "load", "save-tail", "load-tail"} == {*told.kinds}
     for member, tensor in first.caches.tensors.items():
         assert torch.equal(tensor, second.caches.tensors[member]), member
+    assert len(places_of(stores[0])) > len(stores[0]._columns), "else no tail is compared"
     for one, other in zip(places_of(stores[0]), places_of(stores[1]), strict=True):
         assert torch.equal(one, other)
     alone = load_model(folder, ENGINE)

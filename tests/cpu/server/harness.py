@@ -155,12 +155,13 @@ def harness(
     step_timeout_s: float = 60.0,
     policy: RequestPolicy | None = None,
     num_snapshots: int = 0,
+    num_tails: int = 0,
 ) -> Iterator[Harness]:
-    """Default model: reproducible random logits that never end an answer by themselves. num_snapshots: of a prefix
-    cache; 0: there is none."""
+    """Default model: reproducible random logits that never end an answer by themselves. num_snapshots, num_tails: of a
+    prefix cache; 0: there is none."""
     model = model or FakeModel(random_rule(VOCAB), VOCAB, max_model_len)
     config = EngineConfig(device, max_model_len=max_model_len, max_num_seqs=8, max_prefill_tokens=64)
-    prefix = PrefixCache(model.caches, PrefixSettings(num_snapshots)) if num_snapshots else None
+    prefix = PrefixCache(model.caches, PrefixSettings(num_snapshots, num_tails=num_tails)) if num_snapshots else None
     engine = Engine(model, config, tokenizer.num_tokens, max_num_queued, prefix=prefix)
     engine.start()
     grammars = GrammarDesk(tokenizer, engine.end_token_ids)

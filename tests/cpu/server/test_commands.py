@@ -259,7 +259,15 @@ def test_the_release_of_the_chat_format_is_an_option(
         return 0
 
     monkeypatch.setattr("ownpath.server.run.run_server", run_server)
-    arguments = ["serve", str(folder), "--max-model-len", "256", *(["--release", *options] if options else [])]
+    arguments = [
+        "serve",
+        str(folder),
+        "--port",
+        "0",
+        "--max-model-len",
+        "256",
+        *(["--release", *options] if options else []),
+    ]
     assert main(arguments) == 0
     assert told == [level]
 
@@ -274,7 +282,7 @@ def test_a_model_that_fails_its_self_test_is_not_served(
     """Exit code 1, before any port is opened, and a table that names the check and what to do."""
     monkeypatch.setattr("ownpath.server.run.run_server", lambda *_: pytest.fail("nothing is served"))
     monkeypatch.setattr(Model, "forward", not_finite)
-    assert main(["serve", str(folder), "--max-model-len", "256"]) == 1
+    assert main(["serve", str(folder), "--port", "0", "--max-model-len", "256"]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
     title, _, failed, *passed, remedy, last = captured.err.splitlines()
@@ -293,7 +301,7 @@ def test_only_allow_unverified_serves_it_and_says_so(
 ) -> None:
     monkeypatch.setattr("ownpath.server.run.run_server", lambda *_: 0)
     monkeypatch.setattr(Model, "forward", not_finite)
-    assert main(["serve", str(folder), "--max-model-len", "256", "--allow-unverified"]) == 0
+    assert main(["serve", str(folder), "--port", "0", "--max-model-len", "256", "--allow-unverified"]) == 0
     warning = "warning: served unverified: the self-test failed S03-finite (--allow-unverified)"
     told = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("ran: ")]
     assert told[0] == warning
@@ -308,8 +316,8 @@ def test_a_model_that_passes_is_served_with_its_release_alone(
     """The self-test's own steps are not among those that the end tells of."""
     monkeypatch.setattr("ownpath.server.run.run_server", lambda *_: 0)
     for options in ([], ["--allow-unverified"]):
-        assert main(["serve", str(folder), "--max-model-len", "256", *options]) == 0
-        told = r"release v4, guessed [^\n]+\nprefix cache: 64 snapshots of [^\n]+ together\n"
+        assert main(["serve", str(folder), "--port", "0", "--max-model-len", "256", *options]) == 0
+        told = r"release v4, guessed [^\n]+\nprefix cache: 64 snapshots of [^\n]+ together; 16 tails of [^\n]+\n"
         assert re.fullmatch(told, capsys.readouterr().err)
 
 
@@ -318,7 +326,7 @@ def test_the_embedded_model_is_asked_what_it_knows(
 ) -> None:
     monkeypatch.setattr("ownpath.server.run.run_server", lambda *_: 0)
     monkeypatch.setattr("ownpath.selftest.run.KNOWN_ANSWER", "Tokyo")
-    assert main(["serve"]) == 1
+    assert main(["serve", "--port", "0"]) == 1
     assert re.search(r"^FAIL +S01-golden ", capsys.readouterr().err, re.M)
 
 

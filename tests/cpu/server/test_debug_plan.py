@@ -15,7 +15,7 @@ from cpu.chat.small_tokenizer import small_tokenizer
 from cpu.server.harness import HELLO, MODEL_ID, Harness, answer, error, harness, listening
 from cpu.server.model_folder import write_model_folder
 
-from ownpath.cache.snapshot import snapshot_bytes
+from ownpath.cache.snapshot import snapshot_bytes, tail_bytes
 from ownpath.cli import main
 from ownpath.config import EngineConfig
 from ownpath.engine.engine import Engine
@@ -250,4 +250,5 @@ def test_serve_takes_the_key(
     sizes = {"weights_bytes": cpu.weights_bytes, "cache_bytes": 16 * one}
     spec = load_model(folder, EngineConfig(max_model_len=4096)).cache_spec
     snapshots = {"snapshots": 64, "snapshot_bytes": 64 * snapshot_bytes(spec)}
+    snapshots |= {"tails": 16, "tail_bytes": 16 * tail_bytes(spec)}
     assert body["memory"] == sizes | snapshots | {"requests": 16, "tokens_each": 4096}

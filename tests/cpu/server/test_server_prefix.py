@@ -50,6 +50,18 @@ def test_chat_tells_cached_tokens(served: Harness) -> None:
     assert told[-1] == full_blocks(num_prompt)
 
 
+def test_a_prompt_that_is_sent_again_is_cached_but_for_its_last_token() -> None:
+    """A whole one, and what two prompts of one body find."""
+    with harness(StampModel(1024), max_model_len=1024, num_snapshots=16, num_tails=4) as served:
+        messages = [{"role": "user", "content": f"{TEXT} and {TEXT}"}]
+        first, again = (served.chat(messages=messages, max_tokens=3) for _ in range(2))
+        assert again["choices"] == first["choices"]
+        assert (cached(first["usage"]), cached(again["usage"])) == (0, first["usage"]["prompt_tokens"] - 1)
+        prompts = [[5 + n % 40 for n in range(600)], [6 + n % 40 for n in range(300)]]
+        found = [cached(served.complete(prompt=prompts, max_tokens=2, temperature=0)["usage"]) for _ in range(2)]
+        assert found == [0, 599 + 299]
+
+
 def test_completions_count_each_prompt_once(served: Harness) -> None:
     """Of two prompts with two answers each, what the first answer of each found."""
     prompts = [[5 + n % 40 for n in range(600)], [6 + n % 40 for n in range(300)]]
