@@ -38,6 +38,8 @@ class OpKind(StrEnum):
     """The entries with the best scores, as rows of the pool."""
     ATTEND = "attend"
     """Attention of decode rows over window and selected entries, in the pool's memory."""
+    ATTEND_CHUNK = "attend_chunk"
+    """Attention of the rows of chunks over near keys, each other's among them, and entries in the pool's memory."""
     SAMPLE = "sample"
     """The next token from a row of logits."""
 
@@ -60,12 +62,21 @@ class OpKind(StrEnum):
         return self in _EXCHANGES
 
     @property
-    def is_decode(self) -> bool:
-        """True for what only a decode step runs: in place of norms, rotations and ``ATTENTION``, of gate and router."""
-        return self in _OF_DECODE_STEPS
+    def is_of_lines(self) -> bool:
+        """True for what only lines of kernels run, those of decode steps and of chunks: in place of norms, rotations
+        and ``ATTENTION``, of gate and router."""
+        return self in _OF_LINES
 
 
-_OF_DECODE_STEPS = frozenset(
-    {OpKind.STEP_ANGLES, OpKind.ENTRIES, OpKind.INDEX_SCORES, OpKind.SELECT, OpKind.ATTEND, OpKind.ROUTE}
+_OF_LINES = frozenset(
+    {
+        OpKind.STEP_ANGLES,
+        OpKind.ENTRIES,
+        OpKind.INDEX_SCORES,
+        OpKind.SELECT,
+        OpKind.ATTEND,
+        OpKind.ATTEND_CHUNK,
+        OpKind.ROUTE,
+    }
 )
 _EXCHANGES = frozenset({OpKind.REDUCE, OpKind.GATHER, OpKind.SCATTER, OpKind.TURN, OpKind.DISPATCH, OpKind.COMBINE})

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ownpath.attention.interface import AttentionStep, DecodeStep, Products
+from ownpath.attention.chunks import prepare_chunks
+from ownpath.attention.interface import DecodeStep, Products, Step
 from ownpath.attention.reference import ReferenceAttention
 from ownpath.attention.rope import Rotation
 from ownpath.cache.layout import BLOCK_TOKENS
@@ -87,17 +88,20 @@ def _keys(caches: LayerCache, ratio: int) -> DecodeKeys:
 
 @dataclass(frozen=True)
 class PagedAttention:
-    """The backend of loaded models: decode steps on the line of kernels, all others on the reference.
+    """The backend of loaded models: decode steps on their line of kernels, all others on the chunks' or the reference.
 
-    step_angles: positions int32 [T] -> the angles of a decode step.
+    step_angles: positions int32 [T] -> the angles of a decode step. has_chunks: chunks have a line of kernels.
     """
 
     reference: ReferenceAttention
     step_angles: Callable[[torch.Tensor], StepAngles]
+    has_chunks: bool = False
 
-    def prepare(self, tables: StepTables) -> AttentionStep | DecodeStep:
+    def prepare(self, tables: StepTables) -> Step:
         """Prepares a step: a decode step if no request has more rows than the pool's rings are made for."""
-        return self.reference.prepare(tables) if tables.decode is None else self.prepare_decode(tables.decode)
+        if tables.decode is not None:
+            return self.prepare_decode(tables.decode)
+        return prepare_chunks(tables) if self.has_chunks else self.reference.prepare(tables)
 
     def prepare_decode(self, tables: DecodeTables) -> DecodeStep:
         """Prepares a decode step. Reads nothing back from the device."""

@@ -7,15 +7,17 @@ rows of one sequence still reads a ring's oldest rows while it attends.
 Legend: T rows of the step, N heads, H head dim, I index heads, P compressor width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 
 from ownpath.attention.compress import Compressor
 from ownpath.attention.rope import Rotation
 from ownpath.attention.select import EntrySelector
+from ownpath.cache.chunks import ChunkTables
+from ownpath.cache.finished import EntryWrites
 from ownpath.cache.tables import DecodeTables, StepTables
 from ownpath.runners import SharedKeyAttention
 from ownpath.runners.decode import StepAngles
@@ -101,6 +103,30 @@ class DecodeStep:
         return Rotation(sliding.cos_TF, sliding.sin_TF), Rotation(compress.cos_TF, compress.sin_TF)
 
 
+@dataclass(frozen=True)
+class ChunkStep:
+    """The part of a step with chunks that all layers share.
+
+    writes: the entries that each request's rows finish, by compress ratio. undone: the rotation that attention's output
+    is left with, which is none.
+    """
+
+    tables: StepTables
+    chunks: ChunkTables
+    writes: Mapping[int, Sequence[EntryWrites]]
+    undone: Rotation
+
+    @property
+    def places(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of each row its position, its place among near keys and its request; and all block tables."""
+        chunks = self.chunks
+        return chunks.positions_T, chunks.places_T, chunks.requests_T, chunks.blocks_RB
+
+
+Step: TypeAlias = AttentionStep | DecodeStep | ChunkStep
+"""A prepared step: on the reference, or on one of the lines of kernels."""
+
+
 class AttentionBackend(Protocol):
     """The attention of all layers of a model. Lasting state is in the pool, a step's state in the step.
 
@@ -110,5 +136,5 @@ class AttentionBackend(Protocol):
     @property
     def reference(self) -> "AttentionBackend": ...
 
-    def prepare(self, tables: StepTables) -> AttentionStep | DecodeStep:
+    def prepare(self, tables: StepTables) -> Step:
         """Computes what all layers of a step share: once, before the first layer, outside of a captured graph."""

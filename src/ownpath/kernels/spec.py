@@ -101,7 +101,7 @@ class KernelSpec:
         """True if a call waits for values on the host, so that no graph can hold it: torch's experts ask which experts
         were chosen, torch's decode steps how long rows are, torch's sampler which rows draw, torch's exchanges for the
         other ranks."""
-        kinds = (OpKind.MOE, OpKind.ENTRIES, OpKind.SELECT, OpKind.ATTEND, OpKind.SAMPLE)
+        kinds = (OpKind.MOE, OpKind.ENTRIES, OpKind.SELECT, OpKind.ATTEND, OpKind.ATTEND_CHUNK, OpKind.SAMPLE)
         return self.is_torch and (self.kind in kinds or self.kind.is_exchange)
 
 

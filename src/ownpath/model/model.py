@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 
 from ownpath.attention.decode import PagedAttention
-from ownpath.attention.interface import AttentionStep, DecodeStep
+from ownpath.attention.interface import DecodeStep, Step
 from ownpath.attention.rope import Rope
 from ownpath.cache.pools import CachePool, CacheSpec, SequenceCache
 from ownpath.cache.tables import DecodeTables
@@ -101,7 +101,7 @@ class Model:
         return residual
 
     def _backbone(
-        self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, step: AttentionStep | DecodeStep
+        self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, step: Step
     ) -> Residual:
         if isinstance(step, DecodeStep):
             sliding, compress = step.rotations

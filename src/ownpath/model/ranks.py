@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from ownpath.attention.interface import AttentionStep, DecodeStep
+from ownpath.attention.interface import Step
 from ownpath.model.moe import MoE
 from ownpath.runners import GatherRows, Linear, Turn
 
@@ -24,7 +24,7 @@ class FeedForward(Protocol):
     def moe(self) -> MoE: ...
 
     def __call__(
-        self, x_TD: torch.Tensor, token_ids_T: torch.Tensor, step: AttentionStep | DecodeStep
+        self, x_TD: torch.Tensor, token_ids_T: torch.Tensor, step: Step
     ) -> tuple[torch.Tensor, torch.Tensor | None]: ...
 
 
@@ -47,7 +47,7 @@ class ReducedMoE:
     reduce: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
     def __call__(
-        self, x_TD: torch.Tensor, token_ids_T: torch.Tensor, step: AttentionStep | DecodeStep
+        self, x_TD: torch.Tensor, token_ids_T: torch.Tensor, step: Step
     ) -> tuple[torch.Tensor, None]:
         """Returns the output, in one part."""
         return self.reduce(*self.moe(x_TD, token_ids_T, step)), None

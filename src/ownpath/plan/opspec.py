@@ -153,6 +153,17 @@ def decode_ops(config: ModelConfig, layer: Layer) -> Iterator[CompanionSpec]:
     yield CompanionSpec(f"{attn}.attend", OpKind.ATTEND, key_dims, Q_HEAD_NORM)
 
 
+def chunk_ops(config: ModelConfig, layer: Layer) -> Iterator[CompanionSpec]:
+    """Yields what takes the place of norms and rotations of queries and of ``attn.core`` in any other step."""
+    attn = f"{layer.name}.attn.chunk"
+    if layer.ratio == CSA_RATIO:
+        index_dims = config.index_head_dim, config.qk_rope_head_dim
+        yield CompanionSpec(f"{attn}.scores", OpKind.INDEX_SCORES, index_dims, INDEXER)
+        yield CompanionSpec(f"{attn}.select", OpKind.SELECT, (config.index_topk,))
+    key_dims = config.head_dim, config.qk_rope_head_dim
+    yield CompanionSpec(f"{attn}.attend", OpKind.ATTEND_CHUNK, key_dims, Q_HEAD_NORM)
+
+
 def route_op(config: ModelConfig, layer: Layer) -> CompanionSpec:
     """Returns what takes the place of gate and router in a decode step, where the gate is stored unquantised."""
     sizes = config.n_routed_experts, config.hidden_size, config.num_experts_per_tok

@@ -15,7 +15,7 @@ from ownpath.runners.companions import (
     SharedKeyAttention,
     SwiGLU,
 )
-from ownpath.runners.decode import CacheEntries, DecodeAttention, IndexScores, RotaryAngles, Select
+from ownpath.runners.decode import CacheEntries, ChunkAttention, DecodeAttention, IndexScores, RotaryAngles, Select
 from ownpath.runners.exchange import (
     CombineRows,
     DispatchRows,
@@ -44,6 +44,7 @@ from ownpath.runners.runner import KernelRunner, Runner
 
 __all__ = [
     "CacheEntries",
+    "ChunkAttention",
     "CombineRows",
     "ConcatLinear",
     "DecodeAttention",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ownpath.kernels.angles.types import KINDS
 from ownpath.kernels.attend.types import DecodeKeys, DecodeRows
+from ownpath.kernels.chunks.types import ChunkKeys, ChunkRows
 from ownpath.kernels.entries.types import EntryAngles, LayerPools, RawRows, RowPlaces
 from ownpath.kernels.scores.types import IndexQuery, PagedRows
 from ownpath.numerics import wide_dtype
@@ -55,6 +56,13 @@ def decode_attention(*given: Any) -> Tensor:
     """Computes o [T, N, H]: q, cos, sin, the fields of ``DecodeKeys`` and of ``DecodeRows``, the runner."""
     q, cos, sin, window, entries, per_block, ratio, *rows, runner = given
     found: Tensor = runner.run(q, cos, sin, DecodeKeys(window, entries, per_block, ratio), DecodeRows(*rows))
+    return found
+
+
+def chunk_attention(*given: Any) -> Tensor:
+    """Computes o [T, N, H]: q, cos, sin, the fields of ``ChunkKeys`` and of ``ChunkRows``, the runner."""
+    q, cos, sin, near, entries, per_block, ratio, *rows, runner = given
+    found: Tensor = runner.run(q, cos, sin, ChunkKeys(near, entries, per_block, ratio), ChunkRows(*rows))
     return found
 
 
@@ -110,6 +118,13 @@ DECODE_OPERATIONS = (
         "decode_attention(Tensor q, Tensor cos, Tensor sin, Tensor window, Tensor? entries, int per_block, int ratio,"
         f" {ROWS}, Tensor? selected, Tensor? num_selected, int runner) -> Tensor",
         decode_attention,
+        _fake_attention,
+    ),
+    (
+        "chunk_attention(Tensor q, Tensor cos, Tensor sin, Tensor near, Tensor? entries, int per_block, int ratio,"
+        " Tensor positions, Tensor places, Tensor requests, Tensor blocks, Tensor? selected, Tensor? num_selected,"
+        " int runner) -> Tensor",
+        chunk_attention,
         _fake_attention,
     ),
 )
