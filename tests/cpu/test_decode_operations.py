@@ -9,17 +9,20 @@ import torch
 from support.indexer_cases import make_keys, make_query, make_rows
 
 from ownpath.conformance.attend import make_attend_inputs
+from ownpath.conformance.chunks import make_chunk_inputs
 from ownpath.conformance.entries import WritingStep, draw_step
 from ownpath.kernels.angles.types import Frequencies
 from ownpath.kernels.attend.cases import CASES as ATTEND_CASES
+from ownpath.kernels.chunks.cases import CASES as CHUNK_CASES
 from ownpath.kernels.entries.cases import CASES as ENTRIES_CASES
-from ownpath.runners import CacheEntries, DecodeAttention, IndexScores, RotaryAngles, Select
+from ownpath.runners import CacheEntries, ChunkAttention, DecodeAttention, IndexScores, RotaryAngles, Select
 from ownpath.runners.decode_ops import DECODE_OPERATIONS
 
 CPU = torch.device("cpu")
 NAMES = [schema.partition("(")[0] for schema, _, _ in DECODE_OPERATIONS]
 WRITING = [case for case in ENTRIES_CASES if case.tiny and "narrow" in case.label]
 ATTENDING = [case for case in ATTEND_CASES if case.tiny and case.num_heads == 4 and not case.fp8]
+CHUNKS = [case for case in CHUNK_CASES if case.tiny and case.num_heads == 4 and not case.fp8]
 
 Call = tuple[str, Any, tuple[Any, ...]]
 """Operation, runner, arguments of the runner."""
@@ -51,6 +54,12 @@ def attending() -> Iterator[Call]:
         yield "decode_attention", DecodeAttention(inputs.weights), inputs.arguments[:5]
 
 
+def attending_chunks() -> Iterator[Call]:
+    for case in CHUNKS:
+        chunk = make_chunk_inputs(case, CPU)
+        yield "chunk_attention", ChunkAttention(chunk.weights), chunk.arguments[:5]
+
+
 def writing() -> Iterator[tuple[CacheEntries, WritingStep]]:
     for case in WRITING:
         step = draw_step(case, 5, CPU)
@@ -76,10 +85,12 @@ def opcheck(name: str, arguments: tuple[Any, ...]) -> None:
 
 
 def test_every_operation_has_a_case() -> None:
-    assert {name for name, _, _ in (*turning(), *indexing(), *attending())} | {"cache_entries"} == set(NAMES)
+    assert {name for name, _, _ in (*turning(), *indexing(), *attending(), *attending_chunks())} | {
+        "cache_entries"
+    } == set(NAMES)
 
 
-@pytest.mark.parametrize("call", [*turning(), *indexing(), *attending()], ids=lambda call: call[0])
+@pytest.mark.parametrize("call", [*turning(), *indexing(), *attending(), *attending_chunks()], ids=lambda call: call[0])
 def test_a_result_is_the_runners(call: Call) -> None:
     """By opcheck's rules; and a compiled call in one graph gives the same bits."""
     name, runner, arguments = call

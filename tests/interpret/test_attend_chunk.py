@@ -1,6 +1,5 @@
 """Attention over chunks in Triton and Gluon, interpreted: values, what a row's bits depend on, refusals."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest

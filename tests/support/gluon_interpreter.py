@@ -78,8 +78,7 @@ def _warpgroup_mma(left: Any, right: _Shared, total: Any, use_acc: bool = True, 
     import triton.language as tl
 
     left = left.load() if isinstance(left, _Shared) else left
-    product = tl.dot(left, right.load(), total if use_acc else None)
-    return product
+    return tl.dot(left, right.load(), total if use_acc else None)
 
 
 def _wait(num_outstanding: int = 0, deps: Any = ()) -> Any:

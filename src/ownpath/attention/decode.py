@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from ownpath.attention.chunks import prepare_chunks
-from ownpath.attention.interface import DecodeStep, Products, Step
+from ownpath.attention.interface import DecodeStep, PreparedStep, Products
 from ownpath.attention.reference import ReferenceAttention
 from ownpath.attention.rope import Rotation
 from ownpath.cache.layout import BLOCK_TOKENS
@@ -97,7 +97,7 @@ class PagedAttention:
     step_angles: Callable[[torch.Tensor], StepAngles]
     has_chunks: bool = False
 
-    def prepare(self, tables: StepTables) -> Step:
+    def prepare(self, tables: StepTables) -> PreparedStep:
         """Prepares a step: a decode step if no request has more rows than the pool's rings are made for."""
         if tables.decode is not None:
             return self.prepare_decode(tables.decode)

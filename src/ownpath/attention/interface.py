@@ -123,7 +123,7 @@ class ChunkStep:
         return chunks.positions_T, chunks.places_T, chunks.requests_T, chunks.blocks_RB
 
 
-Step: TypeAlias = AttentionStep | DecodeStep | ChunkStep
+PreparedStep: TypeAlias = AttentionStep | DecodeStep | ChunkStep
 """A prepared step: on the reference, or on one of the lines of kernels."""
 
 
@@ -136,5 +136,5 @@ class AttentionBackend(Protocol):
     @property
     def reference(self) -> "AttentionBackend": ...
 
-    def prepare(self, tables: StepTables) -> Step:
+    def prepare(self, tables: StepTables) -> PreparedStep:
         """Computes what all layers of a step share: once, before the first layer, outside of a captured graph."""

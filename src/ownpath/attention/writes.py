@@ -13,6 +13,7 @@ from ownpath.cache.finished import EntryWrites
 from ownpath.cache.pools import EntryCache
 from ownpath.cache.tables import StepTables, Writes
 
+
 def write_finished(
     compressor: Compressor | None, cache: EntryCache | None, raw: torch.Tensor | None, writes: Iterable[EntryWrites]
 ) -> None:

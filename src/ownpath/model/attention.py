@@ -18,9 +18,9 @@ from ownpath.attention.interface import (
     AttentionStep,
     ChunkStep,
     DecodeStep,
+    PreparedStep,
     Products,
     Projected,
-    Step,
 )
 from ownpath.attention.rope import Rotation
 from ownpath.config import ModelConfig
@@ -78,7 +78,7 @@ class Attention:
     tap_q: Tap
     tap_kv: Tap
 
-    def __call__(self, x_TD: torch.Tensor, rotation: Rotation, step: Step) -> torch.Tensor:
+    def __call__(self, x_TD: torch.Tensor, rotation: Rotation, step: PreparedStep) -> torch.Tensor:
         """Maps x [T, D] -> [T, D]. step: prepared by the backend from the tables of these rows."""
         rows = self._multiply(x_TD)
         if isinstance(step, DecodeStep):

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ownpath.attention.compress import Compressor
 from ownpath.attention.chunks import ChunkLayer
+from ownpath.attention.compress import Compressor
 from ownpath.attention.decode import DecodeLayer, PagedAttention
 from ownpath.attention.interface import AttentionLayer
 from ownpath.attention.reference import ReferenceAttention

@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 
 from ownpath.attention.decode import PagedAttention
-from ownpath.attention.interface import DecodeStep, Step
+from ownpath.attention.interface import DecodeStep, PreparedStep
 from ownpath.attention.rope import Rope
 from ownpath.cache.pools import CachePool, CacheSpec, SequenceCache
 from ownpath.cache.tables import DecodeTables
@@ -100,9 +100,7 @@ class Model:
         batch.tables.extend()
         return residual
 
-    def _backbone(
-        self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, step: Step
-    ) -> Residual:
+    def _backbone(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, step: PreparedStep) -> Residual:
         if isinstance(step, DecodeStep):
             sliding, compress = step.rotations
             token_ids_T = token_ids_T.int()  # as a decoder's are: kernels are compiled for one kind of ids

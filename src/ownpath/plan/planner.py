@@ -160,7 +160,7 @@ class Planner:
             if isinstance(choice, Refusal):
                 return f"{spec.slot}: {choice.reason}"
             if spec.kind is OpKind.ATTEND_CHUNK and choice.kernel.is_torch:
-                return "torch computes attention here, and block by block costs it least"
+                return f"torch computes them block by block; {'; '.join(choice.passed_over)}"
         return ""
 
     @property

@@ -50,6 +50,7 @@ def _share(num_tiles, splits, chunk):
 
 @triton.jit
 def load_q(q_ptr, n, num_heads, head_stride, START: tl.constexpr):
+    """Loads half of the channels of N heads, from START on; zeros for heads that do not exist."""
     c = START + tl.arange(0, HALF)
     return tl.load(q_ptr + n[:, None] * head_stride + c[None, :], mask=(n < num_heads)[:, None], other=0.0)
 
@@ -74,6 +75,7 @@ def norm_factor(x0, x1, eps, STEPWISE: tl.constexpr):
 
 @triton.jit
 def normed(x, factor):
+    """Multiplies each head by its factor and rounds."""
     return (x.to(tl.float32) * factor[:, None]).to(tl.bfloat16)
 
 

@@ -184,7 +184,7 @@ def attend_chunk_hopper_kernel(
     o = gl.zeros([N, H], gl.float32, SUMS)
     key = gl.arange(0, TILE, gl.SliceLayout(0, SCORES))
     turn = 0
-    for i in range(0, tiles):
+    for i in range(tiles):
         buffer = keys.index(turn)
         turn = BUFFERS - 1 - turn
         async_copy.wait_group(BUFFERS - 1)

@@ -63,13 +63,13 @@ def attend_chunk_kernel(
     num_heads,
     score_scale,
     eps,
-    N: tl.constexpr,
     RATIO: tl.constexpr,
     BLOCK_BITS: tl.constexpr,
+    STEPWISE: tl.constexpr,
+    N: tl.constexpr,
     FP8: tl.constexpr,
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
-    STEPWISE: tl.constexpr,
 ):
     """Attends with N heads of row t: to its window in ``near``, in the order of positions, then to its entries.
 

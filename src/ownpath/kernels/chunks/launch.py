@@ -11,8 +11,8 @@ explicit layouts (``hopper``). Elsewhere, and where entries are FP8 pages, which
 them out (``kernel``).
 
 Roofline. 4 * N * H flops a key on the tensor cores; where a row has 128 keys alone, its queries and results: 4 * N * H
-bytes. 64 heads by 512 channels of float32 sums are half of an SM's registers, so that a program holds one row, and an SM
-one program. Limits. H = 512 with 64 rotary channels, up to 128 heads. No part of a row's work depends on another row.
+bytes. 64 heads by 512 channels of float32 sums are half of an SM's registers: a program holds one row, and an SM one
+program. Limits. H = 512 with 64 rotary channels, up to 128 heads. No part of a row's work depends on another row.
 """
 
 from collections.abc import Sequence

@@ -9,7 +9,7 @@ _PLAIN, _STEPWISE = frozenset[Step](), frozenset({Step.Q_HEAD_NORM})
 _STEPWISE_WHY = "; queries normed with every operation rounded"
 
 
-def _triton(name: str, entry: str, why: str, official: frozenset[Step], end_sm: int | None = None) -> KernelSpec:
+def _triton(name: str, entry: str, why: str, official: frozenset[Step]) -> KernelSpec:
     return KernelSpec(
         name,
         OpKind.ATTEND_CHUNK,
@@ -19,7 +19,7 @@ def _triton(name: str, entry: str, why: str, official: frozenset[Step], end_sm: 
         why + (_STEPWISE_WHY if official else ""),
         entry,
         min_sm=90,
-        end_sm=end_sm,
+        end_sm=100,
         dim_multiple=64,
         first_dim=512,
         activations=("bfloat16",),
@@ -45,13 +45,14 @@ def _reference(official: frozenset[Step]) -> KernelSpec:
     )
 
 
-_ROWS = "a program for a row and 64 of its heads, keys straight from the cache, queries normed and rotated on the way in"
+_ROWS = (
+    "a program for a row and 64 of its heads, keys straight from the cache, queries normed and rotated on the way in"
+)
 SPECS = (
     *(
-        _triton("gluon.attend_chunk", "chunks.launch:ATTEND_CHUNK_HOPPER", f"{_ROWS}; both warpgroups share products",
-                official, end_sm=100)
-        for official in (_PLAIN, _STEPWISE)
+        _triton("gluon.attend_chunk", "chunks.launch:ATTEND_CHUNK_HOPPER", f"{_ROWS}; warpgroups share products", o)
+        for o in (_PLAIN, _STEPWISE)
     ),
     *(_triton("triton.attend_chunk", "chunks.launch:ATTEND_CHUNK", _ROWS, o) for o in (_PLAIN, _STEPWISE)),
     *map(_reference, (_PLAIN, _STEPWISE)),
-)  # fmt: skip
+)
