@@ -45,6 +45,7 @@ _SIGNS = {
     OpKind.INDEX_SCORES: ("A", "W"),
     OpKind.SELECT: ("W", "II"),
     OpKind.ATTEND: ("AWW", "A"),
+    OpKind.ATTEND_CHUNK: ("AWW", "A"),
 }
 """The dtypes of a call's first arguments and results, a letter each. A: the activations'; W: that, but at least
 float32; I: ids."""
@@ -59,12 +60,17 @@ class RanSlot:
 
 
 def kinds_of(subject: Subject) -> Kinds:
-    """Returns the slots that a run calls: those of the chosen layers and those of no layer."""
+    """Returns the slots that a run calls: those of the chosen layers and those of no layer.
+
+    Where chunks have a line of kernels, no step runs what it takes the place of.
+    """
     chosen = tuple(f"layers.{layer_idx}." for layer_idx in subject.layer_ids)
+    replaced = () if subject.plan.no_chunks else (".attn.core", ".attn.q_head_norm", ".attn.indexer.quantizer")
     return {
         planned.spec.slot: (planned.spec.kind, isinstance(planned.spec, OpSpec) and planned.spec.is_wide)
         for planned in subject.plan.decided
         if planned.spec.slot.startswith(chosen) or not planned.spec.slot.startswith(("layers.", "mtp."))
+        if not planned.spec.slot.endswith(replaced)
     }
 
 
