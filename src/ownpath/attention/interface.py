@@ -97,6 +97,11 @@ class DecodeStep:
     undone: Rotation
 
     @property
+    def num_blocks(self) -> int:
+        """Blocks of a row's table."""
+        return self.tables.blocks_TB.shape[1]
+
+    @property
     def rotations(self) -> tuple[Rotation, Rotation]:
         """The rotation of each row, in sliding-window and in compressing layers."""
         sliding, compress = self.angles.sliding, self.angles.csa
@@ -115,6 +120,11 @@ class ChunkStep:
     chunks: ChunkTables
     writes: Mapping[int, Sequence[EntryWrites]]
     undone: Rotation
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of a request's table."""
+        return self.chunks.blocks_RB.shape[1]
 
     @property
     def places(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -54,7 +54,9 @@ class ChunkInputs:
     def part(self, of: slice) -> "ChunkInputs":
         """Returns some of the rows, with queries and lists in memory of their own; near and pool stay."""
         q, cos, sin = (of_all[of].clone() for of_all in (self.q_TNH, self.cos_TF, self.sin_TF))
-        rows = ChunkRows(*(None if part is None else part.clone() for part in rows_of(self.rows, of)))
+        taken = rows_of(self.rows, of)
+        selection = (None if part is None else part.clone() for part in taken[4:])
+        rows = ChunkRows(*(part.clone() for part in taken[:4]), *selection)
         return replace(self, q_TNH=q, cos_TF=cos, sin_TF=sin, rows=rows)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ownpath.assembly import LoadedPart, assemble
+from ownpath.attention.chunks import prepare_chunks
 from ownpath.attention.rope import Rope
 from ownpath.cache.pools import CachePool, CacheSpec
 from ownpath.cache.tables import StepTables
@@ -49,6 +50,10 @@ class LoadedLayer(LoadedPart):
         """Prepares a step for the kernels of decode steps; ``None`` where none are planned."""
         attn = self.block.attn
         return None if attn.decode is None or attn.backend.reference is attn.backend else attn.backend.prepare(tables)
+
+    def chunk_step(self, tables: StepTables) -> Any:
+        """Prepares a step for the kernels of chunks; ``None`` where none are planned."""
+        return None if self.block.attn.chunk is None else prepare_chunks(tables)
 
     def step(self, residual: Residual, batch: ForwardBatch) -> Residual:
         """Runs the layer on one step's rows and extends their sequences' caches."""

@@ -22,10 +22,12 @@ class ChunkCase:
     bench: bool = False
 
 
-def _both(label: str, *sizes: int, rows: tuple[int, ...], tiny: bool = False) -> tuple[ChunkCase, ...]:
-    """Returns a case with BF16 entries and one with FP8 pages. sizes: num_heads, ratio, context, topk."""
+def _both(
+    label: str, num_heads: int, ratio: int, context: int, topk: int, rows: tuple[int, ...], *, tiny: bool = False
+) -> tuple[ChunkCase, ...]:
+    """Returns a case with BF16 entries and one with FP8 pages."""
     return tuple(
-        ChunkCase(f"{label} {kind}", *sizes, rows=rows, fp8=fp8, tiny=tiny, bench=not tiny)
+        ChunkCase(f"{label} {kind}", num_heads, ratio, context, topk, rows, fp8=fp8, tiny=tiny, bench=not tiny)
         for fp8, kind in ((False, "bf16"), (True, "fp8"))
     )
 

@@ -33,9 +33,11 @@ def attend_chunk(
 
 def rows_of(rows: ChunkRows, of: slice) -> ChunkRows:
     """Returns some rows, with all block tables."""
-    selection = (None if part is None else part[of] for part in (rows.selected_TK, rows.num_selected_T))
-    places = (part[of] for part in (rows.positions_T, rows.places_T, rows.requests_T))
-    return ChunkRows(*places, rows.blocks_RB, *selection)
+    selected_TK, num_T = rows.selected_TK, rows.num_selected_T
+    if selected_TK is not None and num_T is not None:
+        selected_TK, num_T = selected_TK[of], num_T[of]
+    own = rows.positions_T[of], rows.places_T[of], rows.requests_T[of]
+    return ChunkRows(*own, rows.blocks_RB, selected_TK, num_T)
 
 
 def _groups_of_keys(keys: ChunkKeys, rows: ChunkRows, wide: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -1,7 +1,7 @@
 """Values of a line of kernels under the names of the model's taps and slots, from what its kernels take and return.
 
-Lines, of decode steps and of chunks, have no taps but of keys: norms, rotations, masks and the gate's logits never exist
-as tensors outside their kernels.
+Lines, of decode steps and of chunks, have no taps but of keys: norms, rotations, masks and the gate's logits never
+exist as tensors outside their kernels.
 
 Legend: T rows; C entries of a row's table, K selected rows.
 """
