@@ -94,6 +94,12 @@ class Plan:
             for slot, choices in decided.items()
         }
 
+    @property
+    def idle_slots(self) -> frozenset[str]:
+        """Companions that no step runs: where chunks have a line of kernels, those that it takes the place of."""
+        replaced = () if self.no_chunks else (".attn.core", ".attn.q_head_norm", ".attn.indexer.quantizer")
+        return frozenset(op.spec.slot for op in self.companions if op.spec.slot.endswith(replaced))
+
     def ops_of(self, slot: str) -> tuple[PlannedOp, ...]:
         return tuple(op for op in self.ops if op.spec.slot == slot)
 

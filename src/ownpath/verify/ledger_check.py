@@ -60,17 +60,13 @@ class RanSlot:
 
 
 def kinds_of(subject: Subject) -> Kinds:
-    """Returns the slots that a run calls: those of the chosen layers and those of no layer.
-
-    Where chunks have a line of kernels, no step runs what it takes the place of.
-    """
+    """Returns the slots that a run calls: those of the chosen layers and those of no layer."""
     chosen = tuple(f"layers.{layer_idx}." for layer_idx in subject.layer_ids)
-    replaced = () if subject.plan.no_chunks else (".attn.core", ".attn.q_head_norm", ".attn.indexer.quantizer")
     return {
         planned.spec.slot: (planned.spec.kind, isinstance(planned.spec, OpSpec) and planned.spec.is_wide)
         for planned in subject.plan.decided
         if planned.spec.slot.startswith(chosen) or not planned.spec.slot.startswith(("layers.", "mtp."))
-        if not planned.spec.slot.endswith(replaced)
+        if planned.spec.slot not in subject.plan.idle_slots
     }
 
 
