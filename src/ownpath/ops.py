@@ -32,6 +32,8 @@ class OpKind(StrEnum):
     """cos and sin of a decode step's positions, for all layers at once."""
     ENTRIES = "attention_entries"
     """One decode row's writes to the caches: its key, its compressors' raw rows, and the entries that end at it."""
+    CHUNK_ENTRIES = "chunk_entries"
+    """Near keys of the rows of chunks, and their writes of the entries that end."""
     INDEX_SCORES = "index_scores"
     """The indexer's scores of a row's entries."""
     SELECT = "select"
@@ -72,6 +74,7 @@ _OF_LINES = frozenset(
     {
         OpKind.STEP_ANGLES,
         OpKind.ENTRIES,
+        OpKind.CHUNK_ENTRIES,
         OpKind.INDEX_SCORES,
         OpKind.SELECT,
         OpKind.ATTEND,

@@ -2,8 +2,8 @@
 
     entries -> scores -> select -> attend -> rings
 
-The window's keys are gathered to one array first, which the rows of a chunk read each other's keys from. Entries are
-pooled by torch, of each request at once. Scores and selection are a decode step's kernels; where a context is long they
+The first kernel writes what the step finishes, and gathers the window's keys to one array, which the rows of a chunk
+read each other's keys from. Scores and selection are a decode step's kernels; where a context is long they
 run for some rows at a time, in a workspace of fixed size. Rings are written last.
 
 Legend: T rows of the step, N heads, H head dim, K entries of a selection.
@@ -14,26 +14,36 @@ from dataclasses import dataclass
 
 import torch
 
-from ownpath.attention.interface import AttentionLayer, ChunkStep, Products, Projected
+from ownpath.attention.interface import ChunkStep, Products, Projected
 from ownpath.attention.rope import Rotation
-from ownpath.attention.writes import write_finished, write_rows
+from ownpath.attention.writes import pools_of, write_rows
 from ownpath.cache.chunks import ChunkTables
-from ownpath.cache.finished import EntryWrites
 from ownpath.cache.layout import BLOCK_TOKENS
 from ownpath.cache.pools import EntryCache
 from ownpath.cache.tables import StepTables
-from ownpath.runners.decode import ChunkKeys, ChunkRows, IndexQuery, PagedRows
+from ownpath.runners.decode import (
+    ChunkKeys,
+    ChunkPlaces,
+    ChunkRows,
+    EndingRows,
+    IndexQuery,
+    LayerPools,
+    PagedRows,
+    RawRows,
+    StepAngles,
+)
 
 
 @dataclass(frozen=True)
 class ChunkLayer:
-    """The line of one layer: its constants, and runners, or what watches them. ratio: its compress ratio, 0 for none.
+    """The line of one layer: runners, or what watches them. ratio: its compress ratio, 0 for none.
 
     score, select: ``None`` where the layer attends to all its entries, or has none.
     """
 
-    layer: AttentionLayer
+    layer_idx: int
     ratio: int
+    write: Callable[[RawRows, EndingRows, ChunkPlaces, LayerPools], torch.Tensor]
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, ChunkKeys, ChunkRows], torch.Tensor]
     score: Callable[[IndexQuery, torch.Tensor, PagedRows], torch.Tensor] | None = None
     select: Callable[[torch.Tensor, PagedRows, torch.Tensor | None], Sequence[torch.Tensor]] | None = None
@@ -41,17 +51,15 @@ class ChunkLayer:
     def __call__(self, rows: Products, kv_TH: torch.Tensor, rotation: Rotation, step: ChunkStep) -> torch.Tensor:
         """Writes the step's entries, attends, and writes its keys and rows to the rings: [T, N, H], its rotation
         undone. kv_TH: normed and rotated, in the cache's format."""
-        layer, tables, caches = self.layer, step.tables, step.tables.pool.layers[self.layer.layer_idx]
-        if self.ratio:
-            writes = step.writes[self.ratio]
-            write_finished(layer.compressor, caches.compressor, rows.compressor_rows, writes)
-            write_finished(layer.index_compressor, caches.indexer, rows.indexer_rows, writes)
-        keys = ChunkKeys(step.chunks.near(caches.keys, kv_TH))
+        caches = step.tables.pool.layers[self.layer_idx]
+        raw = RawRows(kv_TH, rows.compressor_rows, rows.indexer_rows)
+        near_WH = self.write(raw, step.ends.get(self.ratio, EndingRows()), step.sources, pools_of(caches))
+        keys = ChunkKeys(near_WH)
         if caches.compressor is not None:
-            keys = ChunkKeys(keys.near_WH, caches.compressor.entries, BLOCK_TOKENS // self.ratio, self.ratio)
+            keys = ChunkKeys(near_WH, caches.compressor.entries, BLOCK_TOKENS // self.ratio, self.ratio)
         found = ChunkRows(*step.places, *self._select(rows, rotation, caches.indexer, step))
         o_TNH = self.attend(rows.q_TNH, *rotation.angles, keys, found)
-        write_rows(tables, layer.layer_idx, Projected(rows.q_TNH, kv_TH, rows.compressor_rows, rows.indexer_rows))
+        write_rows(step.tables, self.layer_idx, Projected(rows.q_TNH, kv_TH, rows.compressor_rows, rows.indexer_rows))
         return o_TNH
 
     def _select(
@@ -62,7 +70,7 @@ class ChunkLayer:
             return None, None
         assert rows.index_q_TIH is not None
         assert rows.index_weights_TI is not None
-        chunks, flags_T, found = step.chunks, step.tables.flags_LT[self.layer.layer_idx], []
+        chunks, flags_T, found = step.chunks, step.tables.flags_LT[self.layer_idx], []
         for of in chunks.pieces(BLOCK_TOKENS // self.ratio):
             paged = PagedRows(chunks.positions_T[of], chunks.blocks_RB[chunks.requests_T[of].long()])
             angles = (angle[of] for angle in rotation.angles)
@@ -71,10 +79,12 @@ class ChunkLayer:
         return found[0] if len(found) == 1 else [torch.cat(parts) for parts in zip(*found, strict=True)]
 
 
-def prepare_chunks(tables: StepTables) -> ChunkStep:
-    """Prepares what all layers of a step with chunks share."""
-    ratios, device = tables.pool.layout.ratios, tables.positions_T.device
-    numbers = range(len(tables.slots))
-    writes = {ratio: tuple(EntryWrites.of_request(tables, number, ratio) for number in numbers) for ratio in ratios}
-    none = Rotation.none(len(tables.positions_T), device)
-    return ChunkStep(tables, ChunkTables.of(tables), writes, none)
+def prepare_chunks(tables: StepTables, angles: Callable[[torch.Tensor], StepAngles]) -> ChunkStep:
+    """Prepares what all layers of a step with chunks share. angles: of positions int32 [T], as decode steps have
+    them."""
+    chunks = ChunkTables.of(tables)
+    ends = {}
+    for ratio, rows_E in chunks.ends.items():
+        of_ends = angles(chunks.positions_T[rows_E.long()]).of(ratio)
+        ends[ratio] = EndingRows(rows_E, of_ends.first_cos_TF, of_ends.first_sin_TF)
+    return ChunkStep(tables, chunks, ends, Rotation.none(len(tables.positions_T), tables.positions_T.device))

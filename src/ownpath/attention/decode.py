@@ -19,6 +19,7 @@ from ownpath.attention.chunks import prepare_chunks
 from ownpath.attention.interface import DecodeStep, PreparedStep, Products
 from ownpath.attention.reference import ReferenceAttention
 from ownpath.attention.rope import Rotation
+from ownpath.attention.writes import pools_of
 from ownpath.cache.layout import BLOCK_TOKENS
 from ownpath.cache.pools import LayerCache
 from ownpath.cache.tables import DecodeTables, StepTables
@@ -55,7 +56,7 @@ class DecodeLayer:
         angles = step.angles.of(self.ratio)
         raw = RawRows(rows.kv_TH, rows.compressor_rows, rows.indexer_rows)
         places = RowPlaces(tables.positions_T, tables.slots_T, tables.blocks_TB)
-        self.write(raw, angles, places, _pools(caches))
+        self.write(raw, angles, places, pools_of(caches))
         found = DecodeRows(*places, *self._select(rows, angles, caches, tables))
         return self.attend(rows.q_TNH, angles.cos_TF, angles.sin_TF, _keys(caches, self.ratio), found)
 
@@ -71,13 +72,6 @@ class DecodeLayer:
         query = IndexQuery(rows.index_q_TIH, rows.index_weights_TI, angles.cos_TF, angles.sin_TF)
         scores_TC = self.score(query, caches.indexer.entries, paged)
         return self.select(scores_TC, paged, tables.flags_of(self.layer_idx))[:2]
-
-
-def _pools(caches: LayerCache) -> LayerPools:
-    main, index = caches.compressor, caches.indexer
-    of_main = (None, None) if main is None else (main.state, main.entries)
-    of_index = (None, None) if index is None else (index.state, index.entries)
-    return LayerPools(caches.window, *of_main, *of_index)
 
 
 def _keys(caches: LayerCache, ratio: int) -> DecodeKeys:
@@ -101,7 +95,11 @@ class PagedAttention:
         """Prepares a step: a decode step if no request has more rows than the pool's rings are made for."""
         if tables.decode is not None:
             return self.prepare_decode(tables.decode)
-        return prepare_chunks(tables) if self.has_chunks else self.reference.prepare(tables)
+        return self.prepare_chunks(tables) if self.has_chunks else self.reference.prepare(tables)
+
+    def prepare_chunks(self, tables: StepTables) -> PreparedStep:
+        """Prepares a step for the chunks' line."""
+        return prepare_chunks(tables, self.step_angles)
 
     def prepare_decode(self, tables: DecodeTables) -> DecodeStep:
         """Prepares a decode step. Reads nothing back from the device."""

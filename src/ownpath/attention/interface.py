@@ -7,7 +7,7 @@ rows of one sequence still reads a ring's oldest rows while it attends.
 Legend: T rows of the step, N heads, H head dim, I index heads, P compressor width.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -17,10 +17,9 @@ from ownpath.attention.compress import Compressor
 from ownpath.attention.rope import Rotation
 from ownpath.attention.select import EntrySelector
 from ownpath.cache.chunks import ChunkTables
-from ownpath.cache.finished import EntryWrites
 from ownpath.cache.tables import DecodeTables, StepTables
 from ownpath.runners import SharedKeyAttention
-from ownpath.runners.decode import StepAngles
+from ownpath.runners.decode import ChunkPlaces, EndingRows, StepAngles
 
 
 class Products(NamedTuple):
@@ -112,13 +111,13 @@ class DecodeStep:
 class ChunkStep:
     """The part of a step with chunks that all layers share.
 
-    writes: the entries that each request's rows finish, by compress ratio. undone: the rotation that attention's output
+    ends: the rows that end a window, by compress ratio. undone: the rotation that attention's output
     is left with, which is none.
     """
 
     tables: StepTables
     chunks: ChunkTables
-    writes: Mapping[int, Sequence[EntryWrites]]
+    ends: Mapping[int, EndingRows]
     undone: Rotation
 
     @property
@@ -131,6 +130,12 @@ class ChunkStep:
         """Of each row its position, its place among near keys and its request; and all block tables."""
         chunks = self.chunks
         return chunks.positions_T, chunks.places_T, chunks.requests_T, chunks.blocks_RB
+
+    @property
+    def sources(self) -> ChunkPlaces:
+        """Of each row its position and request, of each request its slot and block table; where near keys are."""
+        chunks = self.chunks
+        return ChunkPlaces(chunks.positions_T, chunks.requests_T, chunks.slots_R, chunks.blocks_RB, chunks.sources_W)
 
 
 PreparedStep: TypeAlias = AttentionStep | DecodeStep | ChunkStep
@@ -148,3 +153,6 @@ class AttentionBackend(Protocol):
 
     def prepare(self, tables: StepTables) -> PreparedStep:
         """Computes what all layers of a step share: once, before the first layer, outside of a captured graph."""
+
+    def prepare_chunks(self, tables: StepTables) -> PreparedStep:
+        """As ``prepare``, for the line of chunks, also where the step may be a decode step."""

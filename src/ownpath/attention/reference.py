@@ -148,6 +148,10 @@ class ReferenceAttention:
             tables, tuple(self._segment(tables, number, part) for number in numbers for part in _parts(tables, number))
         )
 
+    def prepare_chunks(self, tables: StepTables) -> ReferenceStep:
+        """As ``prepare``: there is one line for all steps."""
+        return self.prepare(tables)
+
     def _segment(self, tables: StepTables, number: int, part: range) -> RequestRows:
         """Lists what the rows of these positions read."""
         positions_t = tables.positions_T[rows_at(tables, number, part)]

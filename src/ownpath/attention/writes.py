@@ -1,4 +1,5 @@
-"""Writes of a step's rows to the caches, in torch: rings, and the entries whose windows end.
+"""Writes of a step's rows to the caches, in torch: rings, and the entries whose windows end. And a layer's caches as
+lines of kernels take them.
 
 Legend: T rows of the step, P compressor width.
 """
@@ -10,8 +11,17 @@ import torch
 from ownpath.attention.compress import Compressor
 from ownpath.attention.interface import Projected
 from ownpath.cache.finished import EntryWrites
-from ownpath.cache.pools import EntryCache
+from ownpath.cache.pools import EntryCache, LayerCache
 from ownpath.cache.tables import StepTables, Writes
+from ownpath.runners.decode import LayerPools
+
+
+def pools_of(caches: LayerCache) -> LayerPools:
+    """Returns a layer's caches as the kernels that write to them take them."""
+    main, index = caches.compressor, caches.indexer
+    of_main = (None, None) if main is None else (main.state, main.entries)
+    of_index = (None, None) if index is None else (index.state, index.entries)
+    return LayerPools(caches.window, *of_main, *of_index)
 
 
 def write_finished(

@@ -54,6 +54,9 @@ BENCHES = {
     "entries": Bench(
         "entries:measured", "a decode step's cache writes", partial(family_cases, "entries"), OpKind.ENTRIES
     ),
+    "chunk_entries": Bench(
+        "chunk_entries:measured", "cache writes of chunks", partial(family_cases, "chunk_entries"), OpKind.CHUNK_ENTRIES
+    ),
     "sample": Bench("sample:measured", "the sampler", partial(family_cases, "sample"), OpKind.SAMPLE),
     "step": Bench("step:measured", "a decode step of a whole model of random weights", model_shape),
 }

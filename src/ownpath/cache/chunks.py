@@ -9,13 +9,12 @@ request's rows have places 127 and 128, the other's 129 to 131.
 Legend: T rows of the step, R requests, B blocks of a request, H head dim, W rows of near.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from ownpath.cache.keys import StoredKeys
 from ownpath.cache.layout import BLOCK_TOKENS, aligned_rows
 from ownpath.cache.tables import StepTables
 
@@ -25,57 +24,48 @@ SCORE_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class ChunkTables:
-    """The arrays of a step, all int32 but ``older_rows``, int64, on the pool's device.
+    """The arrays of a step, all int32, on the pool's device.
 
-    positions_T, requests_T: of each row; places_T: its own key's row of near. blocks_RB: block tables, cut to the
-    blocks that the step needs. older_rows: rows of the window's pool, of one request after the other; older: how many
-    of each. rows: of each request.
+    positions_T, requests_T: of each row; places_T: its own key's row of near. slots_R; blocks_RB: block tables, cut to
+    the blocks that the step needs. sources_W: of each near key the row of the step, or -1 - r for row r of the window's
+    pool. ends: the rows that end a window, by compress ratio.
     """
 
     positions_T: torch.Tensor
     places_T: torch.Tensor
     requests_T: torch.Tensor
+    slots_R: torch.Tensor
     blocks_RB: torch.Tensor
-    older_rows: torch.Tensor
-    older: tuple[int, ...]
-    rows: tuple[slice, ...]
+    sources_W: torch.Tensor
+    ends: Mapping[int, torch.Tensor]
 
     @classmethod
     def of(cls, tables: StepTables) -> "ChunkTables":
         """Builds the arrays of a step."""
         spec, device = tables.pool.spec, tables.positions_T.device
         counts = [rows.stop - rows.start for rows in tables.rows]
-        older = [min(start, spec.config.sliding_window - 1) for start in tables.starts]
-        first_places = np.cumsum([0, *np.add(older, counts)])[:-1] + older
-        ring = spec.window_rows
-        olds = (slot * ring + np.arange(start - old, start) % ring for slot, start, old in
-                zip(tables.slots, tables.starts, older, strict=True))  # fmt: skip
-        places = (np.arange(first, first + count) for first, count in zip(first_places, counts, strict=True))
-        requests = np.repeat(np.arange(len(counts)), counts)
-        most = max(start + count for start, count in zip(tables.starts, counts, strict=True))
-        blocks_RB = tables.blocks_RB[:, : -(-most // BLOCK_TOKENS)]
+        places, sources, number = [], [], 0
+        for slot, start, rows in zip(tables.slots, tables.starts, tables.rows, strict=True):
+            older = min(start, spec.config.sliding_window - 1)
+            ring = slot * spec.window_rows + np.arange(start - older, start) % spec.window_rows
+            sources += [-1 - ring, np.arange(rows.start, rows.stop)]
+            places.append(number + older + np.arange(rows.stop - rows.start))
+            number += older + rows.stop - rows.start
+        positions = np.concatenate([np.arange(s, s + count) for s, count in zip(tables.starts, counts, strict=True)])
+        blocks_RB = tables.blocks_RB[:, : -(-int(positions.max() + 1) // BLOCK_TOKENS)]
 
         def upload(array: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> torch.Tensor:
             return torch.from_numpy(array.astype(np.int32)).to(device)
 
         return cls(
             tables.positions_T.to(torch.int32),
-            upload(np.concatenate([*places])),
-            upload(requests),
+            upload(np.concatenate(places)),
+            upload(np.repeat(np.arange(len(counts)), counts)),
+            tables.slots_R.to(torch.int32),
             blocks_RB.to(torch.int32).contiguous(),
-            torch.from_numpy(np.concatenate([*olds])).to(device),
-            tuple(older),
-            tables.rows,
+            upload(np.concatenate(sources)),
+            {ratio: upload(np.flatnonzero((positions + 1) % ratio == 0)) for ratio in tables.pool.layout.ratios},
         )
-
-    def near(self, window: StoredKeys, kv_TH: torch.Tensor) -> torch.Tensor:
-        """Returns a layer's near keys [W, H]: from its ring, and the step's own as later steps will read them."""
-        own_TH = window.rounded(kv_TH)
-        if not any(self.older):
-            return own_TH.contiguous()
-        older = window.read(self.older_rows).split(self.older)
-        parts = zip(older, self.rows, strict=True)
-        return torch.cat([keys for old, of in parts for keys in (old, own_TH[of])])
 
     def pieces(self, per_block: int) -> Iterator[slice]:
         """Yields runs of rows whose scores of all entries fit the workspace. per_block: entries of a block."""

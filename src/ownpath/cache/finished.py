@@ -25,12 +25,6 @@ class EntryWrites:
     finished_rows: torch.Tensor
 
     @classmethod
-    def of_request(cls, tables: StepTables, number: int, ratio: int) -> "EntryWrites":
-        """Returns those of all rows of a request."""
-        rows, start = tables.rows[number], tables.starts[number]
-        return cls.of_positions(tables, number, ratio, range(start, start + rows.stop - rows.start))
-
-    @classmethod
     def of_positions(cls, tables: StepTables, number: int, ratio: int, positions: range) -> "EntryWrites":
         """Returns those of a request's rows at these positions."""
         windows = range(positions.start // ratio, positions.stop // ratio)

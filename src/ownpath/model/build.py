@@ -31,6 +31,7 @@ from ownpath.ranks.peers import Alone, Peers
 from ownpath.runners import (
     CacheEntries,
     ChunkAttention,
+    ChunkEntries,
     DecodeAttention,
     Exchange,
     GatherColumns,
@@ -191,7 +192,6 @@ class Builder:
         layer = self._layers[layer_idx]
         attn, is_csa = f"{layer.name}.attn", layer.ratio == CSA_RATIO
         quantize_kv = self._key_quantizer(f"{attn}.key_quantizer")
-        core = self._core(layer_idx, compress_rope, quantize_kv)
         return Attention(
             config=self.config,
             wqa_wkv=self._runner(f"{attn}.wqa_wkv"),
@@ -204,9 +204,9 @@ class Builder:
             q_head_norm=self._norm(f"{attn}.q_head_norm", None),
             quantize_kv=self._watch(f"{attn}.key_quantizer", quantize_kv),
             indexer=self._indexer(layer) if is_csa else None,
-            core=self.ledger.watch(f"{attn}.core", core),
+            core=self.ledger.watch(f"{attn}.core", self._core(layer_idx, compress_rope, quantize_kv)),
             decode=self._decode(layer_idx),
-            chunk=self._chunk(layer_idx, core.layer),
+            chunk=self._chunk(layer_idx),
             backend=self._paged or ReferenceAttention(self.config.sliding_window),
             tap_q=self._tap(layer, "attn.q"),
             tap_kv=self._tap(layer, "attn.kv"),
@@ -244,30 +244,20 @@ class Builder:
     def _decode(self, layer_idx: int) -> DecodeLayer | None:
         """Builds a layer's line of a decode step; ``None`` where none is planned."""
         layer = self._layers[layer_idx]
-        attn, config = f"{layer.name}.attn", self.config
+        attn, is_csa = f"{layer.name}.attn", layer.ratio == CSA_RATIO
         if f"{attn}.decode.attend" not in self.specs:
             return None
-        norm = NormWeights(self.params[f"{attn}.kv_norm.weight"], config.rms_norm_eps)
-        main = self._compressor_weights(f"{attn}.compressor", layer.ratio) if layer.ratio else None
-        is_csa = layer.ratio == CSA_RATIO
-        index = self._compressor_weights(f"{attn}.indexer.compressor", layer.ratio) if is_csa else None
-        steps = self._steps(f"{attn}.decode.entries")
-        keys = KeyRounding.FP8 if Step.KV in steps else KeyRounding.NONE
-        index_keys = KeyRounding.FP4 if Step.INDEXER in steps else KeyRounding.NONE
-        spare = spare_rows(self.engine.rows_per_request)
-        written = EntriesWeights(norm, main, index, keys=keys, index_keys=index_keys, spare=spare)
         watch = partial(self._of_line, f"{attn}.decode")
-
         return DecodeLayer(
             layer_idx,
             layer.ratio,
-            write=watch("entries", CacheEntries, written),
+            write=watch("entries", CacheEntries, self._entries_weights(layer, "decode")),
             attend=watch("attend", DecodeAttention, self._attend_weights(attn, "decode")),
             score=watch("scores", IndexScores) if is_csa else None,
-            select=watch("select", Select, config.index_topk) if is_csa else None,
+            select=watch("select", Select, self.config.index_topk) if is_csa else None,
         )
 
-    def _chunk(self, layer_idx: int, constants: AttentionLayer) -> ChunkLayer | None:
+    def _chunk(self, layer_idx: int) -> ChunkLayer | None:
         """Builds a layer's line of a step with chunks; ``None`` where none is planned."""
         layer = self._layers[layer_idx]
         attn, is_csa = f"{layer.name}.attn", layer.ratio == CSA_RATIO
@@ -275,8 +265,9 @@ class Builder:
             return None
         watch = partial(self._of_line, f"{attn}.chunk")
         return ChunkLayer(
-            constants,
+            layer_idx,
             layer.ratio,
+            write=watch("entries", ChunkEntries, self._entries_weights(layer, "chunk")),
             attend=watch("attend", ChunkAttention, self._attend_weights(attn, "chunk")),
             score=watch("scores", IndexScores) if is_csa else None,
             select=watch("select", Select, self.config.index_topk) if is_csa else None,
@@ -290,6 +281,18 @@ class Builder:
         config, is_stepwise = self.config, Step.Q_HEAD_NORM in self._steps(f"{attn}.{line}.attend")
         fixed = config.softmax_scale, config.rms_norm_eps, config.qk_rope_head_dim, is_stepwise
         return AttendWeights(self.params[f"{attn}.attn_sink"], *fixed, spare_rows(self.engine.rows_per_request))
+
+    def _entries_weights(self, layer: Layer, line: str) -> EntriesWeights:
+        """Returns what a line's cache writes of a layer read."""
+        attn, is_csa = f"{layer.name}.attn", layer.ratio == CSA_RATIO
+        norm = NormWeights(self.params[f"{attn}.kv_norm.weight"], self.config.rms_norm_eps)
+        main = self._compressor_weights(f"{attn}.compressor", layer.ratio) if layer.ratio else None
+        index = self._compressor_weights(f"{attn}.indexer.compressor", layer.ratio) if is_csa else None
+        steps = self._steps(f"{attn}.{line}.entries")
+        keys = KeyRounding.FP8 if Step.KV in steps else KeyRounding.NONE
+        index_keys = KeyRounding.FP4 if Step.INDEXER in steps else KeyRounding.NONE
+        spare = spare_rows(self.engine.rows_per_request)
+        return EntriesWeights(norm, main, index, keys=keys, index_keys=index_keys, spare=spare)
 
     def _steps(self, slot: str) -> frozenset[Step]:
         """Returns the steps that a companion's kernel computes as the published code does."""

@@ -15,7 +15,15 @@ from ownpath.runners.companions import (
     SharedKeyAttention,
     SwiGLU,
 )
-from ownpath.runners.decode import CacheEntries, ChunkAttention, DecodeAttention, IndexScores, RotaryAngles, Select
+from ownpath.runners.decode import (
+    CacheEntries,
+    ChunkAttention,
+    ChunkEntries,
+    DecodeAttention,
+    IndexScores,
+    RotaryAngles,
+    Select,
+)
 from ownpath.runners.exchange import (
     CombineRows,
     DispatchRows,
@@ -45,6 +53,7 @@ from ownpath.runners.runner import KernelRunner, Runner
 __all__ = [
     "CacheEntries",
     "ChunkAttention",
+    "ChunkEntries",
     "CombineRows",
     "ConcatLinear",
     "DecodeAttention",

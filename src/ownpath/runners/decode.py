@@ -9,6 +9,7 @@ import torch
 import ownpath.runners.decode_ops  # noqa: F401, defines the operations that the runners call while torch compiles
 from ownpath.kernels.angles.types import Frequencies, StepAnglesKernel, views_of
 from ownpath.kernels.attend.types import AttendKernel, AttendWeights, DecodeKeys, DecodeRows
+from ownpath.kernels.chunk_entries.types import ChunkEntriesKernel, ChunkPlaces, EndingRows
 from ownpath.kernels.chunks.types import ChunkKernel, ChunkKeys, ChunkRows
 from ownpath.kernels.contract import NormWeights
 from ownpath.kernels.entries.types import (
@@ -32,12 +33,15 @@ __all__ = [
     "AttendWeights",
     "CacheEntries",
     "ChunkAttention",
+    "ChunkEntries",
     "ChunkKeys",
+    "ChunkPlaces",
     "ChunkRows",
     "CompressorWeights",
     "DecodeAttention",
     "DecodeKeys",
     "DecodeRows",
+    "EndingRows",
     "EntriesWeights",
     "EntryAngles",
     "Frequencies",
@@ -100,6 +104,30 @@ class CacheEntries(KernelRunner):
             torch.ops.ownpath.cache_entries(*raw, *angles, *rows, *pools, self.handle)
             return
         self.kernel.run(raw, angles, rows, pools, self.operand)
+
+
+class ChunkEntries(KernelRunner):
+    """Writes the entries that a step with chunks finishes to one layer's caches, and gathers its near keys: [W, H]."""
+
+    def __init__(self, weights: EntriesWeights, *, kernel: KernelOrName = "ref.chunk_entries") -> None:
+        self.spec = chosen_spec(kernel)
+        self.kernel: ChunkEntriesKernel[object] = KERNELS[self.spec.name]
+        self.operand = self.kernel.prepare(weights)
+        self.handle = HANDLES.new(self)
+
+    def variant(self, raw: RawRows, *_: object) -> str | None:
+        """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""
+        return self.kernel.variant(raw, self.operand)
+
+    def run(self, raw: RawRows, ends: EndingRows, places: ChunkPlaces, pools: LayerPools) -> torch.Tensor:
+        """Writes in place and gathers. Errors: ValueError naming an argument that the kernel refuses."""
+        return self.kernel.run(raw, ends, places, pools, self.operand)
+
+    def __call__(self, raw: RawRows, ends: EndingRows, places: ChunkPlaces, pools: LayerPools) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            near_WH: torch.Tensor = torch.ops.ownpath.chunk_entries(*raw, *ends, *places, *pools, self.handle)
+            return near_WH
+        return self.kernel.run(raw, ends, places, pools, self.operand)
 
 
 class IndexScores(KernelRunner):

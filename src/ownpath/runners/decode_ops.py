@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ownpath.kernels.angles.types import KINDS
 from ownpath.kernels.attend.types import DecodeKeys, DecodeRows
+from ownpath.kernels.chunk_entries.types import ChunkPlaces, EndingRows
 from ownpath.kernels.chunks.types import ChunkKeys, ChunkRows
 from ownpath.kernels.entries.types import EntryAngles, LayerPools, RawRows, RowPlaces
 from ownpath.kernels.scores.types import IndexQuery, PagedRows
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from ownpath.runners.decode import IndexScores, RotaryAngles, Select
 
 NUM_RAW, NUM_ANGLES, NUM_PLACES = len(RawRows._fields), len(EntryAngles._fields), len(RowPlaces._fields)
+NUM_ENDS, NUM_CHUNK_PLACES = len(EndingRows._fields), len(ChunkPlaces._fields)
 
 
 def step_angles(positions: Tensor, runner: "RotaryAngles") -> Tensor:
@@ -35,6 +37,17 @@ def cache_entries(*given: Any) -> None:
     raw, tensors = RawRows(*tensors[:NUM_RAW]), tensors[NUM_RAW:]
     angles, tensors = EntryAngles(*tensors[:NUM_ANGLES]), tensors[NUM_ANGLES:]
     runner.run(raw, angles, RowPlaces(*tensors[:NUM_PLACES]), LayerPools(*tensors[NUM_PLACES:]))
+
+
+def chunk_entries(*given: Any) -> Tensor:
+    """Writes entries and returns near keys: the fields of ``RawRows``, ``EndingRows``, ``ChunkPlaces`` and
+    ``LayerPools``, the runner."""
+    *tensors, runner = given
+    raw, tensors = RawRows(*tensors[:NUM_RAW]), tensors[NUM_RAW:]
+    ends, tensors = EndingRows(*tensors[:NUM_ENDS]), tensors[NUM_ENDS:]
+    places, pools = ChunkPlaces(*tensors[:NUM_CHUNK_PLACES]), LayerPools(*tensors[NUM_CHUNK_PLACES:])
+    near_WH: Tensor = runner.run(raw, ends, places, pools)
+    return near_WH
 
 
 def index_scores(
@@ -74,6 +87,11 @@ def _fake_entries(*_: object) -> None:
     """Nothing is returned."""
 
 
+def _fake_near(kv: Tensor, *given: Any) -> Tensor:
+    sources = given[NUM_RAW - 1 + NUM_ENDS + NUM_CHUNK_PLACES - 1]
+    return kv.new_empty((len(sources), kv.shape[1]))
+
+
 def _fake_scores(
     q: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, positions: Tensor, blocks: Tensor,
     runner: "IndexScores",
@@ -102,6 +120,13 @@ DECODE_OPERATIONS = (
         " Tensor(d!)? index_state, Tensor(e!)? index_entries, int runner) -> ()",
         cache_entries,
         _fake_entries,
+    ),
+    (
+        "chunk_entries(Tensor kv, Tensor? main, Tensor? index, Tensor? ends, Tensor? cos, Tensor? sin,"
+        " Tensor positions, Tensor requests, Tensor slots, Tensor blocks, Tensor sources, Tensor window, Tensor? state,"
+        " Tensor(a!)? entries, Tensor? index_state, Tensor(b!)? index_entries, int runner) -> Tensor",
+        chunk_entries,
+        _fake_near,
     ),
     (
         "index_scores(Tensor q, Tensor weights, Tensor cos, Tensor sin, Tensor keys, Tensor positions, Tensor blocks,"

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from ownpath.assembly import LoadedPart, assemble
-from ownpath.attention.chunks import prepare_chunks
 from ownpath.attention.rope import Rope
 from ownpath.cache.pools import CachePool, CacheSpec
 from ownpath.cache.tables import StepTables
@@ -53,7 +52,8 @@ class LoadedLayer(LoadedPart):
 
     def chunk_step(self, tables: StepTables) -> Any:
         """Prepares a step for the kernels of chunks; ``None`` where none are planned."""
-        return None if self.block.attn.chunk is None else prepare_chunks(tables)
+        attn = self.block.attn
+        return None if attn.chunk is None else attn.backend.prepare_chunks(tables)
 
     def step(self, residual: Residual, batch: ForwardBatch) -> Residual:
         """Runs the layer on one step's rows and extends their sequences' caches."""

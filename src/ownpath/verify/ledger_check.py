@@ -42,6 +42,7 @@ _SIGNS = {
     OpKind.INDEX_QUANTIZER: ("A", "A"),
     OpKind.STEP_ANGLES: ("I", ""),
     OpKind.ENTRIES: ("A", ""),
+    OpKind.CHUNK_ENTRIES: ("A", "A"),
     OpKind.INDEX_SCORES: ("A", "W"),
     OpKind.SELECT: ("W", "II"),
     OpKind.ATTEND: ("AWW", "A"),

@@ -5,13 +5,15 @@ As K11 does, on a private pool that is full of NaN but for what earlier steps le
 Legend: T rows, P compressor width.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ownpath.cache.keys import StoredKeys
+from ownpath.conformance.bounds import deviation
 from ownpath.conformance.cached import kept
 from ownpath.conformance.decode import RowPlace, exact_written
 from ownpath.conformance.exact_entries import exact_pool
@@ -59,16 +61,39 @@ class ChunkTrial(DecodeTrial):
     def run(self) -> None:
         """Runs the line with checks around its kernels, then checks every row of the layer's caches."""
         assert self.kv_TH is not None
-        writes = [*self._chunk_writes()]
-        before = [write.pool.memory.clone() for write in writes]
+        rings = [*self._kept_rows()]
+        before = [write.pool.memory.clone() for write in rings]
+        around = {"write": self.write_entries, "score": self.score, "select": self.select, "attend": self.attend}
         with self.tally.catch_errors(*self.slot("attend")):
-            self.step.run_chunks(self.kv_TH, score=self.score, select=self.select, attend=self.attend)
-            for write, old in zip(writes, before, strict=True):
+            self.step.run_chunks(self.kv_TH, **around)
+            for write, old in zip(rings, before, strict=True):
                 self.judge_write(write, old)
 
-    def slot(self, name: str) -> tuple[str, str]:
-        """Returns a slot of the line and its planned kernel; that of attention for what torch writes."""
-        return super().slot("attend" if name == "entries" else name)
+    def write_entries(self, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Checks near keys and finished entries, and that rings stay as they are; attention gets right ones."""
+
+        def call(*args: Any) -> Tensor:
+            found: list[Tensor] = []
+            self.write(lambda *given: found.append(run(*given)))(*args)
+            right_WH = self._near()
+            for near_WH in found:
+                worst = deviation(near_WH, given(right_WH))
+                self.tally.add(*self.slot("entries"), worst, f"near keys: {worst}")
+            return right_WH
+
+        return call
+
+    def _near(self) -> Tensor:
+        """Returns the near keys of all requests: of the ring, which no row has written yet, and of the step."""
+        assert self.own_TH is not None
+        parts, window = [], self.probe.config.sliding_window
+        for t, place in enumerate(self.step.places):
+            if self._first_of(place) == t:
+                first, last = place.position + 1 - window, place.position - 1
+                ring = place.ring_rows(self.step.pool.spec.window_rows, first=first, last=last)
+                parts.append(self.step.window.read(self.ids(ring)))
+            parts.append(self.own_TH[t : t + 1])
+        return torch.cat(parts)
 
     def _first_of(self, place: RowPlace) -> int:
         """Returns the first row of a row's request."""
@@ -83,13 +108,23 @@ class ChunkTrial(DecodeTrial):
         own = slice(max(first, t + 1 - self.probe.config.sliding_window), t + 1)
         return torch.cat((self.step.window.read(self.ids(ring)), self.own_TH[own]))
 
-    def _chunk_writes(self) -> Iterator[PoolWrite]:
+    def _writes(self) -> Iterator[PoolWrite]:
+        """Yields the first kernel's writes: entries, and nothing to the rings."""
+        products = self.step.products
+        for one, raw_TP2 in zip(self.step.compressors, (products.compressor_rows, products.indexer_rows), strict=False):
+            assert raw_TP2 is not None
+            yield self._finished(one, raw_TP2)
+        for ring in self._kept_rows():
+            nothing = given(torch.empty(0, ring.pool.width, dtype=ring.pool.dtype, device=self.probe.device))
+            yield replace(ring, places=[], rows=[], exact=nothing)
+
+    def _kept_rows(self) -> Iterator[PoolWrite]:
+        """Yields what the rings keep of the step, which is written last."""
         assert self.own_TH is not None
         products, spec = self.step.products, self.step.pool.spec
         yield self._kept("window", self.step.window, spec.window_rows, self.own_TH)
         for one, raw_TP2 in zip(self.step.compressors, (products.compressor_rows, products.indexer_rows), strict=False):
             assert raw_TP2 is not None
-            yield self._finished(one, raw_TP2)
             yield self._kept(f"{one.name} state", one.state, spec.state_rows(one.weights.ratio), raw_TP2)
 
     def _kept(self, name: str, pool: StoredKeys, num_rows: int, written: Tensor) -> PoolWrite:
