@@ -23,8 +23,8 @@ TINY = {case.label: case for case in CASES if case.tiny}
 @pytest.mark.parametrize("case", TINY.values(), ids=lambda case: case.label)
 def test_what_is_written(name: str, case: ChunkEntriesCase) -> None:
     """Every element, nothing else, and nothing read that is not the row's own: that is NaN. In rings of both
-    lengths."""
-    for spare in (0, 8):
+    lengths, where they are short enough to interpret."""
+    for spare in (0, 8) if "narrow" in case.label else (8,):
         step = draw_chunks(case, CPU, spare=spare)
         written = step.copy()
         judge_near(KERNELS[name](*written.arguments), step)
@@ -32,11 +32,10 @@ def test_what_is_written(name: str, case: ChunkEntriesCase) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("label", ["csa", "hca"])
-def test_pages(name: str, label: str) -> None:
+def test_pages(name: str) -> None:
     """Keys of the ring are read from pages, the step's own rounded as they will be there; entries are written to
     pages."""
-    step = draw_chunks(TINY[label], CPU)
+    step = draw_chunks(TINY["csa"], CPU)
     paged = with_key_pages(step.copy())
     KERNELS[name](*step.arguments)
     judge_near(KERNELS[name](*paged.arguments), paged)
@@ -46,7 +45,7 @@ def test_pages(name: str, label: str) -> None:
 @pytest.mark.parametrize("label", ["csa narrow", "hca narrow"])
 def test_decode_steps_write_the_same_bits(label: str) -> None:
     """Of entries: the same rows in steps of up to 9, each on the rings that the one before has left."""
-    case = ChunkEntriesCase(label, TINY[label].layer, (1, 120, 250), (13, 9, 8))
+    case = ChunkEntriesCase(label, TINY[label].layer, (1, 120), (13, 9))
     chunk = draw_chunks(case, CPU)
     steps = chunk.copy().of_decode
     rows_E, cos_EF, sin_EF = chunk.ends
@@ -54,7 +53,7 @@ def test_decode_steps_write_the_same_bits(label: str) -> None:
     for whole, of_ends in zip(firsts, (cos_EF, sin_EF), strict=True):
         whole[rows_E] = of_ends
     steps = replace(steps, angles=EntryAngles(*steps.angles[:2], *firsts))
-    for start, stop in ((0, 9), (9, 13), (13, 22), (22, 30)):
+    for start, stop in ((0, 9), (9, 13), (13, 22)):
         KERNELS["triton.entries"](*steps.part(slice(start, stop)).arguments)
     KERNELS["triton.chunk_entries"](*chunk.arguments)
     for one, other in zip(chunk.of_decode.compressors, steps.compressors, strict=True):
@@ -65,7 +64,7 @@ def test_decode_steps_write_the_same_bits(label: str) -> None:
 def test_a_prepared_operand_serves_every_step() -> None:
     """Counters of shared entries are clear after each step; there is room for as many as one has."""
     operand = None
-    for starts, counts in (((126,), (3,)), ((0, 127, 5), (260, 129, 1)), ((3,), (2,))):
+    for starts, counts in (((126,), (2,)), ((127, 127), (1, 1)), ((3,), (2,))):
         step = draw_chunks(ChunkEntriesCase("hca", TINY["hca narrow"].layer, starts, counts), CPU)
         operand = operand or CHUNK_ENTRIES.prepare(step.of_decode.weights)
         step = replace(step, of_decode=replace(step.of_decode, weights=operand.weights))
@@ -74,7 +73,7 @@ def test_a_prepared_operand_serves_every_step() -> None:
         judge_entries(step, written)
         assert not operand.scratch.arrivals.any()
     assert operand is not None
-    assert len(operand.scratch.arrivals) == 4
+    assert len(operand.scratch.arrivals) == 2
 
 
 def _places(**changes: object) -> Callable[[ChunkWritingStep], ChunkWritingStep]:

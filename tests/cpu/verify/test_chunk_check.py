@@ -71,7 +71,7 @@ def test_the_ledger_asks_for_what_runs(folder: Path) -> None:
     found = [one for one in check_ledger(subject, plan_dict(subject.plan)) if isinstance(one, Finding)]
     assert not failed(found), failed(found)
     ran = [one.slot for one in check_ledger(subject, plan_dict(subject.plan)) if not isinstance(one, Finding)]
-    assert {f"layers.1.attn.chunk.{name}" for name in ("scores", "select", "attend")} <= {*ran}
+    assert {f"layers.1.attn.chunk.{name}" for name in ("entries", "scores", "select", "attend")} <= {*ran}
     assert "layers.1.attn.core" not in ran
 
 
@@ -106,6 +106,23 @@ def unturned(run: Any, q: Any, cos: Any, sin: Any, *others: Any) -> torch.Tensor
     return rotate_pairs(run(q, cos, sin, *others), cos, sin)
 
 
+def near_lost(run: Any, *args: Any) -> torch.Tensor:
+    """A window's oldest keys are those of the request behind."""
+    near_WH: torch.Tensor = run(*args)
+    return torch.cat((near_WH[1:], near_WH[:1]))
+
+
+def finished(**parts: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[LoadedLayer], LoadedLayer]:
+    """Entries with some fields of their places exchanged."""
+
+    def call(run: Any, raw: Any, ends: Any, places: Any, pools: Any) -> torch.Tensor:
+        changed = {name: change(getattr(places, name)) for name, change in parts.items()}
+        found: torch.Tensor = run(raw, ends, places._replace(**changed), pools)
+        return found
+
+    return called("write", call)
+
+
 def without_sink(loaded: LoadedLayer) -> LoadedLayer:
     attend = loaded.block.attn.chunk.attend.runner  # type: ignore[union-attr]
     in_operand(attend, sink_N=torch.full_like(attend.operand.sink_N, -torch.inf))
@@ -119,6 +136,9 @@ FAULTS = {
     "another request's table": (HCA, "attend", attended(requests_T=lambda x: (x + 1) % (x.max() + 1))),
     "an incomplete window seen": (HCA, "attend", attended(positions_T=lambda x: x + 1)),
     "another row's selection": (CSA, "attend", attended(selected_TK=lambda x: x.roll(1, 0))),
+    "near keys one place on": (SLIDING, "entries", called("write", near_lost)),
+    "raw rows of another slot": (CSA, "entries", finished(slots_R=lambda x: x.roll(1, 0))),
+    "an entry in another request's block": (HCA, "entries", finished(blocks_RB=lambda x: x.roll(1, 0))),
     "index scores of another row": (
         CSA,
         "scores",
@@ -138,3 +158,4 @@ def test_rows_that_no_ring_keeps_are_named(folder: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(chunks, "write_rows", lambda *_: None)
     [finding] = failed(checked(folder, SLIDING))
     assert "window" in finding.message
+    assert finding.where == "layers.0.attn.chunk.entries"

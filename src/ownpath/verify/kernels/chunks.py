@@ -5,7 +5,7 @@ As K11 does, on a private pool that is full of NaN but for what earlier steps le
 Legend: T rows, P compressor width.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,8 @@ from ownpath.verify.kernels.tally import Tally
 
 FEW_ROWS, MANY_ROWS, MANY_START = 5, 160, 100
 """Rows of many short chunks, and of one that passes windows, rings and a block's end."""
+TILE, EDGE = 64, 3
+"""Keys of a tile, and positions on each side of its end."""
 REMEDY = "a kernel of chunks is wrong, or reads or writes another place of the caches than its row's"
 
 
@@ -68,6 +70,14 @@ class ChunkTrial(DecodeTrial):
             self.step.run_chunks(self.kv_TH, **around)
             for write, old in zip(rings, before, strict=True):
                 self.judge_write(write, old)
+
+    @property
+    def judged(self) -> Sequence[tuple[int, RowPlace]]:
+        """Of a few rows of many requests all; of many of one the first and last, and those at the edges of tiles."""
+        rows, last = self.step.rows, len(self.step.rows) - 1
+        if self._first_of(rows[last][1]):
+            return rows
+        return [(t, place) for t, place in rows if t in (0, 1, last) or (place.position + EDGE) % TILE < 2 * EDGE]
 
     def write_entries(self, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Checks near keys and finished entries, and that rings stay as they are; attention gets right ones."""

@@ -6,7 +6,7 @@ that one wrong kernel is one finding.
 Legend: T rows, P compressor width, C entries of a table, K entries selected.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -92,6 +92,11 @@ class DecodeTrial:
         slot = f"{self.probe.name}.attn.{self.line}.{name}"
         return slot, self.probe.kernels[slot]
 
+    @property
+    def judged(self) -> Sequence[tuple[int, RowPlace]]:
+        """The rows whose scores and attention are computed exactly, with their numbers."""
+        return self.step.rows
+
     def write(self, run: Callable[..., None]) -> Callable[..., None]:
         """Checks every row of the layer's caches, then corrects them."""
 
@@ -168,9 +173,10 @@ class DecodeTrial:
         """Checks scores of the entries that each row sees; the selection gets others."""
 
         def call(*args: Any) -> Tensor:
-            with self.tally.catch_errors(*self.slot("scores")), FilledMemory(FILLS[0]):
-                found_TC = run(*args)
-                for t, place in self.step.rows:
+            with self.tally.catch_errors(*self.slot("scores")):
+                with FilledMemory(FILLS[0]):
+                    found_TC = run(*args)
+                for t, place in self.judged:
                     exact = self._exact_scores(t, place)
                     worst = deviation(found_TC[t : t + 1, : exact.value.shape[1]], exact)
                     self.tally.add(*self.slot("scores"), worst, f"{_name(place)}: {worst}")
@@ -232,9 +238,10 @@ class DecodeTrial:
         """Checks attention's output."""
 
         def call(*args: Any) -> Tensor:
-            with self.tally.catch_errors(*self.slot("attend")), FilledMemory(FILLS[0]):
-                found_TNH = run(*args)
-                for t, place in self.step.rows:
+            with self.tally.catch_errors(*self.slot("attend")):
+                with FilledMemory(FILLS[0]):
+                    found_TNH = run(*args)
+                for t, place in self.judged:
                     worst = deviation(found_TNH[t], self._exact_attention(t, place))
                     self.tally.add(*self.slot("attend"), worst, f"{_name(place)}: {worst}")
             return self.step.products.q_TNH
