@@ -8,7 +8,7 @@ import torch
 from ownpath.conformance.chunk_entries import ChunkWritingStep, draw_chunks, judge_entries, judge_near, with_key_pages
 from ownpath.conformance.entries import judge_rounded
 from ownpath.kernels.chunk_entries.cases import CASES, ChunkEntriesCase
-from ownpath.kernels.entries.types import EntryAngles
+from ownpath.kernels.entries.types import EntryAngles, KeyRounding
 from ownpath.kernels.registry import KERNELS
 
 pytestmark = pytest.mark.gpu
@@ -48,9 +48,11 @@ def test_pages(case: ChunkEntriesCase, cuda: torch.device) -> None:
 
 @pytest.mark.parametrize("kind", ["csa", "hca"])
 def test_decode_steps_write_the_same_bits(kind: str, cuda: torch.device) -> None:
-    """Of entries: the same rows in steps of up to 9, each on the rings that the one before has left."""
+    """Of entries, rounded as official numerics do: in steps of up to 9 rows, on the rings that those before left."""
     layer = next(case.layer for case in CASES if case.label == f"{kind} 1024")
     chunk = draw_chunks(ChunkEntriesCase(kind, layer, (1, 120, 250), (135, 9, 8)), cuda)
+    weights = replace(chunk.of_decode.weights, keys=KeyRounding.FP8, index_keys=KeyRounding.FP4)
+    chunk = replace(chunk, of_decode=replace(chunk.of_decode, weights=weights))
     steps = chunk.copy().of_decode
     rows_E, cos_EF, sin_EF = chunk.ends
     assert rows_E is not None

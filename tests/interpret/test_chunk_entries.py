@@ -11,7 +11,7 @@ from ownpath.conformance.entries import judge_rounded
 from ownpath.kernels.chunk_entries.cases import CASES, ChunkEntriesCase
 from ownpath.kernels.chunk_entries.launch import CHUNK_ENTRIES
 from ownpath.kernels.chunk_entries.types import EndingRows
-from ownpath.kernels.entries.types import EntryAngles
+from ownpath.kernels.entries.types import EntryAngles, KeyRounding
 from ownpath.kernels.registry import KERNELS
 
 CPU = torch.device("cpu")
@@ -44,9 +44,11 @@ def test_pages(name: str) -> None:
 
 @pytest.mark.parametrize("label", ["csa narrow", "hca narrow"])
 def test_decode_steps_write_the_same_bits(label: str) -> None:
-    """Of entries: the same rows in steps of up to 9, each on the rings that the one before has left."""
+    """Of entries, rounded as official numerics do: in steps of up to 9 rows, on the rings that those before left."""
     case = ChunkEntriesCase(label, TINY[label].layer, (1, 120), (13, 9))
     chunk = draw_chunks(case, CPU)
+    weights = replace(chunk.of_decode.weights, keys=KeyRounding.FP8, index_keys=KeyRounding.FP4)
+    chunk = replace(chunk, of_decode=replace(chunk.of_decode, weights=weights))
     steps = chunk.copy().of_decode
     rows_E, cos_EF, sin_EF = chunk.ends
     firsts = [torch.zeros(chunk.num_rows, angle.shape[1]) for angle in (cos_EF, sin_EF)]
