@@ -3,7 +3,7 @@
     python tools/full_layer.py --shape flash --layer csa --export nvidia --tokens 1 64 1024 [--out results.jsonl]
 
 The layer's weights are made in device memory; the same values go to a layer whose plan allows the torch references
-alone. A layer is everything between two residuals: both boundaries, attention (torch) and experts. Tokens are one
+alone. A layer is everything between two residuals: both boundaries, attention and experts. Tokens are one
 chunk of one sequence behind a context; both layers see the same streams and caches. The planned layer is captured in
 a CUDA graph, and the L2 cache is overwritten before every timed replay; medians.
 
@@ -24,8 +24,7 @@ from typing import Any
 import torch
 
 from ownpath.assembly import load_part
-from ownpath.attention.interface import AttentionStep
-from ownpath.attention.reference import ReferenceAttention
+from ownpath.attention.interface import DecodeStep
 from ownpath.attention.rope import Rope
 from ownpath.bench.published import SHAPES
 from ownpath.bench.record import append_lines, provenance
@@ -65,7 +64,6 @@ class Input:
 
     residual: Residual
     batch: ForwardBatch
-    step: AttentionStep
 
 
 def main() -> int:
@@ -130,13 +128,22 @@ def make_input(config: ModelConfig, engine: EngineConfig, context: int, num_toke
     y_TD = values.normal(num_tokens, dim).to(engine.dtype)
     token_ids = (values.integers(0, 255, torch.Size((num_tokens,))).int() * 16).tolist()
     batch = ForwardBatch.of([(token_ids, cache)], device)
-    step = ReferenceAttention(config.sliding_window).prepare(batch.tables)
-    return Input(Residual(x_TSD, y_TD, mix), batch, step)
+    return Input(Residual(x_TSD, y_TD, mix), batch)
 
 
 def run(layer: Layer, given: Input) -> Residual:
     """Runs the layer's step."""
-    return layer.block(given.residual, layer.rope.at(given.batch.positions_T), given.batch.token_ids_T, given.step)
+    return runner(layer, given)()
+
+
+def runner(layer: Layer, given: Input) -> Callable[[], Residual]:
+    """Prepares the layer's step, as the model does once for all layers, and returns what runs it."""
+    tables, ids_T = given.batch.tables, given.batch.token_ids_T
+    rotation, step = layer.rope.at(given.batch.positions_T), layer.block.prepare(tables)
+    if isinstance(step, DecodeStep):
+        sliding, compress = step.rotations
+        rotation, ids_T = compress if layer.plan.config.compress_ratios[0] else sliding, ids_T.int()
+    return lambda: layer.block(given.residual, rotation, ids_T, step)
 
 
 def compare(ours: Layer, reference: Layer, engine: EngineConfig, context: int, num_tokens: int) -> dict[str, float]:
@@ -158,12 +165,12 @@ def measure(ours: Layer, reference: Layer, engine: EngineConfig, context: int, n
     given = make_input(config, engine, context, num_tokens)
     # The torch reference of the experts asks the host which experts were chosen: no graph can hold that.
     is_captured = "ref.nvfp4_moe" not in {kernel for _, kernel in ours.plan.slots.values()}
-    times = (_graph_us if is_captured else _events_us)(lambda: run(ours, given))
+    times = (_graph_us if is_captured else _events_us)(runner(ours, given))
     again = make_input(config, engine, context, num_tokens)
     launches = record_launches(ours.ledger, lambda: run(ours, again))
     slots = {(slot or "(glue)").removeprefix("layers.0."): us for slot, us in slot_times(launches).items()}
     row |= {"us": statistics.median(times), "us_min": min(times), "us_max": max(times), "graph": is_captured}
-    row["reference_us"] = statistics.median(_events_us(lambda: run(reference, given), num_runs=3))
+    row["reference_us"] = statistics.median(_events_us(runner(reference, given), num_runs=3))
     row["slot_us"] = {slot: round(total, 1) for slot, total in sorted(slots.items(), key=lambda item: -item[1])}
     return row
 

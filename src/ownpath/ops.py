@@ -32,12 +32,16 @@ class OpKind(StrEnum):
     """cos and sin of a decode step's positions, for all layers at once."""
     ENTRIES = "attention_entries"
     """One decode row's writes to the caches: its key, its compressors' raw rows, and the entries that end at it."""
+    CHUNK_ENTRIES = "chunk_entries"
+    """Near keys of the rows of chunks, and their writes of the entries that end."""
     INDEX_SCORES = "index_scores"
     """The indexer's scores of a row's entries."""
     SELECT = "select"
     """The entries with the best scores, as rows of the pool."""
     ATTEND = "attend"
     """Attention of decode rows over window and selected entries, in the pool's memory."""
+    ATTEND_CHUNK = "attend_chunk"
+    """Attention of the rows of chunks over near keys, each other's among them, and entries in the pool's memory."""
     SAMPLE = "sample"
     """The next token from a row of logits."""
 
@@ -60,12 +64,22 @@ class OpKind(StrEnum):
         return self in _EXCHANGES
 
     @property
-    def is_decode(self) -> bool:
-        """True for what only a decode step runs: in place of norms, rotations and ``ATTENTION``, of gate and router."""
-        return self in _OF_DECODE_STEPS
+    def is_of_lines(self) -> bool:
+        """True for what only lines of kernels run, those of decode steps and of chunks: in place of norms, rotations
+        and ``ATTENTION``, of gate and router."""
+        return self in _OF_LINES
 
 
-_OF_DECODE_STEPS = frozenset(
-    {OpKind.STEP_ANGLES, OpKind.ENTRIES, OpKind.INDEX_SCORES, OpKind.SELECT, OpKind.ATTEND, OpKind.ROUTE}
+_OF_LINES = frozenset(
+    {
+        OpKind.STEP_ANGLES,
+        OpKind.ENTRIES,
+        OpKind.CHUNK_ENTRIES,
+        OpKind.INDEX_SCORES,
+        OpKind.SELECT,
+        OpKind.ATTEND,
+        OpKind.ATTEND_CHUNK,
+        OpKind.ROUTE,
+    }
 )
 _EXCHANGES = frozenset({OpKind.REDUCE, OpKind.GATHER, OpKind.SCATTER, OpKind.TURN, OpKind.DISPATCH, OpKind.COMBINE})

@@ -9,17 +9,32 @@ import torch
 from support.indexer_cases import make_keys, make_query, make_rows
 
 from ownpath.conformance.attend import make_attend_inputs
+from ownpath.conformance.chunk_entries import draw_chunks
+from ownpath.conformance.chunks import make_chunk_inputs
 from ownpath.conformance.entries import WritingStep, draw_step
 from ownpath.kernels.angles.types import Frequencies
 from ownpath.kernels.attend.cases import CASES as ATTEND_CASES
+from ownpath.kernels.chunk_entries.cases import CASES as CHUNK_ENTRIES_CASES
+from ownpath.kernels.chunks.cases import CASES as CHUNK_CASES
 from ownpath.kernels.entries.cases import CASES as ENTRIES_CASES
-from ownpath.runners import CacheEntries, DecodeAttention, IndexScores, RotaryAngles, Select
+from ownpath.runners import (
+    CacheEntries,
+    ChunkAttention,
+    ChunkEntries,
+    DecodeAttention,
+    IndexScores,
+    RotaryAngles,
+    Select,
+)
 from ownpath.runners.decode_ops import DECODE_OPERATIONS
 
 CPU = torch.device("cpu")
 NAMES = [schema.partition("(")[0] for schema, _, _ in DECODE_OPERATIONS]
 WRITING = [case for case in ENTRIES_CASES if case.tiny and "narrow" in case.label]
 ATTENDING = [case for case in ATTEND_CASES if case.tiny and case.num_heads == 4 and not case.fp8]
+CHUNKS = [case for case in CHUNK_CASES if case.tiny and case.num_heads == 4 and not case.fp8]
+
+WRITING_CHUNKS = [case for case in CHUNK_ENTRIES_CASES if case.tiny and case.label in ("swa narrow", "csa narrow")]
 
 Call = tuple[str, Any, tuple[Any, ...]]
 """Operation, runner, arguments of the runner."""
@@ -51,6 +66,18 @@ def attending() -> Iterator[Call]:
         yield "decode_attention", DecodeAttention(inputs.weights), inputs.arguments[:5]
 
 
+def attending_chunks() -> Iterator[Call]:
+    for case in CHUNKS:
+        chunk = make_chunk_inputs(case, CPU)
+        yield "chunk_attention", ChunkAttention(chunk.weights), chunk.arguments[:5]
+
+
+def writing_chunks() -> Iterator[Call]:
+    for case in WRITING_CHUNKS:
+        step = draw_chunks(case, CPU)
+        yield "chunk_entries", ChunkEntries(step.of_decode.weights), step.arguments[:4]
+
+
 def writing() -> Iterator[tuple[CacheEntries, WritingStep]]:
     for case in WRITING:
         step = draw_step(case, 5, CPU)
@@ -75,11 +102,14 @@ def opcheck(name: str, arguments: tuple[Any, ...]) -> None:
     assert set(outcomes.values()) == {"SUCCESS"}
 
 
+CALLS = [*turning(), *indexing(), *attending(), *attending_chunks(), *writing_chunks()]
+
+
 def test_every_operation_has_a_case() -> None:
-    assert {name for name, _, _ in (*turning(), *indexing(), *attending())} | {"cache_entries"} == set(NAMES)
+    assert {name for name, _, _ in CALLS} | {"cache_entries"} == set(NAMES)
 
 
-@pytest.mark.parametrize("call", [*turning(), *indexing(), *attending()], ids=lambda call: call[0])
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call[0])
 def test_a_result_is_the_runners(call: Call) -> None:
     """By opcheck's rules; and a compiled call in one graph gives the same bits."""
     name, runner, arguments = call

@@ -27,6 +27,8 @@ from ownpath.kernels.registry import KERNELS
 FOLDER = Path(__file__).parents[1] / "gpu"
 NONE = {
     "test_attend",
+    "test_attend_chunk",
+    "test_chunk_entries",
     "test_entries",
     "test_exchange_gpus",
     "test_exchange_one_gpu",

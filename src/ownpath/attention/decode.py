@@ -15,9 +15,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ownpath.attention.interface import AttentionStep, DecodeStep, Products
+from ownpath.attention.chunks import prepare_chunks
+from ownpath.attention.interface import DecodeStep, PreparedStep, Products
 from ownpath.attention.reference import ReferenceAttention
 from ownpath.attention.rope import Rotation
+from ownpath.attention.writes import pools_of
 from ownpath.cache.layout import BLOCK_TOKENS
 from ownpath.cache.pools import LayerCache
 from ownpath.cache.tables import DecodeTables, StepTables
@@ -54,7 +56,7 @@ class DecodeLayer:
         angles = step.angles.of(self.ratio)
         raw = RawRows(rows.kv_TH, rows.compressor_rows, rows.indexer_rows)
         places = RowPlaces(tables.positions_T, tables.slots_T, tables.blocks_TB)
-        self.write(raw, angles, places, _pools(caches))
+        self.write(raw, angles, places, pools_of(caches))
         found = DecodeRows(*places, *self._select(rows, angles, caches, tables))
         return self.attend(rows.q_TNH, angles.cos_TF, angles.sin_TF, _keys(caches, self.ratio), found)
 
@@ -72,13 +74,6 @@ class DecodeLayer:
         return self.select(scores_TC, paged, tables.flags_of(self.layer_idx))[:2]
 
 
-def _pools(caches: LayerCache) -> LayerPools:
-    main, index = caches.compressor, caches.indexer
-    of_main = (None, None) if main is None else (main.state, main.entries)
-    of_index = (None, None) if index is None else (index.state, index.entries)
-    return LayerPools(caches.window, *of_main, *of_index)
-
-
 def _keys(caches: LayerCache, ratio: int) -> DecodeKeys:
     if caches.compressor is None:
         return DecodeKeys(caches.window)
@@ -87,17 +82,24 @@ def _keys(caches: LayerCache, ratio: int) -> DecodeKeys:
 
 @dataclass(frozen=True)
 class PagedAttention:
-    """The backend of loaded models: decode steps on the line of kernels, all others on the reference.
+    """The backend of loaded models: decode steps on their line of kernels, all others on the chunks' or the reference.
 
-    step_angles: positions int32 [T] -> the angles of a decode step.
+    step_angles: positions int32 [T] -> the angles of a decode step. has_chunks: chunks have a line of kernels.
     """
 
     reference: ReferenceAttention
     step_angles: Callable[[torch.Tensor], StepAngles]
+    has_chunks: bool = False
 
-    def prepare(self, tables: StepTables) -> AttentionStep | DecodeStep:
+    def prepare(self, tables: StepTables) -> PreparedStep:
         """Prepares a step: a decode step if no request has more rows than the pool's rings are made for."""
-        return self.reference.prepare(tables) if tables.decode is None else self.prepare_decode(tables.decode)
+        if tables.decode is not None:
+            return self.prepare_decode(tables.decode)
+        return self.prepare_chunks(tables) if self.has_chunks else self.reference.prepare(tables)
+
+    def prepare_chunks(self, tables: StepTables) -> PreparedStep:
+        """Prepares a step for the chunks' line."""
+        return prepare_chunks(tables, self.step_angles)
 
     def prepare_decode(self, tables: DecodeTables) -> DecodeStep:
         """Prepares a decode step. Reads nothing back from the device."""

@@ -7,18 +7,19 @@ rows of one sequence still reads a ring's oldest rows while it attends.
 Legend: T rows of the step, N heads, H head dim, I index heads, P compressor width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 
 from ownpath.attention.compress import Compressor
 from ownpath.attention.rope import Rotation
 from ownpath.attention.select import EntrySelector
+from ownpath.cache.chunks import ChunkTables
 from ownpath.cache.tables import DecodeTables, StepTables
 from ownpath.runners import SharedKeyAttention
-from ownpath.runners.decode import StepAngles
+from ownpath.runners.decode import ChunkPlaces, EndingRows, StepAngles
 
 
 class Products(NamedTuple):
@@ -95,10 +96,50 @@ class DecodeStep:
     undone: Rotation
 
     @property
+    def num_blocks(self) -> int:
+        """Blocks of a row's table."""
+        return self.tables.blocks_TB.shape[1]
+
+    @property
     def rotations(self) -> tuple[Rotation, Rotation]:
         """The rotation of each row, in sliding-window and in compressing layers."""
         sliding, compress = self.angles.sliding, self.angles.csa
         return Rotation(sliding.cos_TF, sliding.sin_TF), Rotation(compress.cos_TF, compress.sin_TF)
+
+
+@dataclass(frozen=True)
+class ChunkStep:
+    """The part of a step with chunks that all layers share.
+
+    ends: the rows that end a window, by compress ratio. undone: the rotation that attention's output
+    is left with, which is none.
+    """
+
+    tables: StepTables
+    chunks: ChunkTables
+    ends: Mapping[int, EndingRows]
+    undone: Rotation
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of a request's table."""
+        return self.chunks.blocks_RB.shape[1]
+
+    @property
+    def places(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of each row its position, its place among near keys and its request; and all block tables."""
+        chunks = self.chunks
+        return chunks.positions_T, chunks.places_T, chunks.requests_T, chunks.blocks_RB
+
+    @property
+    def sources(self) -> ChunkPlaces:
+        """Of each row its position and request, of each request its slot and block table; where near keys are."""
+        chunks = self.chunks
+        return ChunkPlaces(chunks.positions_T, chunks.requests_T, chunks.slots_R, chunks.blocks_RB, chunks.sources_W)
+
+
+PreparedStep: TypeAlias = AttentionStep | DecodeStep | ChunkStep
+"""A prepared step: on the reference, or on one of the lines of kernels."""
 
 
 class AttentionBackend(Protocol):
@@ -110,5 +151,8 @@ class AttentionBackend(Protocol):
     @property
     def reference(self) -> "AttentionBackend": ...
 
-    def prepare(self, tables: StepTables) -> AttentionStep | DecodeStep:
+    def prepare(self, tables: StepTables) -> PreparedStep:
         """Computes what all layers of a step share: once, before the first layer, outside of a captured graph."""
+
+    def prepare_chunks(self, tables: StepTables) -> PreparedStep:
+        """As ``prepare``, for the line of chunks, also where the step may be a decode step."""

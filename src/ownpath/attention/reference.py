@@ -17,26 +17,23 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from ownpath.attention.compress import Compressor
 from ownpath.attention.interface import AttentionLayer, Projected
+from ownpath.attention.writes import write_finished, write_rows
+from ownpath.cache.finished import EntryWrites, entry_rows, ring_rows, rows_at
 from ownpath.cache.keys import StoredKeys
-from ownpath.cache.layout import BLOCK_TOKENS, first_row
-from ownpath.cache.pools import EntryCache
-from ownpath.cache.tables import StepTables, Writes
+from ownpath.cache.layout import BLOCK_TOKENS
+from ownpath.cache.tables import StepTables
 
 
 @dataclass(frozen=True)
 class RequestEntries:
     """One segment's entries of one compress ratio.
 
-    windows: those that end in it. state_rows, new_rows: what these entries average, oldest first: rows of the pool's
-    state, then rows of the step. entry_rows: rows of the pool that hold all entries up to its end [C]. visible_tC:
+    writes: those that it finishes. entry_rows: rows of the pool that hold all entries up to its end [C]. visible_tC:
     entries whose windows are complete.
     """
 
-    windows: range
-    state_rows: torch.Tensor
-    new_rows: slice
+    writes: EntryWrites
     entry_rows: torch.Tensor
     visible_tC: torch.Tensor
 
@@ -67,8 +64,13 @@ class ReferenceStep:
     def write_entries(self, layer: AttentionLayer, rows: Projected) -> None:
         """Writes entries and index keys, each from its own request's rows."""
         caches = self.tables.pool.layers[layer.layer_idx]
-        self._write_entries(layer.compressor, caches.compressor, rows.compressor_rows)
-        self._write_entries(layer.index_compressor, caches.indexer, rows.indexer_rows)
+        for compressor, cache, raw in (
+            (layer.compressor, caches.compressor, rows.compressor_rows),
+            (layer.index_compressor, caches.indexer, rows.indexer_rows),
+        ):
+            if compressor is not None:
+                writes = (request.entries[compressor.ratio].writes for request in self.requests)
+                write_finished(compressor, cache, raw, writes)
 
     def attend(self, layer: AttentionLayer, rows: Projected) -> torch.Tensor:
         """Attends from each request's queries to its own keys: [T, N, H]."""
@@ -76,32 +78,8 @@ class ReferenceStep:
         return self._attend_to(layer, replace(rows, kv_TH=window.rounded(rows.kv_TH)))  # as later steps will read them
 
     def write_rows(self, layer: AttentionLayer, rows: Projected) -> None:
-        """Writes all requests' rows at once; no two go to the same place.
-
-        Before that the rings are what they are at each block's end whose snapshot is to be taken.
-        """
-        for end in self.tables.passed:
-            self._write_rows(layer, rows, end.rows, end.writes)
-            end.snapshot.take(layer.layer_idx)
-        self._write_rows(layer, rows, slice(None), self.tables.writes)
-
-    def _write_rows(self, layer: AttentionLayer, rows: Projected, of: slice, writes: Writes) -> None:
-        caches = self.tables.pool.layers[layer.layer_idx]
-        caches.keys.write(writes.window_T, rows.kv_TH[of])
-        for cache, raw in ((caches.compressor, rows.compressor_rows), (caches.indexer, rows.indexer_rows)):
-            if cache is not None and raw is not None:
-                cache.state[writes.state_T[cache.ratio]] = raw[of]
-
-    def _write_entries(self, compressor: Compressor | None, cache: EntryCache | None, raw: torch.Tensor | None) -> None:
-        if compressor is None or cache is None:
-            return
-        assert raw is not None
-        for request in self.requests:
-            entries = request.entries[compressor.ratio]
-            if entries.windows:
-                known = torch.cat((cache.state[entries.state_rows], raw[entries.new_rows]))
-                finished = compressor.entries(known, entries.windows, cache.keys.dtype)
-                cache.keys.write(entries.entry_rows[entries.windows.start :], finished)
+        """Writes all requests' rows at once."""
+        write_rows(self.tables, layer.layer_idx, rows)
 
     def _attend_to(self, layer: AttentionLayer, rows: Projected) -> torch.Tensor:
         masks = [self._select(layer, rows, request) for request in self.requests]
@@ -170,16 +148,20 @@ class ReferenceAttention:
             tables, tuple(self._segment(tables, number, part) for number in numbers for part in _parts(tables, number))
         )
 
+    def prepare_chunks(self, tables: StepTables) -> ReferenceStep:
+        """As ``prepare``: there is one line for all steps."""
+        return self.prepare(tables)
+
     def _segment(self, tables: StepTables, number: int, part: range) -> RequestRows:
         """Lists what the rows of these positions read."""
-        positions_t = tables.positions_T[_rows_at(tables, number, part)]
+        positions_t = tables.positions_T[rows_at(tables, number, part)]
         oldest = max(0, part.start - self.sliding_window + 1)
-        window_rows = _ring_rows(tables, number, oldest, tables.pool.spec.window_rows)
+        window_rows = ring_rows(tables, number, oldest, tables.pool.spec.window_rows)
         age_tK = positions_t[:, None] - torch.arange(oldest, part.stop, device=positions_t.device)
         visible_tK = (age_tK >= 0) & (age_tK < self.sliding_window)
         entries = {ratio: _read_entries(tables, number, ratio, part) for ratio in tables.pool.layout.ratios}
-        key_rows = _rows_at(tables, number, range(oldest, part.stop))
-        return RequestRows(number, _rows_at(tables, number, part), window_rows, key_rows, visible_tK, entries)
+        key_rows = rows_at(tables, number, range(oldest, part.stop))
+        return RequestRows(number, rows_at(tables, number, part), window_rows, key_rows, visible_tK, entries)
 
 
 def _parts(tables: StepTables, number: int) -> Iterator[range]:
@@ -192,26 +174,9 @@ def _parts(tables: StepTables, number: int) -> Iterator[range]:
         start = stop
 
 
-def _rows_at(tables: StepTables, number: int, positions: range) -> slice:
-    """Returns the rows of the step that a request has at these positions; what lies before the step is left out."""
-    before = tables.rows[number].start - tables.starts[number]
-    return slice(before + max(positions.start, tables.starts[number]), before + positions.stop)
-
-
-def _ring_rows(tables: StepTables, number: int, oldest: int, num_rows: int) -> torch.Tensor:
-    """Returns the rows of a ring that hold a request's positions from ``oldest`` to where the step begins."""
-    older = torch.arange(oldest, max(oldest, tables.starts[number]), device=tables.positions_T.device)
-    return tables.slots[number] * num_rows + older % num_rows
-
-
 def _read_entries(tables: StepTables, number: int, ratio: int, positions: range) -> RequestEntries:
-    positions_t = tables.positions_T[_rows_at(tables, number, positions)]
-    windows = range(positions.start // ratio, positions.stop // ratio)
-    oldest = first_row(windows.start, ratio)
-    state_rows = _ring_rows(tables, number, oldest, tables.pool.spec.state_rows(ratio))
-    new_rows = _rows_at(tables, number, range(oldest, positions.stop))
-    entries_C = torch.arange(windows.stop, device=positions_t.device)
-    per_block = BLOCK_TOKENS // ratio
-    entry_rows = tables.blocks_RB[number, entries_C // per_block] * per_block + entries_C % per_block
-    visible_tC = entries_C < ((positions_t + 1) // ratio)[:, None]
-    return RequestEntries(windows, state_rows, new_rows, entry_rows, visible_tC)
+    positions_t = tables.positions_T[rows_at(tables, number, positions)]
+    found = range(positions.stop // ratio)
+    visible_tC = torch.arange(len(found), device=positions_t.device) < ((positions_t + 1) // ratio)[:, None]
+    writes = EntryWrites.of_positions(tables, number, ratio, positions)
+    return RequestEntries(writes, entry_rows(tables, number, ratio, found), visible_tC)

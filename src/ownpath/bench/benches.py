@@ -46,11 +46,17 @@ BENCHES = {
     "linear": Bench("linear:measured_nvfp4", "NVFP4 linears", linear_shape, OpKind.LINEAR, NVFP4),
     "fp8": Bench("linear:measured_fp8", "FP8 linears", linear_shape, OpKind.LINEAR, FP8_BLOCK),
     "attend": Bench("attend:measured", "decode attention", partial(family_cases, "attend"), OpKind.ATTEND),
+    "attend_chunk": Bench(
+        "attend_chunk:measured", "attention of chunks", partial(family_cases, "chunks"), OpKind.ATTEND_CHUNK
+    ),
     "scores": Bench("scores:measured", "the indexer's scores", partial(family_cases, "scores"), OpKind.INDEX_SCORES),
     "select": Bench("select:measured", "the selection by scores", partial(family_cases, "select"), OpKind.SELECT),
     "angles": Bench("angles:measured", "a decode step's angles", partial(family_cases, "angles"), OpKind.STEP_ANGLES),
     "entries": Bench(
         "entries:measured", "a decode step's cache writes", partial(family_cases, "entries"), OpKind.ENTRIES
+    ),
+    "chunk_entries": Bench(
+        "chunk_entries:measured", "cache writes of chunks", partial(family_cases, "chunk_entries"), OpKind.CHUNK_ENTRIES
     ),
     "sample": Bench("sample:measured", "the sampler", partial(family_cases, "sample"), OpKind.SAMPLE),
     "step": Bench(

@@ -103,19 +103,19 @@ def make_attend_inputs(
     first_T = number_T - number_T % group
     positions_T = (positions_T[first_T].clamp(max=case.context - group) + number_T % group).clamp(min=0)
     slots_T, spare = slots_T[first_T], 0 if group == 1 else SPARE_MULTIPLE
-    blocks_TB, num_blocks = _blocks(positions_T[(first_T + group - 1).clamp(max=num_rows - 1)], case.context, host)
+    blocks_TB, num_blocks = draw_blocks(positions_T[(first_T + group - 1).clamp(max=num_rows - 1)], case.context, host)
     blocks_TB = blocks_TB[first_T]
     per_block = BLOCK_TOKENS // case.ratio if case.ratio else 0
     ring = WINDOW_ROWS + spare
-    window = _pool(_window_rows(positions_T, slots_T, ring).unique(), (num_rows + 1) * ring, ring, case.fp8, g)
+    window = make_pool(_window_rows(positions_T, slots_T, ring).unique(), (num_rows + 1) * ring, ring, case.fp8, g)
     rows = DecodeRows(*(part.to(device, torch.int32) for part in (positions_T, slots_T, blocks_TB)))
     keys = DecodeKeys(window)
     if case.ratio:
-        visible = _visible_rows(positions_T, blocks_TB, case.ratio)
-        entries = _pool(torch.cat(visible).unique(), num_blocks * per_block, per_block, case.fp8, g)
+        visible = visible_rows(positions_T, blocks_TB, case.ratio)
+        entries = make_pool(torch.cat(visible).unique(), num_blocks * per_block, per_block, case.fp8, g)
         keys = DecodeKeys(window, entries, per_block, case.ratio)
         if case.ratio == 4:
-            rows = rows._replace(**_selection(visible, case.topk, host, device))
+            rows = rows._replace(**draw_selection(visible, case.topk, host, device))
     angles_TF = positions_T.to(device)[:, None] * 10.0 ** (-4 * torch.rand(NUM_PAIRS, generator=g, device=device))
     q = torch.randn(num_rows, case.num_heads, HEAD_DIM, generator=g, device=device)
     q *= 10 ** (2 * torch.rand(num_rows, case.num_heads, 1, generator=g, device=device) - 1)
@@ -133,7 +133,7 @@ def _positions(case: AttendCase, num_rows: int, host: torch.Generator) -> torch.
     return torch.cat((last[:1], telling, mixed))[:num_rows]
 
 
-def _blocks(positions_T: torch.Tensor, context: int, host: torch.Generator) -> tuple[torch.Tensor, int]:
+def draw_blocks(positions_T: torch.Tensor, context: int, host: torch.Generator) -> tuple[torch.Tensor, int]:
     """Returns tables of blocks in random order, and the number of blocks of a pool."""
     counts_T = positions_T // BLOCK_TOKENS + 1
     shuffled = 1 + torch.randperm(int(counts_T.sum()), generator=host)
@@ -149,14 +149,14 @@ def _window_rows(positions_T: torch.Tensor, slots_T: torch.Tensor, ring: int) ->
     return (slots_T[:, None] * ring + position_TK % ring)[position_TK >= 0]
 
 
-def _visible_rows(positions_T: torch.Tensor, blocks_TB: torch.Tensor, ratio: int) -> list[torch.Tensor]:
+def visible_rows(positions_T: torch.Tensor, blocks_TB: torch.Tensor, ratio: int) -> list[torch.Tensor]:
     """Returns each row's entries as rows of the pool, by entry number."""
     keys = DecodeKeys(torch.empty(0), None, BLOCK_TOKENS // ratio, ratio)
     rows = DecodeRows(positions_T, positions_T, blocks_TB)
     return [entry_rows(keys, rows, t) for t in range(len(positions_T))]
 
 
-def _selection(
+def draw_selection(
     visible: list[torch.Tensor], topk: int, host: torch.Generator, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """Selects up to ``topk`` entries of each row at random, as ascending rows of the pool."""
@@ -168,7 +168,7 @@ def _selection(
     return {"selected_TK": selected_TK.to(device), "num_selected_T": counts_T.to(device)}
 
 
-def _pool(owned: torch.Tensor, num_rows: int, page_keys: int, is_fp8: bool, g: torch.Generator) -> torch.Tensor:
+def make_pool(owned: torch.Tensor, num_rows: int, page_keys: int, is_fp8: bool, g: torch.Generator) -> torch.Tensor:
     """Makes a pool that holds keys in the owned rows and NaN elsewhere."""
     owned = owned.to(g.device)
     keys = torch.randn(len(owned), HEAD_DIM, generator=g, device=g.device).bfloat16()
@@ -197,17 +197,31 @@ def write_pages(pages: torch.Tensor, rows_K: torch.Tensor, keys_KH: torch.Tensor
 
 def exact_attention(inputs: AttendInputs) -> Exact:
     """Computes o in float64 from queries rounded as the operation says, with the error that rounding may cause."""
-    is_stepwise = inputs.weights.is_stepwise
-    q_TNH = (rms_norm_stepwise if is_stepwise else rms_norm)(inputs.q_TNH, None, inputs.weights.eps)
-    q_TNH = rotate_pairs(q_TNH, inputs.cos_TF, inputs.sin_TF).double()
+
+    def keys_of(t: int) -> torch.Tensor:
+        return gather_keys(inputs.keys, inputs.rows, t, torch.float64, inputs.weights.spare)
+
+    return exact_rows(inputs.q_TNH, (inputs.cos_TF, inputs.sin_TF), keys_of, inputs.weights)
+
+
+def exact_rows(
+    q_TNH: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor],
+    keys_of: Callable[[int], torch.Tensor],
+    weights: AttendWeights,
+) -> Exact:
+    """Computes o from raw queries. keys_of: returns the float64 keys [K, H] of a row."""
+    is_stepwise = weights.is_stepwise
+    q_TNH = (rms_norm_stepwise if is_stepwise else rms_norm)(q_TNH, None, weights.eps)
+    q_TNH = rotate_pairs(q_TNH, *angles).double()
     value, bound = torch.empty_like(q_TNH), torch.empty_like(q_TNH)
     for t, q_NH in enumerate(q_TNH):
-        keys_KH = gather_keys(inputs.keys, inputs.rows, t, torch.float64, inputs.weights.spare)
-        sink_N, scale = inputs.weights.sink_N.double(), inputs.weights.softmax_scale
+        keys_KH = keys_of(t)
+        sink_N, scale = weights.sink_N.double(), weights.softmax_scale
         # Stepwise, a mean or a root at the edge of two numbers may be either.
         error_NH = 2 * rounding(torch.bfloat16) * q_NH.abs() if is_stepwise else None
         value[t], bound[t] = exact_row(q_NH, keys_KH, sink_N, scale, error_NH=error_NH)
-    cos, sin = inputs.cos_TF.double(), inputs.sin_TF.double()
+    cos, sin = (angle.double() for angle in angles)
     turned = rotate_pairs(value, cos, -sin)
     # Both channels of a pair may be off, by as much as either: |cos| + |sin| is below 1.5.
     pairs = bound[..., -2 * NUM_PAIRS :].unflatten(-1, (-1, 2)).amax(-1, keepdim=True).expand(-1, -1, -1, 2)

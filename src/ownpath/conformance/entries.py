@@ -215,11 +215,11 @@ def judge_step(before: WritingStep, after: WritingStep) -> None:
     """Judges what a step wrote, keys without a rounding to fewer bits. Errors: AssertionError naming the pool."""
     weights, rows = before.weights, before.rows
     ring_T = _ring_rows(rows, weights.window_rows)
-    _judge_untouched("window", before.pools.window, after.pools.window, ring_T)
+    judge_untouched("window", before.pools.window, after.pools.window, ring_T)
     raw_TH = before.raw.kv_TH.double()
     angles = before.angles.cos_TF, before.angles.sin_TF
     exact = exact_key(Exact(raw_TH, torch.zeros_like(raw_TH)), weights.kv_norm, angles)
-    _assert_rounded(after.pools.window[ring_T], exact, KEY_ROUNDINGS, "window")
+    assert_rounded(after.pools.window[ring_T], exact, KEY_ROUNDINGS, "window")
     for old, new in zip(before.compressors, after.compressors, strict=True):
         _judge_compressor(before, old, new)
 
@@ -227,12 +227,12 @@ def judge_step(before: WritingStep, after: WritingStep) -> None:
 def _judge_compressor(before: WritingStep, old: CompressorPools, new: CompressorPools) -> None:
     name, weights, raw = old.name, old.weights, old.raw_TP2
     ring_T = _ring_rows(before.rows, before.weights.state_rows(weights))
-    _judge_untouched(f"{name} state", old.state, new.state, ring_T)
+    judge_untouched(f"{name} state", old.state, new.state, ring_T)
     assert torch.equal(new.state[ring_T], raw), f"{name} state"
     ends_E = ((before.rows.positions_T + 1) % weights.ratio == 0).nonzero()[:, 0]
     ending = RowPlaces(*(one[ends_E].long() for one in before.rows))
     entry_E = _entry_rows(ending, weights)
-    _judge_untouched(f"{name} entries", old.entries, new.entries, entry_E)
+    judge_untouched(f"{name} entries", old.entries, new.entries, entry_E)
     if not len(ends_E):
         return
     cos_TF, sin_TF = before.angles.first_cos_TF, before.angles.first_sin_TF
@@ -244,21 +244,22 @@ def _judge_compressor(before: WritingStep, old: CompressorPools, new: Compressor
         state[ring_T] = raw  # no row that an entry may read is replaced
     pooled = exact_pool(raw[ends_E], ending, state, weights, spare=before.weights.spare)
     exact = exact_key(pooled, weights.norm, (cos_TF[ends_E], sin_TF[ends_E]))
-    _assert_rounded(new.entries[entry_E], exact, KEY_ROUNDINGS + 1, f"{name} entries")
+    assert_rounded(new.entries[entry_E], exact, KEY_ROUNDINGS + 1, f"{name} entries")
 
 
-def _assert_rounded(found: Tensor, exact: Exact, num_roundings: int, what: str) -> None:
+def assert_rounded(found: Tensor, exact: Exact, num_roundings: int, what: str) -> None:
     """Asserts that elements are within their bounds, and in the mean no farther off than independent roundings are."""
     assert_allowed(found, exact, what)
     distance, allowed = relative_l2(found, exact.value), MAX_REL_L2 * math.sqrt(num_roundings)
     assert distance <= allowed, f"{what}: relative L2 {distance:.2e}"
 
 
-def _judge_untouched(name: str, before: Tensor, after: Tensor, written: Tensor) -> None:
+def judge_untouched(name: str, before: Tensor, after: Tensor, written: Tensor | None = None) -> None:
+    """Asserts that all rows but those that are written keep their bits."""
     kept = torch.ones(len(before), dtype=torch.bool, device=before.device)
-    kept[written] = False
-    as_integers = torch.int16 if before.dtype.itemsize == 2 else torch.int32
-    same = torch.equal(before.view(as_integers)[kept], after.view(as_integers)[kept])
+    if written is not None:
+        kept[written] = False
+    same = torch.equal(before.view(torch.uint8)[kept], after.view(torch.uint8)[kept])
     assert same, f"{name}: a row changed that the step does not write"
 
 

@@ -106,10 +106,20 @@ class KernelSpec:
         """True if a call waits for values on the host, so that no graph can hold it: torch's experts ask which experts
         were chosen, torch's decode steps how long rows are, torch's sampler which rows draw, torch's exchanges for the
         other ranks."""
-        kinds = (OpKind.MOE, OpKind.ENTRIES, OpKind.SELECT, OpKind.ATTEND, OpKind.SAMPLE)
-        return self.is_torch and (self.kind in kinds or self.kind.is_exchange)
+        return self.is_torch and (self.kind in _HOST_READERS or self.kind.is_exchange)
 
 
+_HOST_READERS = frozenset(
+    {
+        OpKind.MOE,
+        OpKind.ENTRIES,
+        OpKind.CHUNK_ENTRIES,
+        OpKind.SELECT,
+        OpKind.ATTEND,
+        OpKind.ATTEND_CHUNK,
+        OpKind.SAMPLE,
+    }
+)
 _QUANTIZER_WHY = {
     Step.FP8_INPUTS: "input in E4M3 with a power-of-two scale per 1 x 128",
     Step.NVFP4_INPUTS: "input in NVFP4 with the file's input_scale",

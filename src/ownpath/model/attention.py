@@ -10,12 +10,15 @@ from dataclasses import dataclass
 
 import torch
 
+from ownpath.attention.chunks import ChunkLayer
 from ownpath.attention.decode import DecodeLayer
 from ownpath.attention.interface import (
     AttentionBackend,
     AttentionLayer,
     AttentionStep,
+    ChunkStep,
     DecodeStep,
+    PreparedStep,
     Products,
     Projected,
 )
@@ -54,7 +57,7 @@ class Attention:
     compress, at least float32: the compressor's raw rows [T, 2P], and in CSA layers index weights [T, I] and the raw
     rows of index keys. q_head_norm: the norm of each query head, without a weight. quantize_kv: rounds keys to the
     cache's format; the identity without one. core: (rows, step) -> [T, N, H]. decode: what takes the place of norms,
-    rotations and ``core`` in a decode step.
+    rotations and ``core`` in a decode step; chunk: of those of queries and of ``core`` in a step with chunks.
     """
 
     config: ModelConfig
@@ -70,16 +73,20 @@ class Attention:
     indexer: Indexer | None
     core: Callable[[Projected, AttentionStep], torch.Tensor]
     decode: DecodeLayer | None
+    chunk: ChunkLayer | None
     backend: AttentionBackend
     tap_q: Tap
     tap_kv: Tap
 
-    def __call__(self, x_TD: torch.Tensor, rotation: Rotation, step: AttentionStep | DecodeStep) -> torch.Tensor:
+    def __call__(self, x_TD: torch.Tensor, rotation: Rotation, step: PreparedStep) -> torch.Tensor:
         """Maps x [T, D] -> [T, D]. step: prepared by the backend from the tables of these rows."""
         rows = self._multiply(x_TD)
         if isinstance(step, DecodeStep):
             assert self.decode is not None, "no decode step is planned"
             o_TNH, left = self.decode(rows, step), step.undone
+        elif isinstance(step, ChunkStep):
+            assert self.chunk is not None, "no step with chunks is planned"
+            o_TNH, left = self.chunk(rows, self._keys(rows, rotation), rotation, step), step.undone
         else:
             o_TNH, left = self.core(self._project(rows, rotation), step), rotation
         return self.wo_b(self.wo_a(o_TNH, left.angles).flatten(1))
@@ -98,10 +105,14 @@ class Attention:
         index_q_TIH = index_q[0].unflatten(-1, (config.index_n_heads, config.index_head_dim))
         return Products(q_TNH, kv_TH, compressor_rows, indexer_rows, index_q_TIH, index_weights_TI)
 
+    def _keys(self, rows: Products, rotation: Rotation) -> torch.Tensor:
+        """Norms and rotates the window's keys, and rounds them to their cache's format."""
+        return self.tap_kv(self.quantize_kv(rotation.apply(self.kv_norm(rows.kv_TH))))
+
     def _project(self, rows: Products, rotation: Rotation) -> Projected:
         """Norms and rotates, and rounds keys to their cache's format."""
         q_TNH = self.tap_q(rotation.apply(self.q_head_norm(rows.q_TNH)))
-        kv_TH = self.tap_kv(self.quantize_kv(rotation.apply(self.kv_norm(rows.kv_TH))))
+        kv_TH = self._keys(rows, rotation)
         if self.indexer is None:
             return Projected(q_TNH, kv_TH, rows.compressor_rows)
         assert rows.index_q_TIH is not None

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ownpath.attention.interface import AttentionStep, DecodeStep
+from ownpath.attention.interface import PreparedStep
 from ownpath.attention.rope import Rotation
 from ownpath.cache.tables import StepTables
 from ownpath.model.attention import Attention
@@ -61,12 +61,12 @@ class Block:
     hc_ffn: HyperBoundary
     ffn: FeedForward
 
-    def prepare(self, tables: StepTables) -> AttentionStep | DecodeStep:
+    def prepare(self, tables: StepTables) -> PreparedStep:
         """Prepares a step for this layer's attention, which serves all layers of the model."""
         return self.attn.backend.prepare(tables)
 
     def __call__(
-        self, residual: Residual, rotation: Rotation, token_ids_T: torch.Tensor, step: AttentionStep | DecodeStep
+        self, residual: Residual, rotation: Rotation, token_ids_T: torch.Tensor, step: PreparedStep
     ) -> Residual:
         """Runs the layer. step: prepared from the tables of these rows."""
         at = residual.enter(self.hc_attn)

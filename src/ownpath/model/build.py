@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ownpath.attention.chunks import ChunkLayer
 from ownpath.attention.compress import Compressor
 from ownpath.attention.decode import DecodeLayer, PagedAttention
 from ownpath.attention.interface import AttentionLayer
@@ -29,6 +30,8 @@ from ownpath.official import Step
 from ownpath.ranks.peers import Alone, Peers
 from ownpath.runners import (
     CacheEntries,
+    ChunkAttention,
+    ChunkEntries,
     DecodeAttention,
     Exchange,
     GatherColumns,
@@ -209,6 +212,7 @@ class Builder:
             indexer=self._indexer(layer) if is_csa else None,
             core=self.ledger.watch(f"{attn}.core", self._core(layer_idx, compress_rope, quantize_kv)),
             decode=self._decode(layer_idx),
+            chunk=self._chunk(layer_idx),
             backend=self._paged or ReferenceAttention(self.config.sliding_window),
             tap_q=self._tap(layer, "attn.q"),
             tap_kv=self._tap(layer, "attn.kv"),
@@ -240,39 +244,61 @@ class Builder:
         ropes = (Rope.for_layer(config, compressing, device) for compressing in (False, True))
         frequencies = Frequencies(*(rope.freqs_F for rope in ropes))
         angles = self.ledger.watch(slot, RotaryAngles(frequencies, kernel=self.specs[slot]))
-        return PagedAttention(ReferenceAttention(config.sliding_window), angles)
+        has_chunks = any(slot.endswith(".attn.chunk.attend") for slot in self.specs)
+        return PagedAttention(ReferenceAttention(config.sliding_window), angles, has_chunks)
 
     def _decode(self, layer_idx: int) -> DecodeLayer | None:
         """Builds a layer's line of a decode step; ``None`` where none is planned."""
         layer = self._layers[layer_idx]
-        attn, config = f"{layer.name}.attn", self.config
+        attn, is_csa = f"{layer.name}.attn", layer.ratio == CSA_RATIO
         if f"{attn}.decode.attend" not in self.specs:
             return None
-        norm = NormWeights(self.params[f"{attn}.kv_norm.weight"], config.rms_norm_eps)
-        main = self._compressor_weights(f"{attn}.compressor", layer.ratio) if layer.ratio else None
-        is_csa = layer.ratio == CSA_RATIO
-        index = self._compressor_weights(f"{attn}.indexer.compressor", layer.ratio) if is_csa else None
-        sink_N, num_rotary = self.params[f"{attn}.attn_sink"], config.qk_rope_head_dim
-        steps = {name: self._steps(f"{attn}.decode.{name}") for name in ("entries", "attend")}
-        keys = KeyRounding.FP8 if Step.KV in steps["entries"] else KeyRounding.NONE
-        index_keys = KeyRounding.FP4 if Step.INDEXER in steps["entries"] else KeyRounding.NONE
-        spare = spare_rows(self.engine.rows_per_request)
-        written = EntriesWeights(norm, main, index, keys=keys, index_keys=index_keys, spare=spare)
-        is_stepwise = Step.Q_HEAD_NORM in steps["attend"]
-        weights = AttendWeights(sink_N, config.softmax_scale, config.rms_norm_eps, num_rotary, is_stepwise, spare)
-
-        def watch(name: str, make: Callable[..., Runner], *args: object) -> Any:
-            slot = f"{attn}.decode.{name}"
-            return self.ledger.watch(slot, make(*args, kernel=self.specs[slot]))
-
+        watch = partial(self._of_line, f"{attn}.decode")
         return DecodeLayer(
             layer_idx,
             layer.ratio,
-            write=watch("entries", CacheEntries, written),
-            attend=watch("attend", DecodeAttention, weights),
+            write=watch("entries", CacheEntries, self._entries_weights(layer, "decode")),
+            attend=watch("attend", DecodeAttention, self._attend_weights(attn, "decode")),
             score=watch("scores", IndexScores) if is_csa else None,
-            select=watch("select", Select, config.index_topk) if is_csa else None,
+            select=watch("select", Select, self.config.index_topk) if is_csa else None,
         )
+
+    def _chunk(self, layer_idx: int) -> ChunkLayer | None:
+        """Builds a layer's line of a step with chunks; ``None`` where none is planned."""
+        layer = self._layers[layer_idx]
+        attn, is_csa = f"{layer.name}.attn", layer.ratio == CSA_RATIO
+        if f"{attn}.chunk.attend" not in self.specs:
+            return None
+        watch = partial(self._of_line, f"{attn}.chunk")
+        return ChunkLayer(
+            layer_idx,
+            layer.ratio,
+            write=watch("entries", ChunkEntries, self._entries_weights(layer, "chunk")),
+            attend=watch("attend", ChunkAttention, self._attend_weights(attn, "chunk")),
+            score=watch("scores", IndexScores) if is_csa else None,
+            select=watch("select", Select, self.config.index_topk) if is_csa else None,
+        )
+
+    def _of_line(self, line: str, name: str, make: Callable[..., Runner], *args: object) -> Any:
+        """Makes a runner of a line, watched."""
+        return self.ledger.watch(f"{line}.{name}", make(*args, kernel=self.specs[f"{line}.{name}"]))
+
+    def _attend_weights(self, attn: str, line: str) -> AttendWeights:
+        config, is_stepwise = self.config, Step.Q_HEAD_NORM in self._steps(f"{attn}.{line}.attend")
+        fixed = config.softmax_scale, config.rms_norm_eps, config.qk_rope_head_dim, is_stepwise
+        return AttendWeights(self.params[f"{attn}.attn_sink"], *fixed, spare_rows(self.engine.rows_per_request))
+
+    def _entries_weights(self, layer: Layer, line: str) -> EntriesWeights:
+        """Returns what a line's cache writes of a layer read."""
+        attn, is_csa = f"{layer.name}.attn", layer.ratio == CSA_RATIO
+        norm = NormWeights(self.params[f"{attn}.kv_norm.weight"], self.config.rms_norm_eps)
+        main = self._compressor_weights(f"{attn}.compressor", layer.ratio) if layer.ratio else None
+        index = self._compressor_weights(f"{attn}.indexer.compressor", layer.ratio) if is_csa else None
+        steps = self._steps(f"{attn}.{line}.entries")
+        keys = KeyRounding.FP8 if Step.KV in steps else KeyRounding.NONE
+        index_keys = KeyRounding.FP4 if Step.INDEXER in steps else KeyRounding.NONE
+        spare = spare_rows(self.engine.rows_per_request)
+        return EntriesWeights(norm, main, index, keys=keys, index_keys=index_keys, spare=spare)
 
     def _steps(self, slot: str) -> frozenset[Step]:
         """Returns the steps that a companion's kernel computes as the published code does."""

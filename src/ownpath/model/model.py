@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ownpath.attention.decode import PagedAttention
-from ownpath.attention.interface import AttentionStep, DecodeStep
+from ownpath.attention.interface import DecodeStep, PreparedStep
 from ownpath.attention.rope import Rope
 from ownpath.cache.pools import CachePool, CacheSpec, SequenceCache
 from ownpath.cache.tables import DecodeTables
@@ -109,9 +109,7 @@ class Model:
         batch.tables.extend()
         return residual
 
-    def _backbone(
-        self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, step: AttentionStep | DecodeStep
-    ) -> Residual:
+    def _backbone(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, step: PreparedStep) -> Residual:
         if isinstance(step, DecodeStep):
             sliding, compress = step.rotations
             token_ids_T = token_ids_T.int()  # as a decoder's are: kernels are compiled for one kind of ids

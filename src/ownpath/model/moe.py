@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ownpath.attention.interface import AttentionStep, DecodeStep
+from ownpath.attention.interface import DecodeStep, PreparedStep
 from ownpath.runners import SwigluMlp
 
 ChooseExperts = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -35,13 +35,13 @@ class MoE:
         return self
 
     def __call__(
-        self, x_TD: torch.Tensor, token_ids_T: torch.Tensor, step: AttentionStep | DecodeStep
+        self, x_TD: torch.Tensor, token_ids_T: torch.Tensor, step: PreparedStep
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the output of the routed experts and of the shared one, [T, D] each."""
         return self.experts(x_TD, *self.route(x_TD, token_ids_T, step)), self.shared_experts(x_TD)
 
     def route(
-        self, x_TD: torch.Tensor, token_ids_T: torch.Tensor, step: AttentionStep | DecodeStep
+        self, x_TD: torch.Tensor, token_ids_T: torch.Tensor, step: PreparedStep
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns expert ids and weights [T, K]."""
         router = self.router

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from ownpath.attention.interface import AttentionStep, DecodeStep
+from ownpath.attention.interface import PreparedStep
 from ownpath.model.moe import MoE
 from ownpath.runners import GatherRows, Linear, Turn
 
@@ -24,7 +24,7 @@ class FeedForward(Protocol):
     def moe(self) -> MoE: ...
 
     def __call__(
-        self, x_TD: torch.Tensor, token_ids_T: torch.Tensor, step: AttentionStep | DecodeStep
+        self, x_TD: torch.Tensor, token_ids_T: torch.Tensor, step: PreparedStep
     ) -> tuple[torch.Tensor, torch.Tensor | None]: ...
 
 
@@ -46,9 +46,7 @@ class ReducedMoE:
     moe: MoE
     reduce: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-    def __call__(
-        self, x_TD: torch.Tensor, token_ids_T: torch.Tensor, step: AttentionStep | DecodeStep
-    ) -> tuple[torch.Tensor, None]:
+    def __call__(self, x_TD: torch.Tensor, token_ids_T: torch.Tensor, step: PreparedStep) -> tuple[torch.Tensor, None]:
         """Returns the output, in one part."""
         return self.reduce(*self.moe(x_TD, token_ids_T, step)), None
 

@@ -153,6 +153,19 @@ def decode_ops(config: ModelConfig, layer: Layer) -> Iterator[CompanionSpec]:
     yield CompanionSpec(f"{attn}.attend", OpKind.ATTEND, key_dims, Q_HEAD_NORM)
 
 
+def chunk_ops(config: ModelConfig, layer: Layer) -> Iterator[CompanionSpec]:
+    """Yields what takes the place of norms and rotations of queries and of ``attn.core`` in any other step."""
+    attn, is_csa = f"{layer.name}.attn.chunk", layer.ratio == CSA_RATIO
+    key_dims = config.head_dim, config.qk_rope_head_dim
+    writes = frozenset({Step.KV, Step.INDEXER} if is_csa else {Step.KV})
+    yield CompanionSpec(f"{attn}.entries", OpKind.CHUNK_ENTRIES, key_dims, writes)
+    if is_csa:
+        index_dims = config.index_head_dim, config.qk_rope_head_dim
+        yield CompanionSpec(f"{attn}.scores", OpKind.INDEX_SCORES, index_dims, INDEXER)
+        yield CompanionSpec(f"{attn}.select", OpKind.SELECT, (config.index_topk,))
+    yield CompanionSpec(f"{attn}.attend", OpKind.ATTEND_CHUNK, key_dims, Q_HEAD_NORM)
+
+
 def route_op(config: ModelConfig, layer: Layer) -> CompanionSpec:
     """Returns what takes the place of gate and router in a decode step, where the gate is stored unquantised."""
     sizes = config.n_routed_experts, config.hidden_size, config.num_experts_per_tok

@@ -38,6 +38,7 @@ class Plan:
     stored_dtypes: parameter -> its dtype on disk.
     unread_inputs: scales of inputs that no planned kernel reads.
     caches: the formats of keys. no_decode: why decode steps run on ``attn.core`` too; empty where they have kernels.
+    no_chunks: why prompts do; empty where they have kernels.
     parallel: the plan's rank. param_regions: the regions of parameters that this rank has in part, by key.
     """
 
@@ -57,6 +58,7 @@ class Plan:
     unread_inputs: tuple[str, ...] = ()
     caches: tuple[PlannedCache, ...] = ()
     no_decode: str = ""
+    no_chunks: str = ""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -91,6 +93,12 @@ class Plan:
             )
             for slot, choices in decided.items()
         }
+
+    @property
+    def idle_slots(self) -> frozenset[str]:
+        """Companions that no step runs: where chunks have a line of kernels, those that it takes the place of."""
+        replaced = () if self.no_chunks else (".attn.core", ".attn.q_head_norm", ".attn.indexer.quantizer")
+        return frozenset(op.spec.slot for op in self.companions if op.spec.slot.endswith(replaced))
 
     def ops_of(self, slot: str) -> tuple[PlannedOp, ...]:
         return tuple(op for op in self.ops if op.spec.slot == slot)
@@ -154,6 +162,7 @@ def make_plan(
         unread_inputs,
         planner.caches,
         planner.no_decode,
+        planner.no_chunks,
     )
 
 
@@ -184,4 +193,4 @@ def replan(plan: Plan, caps: Caps, demands: Demands) -> Plan:
     ops = tuple(replace(new, elsewhere=old.elsewhere) for new, old in zip(decided_ops, plan.ops, strict=True))
     companions = planner.companions(ops, loads_draft=plan.draft.num_modules > 0)
     decided = replace(plan, caps=caps, demands=demands, ops=ops, companions=companions)
-    return replace(decided, caches=planner.caches, no_decode=planner.no_decode)
+    return replace(decided, caches=planner.caches, no_decode=planner.no_decode, no_chunks=planner.no_chunks)

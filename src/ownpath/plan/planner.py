@@ -24,6 +24,7 @@ from ownpath.plan.opspec import (
     CompanionSpec,
     OpSpec,
     angles_op,
+    chunk_ops,
     companion_ops,
     decode_ops,
     draft_companions,
@@ -128,6 +129,8 @@ class Planner:
             if self.no_decode:
                 continue
             yield from decode_ops(self.config, layer)
+            if not self.no_chunks:
+                yield from chunk_ops(self.config, layer)
             if f"{layer.name}.ffn.gate" in plain and self._can_route(route_op(self.config, layer)):
                 yield route_op(self.config, layer)
 
@@ -145,6 +148,20 @@ class Planner:
             choice = select(spec.kind, None, self.caps, SPECS, self.demands, spec.dims, steps)
             if isinstance(choice, Refusal):
                 return f"{spec.slot}: {choice.reason}"
+        return ""
+
+    @cached_property
+    def no_chunks(self) -> str:
+        """The reason that prompts have no kernels of their own; empty if they have, beside those of decode steps."""
+        if self.no_decode:
+            return self.no_decode
+        specs = chain.from_iterable(chunk_ops(self.config, layer) for layer in self.config.backbone_layers())
+        for spec in specs:
+            choice = select(spec.kind, None, self.caps, SPECS, self.demands, spec.dims, steps_of(spec, None))
+            if isinstance(choice, Refusal):
+                return f"{spec.slot}: {choice.reason}"
+            if spec.kind is OpKind.ATTEND_CHUNK and choice.kernel.is_torch:
+                return f"torch computes them block by block; {'; '.join(choice.passed_over)}"
         return ""
 
     @property

@@ -115,6 +115,7 @@ def _setting_parts(plan: Plan) -> list[RenderableType]:
     demands += ", every row's bits independent of the others (batch-invariant)" * plan.demands.is_batch_invariant
     parts = [fact("device", plan.caps.name), fact("activations", demands)]
     parts.append(fact("decode steps", _decode_line(plan)))
+    parts.append(fact("prompts", _prompt_line(plan)))
     parts.append(fact("numerics", numerics_name(plan.demands.official)))
     chosen = {step: "official" if is_official(plan, step) else "plain" for step in Step}
     return [*parts, *(fact(step, f"{name} ({MEANING[step]})", indent=2) for step, name in chosen.items())]
@@ -132,6 +133,10 @@ def _passed_over_parts(plan: Plan) -> list[RenderableType]:
 
 def _decode_line(plan: Plan) -> str:
     return f"on attn.core, as prompts: {plan.no_decode}" if plan.no_decode else "on kernels of their own, attn.decode"
+
+
+def _prompt_line(plan: Plan) -> str:
+    return f"on attn.core: {plan.no_chunks}" if plan.no_chunks else "on kernels of their own, attn.chunk"
 
 
 def _draft_line(draft: Draft) -> str:
@@ -165,6 +170,7 @@ def plan_dict(plan: Plan) -> dict[str, object]:
         "numerics": {step: "official" if is_official(plan, step) else "plain" for step in Step},
         "caches": [asdict(cache) for cache in plan.caches],
         "decode_steps": _decode_line(plan),
+        "prompts": _prompt_line(plan),
     }
     return plan_level | {
         "ops": ops,

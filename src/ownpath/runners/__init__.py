@@ -15,7 +15,15 @@ from ownpath.runners.companions import (
     SharedKeyAttention,
     SwiGLU,
 )
-from ownpath.runners.decode import CacheEntries, DecodeAttention, IndexScores, RotaryAngles, Select
+from ownpath.runners.decode import (
+    CacheEntries,
+    ChunkAttention,
+    ChunkEntries,
+    DecodeAttention,
+    IndexScores,
+    RotaryAngles,
+    Select,
+)
 from ownpath.runners.exchange import (
     CombineRows,
     DispatchRows,
@@ -45,6 +53,8 @@ from ownpath.runners.window import open_window
 
 __all__ = [
     "CacheEntries",
+    "ChunkAttention",
+    "ChunkEntries",
     "CombineRows",
     "ConcatLinear",
     "DecodeAttention",

@@ -1,4 +1,5 @@
-"""Runners of a decode step's attention: cache writes, index scores, selection and attention over the pool.
+"""Runners of lines of kernels: cache writes, index scores, selection and attention over the pool, of decode steps and
+of chunks.
 
 They take the arguments of their kernels, whose types are in the families' ``types.py``.
 """
@@ -8,6 +9,8 @@ import torch
 import ownpath.runners.decode_ops  # noqa: F401, defines the operations that the runners call while torch compiles
 from ownpath.kernels.angles.types import Frequencies, StepAnglesKernel, views_of
 from ownpath.kernels.attend.types import AttendKernel, AttendWeights, DecodeKeys, DecodeRows
+from ownpath.kernels.chunk_entries.types import ChunkEntriesKernel, ChunkPlaces, EndingRows
+from ownpath.kernels.chunks.types import ChunkKernel, ChunkKeys, ChunkRows
 from ownpath.kernels.contract import NormWeights
 from ownpath.kernels.entries.types import (
     CompressorWeights,
@@ -29,10 +32,16 @@ from ownpath.runners.runner import KernelOrName, KernelRunner, chosen_spec
 __all__ = [
     "AttendWeights",
     "CacheEntries",
+    "ChunkAttention",
+    "ChunkEntries",
+    "ChunkKeys",
+    "ChunkPlaces",
+    "ChunkRows",
     "CompressorWeights",
     "DecodeAttention",
     "DecodeKeys",
     "DecodeRows",
+    "EndingRows",
     "EntriesWeights",
     "EntryAngles",
     "Frequencies",
@@ -95,6 +104,30 @@ class CacheEntries(KernelRunner):
             torch.ops.ownpath.cache_entries(*raw, *angles, *rows, *pools, self.handle)
             return
         self.kernel.run(raw, angles, rows, pools, self.operand)
+
+
+class ChunkEntries(KernelRunner):
+    """Writes the entries that a step with chunks finishes to one layer's caches, and gathers its near keys: [W, H]."""
+
+    def __init__(self, weights: EntriesWeights, *, kernel: KernelOrName = "ref.chunk_entries") -> None:
+        self.spec = chosen_spec(kernel)
+        self.kernel: ChunkEntriesKernel[object] = KERNELS[self.spec.name]
+        self.operand = self.kernel.prepare(weights)
+        self.handle = HANDLES.new(self)
+
+    def variant(self, raw: RawRows, *_: object) -> str | None:
+        """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""
+        return self.kernel.variant(raw, self.operand)
+
+    def run(self, raw: RawRows, ends: EndingRows, places: ChunkPlaces, pools: LayerPools) -> torch.Tensor:
+        """Writes in place and gathers. Errors: ValueError naming an argument that the kernel refuses."""
+        return self.kernel.run(raw, ends, places, pools, self.operand)
+
+    def __call__(self, raw: RawRows, ends: EndingRows, places: ChunkPlaces, pools: LayerPools) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            near_WH: torch.Tensor = torch.ops.ownpath.chunk_entries(*raw, *ends, *places, *pools, self.handle)
+            return near_WH
+        return self.kernel.run(raw, ends, places, pools, self.operand)
 
 
 class IndexScores(KernelRunner):
@@ -179,5 +212,35 @@ class DecodeAttention(KernelRunner):
     ) -> torch.Tensor:
         if torch.compiler.is_compiling():
             o_TNH: torch.Tensor = torch.ops.ownpath.decode_attention(q_TNH, cos_TF, sin_TF, *keys, *rows, self.handle)
+            return o_TNH
+        return self.kernel.run(q_TNH, cos_TF, sin_TF, keys, rows, self.operand)
+
+
+class ChunkAttention(KernelRunner):
+    """Attention of raw queries of chunks over near keys and entries in the pool, its rotation undone: [T, N, H]."""
+
+    def __init__(self, weights: AttendWeights, *, kernel: KernelOrName = "ref.attend_chunk") -> None:
+        self.spec, self.weights = chosen_spec(kernel), weights
+        self.kernel: ChunkKernel[object] = KERNELS[self.spec.name]
+        self.operand = self.kernel.prepare(weights)
+        self.handle = HANDLES.new(self)
+
+    def variant(
+        self, q_TNH: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor, keys: ChunkKeys, rows: ChunkRows
+    ) -> str | None:
+        """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""
+        return self.kernel.variant(q_TNH, keys, rows, self.operand)
+
+    def run(
+        self, q_TNH: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor, keys: ChunkKeys, rows: ChunkRows
+    ) -> torch.Tensor:
+        """Attends. Errors: ValueError naming an argument that the kernel refuses."""
+        return self.kernel.run(q_TNH, cos_TF, sin_TF, keys, rows, self.operand)
+
+    def __call__(
+        self, q_TNH: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor, keys: ChunkKeys, rows: ChunkRows
+    ) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            o_TNH: torch.Tensor = torch.ops.ownpath.chunk_attention(q_TNH, cos_TF, sin_TF, *keys, *rows, self.handle)
             return o_TNH
         return self.kernel.run(q_TNH, cos_TF, sin_TF, keys, rows, self.operand)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ownpath.kernels.angles.types import KINDS
 from ownpath.kernels.attend.types import DecodeKeys, DecodeRows
+from ownpath.kernels.chunk_entries.types import ChunkPlaces, EndingRows
+from ownpath.kernels.chunks.types import ChunkKeys, ChunkRows
 from ownpath.kernels.entries.types import EntryAngles, LayerPools, RawRows, RowPlaces
 from ownpath.kernels.scores.types import IndexQuery, PagedRows
 from ownpath.numerics import wide_dtype
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from ownpath.runners.decode import IndexScores, RotaryAngles, Select
 
 NUM_RAW, NUM_ANGLES, NUM_PLACES = len(RawRows._fields), len(EntryAngles._fields), len(RowPlaces._fields)
+NUM_ENDS, NUM_CHUNK_PLACES = len(EndingRows._fields), len(ChunkPlaces._fields)
 
 
 def step_angles(positions: Tensor, runner: "RotaryAngles") -> Tensor:
@@ -34,6 +37,17 @@ def cache_entries(*given: Any) -> None:
     raw, tensors = RawRows(*tensors[:NUM_RAW]), tensors[NUM_RAW:]
     angles, tensors = EntryAngles(*tensors[:NUM_ANGLES]), tensors[NUM_ANGLES:]
     runner.run(raw, angles, RowPlaces(*tensors[:NUM_PLACES]), LayerPools(*tensors[NUM_PLACES:]))
+
+
+def chunk_entries(*given: Any) -> Tensor:
+    """Writes entries and returns near keys: the fields of ``RawRows``, ``EndingRows``, ``ChunkPlaces`` and
+    ``LayerPools``, the runner."""
+    *tensors, runner = given
+    raw, tensors = RawRows(*tensors[:NUM_RAW]), tensors[NUM_RAW:]
+    ends, tensors = EndingRows(*tensors[:NUM_ENDS]), tensors[NUM_ENDS:]
+    places, pools = ChunkPlaces(*tensors[:NUM_CHUNK_PLACES]), LayerPools(*tensors[NUM_CHUNK_PLACES:])
+    near_WH: Tensor = runner.run(raw, ends, places, pools)
+    return near_WH
 
 
 def index_scores(
@@ -58,12 +72,24 @@ def decode_attention(*given: Any) -> Tensor:
     return found
 
 
+def chunk_attention(*given: Any) -> Tensor:
+    """Computes o [T, N, H]: q, cos, sin, the fields of ``ChunkKeys`` and of ``ChunkRows``, the runner."""
+    q, cos, sin, near, entries, per_block, ratio, *rows, runner = given
+    found: Tensor = runner.run(q, cos, sin, ChunkKeys(near, entries, per_block, ratio), ChunkRows(*rows))
+    return found
+
+
 def _fake_angles(positions: Tensor, runner: "RotaryAngles") -> Tensor:
     return positions.new_empty((KINDS, len(positions), runner.num_pairs), dtype=torch.float32)
 
 
 def _fake_entries(*_: object) -> None:
     """Nothing is returned."""
+
+
+def _fake_near(kv: Tensor, *given: Any) -> Tensor:
+    sources = given[NUM_RAW - 1 + NUM_ENDS + NUM_CHUNK_PLACES - 1]
+    return kv.new_empty((len(sources), kv.shape[1]))
 
 
 def _fake_scores(
@@ -96,6 +122,13 @@ DECODE_OPERATIONS = (
         _fake_entries,
     ),
     (
+        "chunk_entries(Tensor kv, Tensor? main, Tensor? index, Tensor? ends, Tensor? cos, Tensor? sin,"
+        " Tensor positions, Tensor requests, Tensor slots, Tensor blocks, Tensor sources, Tensor window, Tensor? state,"
+        " Tensor(a!)? entries, Tensor? index_state, Tensor(b!)? index_entries, int runner) -> Tensor",
+        chunk_entries,
+        _fake_near,
+    ),
+    (
         "index_scores(Tensor q, Tensor weights, Tensor cos, Tensor sin, Tensor keys, Tensor positions, Tensor blocks,"
         " int runner) -> Tensor",
         index_scores,
@@ -110,6 +143,13 @@ DECODE_OPERATIONS = (
         "decode_attention(Tensor q, Tensor cos, Tensor sin, Tensor window, Tensor? entries, int per_block, int ratio,"
         f" {ROWS}, Tensor? selected, Tensor? num_selected, int runner) -> Tensor",
         decode_attention,
+        _fake_attention,
+    ),
+    (
+        "chunk_attention(Tensor q, Tensor cos, Tensor sin, Tensor near, Tensor? entries, int per_block, int ratio,"
+        " Tensor positions, Tensor places, Tensor requests, Tensor blocks, Tensor? selected, Tensor? num_selected,"
+        " int runner) -> Tensor",
+        chunk_attention,
         _fake_attention,
     ),
 )

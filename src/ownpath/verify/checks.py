@@ -4,7 +4,7 @@ from types import MappingProxyType
 
 STAGE_NAMES = ("file", "environment", "load", "kernels", "layers", "ledger")
 """The stages, in the order in which they run."""
-SHARE_OF_BOUND = frozenset({"K01", "K04", "K06", "K07", "K08", "K09", "K11", "V01", "VE01"})
+SHARE_OF_BOUND = frozenset({"K01", "K04", "K06", "K07", "K08", "K09", "K11", "K12", "V01", "VE01"})
 """Checks whose number is an error over what rounding may cause: 1 is the most that is allowed."""
 TITLES = MappingProxyType(
     {
@@ -40,6 +40,7 @@ TITLES = MappingProxyType(
         "K09": "attention: empty rows, window edges, sink",
         "K10": "contracts: dtypes, strides and layouts of every call",
         "K11": "decode steps: entries, index scores, selection, attention",
+        "K12": "chunks of prompts: index scores, selection, attention, caches",
         "V01": "values of each layer, slot by slot, within their budgets",
         "V02": "what leaves each layer, fed with the reference's input",
         "V03": "magnitudes across the depth",
@@ -102,6 +103,7 @@ FAILS_ON = MappingProxyType(
         "K10": "a wrong call that is not refused; a result narrower than the activations",
         "K11": "as K01, over caches full of NaN but for each row's own; a written row that is not the step's; a "
         "selected entry that is not the next best",
+        "K12": "as K11, for many short chunks together and a long one alone",
         "V01": "a value beyond its budget over all rows, or 8 budgets in one; choices that the scores do not explain",
         "V02": "the streams behind a layer beyond their budget",
         "V03": "the largest magnitude of a value more than 8 budgets from the oracle's",

@@ -14,6 +14,7 @@ from ownpath.finding import Finding, Verdict
 from ownpath.oracle.weights import StoredWeights
 from ownpath.verify.kernels.attention import check_attention
 from ownpath.verify.kernels.boundary import check_boundaries
+from ownpath.verify.kernels.chunks import check_chunks
 from ownpath.verify.kernels.clamp import check_clamp
 from ownpath.verify.kernels.decode import check_decode
 from ownpath.verify.kernels.experts import check_experts
@@ -45,6 +46,7 @@ CHECKS: tuple[tuple[str, LayerCheck], ...] = (
     ("K09", check_attention),
     ("K10", check_contracts),
     ("K11", check_decode),
+    ("K12", check_chunks),
 )
 """K04 comes with K01, and K06 of routed experts too."""
 LOAD_REMEDY = "the file and load stages say more of this layer"
@@ -53,7 +55,7 @@ LOAD_REMEDY = "the file and load stages say more of this layer"
 def kernel_stage(
     subject: Subject, progress: StageProgress | None = None, work: Path | None = None
 ) -> Iterator[Finding]:
-    """Runs K01 to K11 on each chosen layer, and on the slots outside all layers if every layer is chosen.
+    """Runs K01 to K12 on each chosen layer, and on the slots outside all layers if every layer is chosen.
 
     work: a folder where findings are saved layer by layer, so that an interrupted run continues from there.
     """

@@ -50,6 +50,11 @@ class LoadedLayer(LoadedPart):
         attn = self.block.attn
         return None if attn.decode is None or attn.backend.reference is attn.backend else attn.backend.prepare(tables)
 
+    def chunk_step(self, tables: StepTables) -> Any:
+        """Prepares a step for the kernels of chunks; ``None`` where none are planned."""
+        attn = self.block.attn
+        return None if attn.chunk is None else attn.backend.prepare_chunks(tables)
+
     def step(self, residual: Residual, batch: ForwardBatch) -> Residual:
         """Runs the layer on one step's rows and extends their sequences' caches."""
         rotation, tables = self.rope.at(batch.positions_T), batch.tables

@@ -42,9 +42,11 @@ _SIGNS = {
     OpKind.INDEX_QUANTIZER: ("A", "A"),
     OpKind.STEP_ANGLES: ("I", ""),
     OpKind.ENTRIES: ("A", ""),
+    OpKind.CHUNK_ENTRIES: ("A", "A"),
     OpKind.INDEX_SCORES: ("A", "W"),
     OpKind.SELECT: ("W", "II"),
     OpKind.ATTEND: ("AWW", "A"),
+    OpKind.ATTEND_CHUNK: ("AWW", "A"),
 }
 """The dtypes of a call's first arguments and results, a letter each. A: the activations'; W: that, but at least
 float32; I: ids."""
@@ -65,6 +67,7 @@ def kinds_of(subject: Subject) -> Kinds:
         planned.spec.slot: (planned.spec.kind, isinstance(planned.spec, OpSpec) and planned.spec.is_wide)
         for planned in subject.plan.decided
         if planned.spec.slot.startswith(chosen) or not planned.spec.slot.startswith(("layers.", "mtp."))
+        if planned.spec.slot not in subject.plan.idle_slots
     }
 
 

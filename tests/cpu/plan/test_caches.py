@@ -98,7 +98,7 @@ def test_keys_that_do_not_fit_are_refused_by_the_option(
 def test_decode_steps_have_kernels_under_any_numerics(device: str, official: frozenset[Step]) -> None:
     plan = planned(device, CacheFormat.BF16, official)
     assert not plan.no_decode
-    kernels = {op.spec.slot.rpartition(".")[2]: op.choice.kernel for op in plan.companions if op.spec.kind.is_decode}
+    kernels = {op.spec.slot.rpartition(".")[2]: op.choice.kernel for op in plan.companions if op.spec.kind.is_of_lines}
     assert kernels["entries"].official <= official & {Step.KV, Step.INDEXER}
     assert kernels["scores"].official == official & {Step.INDEXER}
     assert kernels["attend"].official == official & {Step.Q_HEAD_NORM}
@@ -110,4 +110,4 @@ def test_the_plan_says_what_keeps_decode_steps_on_the_core(tmp_path: Path, capsy
     assert main(["plan", str(tmp_path)]) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("decode steps"))
     assert line == "decode steps: on attn.core, as prompts: made for windows of 128 keys, not 64"
-    assert not [op for op in plan_model(tmp_path, "cpu").companions if op.spec.kind.is_decode]
+    assert not [op for op in plan_model(tmp_path, "cpu").companions if op.spec.kind.is_of_lines]

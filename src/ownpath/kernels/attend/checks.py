@@ -21,7 +21,7 @@ def check_call(
     runs_on_cpu: bool,
 ) -> None:
     """Checks everything but output and workspace. Errors: ValueError naming the argument."""
-    _check_q(q_TNH, runs_on_cpu)
+    check_queries(q_TNH, runs_on_cpu)
     (num_rows, num_heads, _), device = q_TNH.shape, q_TNH.device
     for name, angle in zip(("cos_TF", "sin_TF"), angles, strict=True):
         check(name, angle, FLOAT32, (num_rows, NUM_ROTARY // 2), device)
@@ -38,7 +38,8 @@ def check_call(
     _check_selection(keys, rows, num_rows, device)
 
 
-def _check_q(q_TNH: torch.Tensor, runs_on_cpu: bool) -> None:
+def check_queries(q_TNH: torch.Tensor, runs_on_cpu: bool) -> None:
+    """Checks raw queries. Errors: ValueError."""
     check_rank("q_TNH", q_TNH, 3, runs_on_cpu)
     if q_TNH.dtype is not torch.bfloat16 or q_TNH.shape[2] != HEAD_DIM or not 0 < q_TNH.shape[1] <= MOST_HEADS:
         found = f"{q_TNH.dtype} {list(q_TNH.shape)}"
@@ -56,13 +57,13 @@ def _check_keys(keys: DecodeKeys, ring_rows: int, device: torch.device) -> None:
         raise ValueError(f"per_block must be {PER_BLOCK[keys.ratio]} at ratio {keys.ratio}, found {keys.per_block}")
     if (keys.entries is None) != (keys.ratio == 0):
         raise ValueError(f"entries must {'not ' if keys.ratio == 0 else ''}be given at ratio {keys.ratio}")
-    _check_pool("window", keys.window, ring_rows, keys.is_fp8, device)
+    check_pool("window", keys.window, ring_rows, keys.is_fp8, device)
     if keys.entries is not None:
-        _check_pool("entries", keys.entries, keys.per_block, keys.is_fp8, device)
+        check_pool("entries", keys.entries, keys.per_block, keys.is_fp8, device)
 
 
-def _check_pool(name: str, pool: torch.Tensor, num_keys: int, is_fp8: bool, device: torch.device) -> None:
-    """Checks a pool of pages of ``num_keys`` keys."""
+def check_pool(name: str, pool: torch.Tensor, num_keys: int, is_fp8: bool, device: torch.device) -> None:
+    """Checks a pool of pages of ``num_keys`` keys. Errors: ValueError."""
     dtype, width = (torch.uint8, num_keys * KEY_BYTES) if is_fp8 else (torch.bfloat16, HEAD_DIM)
     check(name, pool, (dtype,), (len(pool), width), device)
     if not is_fp8 and len(pool) % num_keys:

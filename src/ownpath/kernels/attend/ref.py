@@ -5,6 +5,8 @@ Pools may have the dtype of the queries, bfloat16 or FP8 pages; a row's memory i
 Legend: T rows, N heads, H head dim, K keys of a row, R keys of a page.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from ownpath.kernels.attend.types import KEY_BYTES, WINDOW_ROWS, AttendWeights, DecodeKeys, DecodeRows
@@ -22,9 +24,9 @@ def decode_pages(pages: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def gather_keys(keys: DecodeKeys, rows: DecodeRows, t: int, dtype: torch.dtype, spare: int = 0) -> torch.Tensor:
     """Returns the keys of row t [K, H]: its window's, by position modulo 128, then its entries. spare: of the ring."""
     numbers = torch.arange(min(int(rows.positions_T[t]) + 1, WINDOW_ROWS), device=keys.window.device)
-    found = [_take(keys.window, _window_places(rows.positions_T[t].long(), rows.slots_T[t], numbers, spare), dtype)]
+    found = [take_keys(keys.window, _window_places(rows.positions_T[t].long(), rows.slots_T[t], numbers, spare), dtype)]
     if keys.entries is not None:
-        found.append(_take(keys.entries, entry_rows(keys, rows, t), dtype))
+        found.append(take_keys(keys.entries, entry_rows(keys, rows, t), dtype))
     return torch.cat(found)
 
 
@@ -43,7 +45,7 @@ def entry_rows(keys: DecodeKeys, rows: DecodeRows, t: int) -> torch.Tensor:
     return rows.blocks_TB[t, entries // keys.per_block].long() * keys.per_block + entries % keys.per_block
 
 
-def _take(pool: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def take_keys(pool: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Reads rows of a pool of values or of FP8 pages."""
     return KEY_PAGES.read(pool, rows, dtype) if pool.dtype is torch.uint8 else pool[rows].to(dtype)
 
@@ -60,10 +62,22 @@ def attend(
 
     Weights are rounded before they are divided by their sum, relative to the row's largest score.
     """
+    groups = _groups_of_keys(keys, rows, wide_dtype(q_TNH.dtype), weights.spare)
+    return attend_to_groups(q_TNH, (cos_TF, sin_TF), groups, weights)
+
+
+def attend_to_groups(
+    q_TNH: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor],
+    groups: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    weights: AttendWeights,
+) -> torch.Tensor:
+    """Attends from raw queries to groups of keys: of each the keys [T, K, H], at least float32, and which each row sees
+    [T, K]."""
     norm = rms_norm_stepwise if weights.is_stepwise else rms_norm
+    cos_TF, sin_TF = angles
     q_TNH = rotate_pairs(norm(q_TNH, None, weights.eps), cos_TF, sin_TF)
     wide = wide_dtype(q_TNH.dtype)
-    groups = _groups_of_keys(keys, rows, wide, weights.spare)
     scaled_TNH = q_TNH.to(wide) * weights.softmax_scale
     scores_TNK = torch.cat([_scores(scaled_TNH, *group) for group in groups], dim=2)
     largest_TN1 = scores_TNK.amax(dim=2, keepdim=True)
@@ -92,18 +106,18 @@ def _groups_of_keys(
     visible_TK = numbers <= positions_T1
     shown_TK = torch.where(visible_TK, numbers, positions_T1 % WINDOW_ROWS)
     place_TK = _window_places(positions_T1, rows.slots_T[:, None], shown_TK, spare)
-    found = [(_take(keys.window, place_TK, wide), visible_TK)]
+    found = [(take_keys(keys.window, place_TK, wide), visible_TK)]
     if keys.entries is not None:
-        place_TK, visible_TK = _entries_of_all(keys, rows)
+        place_TK, visible_TK = entries_of_all(keys, rows)
         if place_TK.shape[1]:
-            keys_TKH = _take(keys.entries, place_TK, wide)
+            keys_TKH = take_keys(keys.entries, place_TK, wide)
             has_none_T = ~visible_TK[:, 0]
             keys_TKH = keys_TKH.masked_fill(has_none_T[:, None, None], 0.0) if has_none_T.any() else keys_TKH
             found.append((keys_TKH, visible_TK))
     return found
 
 
-def _entries_of_all(keys: DecodeKeys, rows: DecodeRows) -> tuple[torch.Tensor, torch.Tensor]:
+def entries_of_all(keys: DecodeKeys, rows: DecodeRows) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the rows of ``entries`` that each row attends to, as many as the longest has, and which are there."""
     entries = torch.arange(rows.blocks_TB.shape[1] * keys.per_block, device=rows.blocks_TB.device)
     place_TK = rows.blocks_TB.long()[:, entries // keys.per_block] * keys.per_block + entries % keys.per_block

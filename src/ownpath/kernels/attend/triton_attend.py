@@ -49,7 +49,8 @@ def _share(num_tiles, splits, chunk):
 
 
 @triton.jit
-def _load_q(q_ptr, n, num_heads, head_stride, START: tl.constexpr):
+def load_q(q_ptr, n, num_heads, head_stride, START: tl.constexpr):
+    """Loads half of the channels of N heads, from START on; zeros for heads that do not exist."""
     c = START + tl.arange(0, HALF)
     return tl.load(q_ptr + n[:, None] * head_stride + c[None, :], mask=(n < num_heads)[:, None], other=0.0)
 
@@ -61,7 +62,7 @@ def _sum_squares(x):
 
 
 @triton.jit
-def _norm_factor(x0, x1, eps, STEPWISE: tl.constexpr):
+def norm_factor(x0, x1, eps, STEPWISE: tl.constexpr):
     """Returns 1 / sqrt(mean(x²) + eps), float32. STEPWISE: squares, mean, sum and root each rounded to BF16."""
     if STEPWISE:
         w0, w1 = x0.to(tl.float32), x1.to(tl.float32)
@@ -73,12 +74,13 @@ def _norm_factor(x0, x1, eps, STEPWISE: tl.constexpr):
 
 
 @triton.jit
-def _normed(x, factor):
+def normed(x, factor):
+    """Multiplies each head by its factor and rounds."""
     return (x.to(tl.float32) * factor[:, None]).to(tl.bfloat16)
 
 
 @triton.jit
-def _rotated(x, cos_ptr, sin_ptr, SIGN: tl.constexpr):
+def rotated(x, cos_ptr, sin_ptr, SIGN: tl.constexpr):
     """Rotates the last 64 channels of float32 [N, 256] in pairs of neighbours; the others turn by nothing."""
     pair = tl.arange(0, HALF // 2) - (HALF - ROTARY) // 2
     cos = tl.load(cos_ptr + pair, mask=pair >= 0, other=1.0)
@@ -89,14 +91,14 @@ def _rotated(x, cos_ptr, sin_ptr, SIGN: tl.constexpr):
 
 
 @triton.jit
-def _load_keys(at, valid, START: tl.constexpr):
+def load_keys(at, valid, START: tl.constexpr):
     """Loads BF16 [K, 256]. Keys that are not the row's are zeros, whatever their memory holds."""
     c = START + tl.arange(0, HALF)
     return tl.load(at[:, None] + c[None, :], mask=valid[:, None], other=0.0)
 
 
 @triton.jit
-def _load_page_keys(at, scale_at, valid, START: tl.constexpr):
+def load_page_keys(at, scale_at, valid, START: tl.constexpr):
     """Loads [K, 256] of FP8 pages as BF16, exactly. The last 64 of 512 channels are BF16 there, the others E4M3.
 
     A code's bits, moved by 4, are a BF16 value of 2^-120 of the code's; the scale is a power of two.
@@ -177,11 +179,11 @@ def attend_kernel(
     ring = slot * (RING + SPARE)
     q_row = q_ptr + t.to(tl.int64) * row_stride
     cos_row, sin_row = cos_ptr + t * (ROTARY // 2), sin_ptr + t * (ROTARY // 2)
-    x0 = _load_q(q_row, n, num_heads, head_stride, 0)
-    x1 = _load_q(q_row, n, num_heads, head_stride, HALF)
-    factor = _norm_factor(x0, x1, eps, STEPWISE)
-    q0 = _normed(x0, factor)
-    q1 = _rotated(_normed(x1, factor).to(tl.float32), cos_row, sin_row, 1.0).to(tl.bfloat16)
+    x0 = load_q(q_row, n, num_heads, head_stride, 0)
+    x1 = load_q(q_row, n, num_heads, head_stride, HALF)
+    factor = norm_factor(x0, x1, eps, STEPWISE)
+    q0 = normed(x0, factor)
+    q1 = rotated(normed(x1, factor).to(tl.float32), cos_row, sin_row, 1.0).to(tl.bfloat16)
 
     largest = tl.full((N,), float("-inf"), tl.float32)
     total = tl.zeros((N,), tl.float32)
@@ -214,12 +216,12 @@ def attend_kernel(
             scales = start + tl.where(in_window, (RING + SPARE) * KEY_DATA, KEY_DATA << BLOCK_BITS)
             at = pool + (start + place * KEY_DATA)
             scale_at = pool + (scales + place * (KEY_ALL - KEY_DATA))
-            k0 = _load_page_keys(at, scale_at, valid, 0)
-            k1 = _load_page_keys(at, scale_at, valid, HALF)
+            k0 = load_page_keys(at, scale_at, valid, 0)
+            k1 = load_page_keys(at, scale_at, valid, HALF)
         else:
             at = pool + row.to(tl.int64) * HEAD_DIM
-            k0 = _load_keys(at, valid, 0)
-            k1 = _load_keys(at, valid, HALF)
+            k0 = load_keys(at, valid, 0)
+            k1 = load_keys(at, valid, HALF)
         scores = tl.dot(q1, tl.trans(k1), tl.dot(q0, tl.trans(k0)))
         scores = tl.where(valid[None, :], scores * score_scale, float("-inf"))
         higher = tl.maximum(largest, tl.max(scores, axis=1))
@@ -238,7 +240,7 @@ def attend_kernel(
         factor = (1.0 / (total + tl.exp2(sink - largest)))[:, None]
         at_out = out_ptr + (t.to(tl.int64) * num_heads + n)[:, None] * HEAD_DIM + c[None, :]
         tl.store(at_out, (o0 * factor).to(tl.bfloat16), mask=mask)
-        tl.store(at_out + HALF, _rotated(o1 * factor, cos_row, sin_row, -1.0).to(tl.bfloat16), mask=mask)
+        tl.store(at_out + HALF, rotated(o1 * factor, cos_row, sin_row, -1.0).to(tl.bfloat16), mask=mask)
     else:
         split = (t.to(tl.int64) * splits + s) * num_heads + n
         at_sums = sums_ptr + split[:, None] * HEAD_DIM + c[None, :]
@@ -292,5 +294,5 @@ def merge_splits_kernel(
     at_out = out_ptr + (t.to(tl.int64) * num_heads + n) * HEAD_DIM + c
     tl.store(at_out, (sums0 * factor).to(tl.bfloat16))
     cos_row, sin_row = cos_ptr + t * (ROTARY // 2), sin_ptr + t * (ROTARY // 2)
-    back = _rotated(tl.reshape(sums1 * factor, (1, HALF)), cos_row, sin_row, -1.0)
+    back = rotated(tl.reshape(sums1 * factor, (1, HALF)), cos_row, sin_row, -1.0)
     tl.store(at_out + HALF, tl.reshape(back, (HALF,)).to(tl.bfloat16))

@@ -38,16 +38,24 @@ def check_call(
     (num_rows, head_dim), device = raw.kv_TH.shape, raw.kv_TH.device
     if num_rows > MAX_ROWS:
         raise ValueError(f"a step may have {MAX_ROWS} rows, found {num_rows}")
-    _check_width("kv_TH", head_dim, angles, weights.keys)
-    _check_rows("kv_TH", raw.kv_TH, torch.bfloat16, (num_rows, head_dim), device)
+    num_pairs = angles.cos_TF.shape[-1]
+    check_width("kv_TH", head_dim, num_pairs, weights.keys)
+    check_rows("kv_TH", raw.kv_TH, torch.bfloat16, (num_rows, head_dim), device)
     _check_norm("kv_norm", weights.kv_norm, head_dim, device)
     check("positions_T", rows.positions_T, (torch.int32,), (num_rows,), device)
     check("slots_T", rows.slots_T, (torch.int32,), (num_rows,), device)
     check("blocks_TB", rows.blocks_TB, (torch.int32,), (num_rows, *rows.blocks_TB.shape[1:2]), device)
     _check_angles(angles, num_rows, device, has_first=weights.main is not None)
+    check_layer(raw, pools, weights, num_pairs)
+
+
+def check_layer(raw: RawRows, pools: LayerPools, weights: EntriesWeights, num_pairs: int) -> None:
+    """Checks a layer's weights and pools, and the raw rows of its compressors. num_pairs: rotary pairs of a key.
+    Errors: ValueError naming the first that does not fit."""
+    (num_rows, head_dim), device = raw.kv_TH.shape, raw.kv_TH.device
     check_spare(weights.spare)
     _check_pool("window", pools.window, torch.bfloat16, (weights.window_rows, head_dim), device)
-    if pools.has_key_pages and (head_dim, angles.cos_TF.shape[-1]) != (512, 32):
+    if pools.has_key_pages and (head_dim, num_pairs) != (512, 32):
         raise ValueError(f"FP8 pages hold keys of 512 channels, 64 of them rotary, found {head_dim}")
     entries = pools.main_entries
     if entries is not None and entries.itemsize != pools.window.itemsize:
@@ -65,7 +73,7 @@ def check_call(
         if is_fp4 and weights.index.head_dim != FP4_INDEX_DIM:
             raise ValueError(f"FP4 pages hold index keys of {FP4_INDEX_DIM} channels, not {weights.index.head_dim}")
     if weights.index is not None:
-        _check_width("index entries", weights.index.head_dim, angles, weights.index_keys)
+        check_width("index entries", weights.index.head_dim, num_pairs, weights.index_keys)
 
 
 def _compressors(raw: RawRows, pools: LayerPools, weights: EntriesWeights) -> Iterator[CompressorCall]:
@@ -82,15 +90,16 @@ def _check_compressor(call: CompressorCall, num_rows: int, spare: int, device: t
         raise ValueError(f"the {name} compressor needs its raw rows, state and entries")
     if not 0 < weights.ratio <= 128 or weights.ratio & (weights.ratio - 1):
         raise ValueError(f"ratio must be a power of two up to 128, found {weights.ratio}")
-    _check_rows(f"{name}_TP2", raw, torch.float32, (num_rows, 2 * width), device)
+    check_rows(f"{name}_TP2", raw, torch.float32, (num_rows, 2 * width), device)
     check(f"{name} ape_LP", weights.ape_LP, (torch.float32,), (weights.ratio, width), device)
     _check_norm(f"{name} norm", weights.norm, weights.head_dim, device)
     _check_pool(f"{name}_state", state, torch.float32, (weights.num_rows + spare, 2 * width), device)
     _check_pool(f"{name}_entries", entries, torch.bfloat16, (weights.per_block, weights.head_dim), device)
 
 
-def _check_width(name: str, width: int, angles: EntryAngles, rounding: KeyRounding) -> None:
-    num_rotary = 2 * angles.cos_TF.shape[-1]
+def check_width(name: str, width: int, num_pairs: int, rounding: KeyRounding) -> None:
+    """Checks the channels of a key that is rounded in blocks. Errors: ValueError."""
+    num_rotary = 2 * num_pairs
     if width & (width - 1) or not 0 < num_rotary <= width <= MAX_HEAD_DIM:
         raise ValueError(f"{name}: {width} channels, must be a power of two from {num_rotary} to {MAX_HEAD_DIM}")
     if rounding is KeyRounding.FP8 and (width % FP8_BLOCK or num_rotary % FP8_BLOCK):
@@ -99,9 +108,7 @@ def _check_width(name: str, width: int, angles: EntryAngles, rounding: KeyRoundi
         raise ValueError(f"{name}: {width} channels: FP4 takes multiples of {FP4_BLOCK}")
 
 
-def _check_rows(
-    name: str, rows: torch.Tensor, dtype: torch.dtype, shape: tuple[int, int], device: torch.device
-) -> None:
+def check_rows(name: str, rows: torch.Tensor, dtype: torch.dtype, shape: tuple[int, int], device: torch.device) -> None:
     """Checks rows that may be slices of wider ones."""
     if rows.dtype is not dtype or rows.shape != shape or rows.device != device:
         found = f"{rows.dtype} {list(rows.shape)} on {rows.device}"

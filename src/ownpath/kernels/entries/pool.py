@@ -23,11 +23,13 @@ def load_rows(
     RATIO: tl.constexpr,
     WINDOWS: tl.constexpr,
     SPARE: tl.constexpr,
+    OWN: tl.constexpr,
 ):
     """Loads the raw rows of the entry that ends at p, in the channels c of a slice: kv and biased scores [rows, c].
 
-    The step's own rows of the request come from the step, the older ones from the slot's ring; this launch replaces
-    the ring's rows of up to SPARE + 1 positions, each too old to be among them. Rows before position 0 do not exist.
+    The step's own rows of the request, up to OWN behind row t, come from the step, the older ones from the slot's ring.
+    A launch that writes to the ring, OWN = SPARE, replaces the rows of up to SPARE + 1 positions there, each too old to
+    be among them. Rows before position 0 do not exist. slots: of each row, or what else tells requests apart.
     """
     ROWS: tl.constexpr = RATIO * WINDOWS
     P: tl.constexpr = H * WINDOWS
@@ -37,13 +39,13 @@ def load_rows(
     # Where windows overlap, the window before gives its first half of the channels, the own one its second.
     column = (i // RATIO)[:, None] * H + c[None, :]
     # One load for both places: a second one would wait for the first.
-    if SPARE == 0:
+    if OWN == 0:
         row = (p - age + ROWS) % ROWS
         at = tl.where((age == 0)[:, None], raw_ptr + column, ring_ptr + row[:, None] * (2 * P) + column)
     else:
         row = p % (ROWS + SPARE) - age
         row = tl.where(row < 0, row + (ROWS + SPARE), row)
-        inside = (age <= SPARE) & (age <= t)
+        inside = (age <= OWN) & (age <= t)
         slot = tl.load(slots_ptr + t)
         of_step = tl.load(slots_ptr + (t - age), mask=inside, other=-1) == slot
         of_step &= tl.load(positions_ptr + (t - age), mask=inside, other=-1) == p - age

@@ -33,16 +33,19 @@ def write_entries(
     A key is normed, rotated and rounded, each to the pool's dtype. An entry is the average of its window's raw rows
     (of two windows where they overlap), gated by a softmax over them in every channel; then as a key.
     """
-    dtype = raw.kv_TH.dtype
+    dtype, num_rotary = raw.kv_TH.dtype, 2 * angles.cos_TF.shape[-1]
+    firsts = (angles.first_cos_TF, angles.first_sin_TF)
     if weights.main is not None:
-        form = _Form(weights.keys, angles, dtype)
-        _compress(raw.main_TP2, rows, (pools.main_state, pools.main_entries), weights.main, form, weights.spare)
+        form = KeyForm(weights.keys, num_rotary, dtype)
+        memory = pools.main_state, pools.main_entries
+        _compress((raw.main_TP2, *firsts), rows, memory, weights.main, form, weights.spare)
     if weights.index is not None:
-        form = _Form(weights.index_keys, angles, dtype, is_index=True)
-        _compress(raw.index_TP2, rows, (pools.index_state, pools.index_entries), weights.index, form, weights.spare)
+        form = KeyForm(weights.index_keys, num_rotary, dtype, is_index=True)
+        memory = pools.index_state, pools.index_entries
+        _compress((raw.index_TP2, *firsts), rows, memory, weights.index, form, weights.spare)
     key_TH = rms_norm(raw.kv_TH, weights.kv_norm.weight_D, weights.kv_norm.eps)
     key_TH = rotate_pairs(key_TH, angles.cos_TF, angles.sin_TF)
-    _store(pools.window, _ring_rows(rows, weights.window_rows), key_TH, _Form(weights.keys, angles, dtype))
+    _store(pools.window, _ring_rows(rows, weights.window_rows), key_TH, KeyForm(weights.keys, num_rotary, dtype))
 
 
 def _ring_rows(rows: RowPlaces, num_rows: int) -> Tensor:
@@ -50,46 +53,60 @@ def _ring_rows(rows: RowPlaces, num_rows: int) -> Tensor:
 
 
 def _compress(
-    raw_TP2: Tensor | None,
+    given: tuple[Tensor | None, Tensor | None, Tensor | None],
     rows: RowPlaces,
     state_and_entries: tuple[Tensor | None, Tensor | None],
     weights: CompressorWeights,
-    form: "_Form",
+    form: "KeyForm",
     spare: int,
 ) -> None:
-    """Pools what ends, from older rows of the ring and the step's own; then writes the step's raw rows."""
+    """Pools what ends, from older rows of the ring and the step's own; then writes the step's raw rows. given: these,
+    cos and sin of the first position of a window that ends at a row."""
+    raw_TP2, cos_TF, sin_TF = given
     state, entries = state_and_entries
-    cos_TF, sin_TF = form.angles.first_cos_TF, form.angles.first_sin_TF
     assert raw_TP2 is not None
     assert state is not None
     assert entries is not None
     assert cos_TF is not None
     assert sin_TF is not None
     ends_E = ((rows.positions_T + 1) % weights.ratio == 0).nonzero()[:, 0]
-    if len(ends_E):
-        ending = RowPlaces(*(tensor[ends_E].long() for tensor in rows))
-        found_ELP2 = _found_rows(raw_TP2, rows, ends_E, state, (weights.num_rows, spare))
-        pooled_EH = _pool(found_ELP2, ending, weights).to(form.dtype)
-        normed_EH = rms_norm(pooled_EH, weights.norm.weight_D, weights.norm.eps)
-        turned_EH = rotate_pairs(normed_EH, cos_TF[ends_E], sin_TF[ends_E])
-        _store(entries, _entry_rows(ending, weights), turned_EH, form)
+    found_ELP2 = found_rows(raw_TP2, rows, ends_E, state, (weights.num_rows, weights.num_rows + spare, spare))
+    write_finished(found_ELP2, rows, ends_E, (cos_TF[ends_E], sin_TF[ends_E]), entries, weights, form)
     state[_ring_rows(rows, weights.num_rows + spare)] = raw_TP2.to(state.dtype)
 
 
-def _found_rows(raw_TP2: Tensor, rows: RowPlaces, ends_E: Tensor, state: Tensor, sizes: tuple[int, int]) -> Tensor:
+def write_finished(
+    found_ELP2: Tensor,
+    rows: RowPlaces,
+    ends_E: Tensor,
+    angles_EF: tuple[Tensor, Tensor],
+    entries: Tensor,
+    weights: CompressorWeights,
+    form: "KeyForm",
+) -> None:
+    """Writes the entries that end at some rows of the step. found: what they average. angles: of the first position of
+    each one's window."""
+    if not len(ends_E):
+        return
+    ending = RowPlaces(*(tensor[ends_E].long() for tensor in rows))
+    pooled_EH = _pool(found_ELP2, ending, weights).to(form.dtype)
+    normed_EH = rms_norm(pooled_EH, weights.norm.weight_D, weights.norm.eps)
+    _store(entries, _entry_rows(ending, weights), rotate_pairs(normed_EH, *angles_EF), form)
+
+
+def found_rows(raw_TP2: Tensor, rows: RowPlaces, ends_E: Tensor, state: Tensor, sizes: tuple[int, int, int]) -> Tensor:
     """Returns the raw rows of each entry [E, L, 2P], oldest first: the step's own, and older ones from the ring.
 
     A row of the step is of an entry's request if it has its slot, and the position that belongs to its distance.
-    sizes: rows of an entry, and spare rows of the ring.
+    sizes: rows of an entry, rows of the ring, and how far the step's own may be behind an entry's last.
     """
-    num_rows, spare = sizes
+    num_rows, ring, own = sizes
     age_L = torch.arange(num_rows - 1, -1, -1, device=state.device)
     positions_T, slots_T = rows.positions_T.long(), rows.slots_T.long()
     position_EL, slot_E1 = positions_T[ends_E][:, None] - age_L, slots_T[ends_E][:, None]
-    ring = num_rows + spare
     found_ELP2 = state[slot_E1 * ring + position_EL % ring]
     row_EL = ends_E[:, None] - age_L
-    of_step_EL = (row_EL >= 0) & (age_L <= spare)
+    of_step_EL = (row_EL >= 0) & (age_L <= own)
     row_EL = row_EL.clamp(min=0)
     of_step_EL &= (slots_T[row_EL] == slot_E1) & (positions_T[row_EL] == position_EL)
     return torch.where(of_step_EL[..., None], raw_TP2[row_EL].to(state.dtype), found_ELP2)
@@ -121,22 +138,23 @@ def _entry_rows(ending: RowPlaces, weights: CompressorWeights) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Form:
-    """The form of keys in a pool. angles: of the step; dtype: of keys before they are rounded to fewer bits."""
+class KeyForm:
+    """The form of keys in a pool. num_rotary: their last channels; dtype: of keys before they are rounded to fewer
+    bits."""
 
     rounding: KeyRounding
-    angles: EntryAngles
+    num_rotary: int
     dtype: torch.dtype
     is_index: bool = False
 
     def rounded(self, keys: Tensor) -> Tensor:
         """Rounds keys to fewer bits, in their dtype."""
         if self.rounding is KeyRounding.FP8:
-            return fp8_keys(keys, 2 * self.angles.cos_TF.shape[-1])
+            return fp8_keys(keys, self.num_rotary)
         return fp4_index(keys) if self.rounding is KeyRounding.FP4 else keys
 
 
-def _store(pool: Tensor, rows_E: Tensor, keys_EH: Tensor, form: _Form) -> None:
+def _store(pool: Tensor, rows_E: Tensor, keys_EH: Tensor, form: KeyForm) -> None:
     """Writes keys to rows of a pool of values, or encodes them into FP8 pages."""
     if pool.dtype is not torch.uint8:
         pool[rows_E] = form.rounded(keys_EH)

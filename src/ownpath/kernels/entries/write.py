@@ -1,7 +1,8 @@
 """Device code of a decode step's cache writes; ``launch`` explains and launches it.
 
 t row, p its position, h channel, c channels of a slice; H head dim, F rotary pairs, RATIO tokens of an entry, WINDOWS
-windows that it averages, SPARE rows of a ring beyond what one row of a request needs.
+windows that it averages, SPARE rows of a ring beyond what one row of a request needs, OWN the most rows that a row of
+the step may be behind another one of its request and of an entry.
 """
 
 import triton
@@ -49,7 +50,7 @@ def _floored(amax):
 
 
 @triton.jit
-def _round_fp8(x, H: tl.constexpr, F: tl.constexpr):
+def round_fp8(x, H: tl.constexpr, F: tl.constexpr):
     """Rounds all but the last 2F channels to E4M3 in blocks of 64 and reads them back: float32 [H]."""
     blocks = tl.reshape(x, (H // 64, 64))
     _, scale, reciprocal = _power_of_two(_floored(_largest(blocks)), 0x43E00000)
@@ -189,12 +190,12 @@ def _write_key(
         _store_fp4_index_page(x, pool_ptr + page * (R * (H // 2 + H // 32)), row, H, R)
     else:
         if ROUNDING == "fp8":
-            x = _round_fp8(x, H, F)
+            x = round_fp8(x, H, F)
         tl.store(pool_ptr + (page * R + row) * H + h, x.to(tl.bfloat16))
 
 
 @triton.jit
-def _write_entry(
+def write_entry(
     raw_ptr,
     raw_stride,
     ring_ptr,
@@ -219,6 +220,7 @@ def _write_entry(
     RATIO: tl.constexpr,
     WINDOWS: tl.constexpr,
     SPARE: tl.constexpr,
+    OWN: tl.constexpr,
     SLICE: tl.constexpr,
     PARTS: tl.constexpr,
     R: tl.constexpr,
@@ -233,6 +235,7 @@ def _write_entry(
         # fmt: off
         kv, score = load_rows(
             raw_ptr, raw_stride, ring_ptr, ape_ptr, positions_ptr, slots_ptr, t, p, h, H, RATIO, WINDOWS, SPARE,
+            OWN,
         )
         # fmt: on
         weight = tl.load(weight_ptr + h)
@@ -247,6 +250,7 @@ def _write_entry(
             # fmt: off
             kv, score = load_rows(
                 raw_ptr, raw_stride, ring_ptr, ape_ptr, positions_ptr, slots_ptr, t, p, c, H, RATIO, WINDOWS, SPARE,
+                OWN,
             )
             # fmt: on
             tl.store(pooled_ptr + c, average(kv, score).to(tl.bfloat16))
@@ -350,19 +354,19 @@ def entries_kernel(
                 raw = main_ptr + t * main_stride
                 ring = main_state_ptr + slot * (ROWS * 2 * WINDOWS * H)
                 # fmt: off
-                _write_entry(
+                write_entry(
                     raw, main_stride, ring, main_ape_ptr, main_weight_ptr, cos_first, sin_first, positions_ptr,
                     slots_ptr, main_entries_ptr, pooled_ptr + t * H, arrivals_ptr + t, t, p, block, row, role, main_eps,
-                    H, LOG_H, F, RATIO, WINDOWS, SPARE, SLICE, PARTS, PER_BLOCK, FORM, KEYS,
+                    H, LOG_H, F, RATIO, WINDOWS, SPARE, SPARE, SLICE, PARTS, PER_BLOCK, FORM, KEYS,
                 )
                 # fmt: on
             elif HAS_INDEX:
                 raw = index_ptr + t * index_stride
                 ring = index_state_ptr + slot * (ROWS * 2 * WINDOWS * HI)
                 # fmt: off
-                _write_entry(
+                write_entry(
                     raw, index_stride, ring, index_ape_ptr, index_weight_ptr, cos_first, sin_first, positions_ptr,
                     slots_ptr, index_entries_ptr, pooled_ptr, arrivals_ptr, t, p, block, row, role, index_eps,
-                    HI, LOG_HI, F, RATIO, WINDOWS, SPARE, HI, 1, PER_BLOCK, INDEX_FORM, INDEX_KEYS,
+                    HI, LOG_HI, F, RATIO, WINDOWS, SPARE, SPARE, HI, 1, PER_BLOCK, INDEX_FORM, INDEX_KEYS,
                 )
                 # fmt: on

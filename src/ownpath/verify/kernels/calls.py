@@ -17,7 +17,7 @@ def calls(probe: Probe, num_rows: int) -> Iterator[KernelCall]:
     for planned in {op.spec.slot: op for op in probe.part.plan.decided}.values():
         spec = planned.spec
         run = probe.slots.get(spec.slot)
-        if run is None or spec.kind.is_decode:
+        if run is None or spec.kind.is_of_lines:
             continue
         if spec.kind is OpKind.ATTENTION:
             if not isinstance(run, AttentionCore):

@@ -6,7 +6,7 @@ that one wrong kernel is one finding.
 Legend: T rows, P compressor width, C entries of a table, K entries selected.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -57,13 +57,13 @@ def check_decode(probe: Probe) -> Iterator[Finding]:
     for positions, each in [((*telling, 0), 1), ((FAR_POSITION,), 1), *several]:
         step = PoisonedStep.of(probe, positions, is_padded=len(positions) > 1 and each == 1, each=each)
         if step is not None:
-            trial = _Trial(probe, tally, step)
+            trial = DecodeTrial(probe, tally, step)
             step.run(write=trial.write, score=trial.score, select=trial.select, attend=trial.attend)
     yield from tally.findings()
 
 
 @dataclass(frozen=True)
-class _Write:
+class PoolWrite:
     """The part of one pool that a step writes. places: of the rows that write; rows: those of the pool."""
 
     name: str
@@ -75,21 +75,27 @@ class _Write:
 
 
 @dataclass
-class _Trial:
+class DecodeTrial:
     """One step. Each method puts a check of its result around one kernel of the line.
 
-    selected: by row, the rows of the pool that it attends to; empty where it attends to all entries.
+    selected: by row, the rows of the pool that it attends to; empty where it attends to all entries. line: of kernels.
     """
 
     probe: Probe
     tally: Tally
     step: PoisonedStep
     selected: list[list[int]] = field(default_factory=list)
+    line: str = "decode"
 
     def slot(self, name: str) -> tuple[str, str]:
         """Returns a slot of the line and its planned kernel."""
-        slot = f"{self.probe.name}.attn.decode.{name}"
+        slot = f"{self.probe.name}.attn.{self.line}.{name}"
         return slot, self.probe.kernels[slot]
+
+    @property
+    def judged(self) -> Sequence[tuple[int, RowPlace]]:
+        """The rows whose scores and attention are computed exactly, with their numbers."""
+        return self.step.rows
 
     def write(self, run: Callable[..., None]) -> Callable[..., None]:
         """Checks every row of the layer's caches, then corrects them."""
@@ -100,31 +106,31 @@ class _Trial:
             with self.tally.catch_errors(*self.slot("entries")):
                 run(*args)
             for write, old in zip(writes, before, strict=True):
-                self._judge_write(write, old)
+                self.judge_write(write, old)
                 write.pool.memory.copy_(old)
-                write.pool.write(self._ids(write.rows), write.exact.value.to(write.pool.dtype))
+                write.pool.write(self.ids(write.rows), write.exact.value.to(write.pool.dtype))
 
         return call
 
-    def _writes(self) -> Iterator[_Write]:
+    def _writes(self) -> Iterator[PoolWrite]:
         step, attn = self.step, f"{self.probe.name}.attn"
         ids, places = [t for t, _ in step.rows], [place for _, place in step.rows]
         window, products = step.pool.spec.window_rows, step.products
         norm = NormWeights(self.probe.stored.param(f"{attn}.kv_norm.weight"), self.probe.config.rms_norm_eps)
-        exact = exact_written(_given(products.kv_TH[ids]), norm, step.angles(ids), self.probe.dtype)
-        exact = self._cached(Step.KV).of(exact)
-        yield _Write("window", step.window, window, places, _newest(places, window), exact)
+        exact = exact_written(given(products.kv_TH[ids]), norm, step.angles(ids), self.probe.dtype)
+        exact = self.cached(Step.KV).of(exact)
+        yield PoolWrite("window", step.window, window, places, _newest(places, window), exact)
         for one, raw_TP2 in zip(step.compressors, (products.compressor_rows, products.indexer_rows), strict=False):
             assert raw_TP2 is not None
             num_rows = step.pool.spec.state_rows(one.weights.ratio)
-            rows, exact = _newest(places, num_rows), _given(raw_TP2[ids])
+            rows, exact = _newest(places, num_rows), given(raw_TP2[ids])
             yield self._entries(one, raw_TP2)
-            yield _Write(f"{one.name} state", one.state, num_rows, places, rows, exact)
+            yield PoolWrite(f"{one.name} state", one.state, num_rows, places, rows, exact)
 
-    def _entries(self, one: StoredCompressor, raw_TP2: Tensor) -> _Write:
+    def _entries(self, one: StoredCompressor, raw_TP2: Tensor) -> PoolWrite:
         step, weights, dtype, pool = self.step, one.weights, self.probe.dtype, one.cache.keys
         ids, places = [t for t, _ in step.ending], [place for _, place in step.ending]
-        exact = _given(raw_TP2[:0, : pool.width])
+        exact = given(raw_TP2[:0, : pool.width])
         if ids:
             listed = zip(*((place.position, place.slot, place.blocks) for place in places), strict=True)
             ending = RowPlaces(*(torch.tensor(part) for part in listed))
@@ -134,21 +140,21 @@ class _Trial:
             state[_newest([place for _, place in step.rows], ring)] = raw_TP2[rows].to(state.dtype)
             pooled = exact_pool(raw_TP2[ids], ending, state, weights, dtype, ring - weights.num_rows)
             exact = exact_written(pooled, weights.norm, step.angles(ids, 1 - weights.ratio), dtype)
-            exact = self._cached(Step.KV if one is step.compressors[0] else Step.INDEXER).of(exact)
+            exact = self.cached(Step.KV if one is step.compressors[0] else Step.INDEXER).of(exact)
         rows = [step.visible(place)[-1] for place in places]
-        return _Write(f"{one.name} entries", pool, weights.per_block, places, rows, exact)
+        return PoolWrite(f"{one.name} entries", pool, weights.per_block, places, rows, exact)
 
-    def _cached(self, step: Step) -> CachedKeys:
+    def cached(self, step: Step) -> CachedKeys:
         """Returns the form of keys, or index keys, in the caches."""
         engine, is_index = self.probe.subject.engine, step is Step.INDEXER
         num_rotary = 0 if is_index else self.probe.config.qk_rope_head_dim
         stored = engine.cache_format.index_keys if is_index else engine.cache_format.keys
         return CachedKeys(self.probe.dtype, num_rotary, step in engine.official, stored)
 
-    def _ids(self, rows: list[int]) -> Tensor:
+    def ids(self, rows: list[int]) -> Tensor:
         return torch.tensor(rows, dtype=torch.int64, device=self.probe.device)
 
-    def _judge_write(self, write: _Write, before: Tensor) -> None:
+    def judge_write(self, write: PoolWrite, before: Tensor) -> None:
         """Padded rows may write to nobody's slot and block."""
         old = replace(write.pool, memory=before).bytes_of_rows()
         changed = (old != write.pool.bytes_of_rows()).any(1)
@@ -157,7 +163,7 @@ class _Trial:
         others = changed.nonzero().flatten().tolist()
         problem = f"{write.name}: row {others[0]} changed, which no row of the step writes" if others else ""
         self.tally.judge(*self.slot("entries"), problem)
-        worst = deviation(write.pool.read(self._ids(write.rows)), write.exact)
+        worst = deviation(write.pool.read(self.ids(write.rows)), write.exact)
         at = ""
         if worst.place:
             at = f", row {write.rows[worst.place[0]]}, of position {write.places[worst.place[0]].position}"
@@ -167,9 +173,10 @@ class _Trial:
         """Checks scores of the entries that each row sees; the selection gets others."""
 
         def call(*args: Any) -> Tensor:
-            with self.tally.catch_errors(*self.slot("scores")), FilledMemory(FILLS[0]):
-                found_TC = run(*args)
-                for t, place in self.step.rows:
+            with self.tally.catch_errors(*self.slot("scores")):
+                with FilledMemory(FILLS[0]):
+                    found_TC = run(*args)
+                for t, place in self.judged:
                     exact = self._exact_scores(t, place)
                     worst = deviation(found_TC[t : t + 1, : exact.value.shape[1]], exact)
                     self.tally.add(*self.slot("scores"), worst, f"{_name(place)}: {worst}")
@@ -181,7 +188,7 @@ class _Trial:
         index, products = self.step.compressors[1], self.step.products
         assert products.index_q_TIH is not None
         assert products.index_weights_TI is not None
-        keys_CH = index.cache.keys.read(self._ids(self.step.visible(place))).double()
+        keys_CH = index.cache.keys.read(self.ids(self.step.visible(place))).double()
         q_IH, weights_I = products.index_q_TIH[t], products.index_weights_TI[t]
         angles, is_official = self.step.angles([t]), Step.INDEXER in self.probe.subject.engine.official
         return exact_index_scores(q_IH, weights_I, keys_CH, angles, self.probe.dtype, is_official=is_official)
@@ -189,7 +196,7 @@ class _Trial:
     def _draw_scores(self) -> Tensor:
         """Draws few different scores, so that many are equal, and some NaN; NaN too behind what a row sees."""
         places, topk = self.step.places, self.probe.config.index_topk
-        width = self.step.step.tables.blocks_TB.shape[1] * (BLOCK_TOKENS // self.step.ratio)
+        width = self.step.step.num_blocks * (BLOCK_TOKENS // self.step.ratio)
         scores_TC = (
             self.probe.normal("decode scores", len(places), width).mul(1.5).round().clamp(-MOST_SCORE, MOST_SCORE)
         )
@@ -231,30 +238,35 @@ class _Trial:
         """Checks attention's output."""
 
         def call(*args: Any) -> Tensor:
-            with self.tally.catch_errors(*self.slot("attend")), FilledMemory(FILLS[0]):
-                found_TNH = run(*args)
-                for t, place in self.step.rows:
+            with self.tally.catch_errors(*self.slot("attend")):
+                with FilledMemory(FILLS[0]):
+                    found_TNH = run(*args)
+                for t, place in self.judged:
                     worst = deviation(found_TNH[t], self._exact_attention(t, place))
                     self.tally.add(*self.slot("attend"), worst, f"{_name(place)}: {worst}")
             return self.step.products.q_TNH
 
         return call
 
+    def _window_keys(self, t: int, place: RowPlace) -> Tensor:
+        """Returns the keys of a row's window, its own among them."""
+        spec, oldest = self.step.pool.spec, place.position + 1 - self.probe.config.sliding_window
+        return self.step.window.read(self.ids(place.ring_rows(spec.window_rows, first=oldest, last=place.position)))
+
     def _exact_attention(self, t: int, place: RowPlace) -> Exact:
         step, config = self.step, self.probe.config
-        window = config.sliding_window
-        ring = place.ring_rows(step.pool.spec.window_rows, first=place.position + 1 - window, last=place.position)
-        keys = [step.window.read(self._ids(ring))]
+        keys = [self._window_keys(t, place)]
         if step.compressors:
             rows = self.selected[t] if self.selected else step.visible(place)
-            keys.append(step.compressors[0].cache.keys.read(self._ids(rows)))
+            keys.append(step.compressors[0].cache.keys.read(self.ids(rows)))
         sink_N = self.probe.stored.param(f"{self.probe.name}.attn.attn_sink")
         is_stepwise = Step.Q_HEAD_NORM in self.probe.subject.engine.official
         operands = AttendOperands(sink_N, config.softmax_scale, config.rms_norm_eps, self.probe.dtype, is_stepwise)
         return exact_decode_row(step.products.q_TNH[t], torch.cat(keys).double(), step.angles([t]), operands)
 
 
-def _given(x: Tensor) -> Exact:
+def given(x: Tensor) -> Exact:
+    """Returns values that are as they are given."""
     return Exact(x.double(), torch.zeros_like(x, dtype=torch.float64))
 
 

@@ -51,10 +51,12 @@ class PoisonedStep:
     compressors: tuple[StoredCompressor, ...]
 
     @classmethod
-    def of(cls, probe: Probe, positions: Sequence[int], *, is_padded: bool, each: int = 1) -> "PoisonedStep | None":
-        """Fills a pool for requests whose rows begin at these positions; ``None`` where no decode step is planned.
+    def of(
+        cls, probe: Probe, positions: Sequence[int], *, is_padded: bool = False, each: int = 1, has_chunks: bool = False
+    ) -> "PoisonedStep | None":
+        """Fills a pool for requests whose rows begin at these positions; ``None`` where no such step is planned.
 
-        is_padded: the last row is padding. each: rows of a request.
+        is_padded: the last row is padding. each: rows of a request. has_chunks: a step with chunks, not a decode step.
         """
         layer = probe.layer
         assert layer is not None
@@ -62,7 +64,7 @@ class PoisonedStep:
         for tensor in pool.tensors.values():
             tensor.view(torch.uint8).fill_(NAN_BYTE)
         tables = _scattered(pool, positions, is_padded, each)
-        step = layer.decode_step(tables)
+        step = layer.chunk_step(tables) if has_chunks else layer.decode_step(tables)
         if step is None:
             return None
         requests = zip(tables.rows, tables.slots_R.tolist(), tables.blocks_RB.tolist(), strict=True)
@@ -108,9 +110,14 @@ class PoisonedStep:
     def run(self, **around: Any) -> None:
         """Runs the layer's line. around: for each of its kernels, what takes it and is called in its place."""
         assert self.probe.layer is not None
-        line: Any = self.probe.layer.block.attn.decode
-        inside = {name: make(getattr(line, name)) for name, make in around.items() if getattr(line, name) is not None}
-        replace(line, **inside)(self.products, self.step)
+        _put_around(self.probe.layer.block.attn.decode, around)(self.products, self.step)
+
+    def run_chunks(self, kv_TH: Tensor, **around: Any) -> None:
+        """Runs the layer's line of chunks, as ``run`` does. kv_TH: the window's keys, normed and turned."""
+        assert self.probe.layer is not None
+        positions_T = torch.tensor([place.position for place in self.places], device=self.probe.device)
+        line = _put_around(self.probe.layer.block.attn.chunk, around)
+        line(self.products, kv_TH, self.probe.layer.rope.at(positions_T), self.step)
 
     def _fill(self) -> None:
         """Draws what earlier steps have left for each request: keys of the window, raw rows, entries."""
@@ -129,6 +136,11 @@ class PoisonedStep:
     def _draw(self, pool: StoredKeys, rows: list[int], seed: str) -> None:
         drawn = self.probe.normal(f"decode {seed}", len(rows), pool.width).to(pool.dtype)
         pool.write(torch.tensor(rows, dtype=torch.int64, device=drawn.device), drawn)
+
+
+def _put_around(line: Any, around: dict[str, Any]) -> Any:
+    inside = {name: make(getattr(line, name)) for name, make in around.items() if getattr(line, name) is not None}
+    return replace(line, **inside)
 
 
 def _scattered(pool: CachePool, positions: Sequence[int], is_padded: bool, each: int) -> StepTables:

@@ -41,7 +41,7 @@ class Activations(Observer):
     def after(self, call: Watched, args: CallArguments, result: Any) -> None:
         slot, spec = call.slot, self.specs[call.slot]
         kind = spec.kind
-        if kind.is_decode:
+        if kind.is_of_lines:
             for name, value in decode_values(call, kind, args, result):
                 self._parts[name].append(value)
             return

@@ -64,6 +64,9 @@ class SingleLayer:
         """Returns the slot that computes a value, empty for values between slots; both boundaries run the same
         kernel."""
         slots, layer = self.loaded.ledger.kernels, self.layer.name
+        chunk = f"{layer}.attn.chunk.attend"
+        if name == f"{layer}.attn.core" and chunk in slots:
+            return chunk
         name = f"{layer}.hc_attn" if name == f"{layer}.out" else name
         name = self._joined.get(name, name)
         return next((slot for slot in (name, name.rpartition(".")[0]) if slot in slots), "")

@@ -1,0 +1,75 @@
+"""Tables of a step with chunks: where each row's window and entries are, as kernels read them.
+
+Rows of a chunk see each other's keys, which no ring holds at once. So a layer's window keys lie in one array, ``near``:
+of each request the keys in its ring that its first row sees, oldest first, then those of its rows.
+
+Example: a request with 300 tokens brings 2 more, another without any brings 3. Near has 127 + 2 + 3 rows; the first
+request's rows have places 127 and 128, the other's 129 to 131.
+
+Legend: T rows of the step, R requests, B blocks of a request, H head dim, W rows of near.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ownpath.cache.layout import BLOCK_TOKENS, aligned_rows
+from ownpath.cache.tables import StepTables
+
+SCORE_BYTES = 64 * 2**20
+"""Of the workspace for index scores, which a long context's rows share in turn."""
+
+
+@dataclass(frozen=True)
+class ChunkTables:
+    """The arrays of a step, all int32, on the pool's device.
+
+    positions_T, requests_T: of each row; places_T: its own key's row of near. slots_R; blocks_RB: block tables, cut to
+    the blocks that the step needs. sources_W: of each near key the row of the step, or -1 - r for row r of the window's
+    pool. ends: the rows that end a window, by compress ratio.
+    """
+
+    positions_T: torch.Tensor
+    places_T: torch.Tensor
+    requests_T: torch.Tensor
+    slots_R: torch.Tensor
+    blocks_RB: torch.Tensor
+    sources_W: torch.Tensor
+    ends: Mapping[int, torch.Tensor]
+
+    @classmethod
+    def of(cls, tables: StepTables) -> "ChunkTables":
+        """Builds the arrays of a step."""
+        spec, device = tables.pool.spec, tables.positions_T.device
+        counts = [rows.stop - rows.start for rows in tables.rows]
+        places, sources, number = [], [], 0
+        for slot, start, rows in zip(tables.slots, tables.starts, tables.rows, strict=True):
+            older = min(start, spec.config.sliding_window - 1)
+            ring = slot * spec.window_rows + np.arange(start - older, start) % spec.window_rows
+            sources += [-1 - ring, np.arange(rows.start, rows.stop)]
+            places.append(number + older + np.arange(rows.stop - rows.start))
+            number += older + rows.stop - rows.start
+        positions = np.concatenate([np.arange(s, s + count) for s, count in zip(tables.starts, counts, strict=True)])
+        blocks_RB = tables.blocks_RB[:, : -(-int(positions.max() + 1) // BLOCK_TOKENS)]
+
+        def upload(array: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> torch.Tensor:
+            return torch.from_numpy(array.astype(np.int32)).to(device)
+
+        return cls(
+            tables.positions_T.to(torch.int32),
+            upload(np.concatenate(places)),
+            upload(np.repeat(np.arange(len(counts)), counts)),
+            tables.slots_R.to(torch.int32),
+            blocks_RB.to(torch.int32).contiguous(),
+            upload(np.concatenate(sources)),
+            {ratio: upload(np.flatnonzero((positions + 1) % ratio == 0)) for ratio in tables.pool.layout.ratios},
+        )
+
+    def pieces(self, per_block: int) -> Iterator[slice]:
+        """Yields runs of rows whose scores of all entries fit the workspace. per_block: entries of a block."""
+        num_rows, width = len(self.positions_T), self.blocks_RB.shape[1] * per_block
+        count = max(aligned_rows(1), SCORE_BYTES // (4 * width) // aligned_rows(1) * aligned_rows(1))
+        for start in range(0, num_rows, count):
+            yield slice(start, min(start + count, num_rows))

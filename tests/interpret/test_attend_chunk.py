@@ -1,0 +1,33 @@
+"""Attention over chunks in Triton and Gluon, interpreted: values, what a row's bits depend on, refusals."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from ownpath.conformance.chunks import ChunkInputs, judge_chunk, make_chunk_inputs
+from ownpath.kernels.chunks.cases import CASES, ChunkCase
+from ownpath.kernels.chunks.launch import ATTEND_CHUNK, ATTEND_CHUNK_HOPPER, HOPPER_HEADS
+from ownpath.kernels.chunks.ref import ATTEND_CHUNK as TWIN
+
+CPU = torch.device("cpu")
+TINY = {case.label: case for case in CASES if case.tiny}
+KERNELS = {"triton": ATTEND_CHUNK, "hopper": ATTEND_CHUNK_HOPPER, "twin": TWIN}
+CALLS = [
+    (name, case)
+    for case in TINY.values()
+    for name in KERNELS
+    if name != "hopper" or (case.num_heads >= HOPPER_HEADS and not case.fp8)  # else it is Triton's form
+]
+
+
+def run_poisoned(kernel: Any, inputs: ChunkInputs) -> torch.Tensor:
+    """A call whose output was full of NaN."""
+    out = torch.full_like(inputs.q_TNH, torch.nan)
+    return kernel.run(*inputs.arguments[:5], kernel.prepare(inputs.weights), out=out)
+
+
+@pytest.mark.parametrize(("name", "case"), CALLS, ids=lambda value: getattr(value, "label", value))
+def test_values(name: str, case: ChunkCase) -> None:
+    inputs = make_chunk_inputs(case, CPU)
+    judge_chunk(run_poisoned(KERNELS[name], inputs), inputs)
