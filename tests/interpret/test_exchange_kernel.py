@@ -314,11 +314,13 @@ def test_warming_up_reaches_every_form(monkeypatch: pytest.MonkeyPatch) -> None:
     """All numbers of elements that a program may have, in the powers of two that kernels know."""
     (window,) = virtual_windows(WindowLayout(1, 128 * 9, num_programs=2), CPU)
     shares = list[int]()
-    for module in (exchange_launch, exchange_part):
-        monkeypatch.setattr(
-            module, "start_exchange", lambda window, x, *_, **__: shares.append(window.layout.share(x.numel()))
-        )
-    monkeypatch.setattr(exchange_gather, "start_gather", lambda *_, **__: None)
+    for module, name in (
+        *((exchange_launch, "start_exchange"), (exchange_launch, "start_tagged")),
+        (exchange_part, "start_exchange"),
+    ):
+        monkeypatch.setattr(module, name, lambda window, x, *_, **__: shares.append(window.layout.share(x.numel())))
+    for name in ("start_gather", "start_tagged_gather"):
+        monkeypatch.setattr(exchange_gather, name, lambda *_, **__: None)
     warm_up_exchanges(window)
     assert shares == [128] * 4 + [256] * 4 + [512] * 4 + [640] * 4
     assert window.order.count == 5 * 4

@@ -227,7 +227,7 @@ def mega(rank: int, size: int, meeting: str) -> None:
     whole = MegaMoE.cut(routed, LIMIT, peers)
     drawn = RoutedTokens.draw(8, HIDDEN, NUM_EXPERTS, TOP_K, device)
     tokens = RoutedTokens(drawn.x.bfloat16(), drawn.ids, drawn.weights)
-    assert_allowed(whole(*tokens), exact_mixture(ExpertStacks(*routed), tokens, LIMIT))
+    assert_allowed(whole(tokens.x, tokens.ids, tokens.weights), exact_mixture(ExpertStacks(*routed), tokens, LIMIT))
     whole.check()
     dist.barrier()
 

@@ -31,7 +31,7 @@ MAX_RANKS = 8
 NUM_PROGRAMS = 128
 """Pushing programs: no more than an H200 has SMs (132), so that all run at once, and enough to fill a link."""
 TAGGED_ELEMENTS = 1 << 18
-"""The most elements of a rank whose words have tags (``tagged``), if an exchange may be as large: 64 tokens of 4,096."""
+"""The most elements of a rank whose words have tags (``tagged``), if exchanges may be as large: 64 tokens of 4,096."""
 SHARE_MULTIPLE = 128
 """A share of rows is a multiple of it: no slice of channels that a boundary's program reads lies in two shares."""
 _LINE_WORDS = 32

@@ -57,7 +57,7 @@ def raise_unread(peers_ptr, rank, epoch, is_alive, RANKS: tl.constexpr, LANES: t
 def _late_ranks(places, inside, epoch, rank, max_words, RANKS: tl.constexpr):
     """Returns the other ranks, as bits, of which words are not there. places: of rank 0's words."""
     late = 0
-    for source in tl.static_range(RANKS):
+    for source in range(RANKS):  # not unrolled, as it is seldom run
         words = tl.load(places + source * max_words, mask=inside, other=0, volatile=True)
         late |= tl.where(source == rank, 0, _is_late(words, inside, epoch)) << source
     return late

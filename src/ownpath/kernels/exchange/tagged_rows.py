@@ -90,7 +90,7 @@ def gather_words(
             at = first + begin + tl.arange(0, BLOCK)
             inside = (at < num_words) & (at < first + share)
             places = tags_of(window_ptr, TAGS_AT) + (epoch & 1) * RANKS * max_words + at
-            for step in tl.static_range(1, RANKS):
+            for step in range(1, RANKS):  # not unrolled: for eight ranks there are too few registers
                 source = (rank + step) % RANKS
                 words, lost = await_words(
                     places, inside, epoch, source, lost, rank, window_ptr, max_words,

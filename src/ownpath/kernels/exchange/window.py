@@ -93,8 +93,8 @@ def tagged_options(window: Window, num_words: int) -> dict[str, Any]:
     """Returns the options that every launch by tagged words has, and its constants."""
     constants = {name: value for name, value in window.constants().items() if name != "INBOX_AT"}
     block, pdl = tagged_block(window, num_words), not INTERPRETED
-    options = {"BLOCK": block, "PDL": pdl, "num_warps": max(1, block // 128), "launch_pdl": pdl}
-    return {"TAGS_AT": window.layout.tags_at, **options, **constants}
+    options = {"BLOCK": block, "PDL": pdl, "TAGS_AT": window.layout.tags_at, **constants}
+    return {**options, "num_warps": max(1, block // 128), "launch_pdl": pdl}
 
 
 NO_ARGUMENTS: tuple[None, ...] = (None,) * 5
