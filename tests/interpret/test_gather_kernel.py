@@ -100,7 +100,7 @@ FORMS = pytest.mark.parametrize("start", [start_gather, start_tagged_gather])
 
 @FORMS
 @pytest.mark.parametrize(
-    ("size", "shapes", "by_columns", "every"), [(2, [(2, 64), (1, 130)], True, 3), (3, [(2, 20)], False, 8)]
+    ("size", "shapes", "by_columns", "every"), [(2, [(2, 64), (1, 130)], True, 5), (3, [(2, 20)], False, 8)]
 )
 def test_every_order_gathers_the_same(
     size: int, shapes: list[tuple[int, int]], by_columns: bool, every: int, start: Callable[..., object]
@@ -119,11 +119,11 @@ def test_every_order_gathers_the_same(
 @pytest.mark.parametrize(
     ("size", "rows", "dtype", "by_columns", "start"),
     [
-        (8, 3, torch.bfloat16, False, start_gather),
+        (3, 3, torch.bfloat16, False, start_gather),
         (3, 3, torch.float32, True, start_gather),
         (2, 3, torch.int32, False, start_gather),
         (2, 2, torch.int64, True, start_gather),
-        (8, 2, torch.bfloat16, False, start_tagged_gather),
+        (3, 2, torch.bfloat16, False, start_tagged_gather),
         (3, 3, torch.float32, True, start_tagged_gather),
         (2, 2, torch.int64, True, start_tagged_gather),
     ],
@@ -158,7 +158,7 @@ MIXED = ("tagged", "pushed", "pushed", "tagged")
 
 @pytest.mark.parametrize(
     ("size", "count", "forms"),
-    [(2, 2, ("pushed",)), (3, 1, ("pushed",)), (2, 2, ("tagged",)), (2, 3, MIXED), (2, 2, MIXED[::-1]), (3, 1, MIXED)],
+    [(2, 1, ("pushed",)), (2, 1, ("tagged",)), (2, 2, MIXED), (2, 1, MIXED[::-1]), (3, 1, MIXED)],
 )
 def test_tokens_travel_to_their_places_in_any_order(size: int, count: int, forms: tuple[str, ...]) -> None:
     """Three tensors under one epoch, and a sum behind their readers; then another number of rows, in the same place.
@@ -174,7 +174,7 @@ def test_tokens_travel_to_their_places_in_any_order(size: int, count: int, forms
 
 @pytest.mark.parametrize("form", ["pushed", "tagged"])
 def test_eight_ranks_rows_lie_in_their_order(form: str) -> None:
-    layout, given = WindowLayout(8, 128, num_programs=2, row_elements=512), [tokens(0, 8, 2)]
+    layout, given = WindowLayout(8, 128, num_programs=1, row_elements=512), [tokens(0, 8, 2)]
     run = PlacedRun(virtual_windows(layout, CPU), given, (form,))
     for event in [(what, rank, 0) for what in ("push", "sum") for rank in range(8)]:
         run.do(event)

@@ -99,7 +99,6 @@ class PushedReduce:
     def variant(self, x_TD: Tensor, operand: PushedOperand) -> str:
         """Returns the variant's name, which depends on the number of elements."""
         layout = operand.window.layout
-        share = layout.share(x_TD.numel())
         if x_TD.numel() <= layout.tagged_elements:
             return variant_name("tagged", block=tagged_block(operand.window, x_TD.numel() // 2))
         return variant_of(x_TD, operand.window)
