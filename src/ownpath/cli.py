@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from ownpath.commands.settings import parse_arguments
+from ownpath.ranks.peers import PeerLost, RanksDiffer
 from ownpath.terminal.console import start_log, trace_text
 from ownpath.terminal.text import printable
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
 _COMMANDS = ("inspect", "plan", "verify", "generate", "chat", "serve", "diff", "quantize", "bench")
-_USAGE_ERROR, _BUG, _INTERRUPTED, _NOBODY_READS = 2, 70, 130, 141
+_USAGE_ERROR, _BUG, _RANK_LOST, _INTERRUPTED, _NOBODY_READS = 2, 70, 75, 130, 141
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,8 +48,8 @@ class _Version(argparse.Action):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code.
 
-    2 with one line on stderr for what users can cause, 70 with a traceback for what they cannot, 130 when interrupted,
-    141 when nobody reads standard output any more; other codes are the command's own.
+    2 with one line on stderr for what users can cause, 70 with a traceback for what they cannot, 75 when another rank
+    is lost, 130 when interrupted, 141 when nobody reads standard output any more; other codes are the command's own.
     """
     _open_streams()
     try:
@@ -92,6 +93,9 @@ def _run(argv: list[str]) -> int:
     except MemoryError:
         print("ownpath: there is not enough memory; `ownpath inspect` says how much the model takes", file=sys.stderr)
         return _USAGE_ERROR
+    except (PeerLost, RanksDiffer) as error:
+        print(f"ownpath: {printable(str(error))}", file=sys.stderr)
+        return _RANK_LOST
     except Exception as error:
         print(trace_text(error), file=sys.stderr)
         print("ownpath: this is a bug in ownpath; please report it with the lines above", file=sys.stderr)

@@ -52,7 +52,7 @@ def reference_model(checkpoint: Checkpoint, device: torch.device) -> Any:
     yarn = dict(checkpoint.fields["rope_scaling"])
     yarn["rope_type"] = yarn.pop("type")
     config = DeepseekV4Config(**fields, rope_parameters=yarn)
-    config._attn_implementation = "eager"
+    config._attn_implementation = config._experts_implementation = "eager"
     model = DeepseekV4ForCausalLM(config).to(torch.float32)
     backbone = {name: value for name, value in checkpoint.decoded.items() if not name.startswith("mtp.")}
     result = model.load_state_dict(_state_dict(backbone), strict=False)
@@ -61,12 +61,14 @@ def reference_model(checkpoint: Checkpoint, device: torch.device) -> Any:
     return model.eval().to(device)
 
 
-def reference_logprobs(checkpoint: Checkpoint, token_ids: list[int], device: torch.device) -> torch.Tensor:
-    """Log-probabilities float32 [T, vocab] of one sequence in one pass."""
-    model = reference_model(checkpoint, device)
+def reference_logprobs(
+    checkpoint: Checkpoint, token_ids: list[int], device: torch.device, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Log-probabilities [T, vocab] of one sequence in one pass, computed in a dtype."""
+    model = reference_model(checkpoint, device).to(dtype)
     with torch.inference_mode():
         logits = model(torch.tensor([token_ids], device=device), use_cache=False).logits[0]
-    return logits.float().log_softmax(-1)
+    return logits.to(dtype).log_softmax(-1)
 
 
 def reference_draft_logits(checkpoint: Checkpoint, token_ids: list[int], device: torch.device) -> torch.Tensor:

@@ -1,9 +1,10 @@
 """The interface between a rank and the others: it gives tensors, and gets theirs."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class PeerLost(RuntimeError):
@@ -30,7 +31,7 @@ class Peers(Protocol):
     @property
     def size(self) -> int: ...
 
-    def swap(self, slot: str, tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    def swap(self, slot: str, tensors: "Sequence[Tensor]") -> "list[tuple[Tensor, ...]]":
         """Gives every rank these tensors, and returns each rank's, in the order of ranks. Every rank calls it, with as
         many tensors of the same dtypes; sizes may differ.
 
@@ -39,7 +40,7 @@ class Peers(Protocol):
         """
         ...
 
-    def trade(self, slot: str, parts: Sequence[Sequence[Tensor]]) -> list[tuple[Tensor, ...]]:
+    def trade(self, slot: str, parts: "Sequence[Sequence[Tensor]]") -> "list[tuple[Tensor, ...]]":
         """Gives each rank the tensors that are for it, in the order of ranks, and returns each rank's for this one.
 
         Otherwise as ``swap``, which gives all ranks the same.
@@ -52,10 +53,10 @@ class Alone:
 
     rank, size = 0, 1
 
-    def swap(self, slot: str, tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    def swap(self, slot: str, tensors: "Sequence[Tensor]") -> "list[tuple[Tensor, ...]]":
         """Returns this rank's tensors, copied."""
         return [tuple(tensor.clone() for tensor in tensors)]
 
-    def trade(self, slot: str, parts: Sequence[Sequence[Tensor]]) -> list[tuple[Tensor, ...]]:
+    def trade(self, slot: str, parts: "Sequence[Sequence[Tensor]]") -> "list[tuple[Tensor, ...]]":
         """Returns what this rank has for itself, copied."""
         return self.swap(slot, parts[0])

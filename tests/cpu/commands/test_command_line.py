@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ownpath.cli import main
+from ownpath.ranks.peers import PeerLost
 
 OWNPATH = [sys.executable, "-m", "ownpath"]
 
@@ -122,6 +123,15 @@ def test_a_bug_is_told_with_an_escaped_traceback(
     assert "\nRuntimeError: \\x1b]8;;" in told
     assert "this is a bug in ownpath" in told
     assert all(line.isprintable() for line in told.splitlines())
+
+
+def test_a_lost_rank_is_no_bug(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(args: object) -> int:
+        raise PeerLost(1, "layers.0.ffn.reduce", "no answer in 5 s")
+
+    monkeypatch.setattr("ownpath.commands.plan.run", fail)
+    assert main(["plan"]) == 75
+    assert capsys.readouterr().err == "ownpath: rank 1 is lost, in layers.0.ffn.reduce: no answer in 5 s\n"
 
 
 def test_an_error_of_a_command_is_one_escaped_line(
