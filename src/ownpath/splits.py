@@ -1,8 +1,6 @@
 """The ways in which ranks divide a model; ``plan.sharding`` cuts accordingly, and ``plan.exchanges`` adds up."""
 
-from collections.abc import Sequence
 from enum import StrEnum
-from itertools import pairwise
 
 
 class AttentionSplit(StrEnum):
@@ -34,12 +32,3 @@ class RowTravel(StrEnum):
 
 DRAWN, DRAWN_MULTIPLE = "head.drawn", 128
 """The exchange of tokens that rank 0 has drawn, as bytes, and of what their number is a multiple."""
-
-
-def sums_at_boundaries(layers: Sequence[str]) -> dict[str, str]:
-    """Returns the sums over ranks that only a boundary of hyper-connections reads, by their slots, and that boundary's.
-
-    layers: names of the backbone's. The last sublayer's is not among them: of its rows some are chosen first.
-    """
-    of_attention = {f"{name}.attn.reduce": f"{name}.hc_ffn" for name in layers}
-    return of_attention | {f"{name}.ffn.reduce": f"{after}.hc_attn" for name, after in pairwise(layers)}

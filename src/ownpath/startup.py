@@ -64,15 +64,14 @@ def warm_up_exchanges(window: "Window") -> None:
     """Runs the pushed kernels in every form that exchanges of up to the window's size have; all ranks do at once. Forms
     go by the elements that a program has."""
     layout, block = window.layout, SHARE_MULTIPLE
-    push, reduce, gather = (KERNELS[name] for name in ("triton.push", "triton.reduce", "triton.gather"))
-    pushing, reducing, gathering = (kernel.prepare(window) for kernel in (push, reduce, gather))
+    reduce, gather = (KERNELS[name] for name in ("triton.reduce", "triton.gather"))
+    reducing, gathering = reduce.prepare(window), gather.prepare(window)
     while True:
         num_rows = min(block * layout.num_programs, layout.max_elements) // SHARE_MULTIPLE
         x = torch.zeros(num_rows, SHARE_MULTIPLE, dtype=torch.bfloat16, device=window.words.device)
         for other in (None, x):
-            for kernel, operand in ((push, pushing), (reduce, reducing)):
-                window.note(WARM_UP_SLOT)
-                kernel.run(x, operand, other)
+            window.note(WARM_UP_SLOT)
+            reduce.run(x, reducing, other)
         window.note(WARM_UP_SLOT)
         gather.run(x.view(torch.float32), gathering, dim=-1)
         if layout.share(layout.max_elements) <= block:

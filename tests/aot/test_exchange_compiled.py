@@ -9,14 +9,10 @@ import pytest
 import torch
 from support.triton_aot import Compiled, Launch, compile_launch, recorded_launches
 
-from ownpath.conformance.operations import make_inputs
-from ownpath.kernels.cases import KernelCase
 from ownpath.kernels.exchange import gather, scatter
 from ownpath.kernels.exchange import launch as exchange
 from ownpath.kernels.exchange.layout import WindowLayout
 from ownpath.kernels.exchange.window import virtual_windows
-from ownpath.kernels.hyper import checks
-from ownpath.kernels.hyper.launch import HYPER_BOUNDARY
 
 CPU = torch.device("cpu")
 
@@ -173,42 +169,6 @@ def test_many_rows_move_sixteen_bytes_at_a_time(rows: list[Compiled]) -> None:
         assert one.ptx.count("st.global.v4.b32") >= size
     for one in (rows[0], rows[2]):
         assert "ld.global.cg.v4.b32" in one.ptx
-
-
-@pytest.fixture(scope="module")
-def boundaries(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
-    """The boundary's launches that wait, of two and of eight ranks, for one row, few and many."""
-    folder: Path = tmp_path_factory.mktemp("boundaries")
-    found: list[Launch] = []
-    for size, num_tokens in ((2, 1), (2, 64), (8, 8), (2, 300)):
-        case = KernelCase("hyper_boundary", "flash", (4096, 24, 1), (num_tokens,))
-        x_TSD, y_TD, mix, weights = make_inputs(case, num_tokens, CPU)[:4]
-        operand = HYPER_BOUNDARY.prepare(weights, virtual_windows(WindowLayout(size, 300 * 4096), CPU)[0])
-        with recorded_launches() as launches, pytest.MonkeyPatch.context() as patch:
-            for module in (exchange, checks):
-                patch.setattr(module, "check_rank", lambda name, tensor, rank, runs_on_cpu: None)
-            HYPER_BOUNDARY.run(x_TSD, y_TD, mix, operand)
-        assert [one.name for one in launches][::2] == ["exchange_rows", "collapse"]
-        found.append(launches[1])
-    return [compile_launch(one, 90, folder) for one in found]
-
-
-def test_a_boundary_that_waits_does_not_spill(boundaries: list[Compiled]) -> None:
-    """And waits in all its threads' sight, behind the kernel that pushed."""
-    assert {one.stack_bytes for one in boundaries} == {0}
-    for one in boundaries:
-        assert one.ptx.index("griddepcontrol.wait") < one.ptx.index("atom.global.sys.acquire.or")
-        assert "ld.global.cg" in one.ptx.split("atom.global.sys.acquire.or")[-1]
-
-
-def test_one_rank_waits_for_nobody() -> None:
-    """Its boundary has no argument more, and no exchange in it."""
-    case = KernelCase("hyper_boundary", "flash", (4096, 24, 1), (1,))
-    with recorded_launches() as launches, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checks, "check_rank", lambda name, tensor, rank, runs_on_cpu: None)
-        HYPER_BOUNDARY(*make_inputs(case, 1, CPU))
-    assert [one.name for one in launches] == ["spread_few", "collapse"]
-    assert dict(launches[0].signature)["window_ptr"] == "constexpr"
 
 
 def test_ranks_share_one_compilation() -> None:

@@ -9,9 +9,6 @@ from functools import partial
 import pytest
 import torch
 
-from ownpath.conformance.call import tensors_of
-from ownpath.conformance.operations import make_inputs
-from ownpath.kernels.cases import KernelCase
 from ownpath.kernels.exchange.gather import (
     PUSHED_GATHER,
     rows_in_place,
@@ -25,7 +22,6 @@ from ownpath.kernels.exchange.layout import NUM_PROGRAMS, WindowLayout
 from ownpath.kernels.exchange.ref import all_gather, all_reduce, reduce_scatter
 from ownpath.kernels.exchange.scatter import PUSHED_SCATTER, start_scatter, start_tagged_scatter
 from ownpath.kernels.exchange.window import Window, virtual_windows
-from ownpath.kernels.hyper.launch import HYPER_BOUNDARY, HYPER_BOUNDARY_INVARIANT, HyperBoundaryKernel
 
 WIDTH = 4096
 MAX_DELAY_CYCLES = 200_000
@@ -208,31 +204,6 @@ def test_rows_at_once(size: int, device: torch.device) -> None:
         ]
         ranks.capture([[partial(one, rank) for rank in range(size)] for one in (rows_of, sums_of, columns_of)], wanted)
     ranks.replay(3_000)
-
-
-@pytest.mark.parametrize("kernel", [HYPER_BOUNDARY, HYPER_BOUNDARY_INVARIANT], ids=["fast", "invariant"])
-@pytest.mark.parametrize("num_tokens", [1, 8, 64, 300])
-def test_boundaries_at_once(kernel: HyperBoundaryKernel, num_tokens: int, device: torch.device) -> None:
-    """The bits of one rank's boundary behind the sum; more than 256 rows have tiles of their own, whose streams are."""
-    case = KernelCase("hyper_boundary", "flash", (WIDTH, 24, 1), (num_tokens,))
-    x_TSD, _, mix, weights = make_inputs(case, num_tokens, device)[:4]
-    windows, parts = virtual_windows(layout_of(2), device), parts_of(2, num_tokens, device)
-    operands = [kernel.prepare(weights, window) for window in windows]
-    expected = list(tensors_of(kernel(x_TSD, all_reduce(parts), mix, weights)))
-    streams = [torch.cuda.Stream(device) for _ in windows]
-    torch.cuda.synchronize()
-    for _ in range(3):
-        found = []
-        for stream, operand, part in zip(streams, operands, parts, strict=True):
-            with torch.cuda.stream(stream):
-                found.append(list(tensors_of(kernel.run(x_TSD, part, mix, operand))))
-        torch.cuda.synchronize()
-        assert all(torch.equal(one, two) for one, two in zip(*found, strict=True)), "ranks differ"
-        same_tiles = num_tokens <= 256 or kernel is HYPER_BOUNDARY_INVARIANT
-        compared = len(expected) if same_tiles else 1
-        for one, two in list(zip(found[0], expected, strict=True))[:compared]:
-            assert torch.equal(one, two)
-    assert all(window.lost() is None for window in windows)
 
 
 def lost_after(windows: list[Window], part: torch.Tensor, limit_us: int) -> float:

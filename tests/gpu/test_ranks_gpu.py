@@ -104,7 +104,7 @@ def test_steps_are_graphs_with_pushed_exchanges(ranks: Served) -> None:
     told = plan_of(ranks)
     ran = {one["slot"]: one for one in told["ran"]}
     for slot, kernel in (
-        ("layers.0.attn.reduce", "triton.push"),
+        ("layers.0.attn.reduce", "triton.reduce"),
         ("layers.3.ffn.reduce", "triton.reduce"),
         ("head.gather", "triton.gather"),
     ):

@@ -12,19 +12,13 @@ import torch
 from support.exchange_orders import Event, orders
 from triton.runtime.interpreter import InterpreterBuilder
 
-from ownpath.conformance.call import tensors_of
-from ownpath.conformance.operations import make_inputs
-from ownpath.kernels.cases import KernelCase
 from ownpath.kernels.exchange import gather as exchange_gather
 from ownpath.kernels.exchange import launch as exchange_launch
-from ownpath.kernels.exchange import part as exchange_part
+from ownpath.kernels.exchange import layout as exchange_layout
 from ownpath.kernels.exchange.launch import PUSHED_REDUCE, start_exchange, start_tagged
 from ownpath.kernels.exchange.layout import WindowLayout
 from ownpath.kernels.exchange.ref import all_reduce
 from ownpath.kernels.exchange.window import Window, virtual_windows
-from ownpath.kernels.hyper import launch as hyper
-from ownpath.kernels.hyper.launch import HYPER_BOUNDARY, HYPER_BOUNDARY_INVARIANT, HyperBoundaryKernel
-from ownpath.kernels.registry import KERNELS
 from ownpath.ranks.peers import PeerLost
 from ownpath.startup import warm_up_exchanges
 
@@ -202,20 +196,6 @@ def test_nothing_is_used_once_a_rank_is_lost(start: Callable[..., object]) -> No
     assert run.windows[0].lost() == (1, (1,))
 
 
-@pytest.mark.parametrize("missing", [0, 1])
-def test_a_boundary_waits_for_the_rows_that_it_reads(missing: int) -> None:
-    """Two rows, each pushed by a program of its own: the flag of either is waited for."""
-    case = KernelCase("hyper_boundary", "one part", (128, 4, 1), (2,))
-    x_TSD, y_TD, mix, weights = make_inputs(case, 2, CPU)[:4]
-    layout = WindowLayout(2, 2 * 128, num_programs=2)
-    windows = virtual_windows(layout, CPU)
-    windows[0].set_limit(4)
-    start_exchange(windows[1], y_TD, None, y_TD, pushes=True, sums=False)
-    windows[0].words[layout.num_programs + missing] = 0
-    HYPER_BOUNDARY.run(x_TSD, y_TD, mix, HYPER_BOUNDARY.prepare(weights, windows[0]))
-    assert windows[0].lost() == (1, (1,))
-
-
 @pytest.mark.parametrize(
     ("part", "found"),
     [
@@ -237,90 +217,21 @@ def test_layouts_that_do_not_fit_are_refused(size: int, elements: int, found: st
         WindowLayout(size, elements)
 
 
-@pytest.mark.parametrize(
-    ("kernel", "has_other", "steps"),
-    [(HYPER_BOUNDARY, False, 1), (HYPER_BOUNDARY, True, 2), (HYPER_BOUNDARY_INVARIANT, False, 1)],
-    ids=["one part", "two parts", "many rows"],
-)
-def test_a_boundary_adds_what_ranks_pushed(
-    kernel: HyperBoundaryKernel, has_other: bool, steps: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On every rank the bits of one rank's boundary behind the sum; and NaN where a rank is lost."""
-    case, size, shape = KernelCase("hyper_boundary", "two parts", (128, 24, 2), (1,)), 2, (1, 128)
-    x_TSD, _, mix, weights, _ = make_inputs(case, 1, CPU)
-    parts, others = parts_of(size, [shape])[0], parts_of(size + 1, [shape])[0]
-    windows = virtual_windows(WindowLayout(size, 128, num_programs=1), CPU)
-    operands = [kernel.prepare(weights, window) for window in windows]
-    stored = [part + other for part, other in zip(parts, others, strict=False)] if has_other else parts
-    expected = list(tensors_of(kernel(x_TSD, all_reduce(stored), mix, weights)))
-    monkeypatch.setattr(hyper, "_launch_push", lambda tensors: None)  # which would come too late for the other rank
-    for step in range(steps):
-        for rank in (1, 0):
-            other = others[rank] if has_other else None
-            start_exchange(windows[rank], parts[rank], other, parts[rank], pushes=True, sums=False)
-        for rank in range(size):
-            found = tensors_of(kernel.run(x_TSD, parts[rank], mix, operands[rank], others[rank] if has_other else None))
-            assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True)), (step, rank)
-    if steps == 1:
-        return
-    windows[0].set_limit(4)
-    start_exchange(windows[0], parts[0], None, parts[0], pushes=True, sums=False)
-    lost = kernel.run(x_TSD, parts[0], mix, operands[0], others[0] if has_other else None)
-    assert lost.x_TSD.isnan().all()
-    assert windows[0].lost() == (steps + 1, (1,))
-
-
-def test_a_boundary_pushes_its_part_itself() -> None:
-    """Alone of two ranks: its part is in the other's inbox, and its wait ends."""
-    case = KernelCase("hyper_boundary", "one part", (128, 24, 1), (1,))
-    x_TSD, y_TD, mix, weights = make_inputs(case, 1, CPU)[:4]
-    layout = WindowLayout(2, 128, num_programs=1)
-    windows = virtual_windows(layout, CPU)
-    windows[0].set_limit(4)
-    HYPER_BOUNDARY.run(x_TSD, y_TD, mix, HYPER_BOUNDARY.prepare(weights, windows[0]))
-    inbox = windows[1].words[layout.inbox_at : layout.rows_at].view(torch.bfloat16).view(2, 2, 128)
-    assert torch.equal(inbox[1, 0], y_TD[0])
-    assert windows[0].lost() == (1, (1,))
-
-
-def test_a_boundary_adds_the_parts_that_were_pushed_before_it() -> None:
-    """As plans have it: "triton.push" gives a part of two parts, and the boundary does not read what it is given."""
-    case = KernelCase("hyper_boundary", "two parts", (128, 4, 2), (1,))
-    x_TSD, y_TD, mix, weights, other_TD = make_inputs(case, 1, CPU)[:5]
-    windows, push = virtual_windows(WindowLayout(2, 128, num_programs=1), CPU), KERNELS["triton.push"]
-    parts = [y_TD, (y_TD * 3).to(torch.bfloat16)]
-    for window, part in zip(windows, parts, strict=True):
-        assert push.run(part, push.prepare(window), other_TD) is part
-    total = all_reduce([(part.float() + other_TD.float()).to(torch.bfloat16) for part in parts])
-    expected = HYPER_BOUNDARY(x_TSD, total, mix, weights)
-    for window in windows:
-        operand = HYPER_BOUNDARY.prepare(weights, window, pushes=False)
-        found = HYPER_BOUNDARY.run(x_TSD, torch.zeros_like(y_TD), mix, operand)
-        assert all(torch.equal(one, two) for one, two in zip(tensors_of(found), tensors_of(expected), strict=True))
-        assert window.lost() is None
-
-
-def test_a_boundary_before_the_first_sublayer_exchanges_nothing() -> None:
-    case = KernelCase("hyper_boundary", "first", (128, 24, 0), (1,))
-    x_TSD, _, _, weights = make_inputs(case, 1, CPU)[:4]
-    windows = virtual_windows(WindowLayout(2, 128, num_programs=1), CPU)
-    found = HYPER_BOUNDARY.run(x_TSD, None, None, HYPER_BOUNDARY.prepare(weights, windows[0]))
-    expected = HYPER_BOUNDARY(x_TSD, None, None, weights)
-    assert all(torch.equal(one, two) for one, two in zip(tensors_of(found), tensors_of(expected), strict=True))
-    assert windows[0].lost() is None
-
-
 def test_warming_up_reaches_every_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All numbers of elements that a program may have, in the powers of two that kernels know."""
+    """All numbers of elements that a program may have, in the powers of two that kernels know; few by tagged words.
+    Each with one part and with two."""
+    monkeypatch.setattr(exchange_layout, "TAGGED_ELEMENTS", 512)
     (window,) = virtual_windows(WindowLayout(1, 128 * 9, num_programs=2), CPU)
-    shares = list[int]()
-    for module, name in (
-        *((exchange_launch, "start_exchange"), (exchange_launch, "start_tagged")),
-        (exchange_part, "start_exchange"),
-    ):
-        monkeypatch.setattr(module, name, lambda window, x, *_, **__: shares.append(window.layout.share(x.numel())))
+    launched = list[tuple[str, int]]()
+
+    def noting(name: str) -> Callable[..., None]:
+        return lambda window, x, *_, **__: launched.append((name, window.layout.share(x.numel())))
+
+    for name in ("start_tagged", "start_exchange"):
+        monkeypatch.setattr(exchange_launch, name, noting(name))
     for name in ("start_gather", "start_tagged_gather"):
         monkeypatch.setattr(exchange_gather, name, lambda *_, **__: None)
     warm_up_exchanges(window)
-    assert shares == [128] * 4 + [256] * 4 + [512] * 4 + [640] * 4
-    assert window.order.count == 5 * 4
+    tagged, flagged = [("start_tagged", 128), ("start_tagged", 256)], [("start_exchange", 512), ("start_exchange", 640)]
+    assert launched == [one for one in (*tagged, *flagged) for _ in range(2)]
+    assert window.order.count == 3 * 4

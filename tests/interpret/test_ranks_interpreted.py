@@ -1,4 +1,4 @@
-"""A model of two virtual ranks with pushed exchanges, interpreted: the wiring from plan to boundaries.
+"""A model of two virtual ranks with pushed exchanges, interpreted: the wiring from plan to kernels.
 
 The interpreter runs one kernel at a time, so a rank's push and its wait are two launches here, and between them all
 ranks meet.
@@ -13,12 +13,11 @@ import pytest
 import torch
 from support.checkpoints import random_checkpoint
 
-import ownpath.kernels.exchange.part as part
 import ownpath.kernels.hyper.launch as hyper
 from ownpath import loading
 from ownpath.config import EngineConfig, Parallel
 from ownpath.kernels.exchange.gather import PushedGather, start_gather
-from ownpath.kernels.exchange.launch import PushedReduce, start_exchange
+from ownpath.kernels.exchange.launch import PushedReduce, start_sum
 from ownpath.kernels.exchange.layout import WindowLayout
 from ownpath.kernels.exchange.window import Window, virtual_windows
 from ownpath.kernels.registry import spec_of
@@ -28,7 +27,6 @@ from ownpath.model.model import Model
 from ownpath.ops import OpKind
 from ownpath.plan.plan import Plan
 from ownpath.ranks.virtual import VirtualPeers, run_virtual
-from ownpath.splits import sums_at_boundaries
 
 ENGINE = EngineConfig(dtype=torch.bfloat16, max_model_len=64, max_num_seqs=2, max_prefill_tokens=8)
 SIZES: dict[str, Any] = {
@@ -44,14 +42,13 @@ TOKENS = ([5, 6],)
 
 def with_kernels(plan: Plan, exchanges: bool) -> Plan:
     """Returns the plan with the kernels of a GPU for boundaries, and for exchanges if they are wanted."""
-    at_boundaries = sums_at_boundaries([layer.name for layer in plan.config.backbone_layers()])
     companions = []
     for one in plan.companions:
         kernel = one.choice.kernel
         if one.spec.kind is OpKind.HYPER:
             kernel = spec_of("triton.hyper_boundary")
         elif one.spec.kind is OpKind.REDUCE and exchanges:
-            kernel = spec_of("triton.push" if one.spec.slot in at_boundaries else "triton.reduce")
+            kernel = spec_of("triton.reduce")
         elif one.spec.kind is OpKind.GATHER and exchanges:
             kernel = spec_of("triton.gather")
         companions.append(replace(one, choice=replace(one.choice, kernel=kernel)))
@@ -61,14 +58,13 @@ def with_kernels(plan: Plan, exchanges: bool) -> Plan:
 @pytest.fixture(autouse=True)
 def one_kernel_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads take turns with the interpreter."""
-    for module, name in ((part, "start_exchange"), (hyper, "launch")):
-        inner = getattr(module, name)
+    inner = hyper.launch
 
-        def guarded(*args: Any, inner: Any = inner, **kwargs: Any) -> Any:
-            with ONE_AT_A_TIME:
-                return inner(*args, **kwargs)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        with ONE_AT_A_TIME:
+            return inner(*args, **kwargs)
 
-        monkeypatch.setattr(module, name, guarded)
+    monkeypatch.setattr(hyper, "launch", guarded)
 
 
 def meet_between(monkeypatch: pytest.MonkeyPatch, barrier: threading.Barrier) -> None:
@@ -78,7 +74,7 @@ def meet_between(monkeypatch: pytest.MonkeyPatch, barrier: threading.Barrier) ->
         out = torch.empty_like(x)
         for pushes in (True, False):
             with ONE_AT_A_TIME:
-                start_exchange(operand.window, x, other, out, pushes=pushes, sums=not pushes)
+                start_sum(operand.window, x, other, out, pushes=pushes, sums=not pushes)
             barrier.wait(60)
         return out
 
@@ -89,16 +85,8 @@ def meet_between(monkeypatch: pytest.MonkeyPatch, barrier: threading.Barrier) ->
             barrier.wait(60)
         return out
 
-    inner = part.PushedPart.run
-
-    def push(*args: Any) -> torch.Tensor:
-        found = inner(*args)
-        barrier.wait(60)
-        return found
-
     monkeypatch.setattr(PushedReduce, "run", reduce)
     monkeypatch.setattr(PushedGather, "run", gather)
-    monkeypatch.setattr(part.PushedPart, "run", push)
 
 
 def logits_of(
@@ -138,7 +126,7 @@ def logits_of(
 
 
 def test_pushed_exchanges_give_the_bits_of_the_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every layer's sums in the boundaries behind them, the last one's by itself, and the logits' columns."""
+    """Every layer's sums, and the logits' columns."""
     random_checkpoint(tmp_path, "full-nvfp4", seed=5, **SIZES)
     (first, second), (model, _) = logits_of(tmp_path, monkeypatch, exchanges=True)
     (wanted, _), _ = logits_of(tmp_path, monkeypatch, exchanges=False)

@@ -1,4 +1,5 @@
-"""Exchanges alone, for ``ownpath bench parallel``: a sum over ranks, a boundary's, columns, and rows there and back.
+"""Exchanges alone, for ``ownpath bench parallel``: a sum over ranks, alone and in front of a boundary, columns, and
+rows there and back.
 
 Values are whole numbers whose sums are exact in any order, so that every system must give the twin's bits.
 
@@ -17,6 +18,7 @@ from ownpath.conformance.operations import make_inputs
 from ownpath.kernels.cases import KernelCase
 from ownpath.kernels.exchange.collectives import Collectives, GroupCollectives, SymmetricCollectives
 from ownpath.kernels.exchange.ref import all_reduce
+from ownpath.kernels.registry import KERNELS
 from ownpath.ops import OpKind
 from ownpath.runners import GatherColumns, GatherRows, Reduce, Scatter
 from ownpath.runners.exchange import Exchange
@@ -24,8 +26,6 @@ from ownpath.runners.mega_moe import PUSHED_KERNELS
 from ownpath.runners.window import WindowedPeers
 
 NUM_CALLS = 20
-BOUNDARY_TOKENS = 256
-"""The most tokens of a boundary with one rank's tiles."""
 
 
 def exchange_rows(ranks: Together, shape: str, num_tokens: int, width: int) -> Iterator[Row]:
@@ -35,8 +35,7 @@ def exchange_rows(ranks: Together, shape: str, num_tokens: int, width: int) -> I
         case = _case(ranks, f"{what} {shape}", num_tokens, width, trips)
         for contender in _contenders(ranks, kind, num_tokens, width):
             yield ranks.row(case, contender)
-    if ranks.on_gpus and num_tokens <= BOUNDARY_TOKENS:
-        yield from _boundary_rows(ranks, shape, num_tokens, width)
+    yield from _boundary_rows(ranks, shape, num_tokens, width)
 
 
 def own_exchange(ranks: Together, make: type[Exchange], kind: OpKind) -> Exchange:
@@ -117,40 +116,39 @@ def _peer_call(ranks: Together, kind: OpKind, given: Collectives) -> Callable[[T
 
 
 def _boundary_rows(ranks: Together, shape: str, num_tokens: int, width: int) -> Iterator[Row]:
-    """Yields a boundary behind a sum over ranks; facts: what the sum adds to the boundary of one rank."""
-    from ownpath.kernels.hyper.launch import HYPER_BOUNDARY  # needs triton
-
-    assert isinstance(ranks.peers, WindowedPeers)
+    """Yields a boundary, and one behind a sum over ranks; facts: what the sum adds to the boundary's time."""
     inputs = KernelCase("hyper_boundary", shape, (width, 24, 1), (num_tokens,))
     x_TSD, _, mix, weights = make_inputs(inputs, num_tokens, ranks.device)[:4]
     parts = _parts(ranks, num_tokens, width)
     mine, total = parts[ranks.rank], all_reduce(parts)
-    across, alone = HYPER_BOUNDARY.prepare(weights, ranks.peers.window), HYPER_BOUNDARY.prepare(weights)
-    wanted = HYPER_BOUNDARY.run(x_TSD, total, mix, alone)
+    kernel = KERNELS["triton.hyper_boundary" if ranks.on_gpus else "ref.hyper_boundary"]
+    operand = kernel.prepare(weights)
+
+    def boundary(y: Tensor) -> Tensor:
+        h_TD: Tensor = kernel.run(x_TSD, y, mix, operand).h_TD
+        return h_TD
+
+    wanted = boundary(total)
 
     def judge(found: Tensor) -> float:
-        return 0.0 if torch.equal(found, wanted.h_TD) else float("nan")
+        return 0.0 if torch.equal(found, wanted) else float("nan")
 
-    def round_of(call: Callable[[], Tensor]) -> Callable[[], TogetherRound]:
-        return lambda: TogetherRound([call] * NUM_CALLS, judge)
+    def behind(make: Callable[[], Callable[[Tensor], Tensor]]) -> Callable[[], TogetherRound]:
+        def round_of() -> TogetherRound:
+            add_up = make()
+            return _round(lambda y: boundary(add_up(y)), mine, judge)
 
-    def behind(make: Callable[[], Collectives]) -> Callable[[], TogetherRound]:
-        def made() -> TogetherRound:
-            given = make()
-            return _round(lambda y: HYPER_BOUNDARY.run(x_TSD, given.all_reduce(y), mix, alone).h_TD, mine, judge)
-
-        return made
+        return round_of
 
     case = _case(ranks, f"boundary {shape}", num_tokens, width)
-    one = TogetherContender("ownpath", round_of(lambda: HYPER_BOUNDARY.run(x_TSD, total, mix, alone).h_TD), False)
-    first = ranks.row(replace(case, shape=f"boundary alone {shape}", num_bytes=0, floor_us=None), one)
-    yield first
-    contenders = [
-        TogetherContender("ownpath", round_of(lambda: HYPER_BOUNDARY.run(x_TSD, mine, mix, across).h_TD), False)
-    ]
-    contenders += [TogetherContender(name, behind(make)) for name, make in collectives_of(ranks, num_tokens * width)]
+    lone = TogetherContender("ownpath", lambda: TogetherRound([lambda: boundary(total)] * NUM_CALLS, judge), False)
+    alone = ranks.row(replace(case, shape=f"boundary alone {shape}", num_bytes=0, floor_us=None), lone)
+    yield alone
+    contenders = [TogetherContender("ownpath", behind(lambda: _own_call(ranks, OpKind.REDUCE)), is_peer=False)]
+    for name, make in collectives_of(ranks, num_tokens * width):
+        contenders.append(TogetherContender(name, behind(lambda make=make: make().all_reduce)))  # type: ignore[misc]
     for contender in contenders:
         row = ranks.row(case, contender)
-        if row.timing is not None and first.timing is not None:
-            row = replace(row, facts={"added_us": round(row.timing.us - first.timing.us, 2)})
+        if row.timing is not None and alone.timing is not None:
+            row = replace(row, facts={"added_us": round(row.timing.us - alone.timing.us, 2)})
         yield row

@@ -61,8 +61,6 @@ class KernelSpec:
     rounding: rounding of activations, for calls of ``rounds_from`` rows or more.
     rounds_weight: it may round a weight to the activations' dtype before it multiplies.
     converts_scales: MXFP4's block scales are converted to NVFP4's when loaded, which refuses what E4M3 cannot hold.
-    leaves_sum: of ranks' parts, which it pushes, to the kernel that reads it; this one must take them.
-    takes_parts: it adds up what all ranks have pushed, if it is given a window.
     is_default: a runner made without a chosen kernel uses it, where the device allows.
     evidence: ``None`` for the torch references, with which others are compared.
     """
@@ -90,8 +88,6 @@ class KernelSpec:
     rounds_from: int = 1
     rounds_weight: bool = False
     converts_scales: bool = False
-    leaves_sum: bool = False
-    takes_parts: bool = False
     is_default: bool = False
     evidence: Evidence | None = None
 

@@ -67,7 +67,7 @@ from ownpath.runners.decode import (
 )
 from ownpath.runners.linear import LinearRunner
 from ownpath.runners.runner import KernelOrName, chosen_spec
-from ownpath.splits import DRAWN, ExpertSplit, sums_at_boundaries
+from ownpath.splits import DRAWN, ExpertSplit
 from ownpath.trace import Ledger, Tap
 
 if TYPE_CHECKING:
@@ -185,15 +185,7 @@ class Builder:
             mix_norm_eps=config.rms_norm_eps,
             norm_eps=config.rms_norm_eps,
         )
-        window = self.window if slot in self._adding else None
-        return self.ledger.watch(slot, HyperBoundary(weights, window, kernel=self.specs[slot]))
-
-    @cached_property
-    def _adding(self) -> frozenset[str]:
-        """The boundaries that add up what ranks have pushed."""
-        boundaries = sums_at_boundaries([layer.name for layer in self.config.backbone_layers()])
-        pushed = (slot for slot in boundaries if slot in self.specs and chosen_spec(self.specs[slot]).leaves_sum)
-        return frozenset(boundaries[slot] for slot in pushed)
+        return self.ledger.watch(slot, HyperBoundary(weights, kernel=self.specs[slot]))
 
     def _norm(self, slot: str, weight: torch.Tensor | None) -> Any:
         norm = RMSNorm(weight, self.config.rms_norm_eps, kernel=self.specs[slot])

@@ -33,9 +33,8 @@ from ownpath.plan.opspec import (
 )
 from ownpath.plan.select import REFERENCES, Caps, Choice, Demands, Refusal, select
 from ownpath.plan.sharding import held_experts, local_modules, regions_of, require_whole_blocks
-from ownpath.splits import AttentionSplit, sums_at_boundaries
+from ownpath.splits import AttentionSplit
 
-_PART = next(spec for spec in SPECS if spec.leaves_sum)
 INPUT_BLOCK = 128
 """Columns of an FP8 product's input that share a scale in official numerics."""
 
@@ -111,19 +110,7 @@ class Planner:
         specs += [*self._of_layers(config.backbone_layers(), plain), *head_exchanges(config, self.parallel)]
         if loads_draft:
             specs += [*draft_companions(config, self.parallel), *self._of_layers(config.draft_layers(), plain)]
-        planned = tuple(PlannedCompanion(spec, self._choice(spec, None)) for spec in specs)
-        return planned if self.parallel.size == 1 else tuple(self._with_parts(planned))
-
-    def _with_parts(self, planned: Sequence[PlannedCompanion]) -> Iterator[PlannedCompanion]:
-        """Yields companions; of sums that a boundary can make, only the push."""
-        kernels = {one.spec.slot: one.choice.kernel for one in planned}
-        boundaries = sums_at_boundaries([layer.name for layer in self.config.backbone_layers()])
-        for one in planned:
-            boundary = boundaries.get(one.spec.slot)
-            if boundary is not None and one.choice.kernel.is_pushed and kernels[boundary].takes_parts:
-                yield replace(one, choice=replace(one.choice, kernel=_PART, why=_PART.why))
-            else:
-                yield one
+        return tuple(PlannedCompanion(spec, self._choice(spec, None)) for spec in specs)
 
     def _plain_slots(self, ops: Iterable[PlannedOp]) -> frozenset[str]:
         """Returns the slots of products with unquantised weights that are not asked for by --reference."""

@@ -3,8 +3,6 @@
 Each holds its weights and constants beside the kernel that the plan chose.
 """
 
-from typing import TYPE_CHECKING, Any
-
 import torch
 
 from ownpath.kernels.attention.ref import AttentionReference, AttentionWeights
@@ -24,9 +22,6 @@ from ownpath.kernels.router.ref import gate_logits
 from ownpath.runners.linear import Linear
 from ownpath.runners.ops import HANDLES
 from ownpath.runners.runner import KernelOrName, KernelRunner, chosen_spec
-
-if TYPE_CHECKING:
-    from ownpath.kernels.exchange.window import Window
 
 __all__ = [
     "HyperBoundary",
@@ -73,17 +68,12 @@ class HyperBoundary(KernelRunner):
     ``__call__``: streams x [T, S, D], output y [T, D] and its mix (both ``None`` before the first sublayer), and other
     [T, D] where the output is y + other -> new streams, normed input of the coming sublayer [T, D], and its mix
     (``None`` after the last sublayer).
-
-    window: where y is this rank's part, which ``Reduce`` has pushed; the boundary adds up all ranks'.
     """
 
-    def __init__(
-        self, weights: HyperWeights, window: "Window | None" = None, *, kernel: KernelOrName = "ref.hyper_boundary"
-    ) -> None:
+    def __init__(self, weights: HyperWeights, *, kernel: KernelOrName = "ref.hyper_boundary") -> None:
         self.spec, self.weights = chosen_spec(kernel), weights
-        made: Any = KERNELS[self.spec.name]
-        self.kernel: BoundaryKernel[object] = made
-        self.operand = made.prepare(weights) if window is None else made.prepare(weights, window, pushes=False)
+        self.kernel: BoundaryKernel[object] = KERNELS[self.spec.name]
+        self.operand = self.kernel.prepare(weights)
         self.handle = HANDLES.new(self)
 
     @property

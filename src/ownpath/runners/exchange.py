@@ -58,10 +58,7 @@ class Exchange(KernelRunner):
 
 
 class Reduce(Exchange):
-    """x [T, C], or x + other -> their sum over all ranks, on every rank the same bits.
-
-    By a kernel that only pushes: -> x, this rank's part, for a boundary that adds up all ranks'.
-    """
+    """x [T, C], or x + other -> their sum over all ranks, on every rank the same bits."""
 
     kernel: SumKernel
 

@@ -15,10 +15,8 @@ from ownpath.attention.rope import Rope
 from ownpath.cache.pools import CachePool, CacheSpec
 from ownpath.cache.tables import StepTables
 from ownpath.config import ModelConfig
-from ownpath.kernels.registry import SPECS
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.block import Block, Residual
-from ownpath.plan.ops import PlannedCompanion
 from ownpath.plan.opspec import STEP_ANGLES
 from ownpath.plan.plan import Plan
 from ownpath.verify.subject import Subject
@@ -97,22 +95,7 @@ def add_runners(subject: Subject, plan: Plan, weights: LoadedWeights) -> LoadedP
 def load_layer(subject: Subject, layer_idx: int) -> LoadedLayer:
     """Loads one decoder layer of the backbone. Errors: as ``load_weights``."""
     layer = tuple(subject.config.backbone_layers())[layer_idx]
-    plan = _ending(restrict_plan(subject.plan, in_layer(layer.name)), layer.name)
-    return layer_of(add_runners(subject, plan, read_weights(subject, plan)), layer_idx)
-
-
-def _ending(plan: Plan, layer: str) -> Plan:
-    """Returns the plan of a layer behind which no boundary adds up what ranks have pushed: its last sum over ranks is
-    made by the kernel that makes it in a model's last layer."""
-
-    def ended(companion: PlannedCompanion) -> PlannedCompanion:
-        choice = companion.choice
-        if companion.spec.slot != f"{layer}.ffn.reduce" or not choice.kernel.leaves_sum:
-            return companion
-        whole = next(spec for spec in SPECS if spec.kind is choice.kernel.kind and not spec.leaves_sum)
-        return replace(companion, choice=replace(choice, kernel=whole))
-
-    return replace(plan, companions=tuple(map(ended, plan.companions)))
+    return layer_of(load_part(subject, in_layer(layer.name)), layer_idx)
 
 
 def layer_of(part: LoadedPart, layer_idx: int) -> LoadedLayer:

@@ -99,10 +99,13 @@ def test_exchanges_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
         return list(exchange_rows(together(peers), "tiny", 3, parallel_shape("tiny").hidden))
 
     for rows in run_virtual(2, work):
-        assert [(row.case.shape, row.status, row.rel_l2) for row in rows] == [
-            (f"{what} tiny", "ok", 0.0) for what in ("sum", "columns", "rows and back")
-        ]
-        assert [row.case.num_bytes for row in rows] == [3 * 256 * 2, 3 * 256 * 2, 2 * 3 * 256 * 2]
+        kinds = [f"{kind} tiny" for kind in ("sum", "columns", "rows and back", "boundary alone", "boundary")]
+        assert [(row.case.shape, row.status, row.rel_l2) for row in rows] == [(kind, "ok", 0.0) for kind in kinds]
+        assert [row.case.num_bytes for row in rows] == [1536, 1536, 2 * 1536, 0, 1536]  # 3 rows of 256 in bfloat16
+        *_, alone, behind = rows
+        assert alone.timing is not None
+        assert behind.timing is not None
+        assert behind.facts == {"added_us": round(behind.timing.us - alone.timing.us, 2)}
 
 
 def test_shapes_have_short_names() -> None:

@@ -99,10 +99,10 @@ def test_plan_shows_what_a_rank_holds_and_sends(tmp_path: Path, capsys: pytest.C
     random_checkpoint(tmp_path, "modelopt-experts-only", moe_intermediate_size=256, o_lora_rank=128, hidden_size=128)
     assert main(["plan", str(tmp_path), "--ranks", "2", "--device", "sm_90", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["parallel"] == {"rank": 0, "size": 2, "attention": "heads", "experts": "width"}
+    assert told["parallel"] == {"rank": 0, "size": 2, "attention": "heads", "experts": "width", "is_even": False}
     exchanges = [one for one in told["companions"] if one["kind"] in ("all_reduce", "all_gather")]
     assert [one["slot"] for one in exchanges][:2] == ["layers.0.attn.reduce", "layers.0.ffn.reduce"]
-    assert {one["kernel"] for one in exchanges} == {"triton.push", "triton.reduce", "triton.gather"}
+    assert {one["kernel"] for one in exchanges} == {"triton.reduce", "triton.gather"}
     assert told["sent_by_a_rank"]["token"] == {"least_bytes": 5 * 2 * 256, "planned_bytes": 5 * 2 * 256}
     assert told["rank_memory"]["weights"] > told["rank_memory"]["replicated"] > 0
     shapes = {one["slot"]: one["local_shape"] for one in told["ops"]}

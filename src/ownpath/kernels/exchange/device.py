@@ -125,26 +125,6 @@ def tell(peers_ptr, record_ptr, epoch, lost, RANKS: tl.constexpr, LANES: tl.cons
 
 
 @triton.jit
-def await_tile(
-    window_ptr, peers_ptr, record_ptr, num_tokens, D, share,
-    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, RANKS: tl.constexpr, LANES: tl.constexpr, PROGRAMS: tl.constexpr,
-    ABORT_AT: tl.constexpr, LOOKS: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """Waits for all ranks' parts of a tile: some tokens' slice of channels. Returns the exchange's epoch, and False if
-    one is lost.
-
-    D and a share are multiples of 128, so a token's channels here are in one share.
-    """
-    epoch = tl.load(window_ptr + RANKS * PROGRAMS)
-    t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    programs = tl.where(t < num_tokens, (t * D + tl.program_id(0) * CHANNELS) // share, -1)
-    arrived = await_rows(
-        window_ptr, peers_ptr, record_ptr, epoch, programs, RANKS, LANES, PROGRAMS, ABORT_AT, LOOKS, INTERPRETED
-    )
-    return epoch, arrived
-
-
-@triton.jit
 def add_rows(inbox, epoch, at, inside, arrived, max_elements, RANKS: tl.constexpr):
     """Adds all ranks' elements in the order of ranks in float32, and rounds once; NaN if they have not arrived."""
     inbox += ((epoch & 1) * RANKS).to(tl.int64) * max_elements

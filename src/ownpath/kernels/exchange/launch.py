@@ -45,8 +45,8 @@ class PushedOperand:
 def start_exchange(
     window: Window, x_TD: Tensor, other_TD: Tensor | None, out_TD: Tensor, pushes: bool, sums: bool
 ) -> TritonCall | None:
-    """Launches, and returns the prepared launch. pushes, sums: both of its parts in one launch, or one of them, where
-    another kernel does the other, a sum by tiles for example. Later calls move x, other and out."""
+    """Launches, and returns the prepared launch. pushes, sums: both of its parts in one launch, or one of them, for
+    ranks that take turns. Later calls move x, other and out."""
     share = window.layout.share(x_TD.numel())
     block = min(MAX_BLOCK, int(triton.next_power_of_2(share)))
     words, peers, record, *sizes = window.arguments(x_TD.numel())
@@ -78,10 +78,12 @@ def start_tagged(
     return launch(exchange_words, (layout.num_programs,), arguments, options, moving=(0, 1, 2))
 
 
-def variant_of(x_TD: Tensor, window: Window) -> str:
-    """Returns the name of what a push by flags launches."""
-    share = window.layout.share(x_TD.numel())
-    return variant_name("pushed", block=min(MAX_BLOCK, int(triton.next_power_of_2(share))))
+def start_sum(
+    window: Window, x_TD: Tensor, other_TD: Tensor | None, out_TD: Tensor, pushes: bool = True, sums: bool = True
+) -> TritonCall | None:
+    """Launches the exchange in the form of its size; as ``start_exchange``."""
+    start = start_tagged if x_TD.numel() <= window.layout.tagged_elements else start_exchange
+    return start(window, x_TD, other_TD, out_TD, pushes=pushes, sums=sums)
 
 
 class PushedReduce:
@@ -101,7 +103,8 @@ class PushedReduce:
         layout = operand.window.layout
         if x_TD.numel() <= layout.tagged_elements:
             return variant_name("tagged", block=tagged_block(operand.window, x_TD.numel() // 2))
-        return variant_of(x_TD, operand.window)
+        block = min(MAX_BLOCK, int(triton.next_power_of_2(layout.share(x_TD.numel()))))
+        return variant_name("pushed", block=block)
 
     def run(
         self, x_TD: Tensor, operand: PushedOperand, other_TD: Tensor | None = None, *, out: Tensor | None = None
@@ -116,9 +119,7 @@ class PushedReduce:
         out = self._checked(x_TD, operand, other_TD, out, None if prepared is None else prepared[1])
         with operand.lock:
             if prepared is None:
-                is_tagged = x_TD.numel() <= operand.window.layout.tagged_elements
-                start = start_tagged if is_tagged else start_exchange
-                call = start(operand.window, x_TD, other_TD, out, pushes=True, sums=True)
+                call = start_sum(operand.window, x_TD, other_TD, out)
                 if call is not None:
                     empty = EmptyOutput(x_TD.shape, torch.bfloat16, x_TD.get_device())
                     operand.launches.add(key, (call, empty))

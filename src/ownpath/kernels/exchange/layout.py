@@ -33,7 +33,7 @@ NUM_PROGRAMS = 128
 TAGGED_ELEMENTS = 1 << 18
 """The most elements of a rank whose words have tags (``tagged``), if exchanges may be as large: 64 tokens of 4,096."""
 SHARE_MULTIPLE = 128
-"""A share of rows is a multiple of it: no slice of channels that a boundary's program reads lies in two shares."""
+"""A share of an exchange is a multiple of it: 256 bytes, so that every program's stores are whole sectors."""
 _LINE_WORDS = 32
 
 

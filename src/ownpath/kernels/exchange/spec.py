@@ -45,13 +45,6 @@ PUSHED = KernelSpec(
     launches=(r"\bexchange_(rows|words)\b",),
     evidence=Evidence("exchange.ref:all_reduce", "tests/interpret/test_exchange_kernel.py", "ownpath bench parallel"),
 )
-PART = replace(
-    PUSHED,
-    name="triton.push",
-    why="pushed into every rank's inbox; the boundary behind it waits for all ranks' and adds them",
-    entry="exchange.part:PUSHED_PART",
-    leaves_sum=True,
-)
 PUSHED_GATHER = KernelSpec(
     "triton.gather",
     OpKind.GATHER,
@@ -92,4 +85,4 @@ PUSHED_TURN = replace(
     evidence=Evidence("exchange.ref:all_gather", "tests/support/mapped_windows.py", "ownpath bench step"),
 )
 
-SPECS = (PUSHED, PART, PUSHED_GATHER, PUSHED_SCATTER, PUSHED_TURN, *_REFERENCES)
+SPECS = (PUSHED, PUSHED_GATHER, PUSHED_SCATTER, PUSHED_TURN, *_REFERENCES)

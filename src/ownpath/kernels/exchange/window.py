@@ -1,6 +1,5 @@
 """One rank's view of all ranks' windows, as kernels take it; and windows of virtual ranks, in one process."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,14 +94,6 @@ def tagged_options(window: Window, num_words: int) -> dict[str, Any]:
     block, pdl = tagged_block(window, num_words), not INTERPRETED
     options = {"BLOCK": block, "PDL": pdl, "TAGS_AT": window.layout.tags_at, **constants}
     return {**options, "num_warps": max(1, block // 128), "launch_pdl": pdl}
-
-
-NO_ARGUMENTS: tuple[None, ...] = (None,) * 5
-NO_CONSTANTS: Mapping[str, Any] = {
-    name: int(name in ("RANKS", "LANES"))
-    for name in ("RANKS", "LANES", "PROGRAMS", "ABORT_AT", "INBOX_AT", "LOOKS", "INTERPRETED")
-}
-"""Arguments and constants of a kernel that takes part in no exchange."""
 
 
 def start_words(words: Tensor, layout: WindowLayout, epoch: int = 0) -> None:

@@ -8,8 +8,6 @@ share 32-byte sectors. D hidden, t token, d channel, r row of a part, s slice.
 import triton
 import triton.language as tl
 
-from ownpath.kernels.exchange.device import add_rows, await_tile, inbox_of
-
 
 @triton.jit
 def _fn_rows(r, NUM_MIX: tl.constexpr):
@@ -59,24 +57,12 @@ def spread_few(
     num_tokens,
     D,
     num_slices,
-    window_ptr,
-    peers_ptr,
-    record_ptr,
-    share,
-    max_elements,
     HAS_POST: tl.constexpr,
     HAS_OTHER: tl.constexpr,
     NUM_MIX: tl.constexpr,
     TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
     PDL: tl.constexpr,
-    RANKS: tl.constexpr,
-    LANES: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    ABORT_AT: tl.constexpr,
-    INBOX_AT: tl.constexpr,
-    LOOKS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     """Computes a slice of TOKENS tokens: new streams, and the slice's part of the logits and of the sum of squares."""
     d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -93,12 +79,6 @@ def spread_few(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    if RANKS > 1:
-        epoch, arrived = await_tile(
-            window_ptr, peers_ptr, record_ptr, num_tokens, D, share,
-            TOKENS, CHANNELS, RANKS, LANES, PROGRAMS, ABORT_AT, LOOKS, INTERPRETED,
-        )  # fmt: skip
-        inbox = inbox_of(window_ptr, INBOX_AT)
     for i in tl.static_range(TOKENS):
         t = tl.program_id(1).to(tl.int64) * TOKENS + i + tl.arange(0, 1)
         in_t = t < num_tokens
@@ -110,10 +90,7 @@ def spread_few(
         x3 = tl.load(x_ptr + at + 3 * D, mask=inside, other=0.0)
         y = x0
         if HAS_POST:
-            if RANKS > 1:
-                y = add_rows(inbox, epoch, t[:, None] * D + d[None, :], inside, arrived, max_elements, RANKS)
-            else:
-                y = _output(y_ptr, other_ptr, t[:, None] * D + d[None, :], inside, HAS_OTHER)
+            y = _output(y_ptr, other_ptr, t[:, None] * D + d[None, :], inside, HAS_OTHER)
         n0 = _new_stream(x0, x1, x2, x3, y, post_ptr, comb_ptr, t, in_t, 0, HAS_POST)
         n1 = _new_stream(x0, x1, x2, x3, y, post_ptr, comb_ptr, t, in_t, 1, HAS_POST)
         n2 = _new_stream(x0, x1, x2, x3, y, post_ptr, comb_ptr, t, in_t, 2, HAS_POST)
@@ -157,24 +134,12 @@ def spread_many(
     num_tokens,
     D,
     num_slices,
-    window_ptr,
-    peers_ptr,
-    record_ptr,
-    share,
-    max_elements,
     HAS_POST: tl.constexpr,
     HAS_OTHER: tl.constexpr,
     NUM_MIX: tl.constexpr,
     TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
     PDL: tl.constexpr,
-    RANKS: tl.constexpr,
-    LANES: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    ABORT_AT: tl.constexpr,
-    INBOX_AT: tl.constexpr,
-    LOOKS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     """Computes the same for TOKENS tokens at a time in one warp, 32 channels of a stream per step, by tensor cores."""
     # Offsets within the tile fit 32 bits; only the tile's own start needs 64.
@@ -193,12 +158,6 @@ def spread_many(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    if RANKS > 1:
-        epoch, arrived = await_tile(
-            window_ptr, peers_ptr, record_ptr, num_tokens, D, share,
-            TOKENS, CHANNELS, RANKS, LANES, PROGRAMS, ABORT_AT, LOOKS, INTERPRETED,
-        )  # fmt: skip
-        inbox = inbox_of(window_ptr, INBOX_AT)
     acc = tl.zeros((TOKENS, 32), dtype=tl.float32)
     squares = tl.zeros((TOKENS, 32), dtype=tl.float32)
     for chunk in range(CHANNELS // 32):
@@ -213,11 +172,7 @@ def spread_many(
         x3 = tl.load(x_ptr + at + 3 * D, mask=inside, other=0.0)
         y = x0
         if HAS_POST:
-            if RANKS > 1:
-                at_all = (first + t)[:, None] * D + d[None, :]
-                y = add_rows(inbox, epoch, at_all, inside, arrived, max_elements, RANKS)
-            else:
-                y = _output(y_ptr, other_ptr, t[:, None] * D + d[None, :], inside, HAS_OTHER)
+            y = _output(y_ptr, other_ptr, t[:, None] * D + d[None, :], inside, HAS_OTHER)
         fn_at = fn_ptr + rows[:, None] * (4 * D) + d[None, :]
         for k in range(4):
             fn = tl.load(fn_at + k * D, mask=in_fn, other=0.0)

@@ -36,8 +36,6 @@ from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
 from ownpath.kernels.empty import EmptyOutput
-from ownpath.kernels.exchange.launch import check_parts, start_exchange
-from ownpath.kernels.exchange.window import NO_ARGUMENTS, NO_CONSTANTS, Window
 from ownpath.kernels.hyper.boundary import collapse, spread_few, spread_many
 from ownpath.kernels.hyper.checks import (
     INTERPRETED,
@@ -97,14 +95,12 @@ class BoundaryInputs(NamedTuple):
 
 @dataclass(frozen=True)
 class BoundaryCall:
-    """The prepared launches of one size; push: of the output's parts, where ranks add theirs. num_floats: elements of
-    the workspace that they use.
+    """The two prepared launches of one size. num_floats: elements of the workspace that they use.
 
     makes_mix: another sublayer follows. shapes: of y, post and comb. streams, hidden, post, comb, scratch: outputs and
     workspace of a call that is given none.
     """
 
-    push: TritonCall | None
     spread: TritonCall
     collapse: TritonCall
     num_floats: int
@@ -125,8 +121,6 @@ class BoundaryCall:
         """Launches both. given: an absent one may be any address."""
         streams, hidden, mix = out
         x = streams.data_ptr()
-        if self.push is not None:
-            self.push.start(stream, given[1], given[2], given[1])
         self.spread.start(stream, *given, x, workspace)
         post, comb = (x, x) if mix is None else (mix[0].data_ptr(), mix[1].data_ptr())
         self.collapse.start(stream, x, workspace, hidden.data_ptr(), post, comb)
@@ -134,11 +128,9 @@ class BoundaryCall:
 
 @dataclass(frozen=True)
 class HyperOperand:
-    """window, pushes: as of ``prepare``. launches: for inputs that have passed every check."""
+    """launches: for inputs that have passed every check."""
 
     weights: HyperWeights
-    window: Window | None = None
-    pushes: bool = True
     launches: LaunchCache[BoundaryKey, BoundaryCall] = field(default_factory=LaunchCache, compare=False)
     lock: Lock = field(default_factory=Lock, compare=False)
 
@@ -151,8 +143,6 @@ class Tensors:
     weights: HyperWeights
     out: HyperOut
     workspace: torch.Tensor
-    window: Window | None = None
-    pushes: bool = True
 
     def spread(self) -> tuple[torch.Tensor, ...]:
         """Returns the first launch's tensors; an absent input is replaced by a tensor that is not read."""
@@ -170,7 +160,6 @@ class Tensors:
 
 
 def _first_launches(tensors: Tensors, tiles: BoundaryTiles, num_floats: int) -> BoundaryCall | None:
-    push = _launch_push(tensors)
     spread, collapse = _launch_spread(tensors, tiles), _launch_collapse(tensors, tiles)
     if spread is None or collapse is None:
         return None
@@ -179,26 +168,16 @@ def _first_launches(tensors: Tensors, tiles: BoundaryTiles, num_floats: int) -> 
     makes_mix, device_index = len(tensors.weights.fn) == NUM_MIX, tensors.out.x_TSD.get_device()
     streams, hidden = (EmptyOutput(one, torch.bfloat16, device_index) for one in (tensors.out.x_TSD.shape, shapes[0]))
     floats = (EmptyOutput(one, torch.float32, device_index) for one in (*shapes[1:], (num_floats,)))
-    return BoundaryCall(push, spread, collapse, num_floats, makes_mix, shapes, streams, hidden, *floats)
-
-
-def _launch_push(tensors: Tensors) -> TritonCall | None:
-    """Launches what sends a rank's part of the output to all; no launch in front of it waits for another rank."""
-    _, y_TD, _, other_TD = tensors.given
-    if tensors.window is None or y_TD is None or not tensors.pushes:
-        return None
-    return start_exchange(tensors.window, y_TD, other_TD, y_TD, pushes=True, sums=False)
+    return BoundaryCall(spread, collapse, num_floats, makes_mix, shapes, streams, hidden, *floats)
 
 
 def _launch_spread(tensors: Tensors, tiles: BoundaryTiles) -> TritonCall | None:
     num_tokens, _, dim = tensors.out.x_TSD.shape
     num_slices, pdl = triton.cdiv(dim, tiles.channels), not INTERPRETED
-    window = None if tensors.given.y_TD is None else tensors.window
-    across = NO_ARGUMENTS if window is None else window.arguments(num_tokens * dim)
     return launch(
         spread_many if tiles.use_dot else spread_few,
         (num_slices, triton.cdiv(num_tokens, tiles.tokens)),
-        (*tensors.spread(), num_tokens, dim, num_slices, *across),
+        (*tensors.spread(), num_tokens, dim, num_slices),
         {
             "HAS_POST": tensors.given.mix is not None,
             "HAS_OTHER": tensors.given.other_TD is not None,
@@ -209,7 +188,6 @@ def _launch_spread(tensors: Tensors, tiles: BoundaryTiles) -> TritonCall | None:
             "num_warps": tiles.num_warps,
             "num_stages": tiles.num_stages,
             "launch_pdl": pdl,
-            **(NO_CONSTANTS if window is None else window.constants()),
         },
         moving=(0, 1, 2, 3, 4, 6, 7),
     )
@@ -300,11 +278,9 @@ class HyperBoundaryKernel:
     def __init__(self, is_batch_invariant: bool) -> None:
         self.is_batch_invariant = is_batch_invariant
 
-    def prepare(self, weights: HyperWeights, window: Window | None = None, *, pushes: bool = True) -> HyperOperand:
-        """Makes the operand. The first call raises for weights that do not fit. window: y and other are this rank's
-        part of the output: what all ranks push into their windows is added, in the order of ranks. pushes: False where
-        the exchange before has pushed the part, which is then not read here."""
-        return HyperOperand(weights, window, pushes)
+    def prepare(self, weights: HyperWeights) -> HyperOperand:
+        """Makes the operand. The first call raises for weights that do not fit."""
+        return HyperOperand(weights)
 
     def configs(self, operand: HyperOperand) -> Sequence[Config]:
         """Returns nothing: Triton compiles at the first call."""
@@ -312,10 +288,7 @@ class HyperBoundaryKernel:
 
     def variant(self, x_TSD: torch.Tensor, operand: HyperOperand) -> str:
         """Returns the variant's name. It depends on the number of tokens, unless the kernel is batch-invariant."""
-        return variant_name("hyper", **vars(self._tiles(len(x_TSD), operand)))
-
-    def _tiles(self, num_tokens: int, operand: HyperOperand) -> BoundaryTiles:
-        return choose_tiles(num_tokens, self.is_batch_invariant, operand.window is not None)
+        return variant_name("hyper", **vars(choose_tiles(len(x_TSD), self.is_batch_invariant)))
 
     def workspace(self, operand: HyperOperand, num_tokens: int) -> torch.Tensor:
         """Allocates float32 scratch for calls of up to ``num_tokens`` tokens."""
@@ -363,9 +336,7 @@ class HyperBoundaryKernel:
         check_inputs(*inputs)
         num_tokens, _, dim = x_TSD.shape
         check_weights(weights, dim, x_TSD.device)
-        if operand.window is not None and inputs.y_TD is not None:
-            check_parts(inputs.y_TD, inputs.other_TD, operand.window)
-        with_mix, tiles = len(weights.fn) == NUM_MIX, self._tiles(num_tokens, operand)
+        with_mix, tiles = len(weights.fn) == NUM_MIX, choose_tiles(num_tokens, self.is_batch_invariant)
         if out is None:
             out = new_out(x_TSD, with_mix)
         else:
@@ -376,8 +347,7 @@ class HyperBoundaryKernel:
         else:
             check_workspace(workspace, num_floats, x_TSD.device)
         if num_tokens:
-            tensors = Tensors(inputs, weights, out, workspace, operand.window, operand.pushes)
-            call = _first_launches(tensors, tiles, num_floats)
+            call = _first_launches(Tensors(inputs, weights, out, workspace), tiles, num_floats)
             if call is not None:
                 operand.launches.add(inputs.key, call)
         return out

@@ -18,7 +18,6 @@ _FAST = KernelSpec(
     first_dim=4,
     activations=("bfloat16",),
     packages=("triton",),
-    takes_parts=True,
     launches=(r"\bspread_(few|many)\b", r"\bcollapse\b"),
     evidence=Evidence("hyper.ref:hyper_boundary", "tests/gpu/test_small_ops.py", "python bench/small_ops.py"),
 )

@@ -22,15 +22,12 @@ ONE_TILES = BoundaryTiles(32, 1, False, 4, 1, 1)
 FEW_TILES = BoundaryTiles(64, 1, False, 4, 1, 1)
 INVARIANT_TILES = BoundaryTiles(32, 16, True, 2, 3, 1)
 MANY_TILES = BoundaryTiles(128, 16, True, 1, 3, 4)
-ACROSS_TILES = BoundaryTiles(128, 16, True, 2, 3, 4)
-"""For ranks that add their parts: the warp of ``MANY_TILES`` has no register left for the wait."""
 
 
-def choose_tiles(num_tokens: int, invariant: bool, across: bool = False) -> BoundaryTiles:
-    """Chooses tiles by token count, as measured on an H200; invariant: the same slices and order of sums always;
-    across: ranks add their parts."""
+def choose_tiles(num_tokens: int, invariant: bool) -> BoundaryTiles:
+    """Chooses tiles by token count, as measured on an H200; invariant: the same slices and order of sums always."""
     if num_tokens > MANY_TOKENS and not invariant:
-        return ACROSS_TILES if across else MANY_TILES
+        return MANY_TILES
     if num_tokens >= MIN_DOT_TOKENS or invariant:
         return INVARIANT_TILES
     return ONE_TILES if num_tokens == 1 else FEW_TILES

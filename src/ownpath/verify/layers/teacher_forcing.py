@@ -13,7 +13,6 @@ from ownpath.config import Layer, Parallel
 from ownpath.model.block import Residual
 from ownpath.oracle.block import Choices, LayerTrace
 from ownpath.oracle.formulas import index_scores
-from ownpath.runners.runner import chosen_spec
 from ownpath.verify.layers.activations import Activations
 from ownpath.verify.layers.choices import RunChoices, Scores, scores_of
 from ownpath.verify.layers.divided import WHOLE_SUMS, reference_part
@@ -102,10 +101,6 @@ def compare_layer(single: SingleLayer, oracle: Oracle, streams_TSD: torch.Tensor
         scores = replace(scores, expert_scores_TE=trace.values[f"{router}.scores"])
         choices = scores.judge(run, index_keys)
     sampled_T = choices.experts_TE[:, list(oracle.subject.expert_ids(single.layer_idx))].any(1)
-    for name in WHOLE_SUMS:
-        slot = f"{layer.name}.{name}"
-        if slot in values and chosen_spec(single.loaded.ledger.kernels[slot][1]).leaves_sum:
-            del values[slot]  # a summand, which the boundary behind it adds to the other ranks'
     pairs = _pairs(layer, values, trace, sampled_T, oracle.subject.engine.parallel)
     measured = tuple(_measure(oracle, single, name, pair, run) for name, pair in pairs.items())
     expert = None
