@@ -9,14 +9,8 @@ import pytest
 import torch
 from support.exchange_orders import Event, orders, random_order
 
-from ownpath.kernels.exchange.gather import (
-    PUSHED_GATHER,
-    rows_in_place,
-    start_gather,
-    start_rows,
-    start_tagged_gather,
-    start_tagged_rows,
-)
+from ownpath.kernels.exchange import gather
+from ownpath.kernels.exchange.gather import PUSHED_GATHER, rows_in_place, start_gather, start_rows
 from ownpath.kernels.exchange.layout import WindowLayout
 from ownpath.kernels.exchange.ref import all_gather
 from ownpath.kernels.exchange.scatter import PUSHED_SCATTER, start_scatter, start_tagged_scatter
@@ -79,7 +73,7 @@ class PlacedRun:
         pushes, reads = what == "push", what == "sum"
         is_tagged = self.forms[step % len(self.forms)] == "tagged"
         if step % 2 == 0:
-            (start_tagged_rows if is_tagged else start_rows)(window, xs, pushes, reads)
+            (gather.start_tagged_rows if is_tagged else start_rows)(window, xs, pushes, reads)
             return
         if pushes:  # experts read here, in front of the push
             self.check(rank, step // 2)
@@ -95,7 +89,7 @@ class PlacedRun:
             assert same(found, all_gather([given[idx] for given in self.given[call]])), (rank, call, idx)
 
 
-FORMS = pytest.mark.parametrize("start", [start_gather, start_tagged_gather])
+FORMS = pytest.mark.parametrize("start", [start_gather, gather.start_tagged_gather])
 
 
 @FORMS
@@ -123,9 +117,9 @@ def test_every_order_gathers_the_same(
         (3, 3, torch.float32, True, start_gather),
         (2, 3, torch.int32, False, start_gather),
         (2, 2, torch.int64, True, start_gather),
-        (3, 2, torch.bfloat16, False, start_tagged_gather),
-        (3, 3, torch.float32, True, start_tagged_gather),
-        (2, 2, torch.int64, True, start_tagged_gather),
+        (3, 2, torch.bfloat16, False, gather.start_tagged_gather),
+        (3, 3, torch.float32, True, gather.start_tagged_gather),
+        (2, 2, torch.int64, True, gather.start_tagged_gather),
     ],
 )
 def test_bits_of_any_dtype_stay(

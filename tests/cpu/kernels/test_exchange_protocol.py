@@ -30,7 +30,7 @@ DEATH_OF_THREE = Search(3, 2, dies=1)
         (replace(DEATH, tagged=frozenset({0, 1, 3})), 2000),
         (replace(LATE, steps=3, tagged=frozenset({1, 2})), 2000),
         (replace(DEATH_OF_THREE, tagged=frozenset({0, 1})), 10000),
-        (replace(TWO, steps=6, tagged=frozenset({0, 3, 4}), copied=frozenset({0, 4}), in_place=frozenset({2})), 1000),
+        (replace(TWO, steps=6, tagged=frozenset({0, 3, 4}), copied=frozenset({0, 4}), in_place=frozenset({2})), 500),
         (replace(DEATH, tagged=frozenset({2}), copied=frozenset({2}), in_place=frozenset({0})), 2000),
     ],
     ids=[
