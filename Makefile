@@ -31,7 +31,7 @@ type: $(VENV)/.dev
 
 # Triton kernels by its interpreter; and kernels compiled for GPUs that are not here. A process does one or the other.
 interpret: $(VENV)/.dev
-	$(BIN)/python -m pytest tests/interpret
+	$(BIN)/python -m pytest tests/interpret -m "not slow"
 
 aot: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/aot

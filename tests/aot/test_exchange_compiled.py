@@ -75,14 +75,40 @@ def tagged(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
 def test_a_tagged_word_is_one_store_and_one_load(tagged: list[Compiled]) -> None:
     """64 bits, or two words in one; nothing is released or acquired, and the epoch is written behind a barrier."""
     for one in tagged:
-        assert one.stack_bytes == 0
-        assert one.registers <= 168
-        assert "release" not in one.ptx
-        assert "acquire" not in one.ptx
-        assert "st.global.v2.b64" in one.ptx
-        assert "ld.volatile.global.v2.b64" in one.ptx
-        last = one.ptx.rindex("st.global.b32")
-        assert one.ptx.rindex("bar", 0, last) > one.ptx.rindex("ld.volatile.global")
+        assert_tagged(one)
+
+
+def assert_tagged(one: Compiled) -> None:
+    assert one.stack_bytes == 0
+    assert one.registers <= 168
+    assert "release" not in one.ptx
+    assert "acquire" not in one.ptx
+    assert "st.global.v2.b64" in one.ptx
+    assert "ld.volatile.global.v2.b64" in one.ptx
+    last = one.ptx.rindex("st.global.b32")
+    assert one.ptx.rindex("bar", 0, last) > one.ptx.rindex("ld.volatile.global")
+
+
+@pytest.fixture(scope="module")
+def tagged_rows(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
+    """Tokens, columns of logits and sums by tagged words, of 2 and 8 ranks; one for Blackwell."""
+    folder = tmp_path_factory.mktemp("tagged_rows")
+    start_rows, start_columns = gather.start_tagged_rows, gather.start_tagged_gather
+    start_sums = scatter.start_tagged_scatter
+    launches = [
+        rows_of(2, 1, start_rows),
+        rows_of(8, 60, start_rows),
+        columns_of(2, 1, 64640, start_columns),
+        sums_of(8, 64, start_sums),
+        rows_of(2, 1, start_rows),
+    ]
+    return [compile_launch(one, sm, folder) for one, sm in zip(launches, (*(90,) * 4, 100), strict=True)]
+
+
+def test_tagged_rows_are_whole_words(tagged_rows: list[Compiled]) -> None:
+    """As those of sums: 64 bits, or two words in one, and the epoch behind a barrier."""
+    for one in tagged_rows:
+        assert_tagged(one)
 
 
 def launch_of(start: Callable[..., object], *args: Any) -> Launch:
@@ -95,20 +121,20 @@ def launch_of(start: Callable[..., object], *args: Any) -> Launch:
     return launches[0]
 
 
-def columns_of(size: int, num_rows: int, width: int) -> Launch:
+def columns_of(size: int, num_rows: int, width: int, start: Callable[..., object] = gather.start_gather) -> Launch:
     x = torch.zeros(num_rows, width)
-    return launch_of(gather.start_gather, size, x, x.new_empty(num_rows, size * width), True)
+    return launch_of(start, size, x, x.new_empty(num_rows, size * width), True)
 
 
-def rows_of(size: int, num_tokens: int) -> Launch:
+def rows_of(size: int, num_tokens: int, start: Callable[..., object] = gather.start_rows) -> Launch:
     """V4-Flash's tokens with ids and weights."""
     ids, weights = torch.zeros(num_tokens, 6, dtype=torch.int32), torch.zeros(num_tokens, 6)
-    return launch_of(gather.start_rows, size, (torch.zeros(num_tokens, 4096, dtype=torch.bfloat16), ids, weights))
+    return launch_of(start, size, (torch.zeros(num_tokens, 4096, dtype=torch.bfloat16), ids, weights))
 
 
-def sums_of(size: int, num_tokens: int) -> Launch:
+def sums_of(size: int, num_tokens: int, start: Callable[..., object] = scatter.start_scatter) -> Launch:
     part = torch.zeros(size * num_tokens, 4096, dtype=torch.bfloat16)
-    return launch_of(scatter.start_scatter, size, part, None, part[:num_tokens].clone())
+    return launch_of(start, size, part, None, part[:num_tokens].clone())
 
 
 @pytest.fixture(scope="module")

@@ -3,15 +3,24 @@ rank."""
 
 import random
 import time
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 
-from ownpath.kernels.exchange.gather import rows_in_place, start_gather, start_rows
-from ownpath.kernels.exchange.launch import PUSHED_REDUCE, start_exchange
+from ownpath.kernels.exchange.gather import (
+    PUSHED_GATHER,
+    rows_in_place,
+    start_gather,
+    start_rows,
+    start_tagged_gather,
+    start_tagged_rows,
+)
+from ownpath.kernels.exchange.launch import PUSHED_REDUCE, start_exchange, start_tagged
 from ownpath.kernels.exchange.layout import NUM_PROGRAMS, WindowLayout
 from ownpath.kernels.exchange.ref import all_gather, all_reduce, reduce_scatter
-from ownpath.kernels.exchange.scatter import start_scatter
+from ownpath.kernels.exchange.scatter import PUSHED_SCATTER, start_scatter, start_tagged_scatter
 from ownpath.kernels.exchange.window import Window, virtual_windows
 
 WIDTH = 4096
@@ -30,38 +39,48 @@ def parts_of(size: int, num_tokens: int, device: torch.device, seed: int = 0) ->
 
 def layout_of(size: int) -> WindowLayout:
     """Fewer programs a rank than on a GPU of its own: all ranks' must fit it at once, as they wait for each other."""
-    return WindowLayout(size, 512 * WIDTH, NUM_PROGRAMS // size)
+    return WindowLayout(size, 512 * WIDTH, NUM_PROGRAMS // size, row_elements=512 * WIDTH + 512 * 24 + 384)
 
 
+FORMS = pytest.mark.parametrize("is_tagged", [False, True], ids=["flags", "tags"])
+
+
+@FORMS
 @pytest.mark.parametrize("size", [2, 3, 8])
-def test_phase_after_phase(size: int, device: torch.device) -> None:
+def test_phase_after_phase(size: int, is_tagged: bool, device: torch.device) -> None:
     """Sizes that change; the epoch wraps. Every rank has the twin's bits."""
+    start = start_tagged if is_tagged else start_exchange
     windows = virtual_windows(layout_of(size), device, epoch=2**31 - 3)
-    for step, num_tokens in enumerate((1, 64, 3, 512, 8, 1)):
+    for step, num_tokens in enumerate((1, 64, 3, 8, 1) if is_tagged else (1, 64, 3, 512, 8, 1)):
         parts = parts_of(size, num_tokens, device, step)
         outs = [torch.full_like(part, 7) for part in parts]
         for window, part, out in zip(windows, parts, outs, strict=True):
-            start_exchange(window, part, None, out, pushes=True, sums=False)
+            start(window, part, None, out, pushes=True, sums=False)
         for window, part, out in zip(windows, parts, outs, strict=True):
-            start_exchange(window, part, None, out, pushes=False, sums=True)
+            start(window, part, None, out, pushes=False, sums=True)
         expected = all_reduce(parts)
         assert all(torch.equal(out, expected) for out in outs), num_tokens
     assert all(window.lost() is None for window in windows)
 
 
+@FORMS
 @pytest.mark.parametrize("size", [2, 3, 8])
-def test_rows_phase_after_phase(size: int, device: torch.device) -> None:
+def test_rows_phase_after_phase(size: int, is_tagged: bool, device: torch.device) -> None:
     """Rows with ids and weights, sums of own rows, then columns of float32, in one window whose epoch wraps."""
-    layout = WindowLayout(size, 512 * WIDTH, row_elements=512 * WIDTH + 512 * 24 + 384)
-    windows = virtual_windows(layout, device, epoch=2**31 - 3)
-    for step, num_tokens in enumerate((1, 64, 3, 512)):
+    rows_start, sums_start, columns_start = (
+        (start_tagged_rows, start_tagged_scatter, start_tagged_gather)
+        if is_tagged
+        else (start_rows, start_scatter, start_gather)
+    )
+    windows = virtual_windows(layout_of(size), device, epoch=2**31 - 3)
+    for step, num_tokens in enumerate((1, 60, 3, 32) if is_tagged else (1, 64, 3, 512)):
         x = parts_of(size, num_tokens, device, step)
         ids = [part[:, :6].float().int().contiguous() for part in x]
         weights = [part[:, :6].float() for part in x]
         given = list(zip(x, ids, weights, strict=True))
         for pushes in (True, False):
             for window, one in zip(windows, given, strict=True):
-                start_rows(window, one, pushes, not pushes)
+                rows_start(window, one, pushes, not pushes)
         for window in windows:
             for found, wanted in zip(rows_in_place(window, given[0]), (x, ids, weights), strict=True):
                 assert torch.equal(found, all_gather(wanted)), num_tokens
@@ -69,7 +88,7 @@ def test_rows_phase_after_phase(size: int, device: torch.device) -> None:
         outs = [torch.full_like(part, 7) for part in x]
         for pushes in (True, False):
             for window, part, out in zip(windows, sums, outs, strict=True):
-                start_scatter(window, part, part[:num_tokens], out, pushes, not pushes)
+                sums_start(window, part, part[:num_tokens], out, pushes, not pushes)
         for rank, out in enumerate(outs):
             wanted = (reduce_scatter(sums, rank).float() + sums[rank][:num_tokens].float()).to(torch.bfloat16)
             assert torch.equal(out, wanted), num_tokens
@@ -77,47 +96,114 @@ def test_rows_phase_after_phase(size: int, device: torch.device) -> None:
         beside = [part.new_full((len(part), size * WIDTH), 7) for part in wide]
         for pushes in (True, False):
             for window, part, out in zip(windows, wide, beside, strict=True):
-                start_gather(window, part, out, True, pushes, not pushes)
+                columns_start(window, part, out, True, pushes, not pushes)
         assert all(torch.equal(out, all_gather(wide, -1)) for out in beside), num_tokens
     assert all(window.lost() is None for window in windows)
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_at_once(size: int, device: torch.device) -> None:
-    """10,000 replays of graphs of three sizes, each rank on its stream with delays of its own: no wrong element."""
-    windows = virtual_windows(layout_of(size), device)
-    streams = [torch.cuda.Stream(device) for _ in windows]
-    operands = [PUSHED_REDUCE.prepare(window) for window in windows]
-    graphs, wrong = [], torch.zeros(size, dtype=torch.int64, device=device)
-    for num_tokens in (1, 8, 64):
-        parts = parts_of(size, num_tokens, device, num_tokens)
-        expected, outs = all_reduce(parts), [torch.empty_like(part) for part in parts]
+class AtOnce:
+    """Virtual ranks, each with a stream and graphs, which are replayed with delays. wrong: words, by rank."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.windows = virtual_windows(layout_of(size), device)
+        self.streams = [torch.cuda.Stream(device) for _ in self.windows]
+        self.wrong = torch.zeros(size, dtype=torch.int64, device=device)
+        self.graphs = list[list[torch.cuda.CUDAGraph]]()
+        self._kept = list[object]()  # graphs read and write it
+
+    def run(self, rank: int, call: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Calls on a rank's stream."""
+        with torch.cuda.stream(self.streams[rank]):
+            return call()
+
+    def capture(self, exchanges: list[list[Callable[[], torch.Tensor]]], wanted: list[list[torch.Tensor]]) -> None:
+        """Makes a graph for each rank of exchanges, by exchange and rank, and what counts wrong words of their results.
+
+        Each exchange is called by all ranks first. That compiles and loads what the graphs hold, which could not be
+        while a kernel waits for one that comes later.
+        """
+        for calls, right in zip(exchanges, wanted, strict=True):
+            torch.cuda.synchronize()
+            found = [self.run(rank, call) for rank, call in enumerate(calls)]
+            torch.cuda.synchronize()
+            for rank, one in enumerate(found):
+                self._count(rank, one, right[rank])
         torch.cuda.synchronize()
-        for stream, operand, part, out in zip(streams, operands, parts, outs, strict=True):
-            with torch.cuda.stream(stream):  # compiles; another rank's waits for it
-                PUSHED_REDUCE.run(part, operand, out=out)
-        torch.cuda.synchronize()
-        for rank, out in enumerate(outs):  # also loads what the graphs hold
-            wrong[rank] += (out != expected).sum()
         of_size = []
-        for rank, (stream, operand, part, out) in enumerate(zip(streams, operands, parts, outs, strict=True)):
+        for rank, stream in enumerate(self.streams):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=stream):
-                out.fill_(7)
-                PUSHED_REDUCE.run(part, operand, out=out)
-                wrong[rank] += (out != expected).sum()
+                for calls, right in zip(exchanges, wanted, strict=True):
+                    self._count(rank, calls[rank](), right[rank])
             of_size.append(graph)
-        graphs.append(of_size)
-    chosen = random.Random(size)
-    for _ in range(10_000):
-        for graph, stream in zip(chosen.choice(graphs), streams, strict=True):
-            with torch.cuda.stream(stream):
-                if chosen.random() < 0.05:
-                    torch.cuda._sleep(chosen.randrange(MAX_DELAY_CYCLES))
-                graph.replay()
-    torch.cuda.synchronize()
-    assert all(window.lost() is None for window in windows)
-    assert not wrong.any(), wrong
+        self.graphs.append(of_size)
+        self._kept.append((exchanges, wanted))
+
+    def _count(self, rank: int, found: torch.Tensor, right: torch.Tensor) -> None:
+        self.wrong[rank] += (found.view(torch.int16) != right.view(torch.int16)).sum()
+
+    def replay(self, count: int) -> None:
+        """Replays graphs in a random order, the same on all ranks."""
+        torch.cuda._sleep(1)  # loads it
+        torch.cuda.synchronize()
+        chosen = random.Random(len(self.windows))
+        for _ in range(count):
+            for graph, stream in zip(chosen.choice(self.graphs), self.streams, strict=True):
+                with torch.cuda.stream(stream):
+                    if chosen.random() < 0.05:
+                        torch.cuda._sleep(chosen.randrange(MAX_DELAY_CYCLES))
+                    graph.replay()
+        torch.cuda.synchronize()
+        assert all(window.lost() is None for window in self.windows)
+        assert not self.wrong.any(), self.wrong
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_at_once(size: int, device: torch.device) -> None:
+    """10,000 replays of graphs of sums, by tags and by flags: no wrong word."""
+    ranks = AtOnce(size, device)
+    operands = [PUSHED_REDUCE.prepare(window) for window in ranks.windows]
+    for num_tokens in (1, 8, 64, 100):
+        parts = parts_of(size, num_tokens, device, num_tokens)
+        outs = [torch.empty_like(part) for part in parts]
+
+        def of_rank(rank: int, parts: list[torch.Tensor] = parts, outs: list[torch.Tensor] = outs) -> torch.Tensor:
+            outs[rank].fill_(7)
+            return PUSHED_REDUCE.run(parts[rank], operands[rank], out=outs[rank])
+
+        ranks.capture([[partial(of_rank, rank) for rank in range(size)]], [[all_reduce(parts)] * size])
+    ranks.replay(10_000)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_rows_at_once(size: int, device: torch.device) -> None:
+    """3,000 replays of graphs of rows there, sums back, and columns, by tags and by flags: no wrong word."""
+    ranks = AtOnce(size, device)
+    gathers = [PUSHED_GATHER.prepare(window) for window in ranks.windows]
+    scatters = [PUSHED_SCATTER.prepare(window) for window in ranks.windows]
+    for num_tokens in (1, 8, 64, 200):
+        parts = parts_of(size, num_tokens, device, num_tokens)
+        sums = [torch.cat([part + rank for rank in range(size)]) for part in parts]
+
+        def rows_of(rank: int, parts: list[torch.Tensor] = parts) -> torch.Tensor:
+            x = parts[rank]
+            (x, ids, weights), _ = PUSHED_GATHER.rows((x, x[:, :6].float(), x[:, :12].contiguous()), gathers[rank])
+            return torch.cat([x, ids.to(x.dtype), weights], dim=1)
+
+        def sums_of(rank: int, sums: list[torch.Tensor] = sums) -> torch.Tensor:
+            return PUSHED_SCATTER.run(sums[rank], scatters[rank])
+
+        def columns_of(rank: int, parts: list[torch.Tensor] = parts) -> torch.Tensor:
+            return PUSHED_GATHER.run(parts[rank], gathers[rank])
+
+        rows = all_gather(parts)
+        wanted = [
+            [torch.cat([rows, rows[:, :6].float().to(rows.dtype), rows[:, :12]], dim=1)] * size,  # loads what ranks do
+            [reduce_scatter(sums, rank) for rank in range(size)],
+            [all_gather(parts, -1)] * size,
+        ]
+        ranks.capture([[partial(one, rank) for rank in range(size)] for one in (rows_of, sums_of, columns_of)], wanted)
+    ranks.replay(3_000)
 
 
 def lost_after(windows: list[Window], part: torch.Tensor, limit_us: int) -> float:
@@ -133,9 +219,10 @@ def lost_after(windows: list[Window], part: torch.Tensor, limit_us: int) -> floa
     return time.monotonic() - start
 
 
-def test_a_wait_ends(device: torch.device) -> None:
+@pytest.mark.parametrize("num_tokens", [64, 100], ids=["tags", "flags"])
+def test_a_wait_ends(num_tokens: int, device: torch.device) -> None:
     """After its limit, with the rank's name and a device that goes on; every later wait ends at once."""
-    windows, part = virtual_windows(layout_of(2), device), parts_of(2, 64, device)[0]
+    windows, part = virtual_windows(layout_of(2), device), parts_of(2, num_tokens, device)[0]
     start_exchange(windows[0], part, None, part.clone(), pushes=True, sums=False)  # compiles
     lost_after(windows, part, 1000)  # compiles
     assert windows[0].lost() == (2, (1,))

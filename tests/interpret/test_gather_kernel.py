@@ -1,6 +1,7 @@
 """Pushed rows and columns by the interpreter: several ranks as tensors of one process, in every order that the protocol
 allows. Bits are random, so that NaNs of every kind are among them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -8,10 +9,11 @@ import pytest
 import torch
 from support.exchange_orders import Event, orders, random_order
 
+from ownpath.kernels.exchange import gather
 from ownpath.kernels.exchange.gather import PUSHED_GATHER, rows_in_place, start_gather, start_rows
 from ownpath.kernels.exchange.layout import WindowLayout
 from ownpath.kernels.exchange.ref import all_gather
-from ownpath.kernels.exchange.scatter import PUSHED_SCATTER, start_scatter
+from ownpath.kernels.exchange.scatter import PUSHED_SCATTER, start_scatter, start_tagged_scatter
 from ownpath.kernels.exchange.window import Window, virtual_windows
 
 CPU = torch.device("cpu")
@@ -38,6 +40,7 @@ class Run:
     windows: list[Window]
     given: list[list[torch.Tensor]]
     by_columns: bool = False
+    start: Callable[..., object] = start_gather
     outs: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
     def do(self, event: Event) -> None:
@@ -48,7 +51,7 @@ class Run:
             self.outs[rank, step] = x.new_empty(shape)
             self.outs[rank, step].view(torch.int16).fill_(7)
         out = self.outs[rank, step]
-        start_gather(self.windows[rank], x, out, self.by_columns, pushes=what == "push", takes=what == "sum")
+        self.start(self.windows[rank], x, out, self.by_columns, pushes=what == "push", takes=what == "sum")
 
     def check(self) -> None:
         for (rank, step), out in self.outs.items():
@@ -61,20 +64,22 @@ class PlacedRun:
 
     windows: list[Window]
     given: list[list[Rows]]
+    forms: tuple[str, ...] = ("pushed",)
 
     def do(self, event: Event) -> None:
         """Exchanges in turn: rows, and the sum of what was read of them."""
         what, rank, step = event
         window, xs = self.windows[rank], self.given[step // 2][rank]
         pushes, reads = what == "push", what == "sum"
+        is_tagged = self.forms[step % len(self.forms)] == "tagged"
         if step % 2 == 0:
-            start_rows(window, xs, pushes, reads)
+            (gather.start_tagged_rows if is_tagged else start_rows)(window, xs, pushes, reads)
             return
         if pushes:  # experts read here, in front of the push
             self.check(rank, step // 2)
         part = torch.ones(len(self.windows), 128, dtype=torch.bfloat16)
         out = torch.zeros(1, 128, dtype=torch.bfloat16)
-        start_scatter(window, part, None, out, pushes, reads)
+        (start_tagged_scatter if is_tagged else start_scatter)(window, part, None, out, pushes, reads)
         if reads:
             assert (out == len(self.windows)).all()
 
@@ -84,15 +89,21 @@ class PlacedRun:
             assert same(found, all_gather([given[idx] for given in self.given[call]])), (rank, call, idx)
 
 
+FORMS = pytest.mark.parametrize("start", [start_gather, gather.start_tagged_gather])
+
+
+@FORMS
 @pytest.mark.parametrize(
-    ("size", "shapes", "by_columns", "every"), [(2, [(2, 64), (1, 130)], True, 3), (3, [(2, 20)], False, 8)]
+    ("size", "shapes", "by_columns", "every"), [(2, [(2, 64), (1, 130)], True, 5), (3, [(2, 20)], False, 8)]
 )
-def test_every_order_gathers_the_same(size: int, shapes: list[tuple[int, int]], by_columns: bool, every: int) -> None:
+def test_every_order_gathers_the_same(
+    size: int, shapes: list[tuple[int, int]], by_columns: bool, every: int, start: Callable[..., object]
+) -> None:
     """Sizes change between exchanges; the epoch wraps. Of the orders, which tests of sums go through, every so many."""
     layout = WindowLayout(size, 384, num_programs=1)
     given = [[drawn(10 * step + rank, shape)[0] for rank in range(size)] for step, shape in enumerate(shapes)]
     for order in islice(orders(size, len(shapes)), 0, None, every):
-        run = Run(virtual_windows(layout, CPU, epoch=-1 if size == 2 else 2**31 - 1), given, by_columns)
+        run = Run(virtual_windows(layout, CPU, epoch=-1 if size == 2 else 2**31 - 1), given, by_columns, start)
         for event in order:
             run.do(event)
         run.check()
@@ -100,21 +111,26 @@ def test_every_order_gathers_the_same(size: int, shapes: list[tuple[int, int]], 
 
 
 @pytest.mark.parametrize(
-    ("size", "rows", "dtype", "by_columns"),
+    ("size", "rows", "dtype", "by_columns", "start"),
     [
-        (8, 3, torch.bfloat16, False),
-        (3, 3, torch.float32, True),
-        (2, 3, torch.int32, False),
-        (2, 2, torch.int64, True),
+        (3, 3, torch.bfloat16, False, start_gather),
+        (3, 3, torch.float32, True, start_gather),
+        (2, 3, torch.int32, False, start_gather),
+        (2, 2, torch.int64, True, start_gather),
+        (3, 2, torch.bfloat16, False, gather.start_tagged_gather),
+        (3, 3, torch.float32, True, gather.start_tagged_gather),
+        (2, 2, torch.int64, True, gather.start_tagged_gather),
     ],
 )
-def test_bits_of_any_dtype_stay(size: int, rows: int, dtype: torch.dtype, by_columns: bool) -> None:
+def test_bits_of_any_dtype_stay(
+    size: int, rows: int, dtype: torch.dtype, by_columns: bool, start: Callable[..., object]
+) -> None:
     """Over three programs, the last of which has no share, or a part of one."""
     layout, given = (
         WindowLayout(size, 384, num_programs=3),
         [[drawn(r, (rows, 37), dtype=dtype)[0] for r in range(size)]],
     )
-    run = Run(virtual_windows(layout, CPU), given, by_columns)
+    run = Run(virtual_windows(layout, CPU), given, by_columns, start)
     for event in [(what, rank, 0) for what in ("push", "sum") for rank in range(size)]:
         run.do(event)
     run.check()
@@ -131,22 +147,29 @@ def tokens(step: int, size: int, count: int) -> list[Rows]:
     return [one(rank) for rank in range(size)]
 
 
-@pytest.mark.parametrize(("size", "count"), [(2, 2), (3, 1)])
-def test_tokens_travel_to_their_places_in_any_order(size: int, count: int) -> None:
+MIXED = ("tagged", "pushed", "pushed", "tagged")
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "forms"),
+    [(2, 1, ("pushed",)), (2, 1, ("tagged",)), (2, 2, MIXED), (2, 1, MIXED[::-1]), (3, 1, MIXED)],
+)
+def test_tokens_travel_to_their_places_in_any_order(size: int, count: int, forms: tuple[str, ...]) -> None:
     """Three tensors under one epoch, and a sum behind their readers; then another number of rows, in the same place.
     The epoch wraps; a rank may push while others are an exchange behind. So many random orders."""
     layout = WindowLayout(size, 128, num_programs=2, row_elements=1024)
     given = [tokens(step, size, count) for step, count in enumerate((5, 1))]
     for order in (random_order(size, 4, seed) for seed in range(count)):
-        run = PlacedRun(virtual_windows(layout, CPU, epoch=2**31 - 2), given)
+        run = PlacedRun(virtual_windows(layout, CPU, epoch=2**31 - 2), given, forms)
         for event in order:
             run.do(event)
         assert all(window.lost() is None for window in run.windows)
 
 
-def test_eight_ranks_rows_lie_in_their_order() -> None:
-    layout, given = WindowLayout(8, 128, num_programs=2, row_elements=512), [tokens(0, 8, 2)]
-    run = PlacedRun(virtual_windows(layout, CPU), given)
+@pytest.mark.parametrize("form", ["pushed", "tagged"])
+def test_eight_ranks_rows_lie_in_their_order(form: str) -> None:
+    layout, given = WindowLayout(8, 128, num_programs=1, row_elements=512), [tokens(0, 8, 2)]
+    run = PlacedRun(virtual_windows(layout, CPU), given, (form,))
     for event in [(what, rank, 0) for what in ("push", "sum") for rank in range(8)]:
         run.do(event)
     for rank in range(8):

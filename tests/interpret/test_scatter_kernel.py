@@ -1,6 +1,7 @@
 """Pushed sums of a rank's own rows, by the interpreter: several ranks as tensors of one process, in every order that
 the protocol allows."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -10,7 +11,7 @@ from support.exchange_orders import Event, orders
 
 from ownpath.kernels.exchange.layout import WindowLayout
 from ownpath.kernels.exchange.ref import all_reduce, reduce_scatter
-from ownpath.kernels.exchange.scatter import PUSHED_SCATTER, start_scatter
+from ownpath.kernels.exchange.scatter import PUSHED_SCATTER, start_scatter, start_tagged_scatter
 from ownpath.kernels.exchange.window import Window, virtual_windows
 
 CPU = torch.device("cpu")
@@ -35,6 +36,7 @@ class Run:
     windows: list[Window]
     parts: list[list[torch.Tensor]]
     others: list[list[torch.Tensor]] | None = None
+    start: Callable[..., object] = start_scatter
     outs: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
     def do(self, event: Event) -> None:
@@ -42,7 +44,7 @@ class Run:
         part = self.parts[step][rank]
         other = None if self.others is None else self.others[step][rank]
         out = torch.full_like(part[: len(part) // len(self.windows)], 7)
-        start_scatter(self.windows[rank], part, other, out, pushes=what == "push", sums=what == "sum")
+        self.start(self.windows[rank], part, other, out, pushes=what == "push", sums=what == "sum")
         if what == "sum":
             self.outs[rank, step] = out
 
@@ -55,24 +57,31 @@ class Run:
             assert torch.equal(out, wanted), (rank, step)
 
 
+FORMS = pytest.mark.parametrize("start", [start_scatter, start_tagged_scatter])
+
+
+@FORMS
 @pytest.mark.parametrize(("size", "shapes", "every"), [(2, [(2, 64), (1, 100)], 9), (3, [(1, 200)], 40)])
-def test_every_order_gives_the_same_sums(size: int, shapes: list[tuple[int, int]], every: int) -> None:
+def test_every_order_gives_the_same_sums(
+    size: int, shapes: list[tuple[int, int]], every: int, start: Callable[..., object]
+) -> None:
     """Sizes change between exchanges; the epoch wraps."""
     layout, parts = WindowLayout(size, 384, num_programs=2), [parts_of(size, *shape) for shape in shapes]
     for order in islice(orders(size, len(shapes)), 0, None, every):
-        run = Run(virtual_windows(layout, CPU, epoch=-1 if size == 2 else 2**31 - 1), parts)
+        run = Run(virtual_windows(layout, CPU, epoch=-1 if size == 2 else 2**31 - 1), parts, start=start)
         for event in order:
             run.do(event)
         run.check()
         assert all(window.lost() is None for window in run.windows)
 
 
-def test_eight_ranks_add_in_their_order() -> None:
+@FORMS
+def test_eight_ranks_add_in_their_order(start: Callable[..., object]) -> None:
     """Rank 0's part, then 1's; each rank's own in its place among them."""
     layout, parts = WindowLayout(8, 128, num_programs=1), parts_of(8, 1, 128)
     parts[4] = -parts[0] * 2**20
     parts[0] = -parts[4]
-    run = Run(virtual_windows(layout, CPU), [parts])
+    run = Run(virtual_windows(layout, CPU), [parts], start=start)
     for event in [(what, rank, 0) for what in ("push", "sum") for rank in range(8)]:
         run.do(event)
     run.check()
@@ -80,11 +89,12 @@ def test_eight_ranks_add_in_their_order() -> None:
     assert all(not torch.equal(run.outs[rank, 0], backwards[rank : rank + 1]) for rank in range(8))
 
 
-def test_something_may_be_added_to_the_sum() -> None:
+@FORMS
+def test_something_may_be_added_to_the_sum(start: Callable[..., object]) -> None:
     """To the sum as it would be stored."""
     layout, parts = WindowLayout(2, 256, num_programs=2), parts_of(2, 2, 128)
     others = [parts_of(1, 2, 128, seed)[0] for seed in (3, 4)]
-    run = Run(virtual_windows(layout, CPU), [parts], [others])
+    run = Run(virtual_windows(layout, CPU), [parts], [others], start)
     for event in [(what, rank, 0) for what in ("push", "sum") for rank in range(2)]:
         run.do(event)
     run.check()
@@ -105,6 +115,22 @@ def test_nobody_is_given_rows_of_others() -> None:
     assert inbox[1, :, 100:].isnan().all()
 
 
+def test_tagged_words_of_others_are_nobodys() -> None:
+    """As in the inbox: a rank's tagged words are those for it, with the epoch; of itself it has none."""
+    layout, parts = WindowLayout(3, 128, num_programs=1), parts_of(3, 1, 100)
+    windows = virtual_windows(layout, CPU)
+    run = Run(windows, [parts], start=start_tagged_scatter)
+    for rank in range(3):
+        run.do(("push", rank, 0))
+    words = windows[2].words[layout.tags_at :].view(2, 3, 64, 2)
+    for source in (0, 1):
+        assert torch.equal(words[1, source, :50, 0].contiguous().view(torch.bfloat16), parts[source][2])
+    assert (words[1, :2, :50, 1] == 1).all()
+    assert not words[1, 2, :, 1].any()
+    assert not words[1, :, 50:, 1].any()
+    assert not words[0, ..., 1].any()
+
+
 def test_one_rank_in_one_launch_gives_its_own() -> None:
     (window,) = virtual_windows(WindowLayout(1, 256, num_programs=2), CPU)
     (part,) = parts_of(1, 2, 128)
@@ -114,10 +140,11 @@ def test_one_rank_in_one_launch_gives_its_own() -> None:
     assert torch.equal(out, 2 * part)
 
 
-def test_a_wait_for_a_lost_rank_ends() -> None:
+@FORMS
+def test_a_wait_for_a_lost_rank_ends(start: Callable[..., object]) -> None:
     """Rank 1 pushes nothing: rank 0's and 2's sums are NaN and name it."""
     layout, parts = WindowLayout(3, 128, num_programs=1), parts_of(3, 1, 128)
-    run = Run(virtual_windows(layout, CPU), [parts])
+    run = Run(virtual_windows(layout, CPU), [parts], start=start)
     for window in run.windows:
         window.set_limit(20)
     for event in (("push", 0, 0), ("push", 2, 0), ("sum", 0, 0), ("sum", 2, 0)):

@@ -94,8 +94,10 @@ class Wrong(Exception):
 class Search:
     """size: ranks. steps: exchanges. empty: a rank that has no rows. dies, late: a rank that may die, or be waited for
     in vain although it lives. in_place: exchanges whose rows have one place of their own, in place of the buffers.
-    tagged: exchanges whose rows say their epoch themselves, and are what is waited for. Flags are left out there, as
-    nobody reads them.
+    tagged: exchanges whose rows say their epoch themselves, and are what is waited for. Their flags, which nobody
+    reads, are left out. copied: of them, those whose rows a rank copies to the place of ``in_place``.
+
+    Rows in that place are read until the rank's next push.
     """
 
     size: int
@@ -106,6 +108,7 @@ class Search:
     late: int | None = None
     in_place: frozenset[int] = frozenset()
     tagged: frozenset[int] = frozenset()
+    copied: frozenset[int] = frozenset()
 
     def start(self) -> State:
         """Returns the state before the first exchange."""
@@ -116,7 +119,11 @@ class Search:
     @property
     def places(self) -> int:
         """Places of a source's row in a rank's memory."""
-        return self.protocol.buffers + bool(self.in_place)
+        return self.protocol.buffers + bool(self.in_place | self.copied)
+
+    def own_place(self, me: int, source: int) -> int:
+        """Returns where a source's row lies that is neither in a buffer nor taken in turn."""
+        return (me * self.places + self.protocol.buffers) * self.size + source
 
     def epoch(self, step: int) -> int:
         """Returns the epoch of a step, as its flags hold it."""
@@ -190,10 +197,20 @@ class Search:
             return
         else:
             after = rank._replace(sent=True)
+        self._check_read(state, me, step - 1)
         stopped = self.protocol.stops and bool(rank.lost or state.cells[me])
         silent = not self.protocol.empty_sends and me == self.empty
         stores = () if stopped or silent else self._stores(me, step)
         yield state._replace(ranks=self._with(state, me, after), flight=state.flight | frozenset(stores))
+
+    def _check_read(self, state: State, me: int, step: int) -> None:
+        """Checks that rows in their own place were there until now, in front of the next push. Errors: Wrong."""
+        if step not in self.in_place | self.copied or state.ranks[me].lost:
+            return
+        for source in range(self.size):
+            found = state.rows[self.own_place(me, source)]
+            if source != self.empty and found != step:
+                raise Wrong(f"rank {me} reads rank {source}'s row of exchange {found} in {step}")
 
     def _stores(self, me: int, step: int) -> Iterator[Store]:
         for to in range(self.size):
@@ -285,7 +302,11 @@ class Search:
             found = state.rows[self.place(me, source, rank.step, self.protocol.skew)]
             if source != self.empty and found != rank.step:
                 raise Wrong(f"rank {me} reads rank {source}'s row of exchange {found} in {rank.step}")
-            yield state._replace(ranks=self._with(state, me, rank._replace(order=(*rank.order, source))))
+            rows = state.rows
+            if rank.step in self.copied:
+                at = self.own_place(me, source)
+                rows = (*rows[:at], found, *rows[at + 1 :])
+            yield state._replace(ranks=self._with(state, me, rank._replace(order=(*rank.order, source))), rows=rows)
 
     def _ended(self, state: State, me: int) -> State:
         rank = state.ranks[me]

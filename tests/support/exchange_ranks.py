@@ -24,7 +24,7 @@ from ownpath.conformance.bounds import assert_allowed
 from ownpath.conformance.quant_weights import ExpertStacks, RoutedTokens, exact_mixture
 from ownpath.kernels.exchange.collectives import Collectives, GroupCollectives, SymmetricCollectives
 from ownpath.kernels.exchange.gather import PUSHED_GATHER
-from ownpath.kernels.exchange.launch import PUSHED_REDUCE, PushedOperand, start_exchange
+from ownpath.kernels.exchange.launch import PUSHED_REDUCE, PushedOperand, start_tagged
 from ownpath.kernels.exchange.layout import WindowLayout
 from ownpath.kernels.exchange.ref import all_gather, all_reduce, reduce_scatter
 from ownpath.kernels.exchange.scatter import PUSHED_SCATTER
@@ -141,10 +141,10 @@ def die(operand: PushedOperand, phase: str, x: torch.Tensor) -> None:
     if phase == "in the wait":  # its own wait: the others are late
         PUSHED_REDUCE.run(x, operand)
     elif phase == "after the push":
-        start_exchange(operand.window, x, None, x, pushes=True, sums=False)
+        start_tagged(operand.window, x, None, x, pushes=True, sums=False)
         torch.cuda.synchronize()
     elif phase == "in the push":
-        start_exchange(operand.window, x, None, x, pushes=True, sums=False)
+        start_tagged(operand.window, x, None, x, pushes=True, sums=False)
     else:
         assert phase == "before the push", phase
     os.kill(os.getpid(), signal.SIGKILL)
@@ -227,7 +227,7 @@ def mega(rank: int, size: int, meeting: str) -> None:
     whole = MegaMoE.cut(routed, LIMIT, peers)
     drawn = RoutedTokens.draw(8, HIDDEN, NUM_EXPERTS, TOP_K, device)
     tokens = RoutedTokens(drawn.x.bfloat16(), drawn.ids, drawn.weights)
-    assert_allowed(whole(*tokens), exact_mixture(ExpertStacks(*routed), tokens, LIMIT))
+    assert_allowed(whole(tokens.x, tokens.ids, tokens.weights), exact_mixture(ExpertStacks(*routed), tokens, LIMIT))
     whole.check()
     dist.barrier()
 

@@ -53,23 +53,41 @@ def run_rank(rank: int, size: int, folder: Path) -> None:
     small = WindowLayout(size, layout.max_elements, num_programs=2, row_elements=layout.row_elements)
     peers = WindowedPeers(group, mapped_window(small, rank, folder))
     peers.window.set_limit(LIMIT_POLLS)
-    torch.manual_seed(3)  # the same on all ranks
-    stacks = ExpertStacks.draw(NUM_EXPERTS + 1, HIDDEN, WIDTH, torch.device("cpu")).tensors()
-    routed, shared = [part[:NUM_EXPERTS] for part in stacks], [part[NUM_EXPERTS:] for part in stacks]
+    routed, shared = stacks_of()
     for form, counts in zip(FORMS, ((3, 1), (2,), (2,), (1,)), strict=True):
-        pushed = MegaMoE.cut(routed, LIMIT, peers, shared=shared, **form)
-        hosted = MegaMoE.cut(routed, LIMIT, group, shared=shared, **form)
         for num_tokens in counts:
             drawn = RoutedTokens.draw(size * num_tokens, HIDDEN, NUM_EXPERTS, TOP_K, torch.device("cpu"))
             drawn.ids[0, 0] = -1
-            first = rank * num_tokens if form["attention"] == "data" else 0
-            mine = slice(first, first + num_tokens)
-            given = drawn.x[mine].bfloat16(), drawn.ids[mine], drawn.weights[mine]
-            assert torch.equal(pushed(*given), hosted(*given)), (form, num_tokens)
-            pushed.check()
+            compare_form(peers, routed, shared, drawn, form)
     check_turn(peers)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def stacks_of() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Draws routed experts and a shared one, the same on all ranks."""
+    torch.manual_seed(3)
+    stacks = ExpertStacks.draw(NUM_EXPERTS + 1, HIDDEN, WIDTH, torch.device("cpu")).tensors()
+    return [part[:NUM_EXPERTS] for part in stacks], [part[NUM_EXPERTS:] for part in stacks]
+
+
+def compare_form(
+    peers: WindowedPeers,
+    routed: list[torch.Tensor],
+    shared: list[torch.Tensor],
+    drawn: RoutedTokens,
+    form: dict[str, str],
+) -> None:
+    """Checks that a call by kernels gives the bits of one through the host. drawn: tokens of all ranks, equally many;
+    by heads those of rank 0 are given by all."""
+    pushed = MegaMoE.cut(routed, LIMIT, peers, shared=shared, **form)
+    hosted = MegaMoE.cut(routed, LIMIT, peers.peers, shared=shared, **form)
+    num_tokens = len(drawn.x) // peers.size
+    first = peers.rank * num_tokens if form["attention"] == "data" else 0
+    mine = slice(first, first + num_tokens)
+    given = drawn.x[mine].bfloat16(), drawn.ids[mine], drawn.weights[mine]
+    assert torch.equal(pushed(*given), hosted(*given)), (form, num_tokens)
+    pushed.check()
 
 
 def check_turn(peers: WindowedPeers) -> None:

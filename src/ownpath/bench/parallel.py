@@ -4,13 +4,15 @@
 graphs are replayed one behind the other on every rank, which only the exchanges hold together. A layer's calls differ
 in tokens and routing, drawn alike on all ranks, so that L2 is cold without copies of the weights.
 
-"local" rows are this package's experts of the busiest rank on the same pairs, without an exchange: what a layer over
-ranks is compared with. ``of_local``: their time over the layer's.
+"local" rows are this package's experts of each rank on the same pairs, without an exchange: what a layer over ranks is
+compared with. ``of_local``: their time over the layer's. A layer waits in each call for the rank that has the most to do
+there; in "busiest" rows every rank computes that one's part of each call, with its own experts. ``of_busiest``: as
+``of_local``.
 
 Legend: N ranks, T tokens of a rank, B of all, D hidden, K experts per token, E experts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -61,10 +63,14 @@ def measured(asked: BenchRequest) -> Iterator[Row]:
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """The inputs of a call: of all ranks, and this rank's own. distinct: experts of the rank that reads the most."""
+    """The inputs of a call: of all ranks, and this rank's own. distinct: experts of the rank that reads the most.
+
+    busiest: as ``every``, with that rank's experts and this one's exchanged.
+    """
 
     every: Parts
     own: Parts
+    busiest: Parts
     distinct: int
 
 
@@ -115,13 +121,16 @@ class ExpertLayer:
             """A rank's part of the sum has no reference of its own; the layers' are judged."""
             return 0.0 if bool(y[mine].isfinite().all()) else float("nan")
 
-        def local() -> TogetherRound:
-            return TogetherRound([lambda one=one: self._held(*one.every) for one in inputs], unjudged)  # type: ignore[misc]
+        def alone(given: Sequence[Parts]) -> TogetherContender:
+            calls: list[Callable[[], Tensor]] = [lambda one=one: self._held(*one) for one in given]  # type: ignore[misc]
+            return TogetherContender("ownpath", lambda: TogetherRound(calls, unjudged), is_peer=False)
 
-        alone = self._ranks.row(
-            replace(case, shape=f"local {self._shape.name}"), TogetherContender("ownpath", local, is_peer=False)
-        )
-        yield alone
+        compared = {"local": alone([one.every for one in inputs]), "busiest": alone([one.busiest for one in inputs])}
+        found = {
+            name: self._ranks.row(replace(case, shape=f"{name} {self._shape.name}"), contender)
+            for name, contender in compared.items()
+        }
+        yield from found.values()
         for name, is_peer, make in self._layers(num_tokens):
             if wanted is not None and name not in wanted:
                 continue
@@ -131,10 +140,7 @@ class ExpertLayer:
                 return TogetherRound([lambda one=one: layer(*one.own) for one in inputs], judge)  # type: ignore[misc]
 
             row = self._ranks.row(case, TogetherContender(name, round_of, is_peer, W4A16_MAX_REL_L2))
-            if row.timing is not None and alone.timing is not None:
-                facts = {"local_us": alone.timing.us, "of_local": round(alone.timing.us / row.timing.us, 4)}
-                row = replace(row, facts=facts)
-            yield row
+            yield replace(row, facts=_compared(row, found))
 
     def _inputs(self, num_tokens: int) -> list[LayerInputs]:
         """Draws the calls of a round: as many as make L2 cold."""
@@ -150,10 +156,12 @@ class ExpertLayer:
         routing = uniform_routing(shape, count, self._settings.seed + seed, str(ranks.device))
         each = shape.num_experts // ranks.size
         experts = routing.topk_ids.unique().div(each, rounding_mode="floor")
-        distinct = int(experts.long().bincount(minlength=ranks.size).max())
+        distinct = experts.long().bincount(minlength=ranks.size)
         every = x, routing.topk_ids, routing.topk_weights
         mine = slice(ranks.rank * num_tokens, (ranks.rank + 1) * num_tokens)
-        return LayerInputs(every, (x[mine].clone(), routing.topk_ids[mine].clone(), every[2][mine].clone()), distinct)
+        own = (x[mine].clone(), routing.topk_ids[mine].clone(), every[2][mine].clone())
+        swapped = swap_owners(routing.topk_ids, each, ranks.rank, int(distinct.argmax()))
+        return LayerInputs(every, own, (x, swapped, every[2]), int(distinct.max()))
 
     def _case(self, num_tokens: int, inputs: Sequence[LayerInputs]) -> Case:
         ranks, shape = self._ranks, self._shape
@@ -201,6 +209,22 @@ class ExpertLayer:
         back = torch.empty_like(y)
         dist.all_to_all_single(back, y, group=self._ranks.group)
         return back.view(size, *x.shape).float().sum(0).to(x.dtype)
+
+
+def swap_owners(ids: Tensor, num_held: int, one: int, other: int) -> Tensor:
+    """Returns expert ids with two ranks' experts exchanged. num_held: experts of a rank."""
+    owners, places = ids.div(num_held, rounding_mode="floor"), ids % num_held
+    swapped = torch.where(owners == one, other, torch.where(owners == other, one, owners))
+    return (swapped * num_held + places).to(ids.dtype)
+
+
+def _compared(row: Row, alone: Mapping[str, Row]) -> dict[str, float]:
+    """Returns the facts of a layer beside the experts alone."""
+    facts = dict[str, float]()
+    for name, other in alone.items():
+        if row.timing is not None and other.timing is not None:
+            facts |= {f"{name}_us": other.timing.us, f"of_{name}": round(other.timing.us / row.timing.us, 4)}
+    return facts
 
 
 def _unpacked(routed: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

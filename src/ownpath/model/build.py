@@ -106,8 +106,7 @@ class Builder:
     def model(self) -> Model:
         """Builds the model; the ledger watches every runner and companion."""
         config, device = self.config, torch.device(self.engine.device)
-        sliding = Rope.for_layer(config, compressing=False, device=device)
-        compress = Rope.for_layer(config, compressing=True, device=device)
+        sliding, compress = (Rope.for_layer(config, compressing=one, device=device) for one in (False, True))
         hc_head, head = self.ends()
         return Model(
             config=config,
@@ -324,9 +323,7 @@ class Builder:
 
     def _key_quantizer(self, slot: str) -> Quantizer:
         """Returns the rounding of keys to the cache's format, or the identity where the plan has none."""
-        if slot not in self.specs:
-            return _identity
-        return KeyQuantizer(self.config.qk_rope_head_dim, kernel=self.specs[slot])
+        return KeyQuantizer(self.config.qk_rope_head_dim, kernel=self.specs[slot]) if slot in self.specs else _identity
 
     def _index_quantizer(self, slot: str) -> Quantizer:
         """Returns the rounding of index queries and keys, or the identity where the plan has none."""
@@ -336,11 +333,8 @@ class Builder:
         return self.ledger.watch(slot, quantize) if slot in self.specs else quantize
 
     def _compressor(self, name: str, ratio: int, rope: Rope, quantize_kv: Quantizer) -> Compressor:
-        """Builds a compressor. Its norm runs only when a window is complete, with the layer's norm kernel, inside
-        attention.
-
-        ``quantize_kv`` does too, so neither counts as a call of its slot.
-        """
+        """Builds a compressor. Its norm and ``quantize_kv`` run only when a window is complete, inside attention, so
+        neither counts as a call of its slot."""
         attn = name.partition(".attn.")[0] + ".attn"
         weight, kernel = self.params[f"{name}.norm.weight"], self.specs[f"{attn}.kv_norm"]
         norm = RMSNorm(weight, self.config.rms_norm_eps, kernel=kernel)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ownpath.bench.exchanges import exchange_rows
+from ownpath.bench.parallel import swap_owners
 from ownpath.bench.row import Case, Row
 from ownpath.bench.shapes import parallel_shape
 from ownpath.bench.timing import WallClock
@@ -113,3 +114,10 @@ def test_shapes_have_short_names() -> None:
     assert parallel_shape("v4-flash").name == "v4-flash"
     with pytest.raises(ValueError, match="no MoE shape 'nothing'"):
         parallel_shape("nothing")
+
+
+def test_owners_of_experts_are_swapped() -> None:
+    """Three ranks of 4: rank 0's experts for rank 2's, at their places; rank 1's stay."""
+    ids = torch.tensor([[0, 5, 11], [8, 3, 4]], dtype=torch.int32)
+    assert swap_owners(ids, 4, 0, 2).tolist() == [[8, 5, 3], [0, 11, 4]]
+    assert torch.equal(swap_owners(ids, 4, 1, 1), ids)

@@ -30,11 +30,14 @@ DEATH_OF_THREE = Search(3, 2, dies=1)
         (replace(DEATH, tagged=frozenset({0, 1, 3})), 2000),
         (replace(LATE, steps=3, tagged=frozenset({1, 2})), 2000),
         (replace(DEATH_OF_THREE, tagged=frozenset({0, 1})), 10000),
+        (replace(TWO, steps=6, tagged=frozenset({0, 3, 4}), copied=frozenset({0, 4}), in_place=frozenset({2})), 500),
+        (replace(DEATH, tagged=frozenset({2}), copied=frozenset({2}), in_place=frozenset({0})), 2000),
     ],
     ids=[
         *("two", "no rows", "a death", "the first dies", "late", "three", "a death among three"),
         *("rows in place", "rows in place, late", "rows of three in place"),
         *("tags", "tags and flags in turn", "tags, a death", "tags, late", "tags, a death among three"),
+        *("tagged rows copied to their place", "tagged rows copied, a death"),
     ],
 )
 def test_no_order_of_steps_is_wrong(search: Search, at_least: int) -> None:
@@ -78,6 +81,13 @@ def test_rows_in_place_twice_running_are_overwritten_unread() -> None:
     """The exchange between is what says that all have read them."""
     with pytest.raises(Wrong, match=READS):
         replace(TWO, in_place=frozenset({1, 2})).run()
+
+
+def test_a_place_is_no_buffer_for_rows_that_are_copied() -> None:
+    """Copied rows and rows pushed to the same place in the next exchange: another rank may push before they are
+    read."""
+    with pytest.raises(Wrong, match=READS):
+        replace(TWO, tagged=frozenset({1}), copied=frozenset({1}), in_place=frozenset({2})).run()
 
 
 def test_tagged_rows_in_one_buffer_are_overwritten_unread() -> None:

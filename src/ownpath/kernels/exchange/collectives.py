@@ -1,7 +1,7 @@
 """The exchanges as others make them: torch's groups (gloo on a host, NCCL between GPUs), and its symmetric memory.
 
 What pushed exchanges are measured beside. Groups add in an order of their own; symmetric memory adds in the order of
-ranks. Those on GPUs have not been run yet.
+ranks.
 
 Legend: N ranks, T rows of a rank, C columns.
 """

@@ -2,7 +2,8 @@
 
 ``layout`` has the protocol, ``rows`` the device code. Bits travel as they are, in any dtype of 2, 4 or 8 bytes.
 ``run`` copies what has arrived to an output. ``rows`` pushes up to three tensors, a token with its experts and their
-weights, straight to where they are read, and copies nothing.
+weights, straight to where they are read, and copies nothing. Few rows or columns travel as tagged words (``tagged``),
+which a rank copies to where they are read, in the same launch.
 
 Roofline: (N - 1) times a rank's bytes leave it, and as many arrive; ``run`` writes what has arrived once more.
 
@@ -11,7 +12,7 @@ not know others' rows cannot ask for them without a trip. Where a rank was lost,
 and rows are whatever was there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
@@ -26,7 +27,8 @@ from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
 from ownpath.kernels.exchange.layout import SHARE_MULTIPLE
 from ownpath.kernels.exchange.rows import gather_rows, place_rows
-from ownpath.kernels.exchange.window import INTERPRETED, Window
+from ownpath.kernels.exchange.tagged_rows import gather_words
+from ownpath.kernels.exchange.window import INTERPRETED, Window, tagged_block, tagged_options
 from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.variants import variant_name
 
@@ -110,6 +112,54 @@ def start_rows(window: Window, xs: Sequence[Tensor], pushes: bool, awaits: bool)
     return launch(place_rows, grid, arguments, options | window.constants(), moving=range(MAX_PARTS))
 
 
+def start_tagged_gather(
+    window: Window, x_TC: Tensor, out: Tensor, by_columns: bool, pushes: bool, takes: bool
+) -> TritonCall | None:
+    """Launches the exchange by tagged words, of a tensor that ``travels_tagged``; as ``start_gather``."""
+    return _start_tagged(window, (x_TC,), out, (0, 3), by_columns, pushes, takes)
+
+
+def start_tagged_rows(window: Window, xs: Sequence[Tensor], pushes: bool, awaits: bool) -> TritonCall | None:
+    """Launches the exchange by tagged words, of tensors that ``travels_tagged``; as ``start_rows``."""
+    rows = window.words[window.layout.rows_at :]
+    return _start_tagged(window, xs, rows, range(MAX_PARTS), by_columns=False, pushes=pushes, takes=awaits)
+
+
+def _start_tagged(
+    window: Window,
+    xs: Sequence[Tensor],
+    out: Tensor,
+    moving: Collection[int],
+    by_columns: bool,
+    pushes: bool,
+    takes: bool,
+) -> TritonCall | None:
+    layout, words = window.layout, [_as_pairs(x) for x in xs]
+    absent, firsts = (0,) * (MAX_PARTS - len(xs)), row_starts(xs, 1)
+    options = {"PARTS": len(xs), "COLUMNS": by_columns, "PUSHES": pushes, "TAKES": takes}
+    num_words = firsts[-1] // 2
+    arguments = (
+        *(*padded(words), _as_pairs(out), window.words, window.peers, window.record, window.rank),
+        *(*(x.numel() for x in words), *absent),
+        *(*(first // 2 for first in firsts[1:-1]), *absent),
+        *(*(start // 2 for start in row_starts(xs, layout.size)[1:-1]), *absent),
+        *(words[0].numel() // len(xs[0]), num_words, layout.share(2 * num_words) // 2, layout.tagged_elements // 2),
+    )
+    options |= tagged_options(window, num_words)
+    return launch(gather_words, (layout.num_programs,), arguments, options, moving=moving)
+
+
+def travels_tagged(window: Window, xs: Sequence[Tensor], by_columns: bool = False) -> bool:
+    """Returns True for tensors of few rows, each of whole words of two elements; by columns each row is."""
+    sizes = [x.itemsize * (x.shape[1] if by_columns else x.numel()) for x in xs]
+    return all(size % 4 == 0 for size in sizes) and row_starts(xs, 1)[-1] <= window.layout.tagged_elements
+
+
+def _as_pairs(x: Tensor) -> Tensor:
+    """Returns the elements as words of two, of 32 bits."""
+    return x.view(-1).view(torch.int32)
+
+
 def padded(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Returns ``MAX_PARTS`` tensors: the first one again in the place of those that are not there."""
     return [*tensors, *[tensors[0]] * (MAX_PARTS - len(tensors))]
@@ -139,7 +189,10 @@ class PushedGather:
 
     def variant(self, x_TC: Tensor, operand: GatherOperand) -> str:
         """Returns the variant's name, which depends on the number of elements."""
-        return variant_name("pushed", block=block_options(operand.window, x_TC.numel() * x_TC.itemsize // 2)["BLOCK"])
+        num_elements = x_TC.numel() * x_TC.itemsize // 2
+        if travels_tagged(operand.window, (x_TC,), by_columns=True):
+            return variant_name("tagged", block=tagged_block(operand.window, num_elements // 2))
+        return variant_name("pushed", block=block_options(operand.window, num_elements)["BLOCK"])
 
     def run(self, x_TC: Tensor, operand: GatherOperand, *, dim: int = -1, out: Tensor | None = None) -> Tensor:
         """Returns all ranks' columns [T, N * C] (dim -1), or rows [N * T, C] (dim 0), of x [T, C], which has 2, 4 or 8
@@ -159,10 +212,11 @@ class PushedGather:
         check("out", out, (x_TC.dtype,), shape, x_TC.device)
         if num_rows:
             given, to = x_TC, out
+            start = start_tagged_gather if travels_tagged(operand.window, (x_TC,), by_columns) else start_gather
             key = ((x_TC.shape, x_TC.dtype),), "columns" if by_columns else "copies"
             self._start(
                 operand, key, (x_TC, out),
-                lambda: GatherCall(start_gather(operand.window, given, to, by_columns, pushes=True, takes=True)),
+                lambda: GatherCall(start(operand.window, given, to, by_columns, pushes=True, takes=True)),
             )  # fmt: skip
         return out
 
@@ -185,11 +239,10 @@ class PushedGather:
         if not len(xs[0]):
             return tuple(xs), counts
         key = tuple((x.shape, x.dtype) for x in xs), "rows"
+        start = start_tagged_rows if travels_tagged(operand.window, xs) else start_rows
         call = self._start(
             operand, key, padded(xs),
-            lambda: GatherCall(
-                start_rows(operand.window, xs, pushes=True, awaits=True), rows_in_place(operand.window, xs)
-            ),
+            lambda: GatherCall(start(operand.window, xs, pushes=True, awaits=True), rows_in_place(operand.window, xs)),
         )  # fmt: skip
         return call.views, counts
 

@@ -23,11 +23,11 @@ from ownpath.kernels.dsl.triton import TritonCall, launch
 from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.exchange.pushed import exchange_rows
 from ownpath.kernels.exchange.tagged import exchange_words
-from ownpath.kernels.exchange.window import INTERPRETED, Window
+from ownpath.kernels.exchange.window import INTERPRETED, Window, tagged_block, tagged_options
 from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.variants import variant_name
 
-MAX_BLOCK, MAX_TAGGED_BLOCK = 2048, 512
+MAX_BLOCK = 2048
 
 PushKey = tuple[torch.Size, bool]
 """Shape of x, and whether there is a second part."""
@@ -69,25 +69,13 @@ def start_tagged(
     window: Window, x_TD: Tensor, other_TD: Tensor | None, out_TD: Tensor, pushes: bool = True, sums: bool = True
 ) -> TritonCall | None:
     """Launches the exchange by tagged words, of at most ``WindowLayout.tagged_elements``; as ``start_exchange``."""
-    layout = window.layout
-    share = layout.share(x_TD.numel()) // 2
-    block = min(MAX_TAGGED_BLOCK, int(triton.next_power_of_2(share)))
+    layout, num_words = window.layout, x_TD.numel() // 2
     words, peers, record, *_ = window.arguments(x_TD.numel())
     parts = (x_TD, x_TD if other_TD is None else other_TD, out_TD)
     tensors = *(part.view(torch.int32) for part in parts), words, peers, record
-    options = {
-        "HAS_OTHER": other_TD is not None,
-        "PUSHES": pushes,
-        "SUMS": sums,
-        "BLOCK": block,
-        "PDL": not INTERPRETED,
-        "TAGS_AT": layout.tags_at,
-        "num_warps": max(1, block // 128),
-        "launch_pdl": not INTERPRETED,
-    }
-    constants = {name: value for name, value in window.constants().items() if name != "INBOX_AT"}
-    arguments = *tensors, window.rank, x_TD.numel() // 2, share, layout.tagged_elements // 2
-    return launch(exchange_words, (layout.num_programs,), arguments, options | constants, moving=(0, 1, 2))
+    options = {"HAS_OTHER": other_TD is not None, "PUSHES": pushes, "SUMS": sums, **tagged_options(window, num_words)}
+    arguments = *tensors, window.rank, num_words, layout.share(2 * num_words) // 2, layout.tagged_elements // 2
+    return launch(exchange_words, (layout.num_programs,), arguments, options, moving=(0, 1, 2))
 
 
 def start_sum(
@@ -95,7 +83,7 @@ def start_sum(
 ) -> TritonCall | None:
     """Launches the exchange in the form of its size; as ``start_exchange``."""
     start = start_tagged if x_TD.numel() <= window.layout.tagged_elements else start_exchange
-    return start(window, x_TD, other_TD, out_TD, pushes, sums)
+    return start(window, x_TD, other_TD, out_TD, pushes=pushes, sums=sums)
 
 
 class PushedReduce:
@@ -113,10 +101,10 @@ class PushedReduce:
     def variant(self, x_TD: Tensor, operand: PushedOperand) -> str:
         """Returns the variant's name, which depends on the number of elements."""
         layout = operand.window.layout
-        share = layout.share(x_TD.numel())
         if x_TD.numel() <= layout.tagged_elements:
-            return variant_name("tagged", block=min(MAX_TAGGED_BLOCK, int(triton.next_power_of_2(share // 2))))
-        return variant_name("pushed", block=min(MAX_BLOCK, int(triton.next_power_of_2(share))))
+            return variant_name("tagged", block=tagged_block(operand.window, x_TD.numel() // 2))
+        block = min(MAX_BLOCK, int(triton.next_power_of_2(layout.share(x_TD.numel()))))
+        return variant_name("pushed", block=block)
 
     def run(
         self, x_TD: Tensor, operand: PushedOperand, other_TD: Tensor | None = None, *, out: Tensor | None = None

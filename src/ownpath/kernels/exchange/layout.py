@@ -4,7 +4,7 @@ A window is int32 words: flags [N, P], one for each pushing program of each rank
 by nobody else; the abort cell, bits of the ranks that somebody has named as lost; the limit of a wait in microseconds.
 Behind them is the inbox, bfloat16 [2, N, elements]: what each rank has pushed, in two buffers that exchanges take in
 turn. Behind that are the rows: where tensors of all ranks' rows lie as kernels read them, at addresses that stay. Last
-are tagged words [2, N, words] of 64 bits, an inbox for sums of few rows, which ``tagged`` explains.
+are tagged words [2, N, words] of 64 bits, an inbox for few rows, which ``tagged`` explains.
 
 The protocol, which ``tests/support/exchange_model.py`` goes through in every order of its steps:
   1. Push. Program p counts its epoch up, stores its share of the rows into buffer ``epoch % 2`` of every inbox, its own
@@ -31,7 +31,7 @@ MAX_RANKS = 8
 NUM_PROGRAMS = 128
 """Pushing programs: no more than an H200 has SMs (132), so that all run at once, and enough to fill a link."""
 TAGGED_ELEMENTS = 1 << 18
-"""The most elements of a sum whose words have tags (``tagged``), if an exchange may be as large: 64 tokens of 4,096."""
+"""The most elements of a rank whose words have tags (``tagged``), if exchanges may be as large: 64 tokens of 4,096."""
 SHARE_MULTIPLE = 128
 """A share of an exchange is a multiple of it: 256 bytes, so that every program's stores are whole sectors."""
 _LINE_WORDS = 32
@@ -89,8 +89,8 @@ class WindowLayout:
 
     @property
     def tagged_elements(self) -> int:
-        """The most elements of a sum by tagged words."""
-        return min(self.max_elements, TAGGED_ELEMENTS)
+        """The most elements, of 16 bits, of a rank in an exchange by tagged words."""
+        return min(max(self.max_elements, self.row_elements), TAGGED_ELEMENTS)
 
     @property
     def num_words(self) -> int:

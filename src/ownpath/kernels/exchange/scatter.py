@@ -2,7 +2,7 @@
 
 ``layout`` has the protocol, ``rows`` the device code. A rank pushes each other rank's rows to that rank alone; its own
 stay where they are. What has come is added in the order of ranks in float32 and rounded once: the bits of
-``ref.reduce_scatter``.
+``ref.reduce_scatter``. Few rows travel as tagged words (``tagged``).
 
 Roofline: (N - 1) * 2 * T * D bytes leave a rank, and as many arrive.
 
@@ -23,7 +23,8 @@ from ownpath.kernels.dsl.triton import TritonCall, launch
 from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.exchange.gather import block_options
 from ownpath.kernels.exchange.rows import scatter_rows
-from ownpath.kernels.exchange.window import INTERPRETED, Window
+from ownpath.kernels.exchange.tagged_rows import scatter_words
+from ownpath.kernels.exchange.window import INTERPRETED, Window, tagged_block, tagged_options
 from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.variants import variant_name
 
@@ -63,6 +64,26 @@ def start_scatter(
     return launch(scatter_rows, grid, arguments, options | window.constants(), moving=(0, 1, 2))
 
 
+def start_tagged_scatter(
+    window: Window, y_BD: Tensor, other_TD: Tensor | None, out_TD: Tensor, pushes: bool, sums: bool
+) -> TritonCall | None:
+    """Launches the exchange by tagged words, of rows that ``travels_tagged``; as ``start_scatter``."""
+    layout, num_words = window.layout, out_TD.numel() // 2
+    given = (y_BD, y_BD if other_TD is None else other_TD, out_TD)
+    options = {"HAS_OTHER": other_TD is not None, "PUSHES": pushes, "SUMS": sums, **tagged_options(window, num_words)}
+    arguments = (
+        *(part.view(-1).view(torch.int32) for part in given),
+        *(window.words, window.peers, window.record, window.rank),
+        *(num_words, layout.share(2 * num_words) // 2, layout.tagged_elements // 2),
+    )
+    return launch(scatter_words, (layout.num_programs,), arguments, options, moving=(0, 1, 2))
+
+
+def travels_tagged(window: Window, num_elements: int) -> bool:
+    """Returns True for a rank's rows that are few, and whole words."""
+    return num_elements <= window.layout.tagged_elements and num_elements % 2 == 0
+
+
 class PushedScatter:
     """This rank's rows of the sum over ranks. Every rank calls it in the same order with as many rows."""
 
@@ -76,8 +97,10 @@ class PushedScatter:
 
     def variant(self, y_BD: Tensor, operand: ScatterOperand) -> str:
         """Returns the variant's name, which depends on the number of elements."""
-        window = operand.window
-        return variant_name("pushed", block=block_options(window, y_BD.numel() // window.layout.size)["BLOCK"])
+        window, num_elements = operand.window, y_BD.numel() // operand.window.layout.size
+        if travels_tagged(window, num_elements):
+            return variant_name("tagged", block=tagged_block(window, num_elements // 2))
+        return variant_name("pushed", block=block_options(window, num_elements)["BLOCK"])
 
     def run(
         self,
@@ -107,7 +130,9 @@ class PushedScatter:
             return out
         with operand.lock:
             if prepared is None:
-                call = start_scatter(operand.window, y_BD, other_TD, out, pushes=True, sums=True)
+                is_tagged = travels_tagged(operand.window, out.numel())
+                start = start_tagged_scatter if is_tagged else start_scatter
+                call = start(operand.window, y_BD, other_TD, out, pushes=True, sums=True)
                 if call is not None:
                     operand.launches.add(key, (call, EmptyOutput(shape, torch.bfloat16, y_BD.get_device())))
             else:

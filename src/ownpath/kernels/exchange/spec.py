@@ -56,7 +56,7 @@ PUSHED_GATHER = KernelSpec(
     min_sm=90,
     is_batch_invariant=True,
     packages=("triton",),
-    launches=(r"\b(gather|place)_rows\b",),
+    launches=(r"\b(gather_rows|place_rows|gather_words)\b",),
     evidence=Evidence("exchange.ref:all_gather", "tests/interpret/test_gather_kernel.py", "ownpath bench parallel"),
 )
 PUSHED_SCATTER = KernelSpec(
@@ -71,7 +71,7 @@ PUSHED_SCATTER = KernelSpec(
     activations=("bfloat16",),
     is_batch_invariant=True,
     packages=("triton",),
-    launches=(r"\bscatter_rows\b",),
+    launches=(r"\bscatter_(rows|words)\b",),
     evidence=Evidence(
         "exchange.ref:reduce_scatter", "tests/interpret/test_scatter_kernel.py", "ownpath bench parallel"
     ),

@@ -1,4 +1,4 @@
-"""Windows on several GPUs of one host: memory of torch's symmetric memory, which every process maps. Not run yet.
+"""Windows on several GPUs of one host: memory of torch's symmetric memory, which every process maps.
 
 A peer's memory stays mapped after its process has ended, so that what is pushed there harms nobody.
 """

@@ -15,25 +15,25 @@ from ownpath.kernels.exchange.device import clock_us, tell
 
 
 @triton.jit
-def _tags_of(window, TAGS_AT: tl.constexpr):
+def tags_of(window, TAGS_AT: tl.constexpr):
     """Returns the tagged words behind a window's words, at a multiple of 16 bytes."""
     return tl.multiple_of(window + TAGS_AT, 16).to(tl.pointer_type(tl.int64))
 
 
 @triton.jit
-def _low(pairs):
+def low_of(pairs):
     """Returns the first of each two elements, as float32."""
     return (pairs << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _high(pairs):
+def high_of(pairs):
     """Returns the second of each two elements, as float32."""
     return (pairs & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _paired(low, high):
+def paired(low, high):
     """Rounds both to bfloat16, and returns them as one int32."""
     low_bits = low.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     return low_bits | (high.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) << 16)
@@ -46,18 +46,26 @@ def _is_late(words, inside, epoch):
 
 
 @triton.jit
-def _late_ranks(places, inside, epoch, max_words, RANKS: tl.constexpr):
-    """Returns the ranks, as bits, of which words are not there. places: of rank 0's words."""
+def raise_unread(peers_ptr, rank, epoch, is_alive, RANKS: tl.constexpr, LANES: tl.constexpr, PROGRAMS: tl.constexpr):
+    """Sets a program's flag on all ranks. Nobody reads this one, but flags never lag by half a turn of the epoch."""
+    to = tl.arange(0, LANES)
+    windows = tl.load(peers_ptr + to, mask=to < RANKS, other=0).to(tl.pointer_type(tl.int32))
+    tl.store(windows + rank * PROGRAMS + tl.program_id(0), epoch, mask=(to < RANKS) & is_alive)
+
+
+@triton.jit
+def _late_ranks(places, inside, epoch, rank, max_words, RANKS: tl.constexpr):
+    """Returns the other ranks, as bits, of which words are not there. places: of rank 0's words."""
     late = 0
-    for source in tl.static_range(RANKS):
+    for source in range(RANKS):  # not unrolled, as it is seldom run
         words = tl.load(places + source * max_words, mask=inside, other=0, volatile=True)
-        late |= _is_late(words, inside, epoch) << source
+        late |= tl.where(source == rank, 0, _is_late(words, inside, epoch)) << source
     return late
 
 
 @triton.jit
-def _await_words(
-    places, inside, epoch, source, lost, window_ptr, max_words,
+def await_words(
+    places, inside, epoch, source, lost, rank, window_ptr, max_words,
     RANKS: tl.constexpr, ABORT_AT: tl.constexpr, LOOKS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Returns a rank's words once they are there, and the ranks that are lost, as bits. places: of rank 0's words."""
@@ -73,7 +81,7 @@ def _await_words(
                 # Threads' clocks differ. The atomic takes one thread's word for it, and tells all.
                 named, waited = 0, tl.max(tl.full((32,), 0, tl.int32) + clock_us(polls, INTERPRETED) - start, axis=0)
                 if waited > limit:
-                    missing = _late_ranks(places, inside, epoch, max_words, RANKS)
+                    missing = _late_ranks(places, inside, epoch, rank, max_words, RANKS)
                     is_one = (missing & (missing - 1)) == 0
                     named = tl.where(waited > tl.where(is_one, limit, limit + limit // 16), missing, 0)
                 lost = tl.atomic_or(window_ptr + ABORT_AT, named, sem="relaxed", scope="sys")
@@ -123,31 +131,29 @@ def exchange_words(
             pairs = tl.load(y_ptr + at, mask=inside, other=0)
             if HAS_OTHER:
                 others = tl.load(other_ptr + at, mask=inside, other=0)
-                pairs = _paired(_low(pairs) + _low(others), _high(pairs) + _high(others))
+                pairs = paired(low_of(pairs) + low_of(others), high_of(pairs) + high_of(others))
             words = (epoch.to(tl.int64) << 32) | (pairs.to(tl.int64) & 0xFFFFFFFF)
             for to in tl.static_range(RANKS):
                 window = tl.load(peers_ptr + to).to(tl.pointer_type(tl.int32))
-                tl.store(_tags_of(window, TAGS_AT) + place + at, words, mask=inside & is_alive)
-        # Flags go on too: they never lag by half a turn of the epoch. Nobody reads this one.
-        to = tl.arange(0, LANES)
-        windows = tl.load(peers_ptr + to, mask=to < RANKS, other=0).to(tl.pointer_type(tl.int32))
-        tl.store(windows + rank * PROGRAMS + program, epoch, mask=(to < RANKS) & is_alive)
+                tl.store(tags_of(window, TAGS_AT) + place + at, words, mask=inside & is_alive)
+        raise_unread(peers_ptr, rank, epoch, is_alive, RANKS, LANES, PROGRAMS)
     if SUMS:
         lost = tl.max(tl.zeros((32,), tl.int32) + cell, axis=0)  # threads may have read different values
         for start in range(0, share, BLOCK):
             at = first + start + tl.arange(0, BLOCK)
             inside = (at < num_words) & (at < first + share)
-            places = _tags_of(window_ptr, TAGS_AT) + (epoch & 1) * RANKS * max_words + at
+            places = tags_of(window_ptr, TAGS_AT) + (epoch & 1) * RANKS * max_words + at
             low, high = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
             for source in tl.static_range(RANKS):
-                words, lost = _await_words(
-                    places, inside, epoch, source, lost, window_ptr, max_words, RANKS, ABORT_AT, LOOKS, INTERPRETED
-                )
+                words, lost = await_words(
+                    places, inside, epoch, source, lost, rank, window_ptr, max_words,
+                    RANKS, ABORT_AT, LOOKS, INTERPRETED,
+                )  # fmt: skip
                 pairs = words.to(tl.int32)
-                low = _low(pairs) if source == 0 else low + _low(pairs)
-                high = _high(pairs) if source == 0 else high + _high(pairs)
+                low = low_of(pairs) if source == 0 else low + low_of(pairs)
+                high = high_of(pairs) if source == 0 else high + high_of(pairs)
             nothing = float("nan")
-            sums = _paired(tl.where(lost == 0, low, nothing), tl.where(lost == 0, high, nothing))
+            sums = paired(tl.where(lost == 0, low, nothing), tl.where(lost == 0, high, nothing))
             tl.store(out_ptr + at, sums, mask=inside)
         if lost != 0:
             tell(peers_ptr, record_ptr, epoch, lost, RANKS, LANES, ABORT_AT)

@@ -14,6 +14,7 @@ from ownpath.ranks.peers import PeerLost
 INTERPRETED = triton.knobs.runtime.interpret
 LOOKS = 1 if INTERPRETED else 64
 """Polls of flags between two looks at the abort cell and at the clock."""
+MAX_TAGGED_BLOCK = 512
 SERVING_LIMIT_US, START_LIMIT_US, MOST_LIMIT_US = 5_000_000, 120_000_000, 1_800_000_000
 
 
@@ -80,6 +81,19 @@ class Window:
             epoch, ranks = found
             slot = slot or self.order.slot_of(epoch) or "an exchange"
             raise PeerLost(ranks[0], slot, f"its rows of exchange {epoch} have not come")
+
+
+def tagged_block(window: Window, num_words: int) -> int:
+    """Returns the step of a program that pushes so many words of two elements, tagged, with others."""
+    return min(MAX_TAGGED_BLOCK, int(triton.next_power_of_2(window.layout.share(2 * num_words) // 2)))
+
+
+def tagged_options(window: Window, num_words: int) -> dict[str, Any]:
+    """Returns the options that every launch by tagged words has, and its constants."""
+    constants = {name: value for name, value in window.constants().items() if name != "INBOX_AT"}
+    block, pdl = tagged_block(window, num_words), not INTERPRETED
+    options = {"BLOCK": block, "PDL": pdl, "TAGS_AT": window.layout.tags_at, **constants}
+    return {**options, "num_warps": max(1, block // 128), "launch_pdl": pdl}
 
 
 def start_words(words: Tensor, layout: WindowLayout, epoch: int = 0) -> None:
