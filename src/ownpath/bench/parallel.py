@@ -5,8 +5,8 @@ graphs are replayed one behind the other on every rank, which only the exchanges
 in tokens and routing, drawn alike on all ranks, so that L2 is cold without copies of the weights.
 
 "local" rows are this package's experts of each rank on the same pairs, without an exchange: what a layer over ranks is
-compared with. ``of_local``: their time over the layer's. A layer waits in each call for the rank that has the most to do
-there; in "busiest" rows every rank computes that one's part of each call, with its own experts. ``of_busiest``: as
+compared with. ``of_local``: their time over the layer's. A layer waits in each call for the rank that has the most to
+do there; in "busiest" rows every rank computes that one's part of each call, with its own experts. ``of_busiest``: as
 ``of_local``.
 
 Legend: N ranks, T tokens of a rank, B of all, D hidden, K experts per token, E experts.
