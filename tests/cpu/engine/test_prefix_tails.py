@@ -4,6 +4,7 @@ The model is exact, and reads of its caches all that V4 reads; test_prefix_model
 """
 
 import random
+import threading
 from dataclasses import replace
 
 import pytest
@@ -190,10 +191,11 @@ def test_a_failed_request_leaves_no_tail_and_takes_the_one_it_began_with() -> No
 def test_no_tail_lies_behind_blocks_that_were_withdrawn() -> None:
     """The one that begins alike, and whose blocks were taken up, has no finite logits in the step that ends the other's
     prompt."""
-    model = StampModel()
+    model, are_submitted = StampModel(), threading.Event()
     forward = model.forward
 
     def failing(batch: ForwardBatch) -> torch.Tensor:
+        assert are_submitted.wait(60)
         logits = forward(batch)
         logits[batch.token_ids_T[batch.logits_ids] == 95] = torch.nan
         return logits
@@ -203,7 +205,10 @@ def test_no_tail_lies_behind_blocks_that_were_withdrawn() -> None:
     assert expected_answer(good_ids, 2)[0] != 95
     with Served(model, PLACES, max_prefill_tokens=300) as served:
         assert served.prefix is not None
+        first = served.submit([1], 1)  # while it runs, both others come
         bad, good = served.submit([*good_ids[:300], 95]), served.submit(good_ids, 2)
+        are_submitted.set()
+        first.tokens()
         assert good.tokens() == expected_answer(good_ids, 2)
         assert bad.next().finish_reason is FinishReason.ERROR
         assert served.prefix.faults() == []
