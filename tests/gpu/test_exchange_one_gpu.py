@@ -110,6 +110,11 @@ class AtOnce:
         self.wrong = torch.zeros(size, dtype=torch.int64, device=device)
         self.graphs = list[list[torch.cuda.CUDAGraph]]()
         self._kept = list[object]()  # graphs read and write it
+        for stream in self.streams:
+            # Memory for what calls make: to ask for more would wait for the device, where another rank's kernel waits.
+            with torch.cuda.stream(stream):
+                rooms = [torch.empty(count, dtype=torch.uint8, device=device) for count in (1 << 28, *[1 << 19] * 64)]
+            del rooms
 
     def run(self, rank: int, call: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Calls on a rank's stream."""

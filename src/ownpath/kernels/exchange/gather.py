@@ -282,4 +282,4 @@ def _check_tensors(xs: Sequence[Tensor], window: Window) -> None:
         check(name, x, (x.dtype,), (len(xs[0]), x.shape[1]), window.words.device)
 
 
-PUSHED_GATHER = PushedGather()
+PUSHED_GATHER, PUSHED_TURN = PushedGather(), PushedGather()

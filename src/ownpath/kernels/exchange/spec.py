@@ -81,6 +81,7 @@ PUSHED_TURN = replace(
     PUSHED_GATHER,
     name="triton.turn",
     kind=OpKind.TURN,
+    entry="exchange.gather:PUSHED_TURN",
     why="columns of all rows pushed to every rank and awaited, in one launch; each keeps its own rows",
     evidence=Evidence("exchange.ref:all_gather", "tests/support/mapped_windows.py", "ownpath bench step"),
 )
