@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 STAGES = ("layers",)
 """The stages that ranks run together; the others look at a checkpoint, or at kernels alone."""
-_MOST_ROWS = 1024
-"""Of a step: more than the sequences of one have together."""
 _LIMIT_S = 120.0
 """The longest that a rank may compute its reference beyond the others."""
 RankReport = dict[str, Any]
@@ -63,7 +61,7 @@ def verify_ranks(args: argparse.Namespace, job: "VerifyJob", rank: int) -> "tupl
         group.limit_s = _LIMIT_S
         device = job.engine.device if job.engine.device == "cpu" else f"{job.engine.device}:{rank}"
         parallel = Parallel(rank, args.ranks, experts=ExpertSplit(args.expert_split))
-        engine = replace(job.engine, device=device, parallel=parallel, max_prefill_tokens=_MOST_ROWS)
+        engine = replace(job.engine, device=device, parallel=parallel)
         opener = window_opener(device, group)
         result = verify(replace(job, engine=engine, peers=group, open_window=opener), STAGES)
         told = swap_text(group, "verified", json.dumps(report_dict(result), allow_nan=False))

@@ -1,14 +1,14 @@
 """The subject of a verification: a checkpoint as planned for a device, with the layers and experts to look at."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from ownpath.checkpoint.index import CheckpointIndex
-from ownpath.config import EngineConfig, ModelConfig
+from ownpath.config import CSA_RATIO, HCA_RATIO, EngineConfig, ModelConfig
 from ownpath.loading import WindowOpener, planned, planned_window
 from ownpath.model.build import ALONE
 from ownpath.plan.plan import Plan
@@ -16,6 +16,20 @@ from ownpath.ranks.peers import Peers
 
 if TYPE_CHECKING:
     from ownpath.kernels.exchange.window import Window
+
+_EDGE = 6
+"""Tokens after the last window of 128, so that a step near the end completes one and others follow it."""
+_CPU_WINDOWS, _CUDA_WINDOWS = (3, 6), (8, 18)
+"""The fewest and the most windows of 128 tokens: seconds on two cores; more than a thousand positions on a GPU."""
+
+
+def text_length(config: ModelConfig, engine: EngineConfig) -> int:
+    """Returns the tokens that layers are compared on, the most that a step of theirs has."""
+    fewest, most = _CPU_WINDOWS if torch.device(engine.device).type == "cpu" else _CUDA_WINDOWS
+    choosing = CSA_RATIO * (config.index_topk + HCA_RATIO // CSA_RATIO) if CSA_RATIO in config.compress_ratios else 0
+    wanted = -(-choosing // HCA_RATIO)
+    windows = max(fewest, wanted) if wanted <= most else fewest
+    return min(HCA_RATIO * windows + _EDGE, engine.max_model_len, config.max_position_embeddings)
 
 
 @dataclass(frozen=True)
@@ -59,7 +73,8 @@ class Subject:
         for layer_idx in sorted(selection.layer_ids or ()):
             if not 0 <= layer_idx < num_layers:
                 raise ValueError(f"layer {layer_idx}: the model has layers 0 to {num_layers - 1}")
-        return cls(folder, index, plan, engine, selection, peers, planned_window(plan, engine, open_window))
+        rows = replace(engine, max_prefill_tokens=max(engine.max_prefill_tokens, text_length(plan.config, engine)))
+        return cls(folder, index, plan, engine, selection, peers, planned_window(plan, rows, open_window))
 
     @property
     def config(self) -> ModelConfig:

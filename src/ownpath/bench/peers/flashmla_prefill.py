@@ -67,12 +67,11 @@ class FlashMlaPrefill:
             return torch.cat((keys.near_WH, take_keys(keys.entries, entry_rows, torch.bfloat16)))[:, None]
 
         ready = gather()
-        given = {"sm_scale": weights.softmax_scale, "d_v": HEAD_DIM, "attn_sink": weights.sink_N, "indices": lists}
-        names = [argument.name for argument in operation.default._schema.arguments]
+        behind = (lists, weights.softmax_scale, HEAD_DIM, weights.sink_N)
+        optional = [None] * (len(operation.default._schema.arguments) - 2 - len(behind))
 
         def run() -> Any:
-            values = given | {"q": q_TNH, "kv": gather() if self._gathers else ready}
-            return operation(*(values.get(name) for name in names))
+            return operation(q_TNH, gather() if self._gathers else ready, *behind, *optional)
 
         return run
 

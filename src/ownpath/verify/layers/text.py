@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from ownpath.chat.tokenizer import Tokenizer, TokenizerError
-from ownpath.config import CSA_RATIO, HCA_RATIO, ModelConfig
-from ownpath.verify.subject import Subject
+from ownpath.config import ModelConfig
+from ownpath.verify.subject import Subject, text_length
 
 PARAGRAPH = """\
 The ferry leaves the northern harbour at a quarter past six, when the water is still grey and the gulls sleep on the \
@@ -29,10 +29,6 @@ closer: first the hill, then the chapel, then the long wall with the names of th
 and green. Die Fähre legt an, les voyageurs descendent, y el capitán apunta una línea más en su cuaderno.
 """
 _SEED = 20
-_EDGE = 6
-"""Tokens after the last window of 128, so that a step near the end completes one and others follow it."""
-_CPU_WINDOWS, _CUDA_WINDOWS = (3, 6), (8, 18)
-"""The fewest and the most windows of 128 tokens: seconds on two cores; more than a thousand positions on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ def text_of(subject: Subject) -> SampleText:
     Its length lets the indexer choose (more entries than ``index_topk``) where the device can afford that, and never
     exceeds what the engine is configured for.
     """
-    return sample_text(subject.folder, subject.config, _num_tokens(subject))
+    return sample_text(subject.folder, subject.config, text_length(subject.config, subject.engine))
 
 
 def sample_text(folder: Path, config: ModelConfig, num_tokens: int) -> SampleText:
@@ -64,15 +60,6 @@ def sample_text(folder: Path, config: ModelConfig, num_tokens: int) -> SampleTex
         ids = torch.randint(0, config.vocab_size, (num_tokens,), generator=generator).tolist()
         return SampleText(tuple(ids), f"{num_tokens} random tokens (seed {_SEED})")
     return SampleText(tuple(islice(cycle(words), num_tokens)), f"{num_tokens} tokens of a fixed text")
-
-
-def _num_tokens(subject: Subject) -> int:
-    config = subject.config
-    fewest, most = _CPU_WINDOWS if subject.device.type == "cpu" else _CUDA_WINDOWS
-    choosing = CSA_RATIO * (config.index_topk + HCA_RATIO // CSA_RATIO) if CSA_RATIO in config.compress_ratios else 0
-    wanted = -(-choosing // HCA_RATIO)
-    windows = max(fewest, wanted) if wanted <= most else fewest
-    return min(HCA_RATIO * windows + _EDGE, subject.engine.max_model_len, config.max_position_embeddings)
 
 
 def _tokenize(folder: Path, config: ModelConfig) -> list[int] | None:
