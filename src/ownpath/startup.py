@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ownpath.cache.layout import BLOCK_TOKENS
 from ownpath.config import EngineConfig
 from ownpath.kernels.dsl.cache import compile_missing
 from ownpath.kernels.dsl.compilations import COMPILATIONS
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 WARM_UP_SLOT = "the start"
 """The name of exchanges that warm up."""
+LAST_TOKENS = 2
+"""Tokens of a step that is tried for its context: more than one, as a step of chunks has."""
 SCORED_ROWS = 257
 """Rows of the largest step that are scored: one more than the last form but one has."""
 WARM_UP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -45,15 +48,17 @@ def compile_kernels(runners: Iterable[Runner]) -> int:
 
 
 def warm_up(model: Model, engine: EngineConfig) -> None:
-    """Runs a step of each of ``warm_up_sizes``, so that no later step compiles anything; then clears the ledger."""
-    sizes = warm_up_sizes(engine)
+    """Runs a step of each of ``warm_up_sizes``, and one of a few tokens behind each of ``warm_up_contexts``, so that no
+    later step compiles anything; then clears the ledger."""
+    contexts = warm_up_contexts(min(engine.max_model_len, BLOCK_TOKENS * model.caches.slots.num_blocks))
+    steps = [*((size, 0) for size in warm_up_sizes(engine)), *((LAST_TOKENS, start) for start in contexts)]
     COMPILATIONS.watch_triton()
     with Progress("warming up") as progress:
-        for done, num_tokens in enumerate(sizes):
-            progress(done, len(sizes), counted(num_tokens, "token"))
-            _step(model, engine, num_tokens)
+        for done, (num_tokens, start) in enumerate(steps):
+            progress(done, len(steps), counted(start + num_tokens, "token"))
+            _step(model, engine, num_tokens, start)
         if model.window is not None:
-            progress(len(sizes), len(sizes), "exchanges")
+            progress(len(steps), len(steps), "exchanges")
             warm_up_exchanges(model.window)
         if torch.device(engine.device).type == "cuda":
             torch.cuda.synchronize()
@@ -85,8 +90,24 @@ def warm_up_sizes(engine: EngineConfig) -> list[int]:
     return sorted({size for size in WARM_UP_TOKENS if size < largest} | {largest})
 
 
-def _step(model: Model, engine: EngineConfig, num_tokens: int) -> None:
-    token_ids = [idx % model.config.vocab_size for idx in range(num_tokens)]
+def warm_up_contexts(most: int) -> list[int]:
+    """Returns where a step of ``LAST_TOKENS`` begins in each context: of two blocks, of twice as many each time, and of
+    ``most`` tokens. Selections have a form for each power of two of the scores that the longest row of a step may
+    have."""
+    ends, end = list[int](), 2 * BLOCK_TOKENS
+    while end < most:
+        ends.append(end)
+        end *= 2
+    return [end - LAST_TOKENS for end in (*ends, most) if end > BLOCK_TOKENS]
+
+
+def _step(model: Model, engine: EngineConfig, num_tokens: int, start: int = 0) -> None:
+    """start: of the first token; what lies before it is whatever the caches hold."""
+    token_ids, sequence = (
+        [idx % model.config.vocab_size for idx in range(num_tokens)],
+        model.new_cache(start + num_tokens),
+    )
+    sequence.num_tokens = start
     # As a prompt's log-probs do: what follows the last layer has the forms of the rows that are scored.
-    batch = ForwardBatch.of([(token_ids, model.new_cache())], engine.device, all_logits=True)
+    batch = ForwardBatch.of([(token_ids, sequence)], engine.device, all_logits=True)
     model.forward(replace(batch, logits_ids=batch.logits_ids[-SCORED_ROWS:]))

@@ -44,6 +44,16 @@ def test_every_kernel_is_there(compiled: list[Compiled]) -> None:
     assert names.count("select_kernel") == len(TABLES)
 
 
+def test_tables_of_any_width_are_one_form() -> None:
+    """Steps with chunks cut them to what they need, and none may compile."""
+    query = IndexQuery(torch.zeros(2, 64, 128).bfloat16(), torch.zeros(2, 64), torch.zeros(2, 32), torch.zeros(2, 32))
+    with pytest.MonkeyPatch.context() as patch, recorded_launches() as launches:
+        patch.setattr(scores, "check_rank", lambda name, tensor, rank, runs_on_cpu: None)
+        for width in (1, 7, 16):
+            scores.INDEX_SCORES(query, torch.zeros(64, 128).bfloat16(), rows_of(width))
+    assert len({(one.signature, one.constants, one.divisible) for one in launches}) == 1
+
+
 def test_nothing_spills(compiled: list[Compiled]) -> None:
     assert not {one.launch.constants: one.stack_bytes for one in compiled if one.stack_bytes}
 

@@ -11,16 +11,19 @@ from support.checkpoints import random_checkpoint
 from support.terminals import Terminal
 
 from ownpath import startup
+from ownpath.cache.layout import BLOCK_TOKENS
 from ownpath.config import EngineConfig
 from ownpath.kernels.dsl import cache
 from ownpath.kernels.dsl.compilations import COMPILATIONS, Compilations
+from ownpath.kernels.scores.types import CSA_PAGES
+from ownpath.kernels.select.launch import plan_tree
 from ownpath.loading import default_model_dir, load_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
 from ownpath.runners import ConcatLinear, PlainLinear, WideLinear
 from ownpath.runners.make import compile_configs
 from ownpath.runners.runner import KernelRunner
-from ownpath.startup import compile_kernels, warm_up, warm_up_sizes
+from ownpath.startup import compile_kernels, warm_up, warm_up_contexts, warm_up_sizes
 from ownpath.terminal.progress import Progress
 
 
@@ -82,6 +85,18 @@ def test_a_terminal_sees_the_embedded_model_load(monkeypatch: pytest.MonkeyPatch
 def test_steps_are_tried_up_to_the_largest(max_prefill_tokens: int, max_model_len: int, expected: list[int]) -> None:
     engine = EngineConfig(max_prefill_tokens=max_prefill_tokens, max_num_seqs=16, max_model_len=max_model_len)
     assert warm_up_sizes(engine) == expected
+
+
+@pytest.mark.parametrize(
+    ("most", "ends"), [(200, []), (256, []), (300, [300]), (512, [512]), (2176, [512, 1024, 2048, 2176])]
+)
+def test_a_step_is_tried_in_contexts_of_every_form(most: int, ends: list[int]) -> None:
+    """By the definition of the forms: every number of blocks has the tree of a context that was tried, or of one
+    block."""
+    assert warm_up_contexts(most) == [end - 2 for end in ends]
+    tried = {plan_tree(-(-end // BLOCK_TOKENS) * CSA_PAGES.per_block, 512).size for end in (1, *ends)}
+    for num_blocks in range(1, -(-most // BLOCK_TOKENS) + 1):
+        assert plan_tree(num_blocks * CSA_PAGES.per_block, 512).size in tried
 
 
 def test_what_is_compiled_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:

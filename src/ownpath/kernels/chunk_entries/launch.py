@@ -24,13 +24,15 @@ from ownpath.kernels.chunk_entries.write import chunk_entries_kernel
 from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
-from ownpath.kernels.entries.launch import INDEX_FORMS, NUM_WARPS, num_parts, num_slices
+from ownpath.kernels.entries.launch import INDEX_FORMS, NUM_WARPS, num_slices
 from ownpath.kernels.entries.types import EntriesWeights, LayerPools, RawRows
 from ownpath.kernels.entries.write import KEY_PAGES, VALUES
 from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.variants import variant_name
 
 INTERPRETED = triton.knobs.runtime.interpret
+MOST_PARTS = 8
+"""Programs that share an entry of 128 rows, at most; the same in every step, so that no later one compiles."""
 ChunkEntriesKey = tuple[object, ...]
 """Shape, strides, dtype and device of every tensor of a call."""
 
@@ -126,7 +128,7 @@ def _first(
     check_call(raw, ends, places, pools, weights, INTERPRETED)
     near_WH = raw.kv_TH.new_empty((len(places.sources_W), raw.kv_TH.shape[1]))
     num_ends = 0 if weights.main is None or ends.rows_E is None else len(ends.rows_E)
-    parts = num_parts(num_ends, weights)
+    parts = min(MOST_PARTS, num_slices(weights))
     num_programs = num_ends * (parts + (weights.index is not None)) + len(near_WH)
     if not num_programs:
         return near_WH

@@ -86,7 +86,7 @@ def _read_ahead(table, first, step, last, COUNT: tl.constexpr):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_blocks"])
 def index_scores_kernel(
     q_ptr,
     weights_ptr,

@@ -85,7 +85,7 @@ def _climb(
     return is_root
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_blocks"])
 def select_kernel(
     scores_ptr,
     positions_ptr,
