@@ -12,8 +12,14 @@ from ownpath.bench.published import SMALL
 from ownpath.cli import main
 from ownpath.config import EngineConfig, Parallel
 from ownpath.finding import failed
+from ownpath.inspect.memory import KINDS
+from ownpath.kernels.exchange.layout import WindowLayout
+from ownpath.kernels.exchange.window import Window, virtual_windows
+from ownpath.loading import default_model_dir, planned
 from ownpath.ranks.virtual import VirtualPeers, run_virtual
 from ownpath.splits import ExpertSplit
+from ownpath.verify import subject
+from ownpath.verify.layers.text import text_of
 from ownpath.verify.run import Verification, VerifyJob, verify
 from ownpath.verify.subject import Selection
 
@@ -21,6 +27,7 @@ SIZES = {"hidden_size": 128, "head_dim": 64, "index_head_dim": 32, "index_n_head
 SIZES |= {"qk_rope_head_dim": 16, "vocab_size": 2560, "num_nextn_predict_layers": 0}
 FIELDS = SMALL | SIZES | {"num_hidden_layers": 2, "compress_ratios": [0, 4], "num_hash_layers": 1}
 ENGINE = EngineConfig(draws_weights=True)
+(SM_90,) = (caps for caps in KINDS if caps.name == "sm_90")
 
 
 class FaultyPeers(VirtualPeers):
@@ -35,8 +42,6 @@ class FaultyPeers(VirtualPeers):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from ownpath.loading import default_model_dir
-
     folder = tmp_path_factory.mktemp("divided")
     (folder / "config.json").write_text(json.dumps(FIELDS))
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -54,6 +59,22 @@ def verified(folder: Path, layers: set[int], experts: ExpertSplit, *, is_faulty:
         return verify(VerifyJob(folder, engine, Selection(frozenset(layers)), peers=peers), ["layers"])
 
     return run_virtual(2, work)
+
+
+def test_windows_have_room_for_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it is longer than a step of the engine needs to be."""
+    model, opened = default_model_dir(), list[WindowLayout]()
+    engine = EngineConfig(device="cuda", dtype=torch.bfloat16, parallel=Parallel(0, 2), max_prefill_tokens=64)
+    plan = planned(model, replace(engine, device="cpu"), SM_90)
+    monkeypatch.setattr(subject, "planned", lambda *_: plan)
+
+    def open_one(layout: WindowLayout) -> Window:
+        opened.append(layout)
+        return virtual_windows(layout, torch.device("cpu"))[0]
+
+    found = subject.Subject.of(model, engine, open_window=open_one)
+    assert text_of(found).num_tokens > 1000
+    assert opened[0].max_elements >= text_of(found).num_tokens * found.config.hidden_size
 
 
 def test_each_ranks_values_are_its_part_of_the_references(folder: Path) -> None:
