@@ -44,7 +44,7 @@ def test_long_prompts_are_offered_a_tile_that_fills_one_wave() -> None:
     """1536 rows and 2048 tokens: 12 row tiles x 11 tiles of 192 tokens are an H200's 132 SMs, none left."""
     tried = Fp8Family("cpu").candidates["tokens=2048,rows=1536,cols=4096"]
     kernels = [knobs_config(config, 32) for config in tried]
-    assert w8a8_shape(3, 1, ragged=False) in kernels
+    assert w8a8_shape(3, 1, 1, ragged=False) in kernels
     full = [kernel for kernel in kernels if isinstance(kernel, W8A8Config) and kernel.grid(2048, 24, SMS) == SMS]
     assert {kernel.m64_per_tile for kernel in full if kernel.num_tiles(2048, 24) * kernel.cluster_n == SMS} == {3}
     assert {kernel.cluster_n for kernel in full} == {1, 2}

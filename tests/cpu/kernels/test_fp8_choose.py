@@ -31,7 +31,7 @@ OTHERS: tuple[WeightKey, ...] = (
 )
 FEW = {"num_m64": 1, "num_n": 16, "cluster_k": 4, "per_sm": 3, "consumers": 1, "wgmma": False}
 MORE = {"num_m64": 4, "num_n": 64, "cluster_k": 7, "per_sm": 1, "consumers": 2, "wgmma": True}
-LONG = {"warpgroups": 3, "num_m64": 1, "cluster_n": 2, "num_stages": 4}
+LONG = {"warpgroups": 3, "num_m64": 1, "cluster_n": 2, "cluster_k": 1, "num_stages": 4}
 ENTRIES: dict[str, dict[str, Any]] = {
     "tokens=64,rows=4096,cols=4096": {"config": MORE},
     "tokens=16,rows=4096,cols=4096": {"config": FEW},
@@ -145,6 +145,10 @@ def test_what_is_compiled_first_covers_every_count(
         (LONG | {"num_m64": 2}, "num_m64=2"),
         (LONG | {"cluster_n": 4}, "cluster_n=4"),
         (LONG | {"num_stages": 9}, "num_stages=9"),
+        (LONG | {"cluster_k": 4}, "cluster_n=2 with cluster_k=4"),
+        (LONG | {"cluster_n": 1, "cluster_k": 0}, "cluster_k=0"),
+        (LONG | {"cluster_n": 1, "cluster_k": 9}, "cluster_k=9"),
+        (LONG | {"cluster_n": 1, "cluster_k": 2, "num_stages": 3}, "num_stages=3"),
         ({"num_n": 8}, "knobs num_n instead of"),
         (LONG | {"depth": 2}, "depth"),
     ],
@@ -159,6 +163,15 @@ def test_k_is_not_shared_by_more_ctas_than_it_has_blocks() -> None:
         read_table({"tokens=16,rows=4096,cols=384": {"config": FEW}})
     with pytest.raises(ValueError, match="cluster_k=1 does not share 65 blocks of K"):
         read_table({"tokens=16,rows=4096,cols=8320": {"config": FEW | {"cluster_k": 1}}})
+
+
+def test_few_rows_split_k_until_the_device_is_full() -> None:
+    """1536 x 4096: 24 tiles of 128 tokens for 256 rows. 4096 x 4096 at 2048 rows fills the device without."""
+    split = w8a8_config(200, (24, 32, False, False), SMS)
+    assert (split.m64_per_tile, split.cluster_k) == (2, 4)
+    assert split.grid(200, 24, SMS) == 96
+    assert w8a8_config(2048, (64, 32, False, False), SMS).cluster_k == 1
+    assert w8a8_config(200, (24, 1, False, False), SMS).cluster_k == 1
 
 
 def test_the_package_s_table_is_valid() -> None:

@@ -2,7 +2,8 @@
 
 A candidate of W8A16 names rows (``num_m64`` blocks of 64) and tokens (``num_n``) of a CTA, ``cluster_k`` CTAs that
 split K, ``consumers`` warpgroups and ``per_sm`` CTAs that share an SM, and ``wgmma`` or ``mma``. One of W8A8 names
-``warpgroups`` of ``num_m64`` 64-token blocks each, ``cluster_n`` CTAs that share activations, and stages.
+``warpgroups`` of ``num_m64`` 64-token blocks each, ``cluster_n`` CTAs that share activations, ``cluster_k`` that split
+K, and stages.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from ownpath.bench.tune import Candidate, CandidateFailed
 from ownpath.conformance.bounds import MAX_REL_L2
 from ownpath.kernels.dsl.cache import CompileError
 from ownpath.kernels.dsl.driver import CudaError
-from ownpath.kernels.fp8.choose import CLUSTERS, TABLE, W8A8_SHAPES, WGMMA_FROM, knobs_config, w8a16_shape
+from ownpath.kernels.fp8.choose import CLUSTERS, TABLE, WGMMA_FROM, knobs_config, w8a16_shape
 from ownpath.kernels.fp8.config import QuantizeConfig, W8A8Config, W8A16Config, w8a8_stages
 from ownpath.kernels.fp8.launch import quantize_launch, w8a8_launch, w8a16_launch, workspace_bytes
 from ownpath.kernels.fp8.layout import PackedFp8, pack_fp8
@@ -49,6 +50,10 @@ TILES: dict[int, tuple[CandidateTile, ...]] = {
     128: ((2, 2, 1, True), (1, 1, 2, True), (2, 1, 2, True), (4, 2, 1, True), (4, 4, 1, True)),
 }
 """Tokens -> tiles to try, beside the rule's choice. Four CTAs per SM spill registers at 32 tokens with ``mma``."""
+TILES_OF_MANY = ((2, 2), (3, 1), (2, 1))
+"""Warpgroups and 64-token blocks of each to try for W8A8."""
+SPLITS, SPLIT_UP_TO = (2, 4, 8), 512
+"""CTAs that split K to try for W8A8, and the most tokens to try them for: more have tiles enough."""
 UNEVEN = (6,)
 """Cluster sizes to try for the largest tiles only, where 4 leave half of the SMs idle and 8 do not fit."""
 
@@ -76,14 +81,18 @@ def _tile(tile: CandidateTile, num_n: int, cluster_k: int) -> Candidate:
     return named | {"wgmma": wgmma}
 
 
-def many() -> list[Candidate]:
-    """Returns W8A8 candidates: every tile, with and without pairs of CTAs, with all stages and with one fewer."""
+def many(tokens: int) -> list[Candidate]:
+    """Returns W8A8 candidates: every tile, for few tokens with and without K split, for more with and without pairs of
+    CTAs, and with one stage fewer."""
     found: list[Candidate] = []
-    for warpgroups, num_m64 in W8A8_SHAPES:
+    for warpgroups, num_m64 in TILES_OF_MANY:
         stages = w8a8_stages(warpgroups * num_m64)
-        for cluster_n, num_stages in ((1, stages), (2, stages), (1, stages - 1)):
-            named = {"warpgroups": warpgroups, "num_m64": num_m64, "cluster_n": cluster_n, "num_stages": num_stages}
-            found.append(named)
+        kinds = [(1, 1, stages), (2, 1, stages), (1, 1, stages - 1)]
+        if tokens <= SPLIT_UP_TO:
+            kinds = [(1, cluster_k, stages) for cluster_k in (1, *SPLITS)]
+        for cluster_n, cluster_k, num_stages in kinds:
+            named = {"warpgroups": warpgroups, "num_m64": num_m64, "cluster_n": cluster_n, "cluster_k": cluster_k}
+            found.append(named | {"num_stages": num_stages})
     return found
 
 
@@ -97,7 +106,7 @@ class Fp8Family:
         shapes = [shape for shape in LINEAR_SHAPES if shape.name != "tiny"]
         self.candidates = {
             f"tokens={tokens},rows={shape.out_features},cols={shape.in_features}": (
-                few(shape, tokens) if tokens in FEW else many()
+                few(shape, tokens) if tokens in FEW else many(tokens)
             )
             for shape in shapes
             for tokens in (*FEW, *MANY)

@@ -30,10 +30,12 @@ CLUSTERS = {1: 132, 2: 66, 4: 30, 8: 15}
 """Cluster size -> clusters that an H200 runs at once with one CTA per SM, as its driver reports."""
 WAVE_BLOCKS = 12
 """Fixed cost of a wave of CTAs, about 3 us, in blocks of 8 KiB per CTA."""
-W8A8_SHAPES = ((2, 2), (3, 1), (2, 1))
-"""Warpgroups and 64-token blocks of each that the rule chooses from."""
+W8A8_SHAPES = ((2, 2, 1), (3, 1, 1), (2, 1, 1), (2, 1, 2), (2, 1, 4))
+"""Warpgroups, 64-token blocks of each, and CTAs that split K, that the rule chooses from."""
+SUM_STEPS = 8
+"""Fixed cost of adding sums over a cluster, about 2 us, in tensor-core steps of 64 tokens by 128 features by 128."""
 W8A16_KNOBS = frozenset({"num_m64", "num_n", "cluster_k", "per_sm", "consumers", "wgmma"})
-W8A8_KNOBS = frozenset({"warpgroups", "num_m64", "cluster_n", "num_stages"})
+W8A8_KNOBS = frozenset({"warpgroups", "num_m64", "cluster_n", "cluster_k", "num_stages"})
 
 WeightKey = tuple[int, int, bool, bool]
 """The properties of a weight that decide its kernels: row blocks, K blocks, folded, ragged."""
@@ -87,16 +89,24 @@ def w8a8_config(num_tokens: int, key: WeightKey, sms: int) -> W8A8Config:
     for limit, config in tuned(key):
         if isinstance(config, W8A8Config) and -(-num_tokens // 64) == -(-limit // 64):
             return config
-    num_row_blocks, _, _, ragged = key
-    return min(
-        (w8a8_shape(*shape, ragged) for shape in W8A8_SHAPES),
-        key=lambda config: -(-config.num_tiles(num_tokens, num_row_blocks) // sms) * config.m64_per_tile,
-    )
+    shapes = (w8a8_shape(*shape, key[3]) for shape in W8A8_SHAPES)
+    return min(shapes, key=lambda config: _w8a8_steps(config, num_tokens, key, sms))
 
 
-def w8a8_shape(warpgroups: int, num_m64: int, ragged: bool) -> W8A8Config:
+def _w8a8_steps(config: W8A8Config, num_tokens: int, key: WeightKey, sms: int) -> int:
+    """Counts the tensor-core steps of the busiest SM; no step for a shape that splits K into more than there is."""
+    num_row_blocks, num_k_blocks, _, _ = key
+    if config.cluster_k > num_k_blocks:
+        return 1 << 62
+    clusters = max(1, CLUSTERS[config.cluster_k] * sms // 132)
+    waves = -(-config.num_tiles(num_tokens, num_row_blocks) // clusters)
+    fixed = SUM_STEPS if config.cluster_k > 1 else 0
+    return waves * (config.m64_per_tile * -(-num_k_blocks // config.cluster_k) + fixed)
+
+
+def w8a8_shape(warpgroups: int, num_m64: int, cluster_k: int, ragged: bool) -> W8A8Config:
     """Returns the kernel with tiles of 64 * warpgroups * num_m64 tokens and as many stages as fit."""
-    return W8A8Config(warpgroups, num_m64, w8a8_stages(warpgroups * num_m64), 1, ragged)
+    return W8A8Config(warpgroups, num_m64, w8a8_stages(warpgroups * num_m64), 1, cluster_k, ragged)
 
 
 def w8a16_configs(key: WeightKey, sms: int, prefill_from: int | None, is_batch_invariant: bool) -> list[W8A16Config]:
@@ -156,18 +166,16 @@ def knobs_config(knobs: Mapping[str, Any], num_k_blocks: int) -> W8A16Config | W
     """Makes a kernel from a table's knobs, for scales that fold and rows that 4 divides.
 
     W8A16: num_m64, num_n, cluster_k, per_sm, consumers, wgmma; as many stages as fit. W8A8: warpgroups, num_m64,
-    cluster_n, num_stages. Errors: ValueError for knobs that are not a valid kernel for this number of K blocks.
+    cluster_n, cluster_k, num_stages. Errors: ValueError for knobs that are not a valid kernel for this number of K blocks.
     """
     names = W8A16_KNOBS if "num_n" in knobs else W8A8_KNOBS
     if set(knobs) != names:
         raise ValueError(f"knobs {', '.join(sorted(knobs))} instead of {', '.join(sorted(names))}")
+    cluster_k, most = knobs["cluster_k"], MAX_K_BLOCKS if "num_n" in knobs else num_k_blocks
+    if not num_k_blocks / most <= cluster_k <= num_k_blocks:
+        raise ValueError(f"cluster_k={cluster_k} does not share {num_k_blocks} blocks of K, {most} each at most")
     if "num_n" not in knobs:
         return W8A8Config(**knobs)
-    cluster_k = knobs["cluster_k"]
-    if not num_k_blocks / MAX_K_BLOCKS <= cluster_k <= num_k_blocks:
-        raise ValueError(
-            f"cluster_k={cluster_k} does not share {num_k_blocks} blocks of K, {MAX_K_BLOCKS} each at most"
-        )
     if knobs["per_sm"] not in CTA_SMEM:
         raise ValueError(f"per_sm={knobs['per_sm']}: 1 to {max(CTA_SMEM)} CTAs")
     stages = w8a16_stages(knobs["num_m64"], knobs["num_n"], CTA_SMEM[knobs["per_sm"]])

@@ -32,8 +32,11 @@ MAX_CLUSTER = 8
 TOKEN_TILES = (8, 16, 32, 64, 128)
 ACT_STRIDE = 9216
 """Activation blocks start at multiples of 1024, as the swizzle needs: 8192 bytes, 256 of scales, a gap."""
+STAGES_OF_SUMS = 4
+"""Stages whose activations leave room for a tile's float32 sums, which a cluster's CTAs read from each other."""
 
 assert ACT_BLOCK_BYTES <= ACT_STRIDE
+assert STAGES_OF_SUMS * ACT_STRIDE >= BLOCK_K * 64 * 4
 
 _SHARED_SOURCES = (
     *(f"fp8/{name}.py" for name in ("output_sm90", "ptx", "config", "layout")),
@@ -103,13 +106,15 @@ class W8A8Config:
     """The shape of one compiled W8A8 kernel.
 
     warpgroups: consumers, 2 or 3; num_m64: 64-token blocks of each. cluster_n: CTAs that share activations, 1 or 2.
-    ragged: outputs are written one by one. Errors: ValueError naming the field, for a shape without a kernel.
+    cluster_k: CTAs that share a tile and split K, each cluster one tile. ragged: outputs are written one by one.
+    Errors: ValueError naming the field, for a shape without a kernel.
     """
 
     warpgroups: int
     num_m64: int
     num_stages: int
     cluster_n: int = 2
+    cluster_k: int = 1
     ragged: bool = False
     compiler: ClassVar[str] = "fp8.w8a8_sm90:compile_w8a8"
 
@@ -120,13 +125,18 @@ class W8A8Config:
             raise ValueError(f"num_m64={self.num_m64}: its sums do not fit a thread's registers")
         if self.cluster_n not in (1, 2):
             raise ValueError(f"cluster_n={self.cluster_n}: 1 or 2")
-        stages = w8a8_stages(self.m64_per_tile)
-        if not 2 <= self.num_stages <= stages:
-            raise ValueError(f"num_stages={self.num_stages}: at least 2, at most {stages} fit shared memory")
+        if not 1 <= self.cluster_k <= MAX_CLUSTER:
+            raise ValueError(f"cluster_k={self.cluster_k}: clusters have 1 to {MAX_CLUSTER} CTAs")
+        if self.cluster_n > 1 and self.cluster_k > 1:
+            raise ValueError(f"cluster_n={self.cluster_n} with cluster_k={self.cluster_k}: a cluster shares one of them")
+        stages, fewest = w8a8_stages(self.m64_per_tile), 2 if self.cluster_k == 1 else STAGES_OF_SUMS
+        if not fewest <= self.num_stages <= stages:
+            raise ValueError(f"num_stages={self.num_stages}: at least {fewest}, at most {stages} fit shared memory")
 
     @property
     def name(self) -> str:
         shape = f"w{self.warpgroups}r{self.num_m64}s{self.num_stages}c{self.cluster_n}"
+        shape += f"k{self.cluster_k}" if self.cluster_k > 1 else ""
         return f"fp8_w8a8_{shape}{'_ragged' if self.ragged else ''}"
 
     @property
@@ -139,7 +149,7 @@ class W8A8Config:
 
     @property
     def cluster(self) -> int:
-        return self.cluster_n
+        return self.cluster_n * self.cluster_k
 
     @property
     def m64_per_tile(self) -> int:
@@ -149,6 +159,8 @@ class W8A8Config:
         return -(-num_tokens // (64 * self.m64_per_tile)) * -(-num_row_blocks // (2 * self.cluster_n))
 
     def grid(self, num_tokens: int, num_row_blocks: int, num_sms: int) -> int:
+        if self.cluster_k > 1:
+            return self.cluster_k * self.num_tiles(num_tokens, num_row_blocks)
         return self.cluster_n * min(self.num_tiles(num_tokens, num_row_blocks), num_sms // self.cluster_n)
 
 

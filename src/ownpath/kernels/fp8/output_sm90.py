@@ -1,4 +1,4 @@
-"""The output of the FP8 products: the table of a packed weight's row blocks, and the output matrix.
+"""The output of the FP8 products: the table of a packed weight's row blocks, the output matrix, and sums of a split K.
 
 Packing cuts a weight into blocks of 64 rows; the table has each block's first output feature and number of valid rows.
 Roofline: the bytes of the output. Limits: as the products.
@@ -6,7 +6,9 @@ Roofline: the bytes of the output. Limits: as the products.
 
 from dataclasses import dataclass
 
-from cutlass import Int32, cute
+from cutlass import Float32, Int32, cute
+
+from ownpath.kernels.dsl import ptx
 
 
 @dataclass(frozen=True)
@@ -35,3 +37,12 @@ class Output:
             table = cute.make_tensor(self.row_table + 2 * row_block, cute.make_layout(2))
             first, num_valid = table[0], table[1]
         return RowBlock(first, num_valid)
+
+
+def cluster_sum(address: Int32, num_ctas: int) -> list[Float32]:
+    """Adds four sums of every CTA of the cluster, in rank order. address: of the sums, the same in each."""
+    parts = [ptx.load_cluster_vec4(address, Int32(peer)) for peer in range(num_ctas)]
+    values = list(parts[0])
+    for part in parts[1:]:
+        values = [a + b for a, b in zip(values, part, strict=True)]
+    return values

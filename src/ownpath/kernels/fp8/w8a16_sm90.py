@@ -36,7 +36,7 @@ from ownpath.kernels.dsl.pipeline import Pipeline, Stages
 from ownpath.kernels.dsl.warpgroup import Operands, Thread, decoded_mma, shared_operand, wgmma
 from ownpath.kernels.fp8.config import BLOCK_K, CHUNK_K, ENTRY_BYTES, MAX_K_BLOCKS, W8A16_REGISTERS, WG, W8A16Config
 from ownpath.kernels.fp8.layout import BLOCK_BYTES
-from ownpath.kernels.fp8.output_sm90 import Output, RowBlock
+from ownpath.kernels.fp8.output_sm90 import Output, RowBlock, cluster_sum
 
 Words = tuple[Uint32, Uint32, Uint32, Uint32]
 """16 bytes of shared memory."""
@@ -368,19 +368,11 @@ class W8A16:
                     self.store([totals[r][4 * j + idx] for idx in range(4)], rows, j, tile, thread, output)
                 else:
                     if tile.rank == (unit + thread.wg_m) % cfg.cluster_k:
-                        self.store(self.cluster_sum(base + unit * (WG * 16)), rows, j, tile, thread, output)
+                        self.store(cluster_sum(base + unit * (WG * 16), cfg.cluster_k), rows, j, tile, thread, output)
         if cutlass.const_expr(cfg.cluster_k > 1):
             # A CTA's sums stay in place until the whole cluster has read them. (Its loading warps have left by now:
             # a cluster barrier waits for threads that have not exited.)
             ptx.cluster_barrier(relaxed=True)
-
-    def cluster_sum(self, address: Int32) -> list[Float32]:
-        """Adds four sums of every CTA of the cluster, in rank order."""
-        parts = [ptx.load_cluster_vec4(address, Int32(peer)) for peer in range(self.cfg.cluster_k)]
-        values = list(parts[0])
-        for part in parts[1:]:
-            values = [a + b for a, b in zip(values, part, strict=True)]
-        return values
 
     @cute.jit
     def store(

@@ -15,8 +15,7 @@ thread for the promotion, hidden behind the other warpgroup's products. The row 
 thread four neighbouring features, so results leave as 8-byte stores without a trip through shared memory.
 
 Roofline. 1979 TFLOP/s on paper; 1222 measured. Limits: sm_90a; the activation blocks of
-``quantize_sm90``; the sum inside 128 of K has the tensor core's precision, not float32's; K is not split, so few
-tokens with a long K keep few SMs busy.
+``quantize_sm90``; the sum inside 128 of K has the tensor core's precision, not float32's.
 """
 
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from ownpath.kernels.dsl.warpgroup import Thread, shared_operand, wgmma
 from ownpath.kernels.fp8 import ptx as fp8_ptx
 from ownpath.kernels.fp8.config import ACT_STRIDE, ENTRY_BYTES, W8A8_REGISTERS, WG, W8A8Config
 from ownpath.kernels.fp8.layout import ACT_BLOCK_BYTES, BLOCK_BYTES
-from ownpath.kernels.fp8.output_sm90 import Output, RowBlock
+from ownpath.kernels.fp8.output_sm90 import Output, RowBlock, cluster_sum
 
 TILE_N = 128
 Scales = tuple[Float32, Float32]
@@ -41,7 +40,8 @@ Scales = tuple[Float32, Float32]
 
 @dataclass(frozen=True)
 class CtaTiles:
-    """A cluster's share of the output: every ``num_workers``-th tile, all of K. rank: of the CTA in its cluster."""
+    """A cluster's share of the output: every ``num_workers``-th tile. rank: of the CTA among those that share
+    activations. k_rank: among those that split K, of which this one has ``k_iters`` blocks from ``k_start`` on."""
 
     cfg: W8A8Config
     rank: Int32
@@ -50,6 +50,9 @@ class CtaTiles:
     num_tiles: Int32
     num_m_tiles: Int32
     num_k_blocks: Int32
+    k_rank: Int32
+    k_start: Int32
+    k_iters: Int32
 
     def m64(self, tile: Int32) -> Int32:
         """Returns the first of a tile's blocks of 64 tokens."""
@@ -84,7 +87,7 @@ class W8A8:
         self.kernel(acts, blocks, scales, row_table, out, num_tokens, ld_out, num_row_blocks, num_k_blocks).launch(
             grid=[grid, 1, 1],
             block=[self.cfg.num_threads, 1, 1],
-            cluster=[self.cfg.cluster_n, 1, 1],
+            cluster=[self.cfg.cluster, 1, 1],
             min_blocks_per_mp=1,
         )
 
@@ -113,11 +116,7 @@ class W8A8:
         cute.arch.sync_threads()
         if cutlass.const_expr(cfg.cluster_n > 1):
             ptx.cluster_barrier()
-        rank = cta % cfg.cluster_n
-        worker, num_workers = cta // cfg.cluster_n, grid // cfg.cluster_n
-        num_m_tiles = (num_tokens + cfg.m64_per_tile * 64 - 1) // (cfg.m64_per_tile * 64)
-        num_n_tiles = (num_row_blocks + 2 * cfg.cluster_n - 1) // (2 * cfg.cluster_n)
-        tiles = CtaTiles(cfg, rank, worker, num_workers, num_m_tiles * num_n_tiles, num_m_tiles, num_k_blocks)
+        tiles = self.tiles(cta, grid, num_tokens, num_row_blocks, num_k_blocks)
         if warp_group == cfg.warpgroups:
             cute.arch.setmaxregister_decrease(24)
             if thread == cfg.warpgroups * WG:
@@ -138,6 +137,24 @@ class W8A8:
         return Stages(acts, weights, scales, Pipeline.allocate(cfg.num_stages, cfg.cluster_n))
 
     @cute.jit
+    def tiles(
+        self, cta: Int32, grid: Int32, num_tokens: Int32, num_row_blocks: Int32, num_k_blocks: Int32
+    ) -> CtaTiles:
+        """Returns a CTA's tiles and its share of K."""
+        cfg = self.cfg
+        num_m_tiles = (num_tokens + cfg.m64_per_tile * 64 - 1) // (cfg.m64_per_tile * 64)
+        num_n_tiles = (num_row_blocks + 2 * cfg.cluster_n - 1) // (2 * cfg.cluster_n)
+        k_rank = cta % cfg.cluster_k
+        share, rest = num_k_blocks // cfg.cluster_k, num_k_blocks % cfg.cluster_k
+        k_iters = share
+        if k_rank < rest:
+            k_iters = share + 1
+        return CtaTiles(
+            cfg, cta % cfg.cluster_n, cta // cfg.cluster, grid // cfg.cluster, num_m_tiles * num_n_tiles,
+            num_m_tiles, num_k_blocks, k_rank, k_rank * share + cutlass.min(k_rank, rest), k_iters,
+        )  # fmt: skip
+
+    @cute.jit
     def load_acts(self, acts: cute.Pointer, stages: Stages, tiles: CtaTiles, num_tokens: Int32) -> None:
         """Loads this CTA's share of the cluster's activations, once the quantiser has written them. One thread."""
         cfg = self.cfg
@@ -149,7 +166,8 @@ class W8A8:
         ring = stages.pipeline.producer()
         for tile in cutlass.range(tiles.worker, tiles.num_tiles, tiles.num_workers, unroll=1):
             first = tiles.m64(tile)
-            for k in cutlass.range(tiles.num_k_blocks, unroll=1):
+            for step in cutlass.range(tiles.k_iters, unroll=1):
+                k = tiles.k_start + step
                 ring.acquire()
                 ring.commit(cfg.m64_per_tile * ACT_BLOCK_BYTES)
                 for r in cutlass.range_constexpr(cfg.m64_per_tile):
@@ -167,7 +185,8 @@ class W8A8:
         ring = stages.pipeline.producer()
         for tile in cutlass.range(tiles.worker, tiles.num_tiles, tiles.num_workers, unroll=1):
             row_block = cutlass.min(tiles.row_block(tile), num_row_blocks - 2)
-            for k in cutlass.range(tiles.num_k_blocks, unroll=1):
+            for step in cutlass.range(tiles.k_iters, unroll=1):
+                k = tiles.k_start + step
                 ring.acquire()
                 ring.commit(2 * (BLOCK_BYTES + ENTRY_BYTES))
                 for half in cutlass.range_constexpr(2):
@@ -200,7 +219,7 @@ class W8A8:
         for tile in cutlass.range(tiles.worker, tiles.num_tiles, tiles.num_workers, unroll=1):
             for total in totals:
                 total.fill(0.0)
-            for _ in cutlass.range(tiles.num_k_blocks, unroll=1):
+            for _ in cutlass.range(tiles.k_iters, unroll=1):
                 ring.wait()
                 weight_scales = self.weight_scales(stages, ring.slot)
                 for r in cutlass.range_constexpr(cfg.num_m64):
@@ -215,14 +234,13 @@ class W8A8:
                         ring.release(ring.slot, thread.idx)
                     self.promote(totals[r], sums, token_scales, weight_scales)
                 ring.advance()
-            m64 = tiles.m64(tile) + thread.wg_m * cfg.num_m64
-            row_block = tiles.row_block(tile)
-            for half in cutlass.range_constexpr(2):
-                rows = output.rows(row_block + half)
-                for r in cutlass.range_constexpr(cfg.num_m64):
-                    self.store(totals[r], half, rows, (m64 + r) * 64, thread, output)
-        if cutlass.const_expr(cfg.cluster_n > 1):
-            ptx.cluster_barrier(relaxed=True)  # the peer may still arrive at this CTA's barriers
+            if cutlass.const_expr(cfg.cluster_k > 1):
+                self.share_sums(totals, stages, thread)
+            self.write(totals, tile, tiles, stages, output, thread)
+        if cutlass.const_expr(cfg.cluster > 1):
+            # The peers may still arrive at this CTA's barriers, or read its sums. (Its loading warps have left by now: a
+            # cluster barrier waits for threads that have not exited.)
+            ptx.cluster_barrier(relaxed=True)
 
     def weight_scales(self, stages: Stages, slot: Int32) -> Scales:
         """Loads the scales of the tile's two 64-feature blocks."""
@@ -250,29 +268,69 @@ class W8A8:
                     at = 4 * (8 * half + j) + idx
                     total[at] = total[at] + factors[idx // 2] * sums[at]
 
+    def sums_address(self, stages: Stages, thread: Thread, r: int) -> Int32:
+        """Returns where this thread's sums of one of its 64-token blocks lie, in the activations' stages."""
+        return stages.tokens.toint() + ((thread.wg_m * self.cfg.num_m64 + r) * 16 * WG + thread.idx) * 16
+
+    @cute.jit
+    def share_sums(self, totals: list[cute.Tensor], stages: Stages, thread: Thread) -> None:
+        """Puts the sums where the cluster's CTAs read them, in groups of four."""
+        ptx.named_barrier(1, self.cfg.warpgroups * WG)  # every stage is read before sums overwrite the ring
+        for r in cutlass.range_constexpr(self.cfg.num_m64):
+            base = self.sums_address(stages, thread, r)
+            for j in cutlass.range_constexpr(16):
+                values = tuple(totals[r][4 * j + idx] for idx in range(4))
+                ptx.store_shared_vec4(base + j * (WG * 16), values)
+        ptx.cluster_barrier()
+
+    @cute.jit
+    def write(
+        self,
+        totals: list[cute.Tensor],
+        tile: Int32,
+        tiles: CtaTiles,
+        stages: Stages,
+        output: Output,
+        thread: Thread,
+    ) -> None:
+        """Writes a warpgroup's part of a tile, 16 features of 64 tokens at a time; of a split K, this CTA's share."""
+        cfg = self.cfg
+        m64 = tiles.m64(tile) + thread.wg_m * cfg.num_m64
+        row_block = tiles.row_block(tile)
+        for half in cutlass.range_constexpr(2):
+            rows = output.rows(row_block + half)
+            for r in cutlass.range_constexpr(cfg.num_m64):
+                for group in cutlass.range_constexpr(4):
+                    j = 8 * half + 2 * group
+                    if cutlass.const_expr(cfg.cluster_k == 1):
+                        sums = [totals[r][4 * j + idx] for idx in range(8)]
+                        self.store(sums, group, rows, (m64 + r) * 64, thread, output)
+                    else:
+                        if tiles.k_rank == (8 * r + 4 * half + group) % cfg.cluster_k:
+                            base = self.sums_address(stages, thread, r) + j * (WG * 16)
+                            sums = cluster_sum(base, cfg.cluster_k) + cluster_sum(base + WG * 16, cfg.cluster_k)
+                            self.store(sums, group, rows, (m64 + r) * 64, thread, output)
+
     @cute.jit
     def store(
-        self, total: cute.Tensor, half: int, rows: RowBlock, token0: Int32, thread: Thread, output: Output
+        self, sums: list[Float32], group: int, rows: RowBlock, token0: Int32, thread: Thread, output: Output
     ) -> None:
-        """Writes 64 features of 64 tokens: features 4q .. 4q + 3 of every 16, for tokens g and g + 8 of a warp."""
-        q = thread.pair
+        """Writes 16 features of 64 tokens: features 4q .. 4q + 3, for tokens g and g + 8 of a warp."""
         token = token0 + thread.warp * 16 + thread.row
+        feature = 16 * group + 4 * thread.pair
         for lower in cutlass.range_constexpr(2):
             mine = token + 8 * lower
-            if mine < output.num_tokens:
+            if mine < output.num_tokens and feature < rows.num_valid:
                 line = output.out + (Int64(mine) * output.ld_out + rows.first)
-                for group in cutlass.range_constexpr(4):
-                    first = 4 * (8 * half + 2 * group) + 2 * lower
-                    values = [total[first], total[first + 4], total[first + 1], total[first + 5]]
-                    feature = 16 * group + 4 * q
-                    if cutlass.const_expr(self.cfg.ragged):
-                        for idx in cutlass.range_constexpr(4):
-                            if feature + idx < rows.num_valid:
-                                cute.make_tensor(line + (feature + idx), cute.make_layout(1))[0] = BFloat16(values[idx])
-                    elif feature < rows.num_valid:
-                        fp8_ptx.store_global8(
-                            line + feature, ptx.pack_bf16x2(values[0], values[1]), ptx.pack_bf16x2(values[2], values[3])
-                        )
+                values = [sums[2 * lower + idx] for idx in (0, 4, 1, 5)]
+                if cutlass.const_expr(self.cfg.ragged):
+                    for idx in cutlass.range_constexpr(4):
+                        if feature + idx < rows.num_valid:
+                            cute.make_tensor(line + (feature + idx), cute.make_layout(1))[0] = BFloat16(values[idx])
+                else:
+                    fp8_ptx.store_global8(
+                        line + feature, ptx.pack_bf16x2(values[0], values[1]), ptx.pack_bf16x2(values[2], values[3])
+                    )
 
 
 def compile_w8a8(config: W8A8Config) -> Any:
@@ -287,5 +345,5 @@ def compile_w8a8(config: W8A8Config) -> Any:
         ptr(Uint8, 1024, space, assumed_align=16),
         ptr(Int32, 1024, space, assumed_align=8),
         ptr(BFloat16, 1024, space, assumed_align=2 if config.ragged else 8),
-        one, Int32(64), Int32(2), one, Int32(config.cluster_n),
+        one, Int32(64), Int32(2), one, Int32(config.cluster),
     )  # fmt: skip
