@@ -82,8 +82,8 @@ def test_rows_phase_after_phase(size: int, is_tagged: bool, device: torch.device
             for window, one in zip(windows, given, strict=True):
                 rows_start(window, one, pushes, not pushes)
         for window in windows:
-            for found, wanted in zip(rows_in_place(window, given[0]), (x, ids, weights), strict=True):
-                assert torch.equal(found, all_gather(wanted)), num_tokens
+            for found, given_by_all in zip(rows_in_place(window, given[0]), (x, ids, weights), strict=True):
+                assert torch.equal(found, all_gather(given_by_all)), num_tokens
         sums = [torch.cat([part + rank for rank in range(size)]) for part in x]
         outs = [torch.full_like(part, 7) for part in x]
         for pushes in (True, False):
@@ -101,15 +101,21 @@ def test_rows_phase_after_phase(size: int, is_tagged: bool, device: torch.device
     assert all(window.lost() is None for window in windows)
 
 
+Exchanges = Callable[[list[Window]], list[list[Callable[[], torch.Tensor]]]]
+"""Makes exchanges over windows: a list of each, with a call for each rank."""
+
+
 class AtOnce:
     """Virtual ranks, each with a stream and graphs, which are replayed with delays. wrong: words, by rank."""
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self.windows = virtual_windows(layout_of(size), device)
+        self.windows, self.spare = (virtual_windows(layout_of(size), device) for _ in range(2))
         self.streams = [torch.cuda.Stream(device) for _ in self.windows]
         self.wrong = torch.zeros(size, dtype=torch.int64, device=device)
         self.graphs = list[list[torch.cuda.CUDAGraph]]()
         self._kept = list[object]()  # graphs read and write it
+        for window in self.spare:
+            window.set_limit(1000)
         for stream in self.streams:
             # Memory for what calls make: to ask for more would wait for the device, where another rank's kernel waits.
             with torch.cuda.stream(stream):
@@ -121,19 +127,25 @@ class AtOnce:
         with torch.cuda.stream(self.streams[rank]):
             return call()
 
-    def capture(self, exchanges: list[list[Callable[[], torch.Tensor]]], wanted: list[list[torch.Tensor]]) -> None:
-        """Makes a graph for each rank of exchanges, by exchange and rank, and what counts wrong words of their results.
+    def capture(self, make: Exchanges, wanted: list[list[torch.Tensor]]) -> None:
+        """Makes a graph for each rank of exchanges, and what counts wrong words of their results.
 
-        Each exchange is called by all ranks first. That compiles and loads what the graphs hold, which could not be
-        while a kernel waits for one that comes later.
+        All calls are made over spare windows first, where no wait is long. That compiles and loads what a graph holds:
+        a module that is loaded while a kernel waits for a rank that the host has yet to launch would wait as well.
+        wanted: by exchange and rank.
         """
-        for calls, right in zip(exchanges, wanted, strict=True):
+        for windows in (self.spare, self.windows):
+            self.wrong.zero_()
+            exchanges = make(windows)
+            for calls, right in zip(exchanges, wanted, strict=True):
+                torch.cuda.synchronize()
+                found = [self.run(rank, call) for rank, call in enumerate(calls)]
+                torch.cuda.synchronize()
+                for rank, one in enumerate(found):
+                    self._count(rank, one, right[rank])
             torch.cuda.synchronize()
-            found = [self.run(rank, call) for rank, call in enumerate(calls)]
-            torch.cuda.synchronize()
-            for rank, one in enumerate(found):
-                self._count(rank, one, right[rank])
-        torch.cuda.synchronize()
+        assert all(window.lost() is None for window in self.windows)
+        assert not self.wrong.any(), self.wrong
         of_size = []
         for rank, stream in enumerate(self.streams):
             graph = torch.cuda.CUDAGraph()
@@ -163,20 +175,27 @@ class AtOnce:
         assert not self.wrong.any(), self.wrong
 
 
+def sums_of_all(
+    parts: list[torch.Tensor], outs: list[torch.Tensor], windows: list[Window]
+) -> list[list[Callable[[], torch.Tensor]]]:
+    """Makes a sum of all ranks' parts."""
+    operands = [PUSHED_REDUCE.prepare(window) for window in windows]
+
+    def of_rank(rank: int) -> torch.Tensor:
+        outs[rank].fill_(7)
+        return PUSHED_REDUCE.run(parts[rank], operands[rank], out=outs[rank])
+
+    return [[partial(of_rank, rank) for rank in range(len(windows))]]
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_at_once(size: int, device: torch.device) -> None:
     """10,000 replays of graphs of sums, by tags and by flags: no wrong word."""
     ranks = AtOnce(size, device)
-    operands = [PUSHED_REDUCE.prepare(window) for window in ranks.windows]
     for num_tokens in (1, 8, 64, 100):
         parts = parts_of(size, num_tokens, device, num_tokens)
         outs = [torch.empty_like(part) for part in parts]
-
-        def of_rank(rank: int, parts: list[torch.Tensor] = parts, outs: list[torch.Tensor] = outs) -> torch.Tensor:
-            outs[rank].fill_(7)
-            return PUSHED_REDUCE.run(parts[rank], operands[rank], out=outs[rank])
-
-        ranks.capture([[partial(of_rank, rank) for rank in range(size)]], [[all_reduce(parts)] * size])
+        ranks.capture(partial(sums_of_all, parts, outs), [[all_reduce(parts)] * size])
     ranks.replay(10_000)
 
 
@@ -184,31 +203,38 @@ def test_at_once(size: int, device: torch.device) -> None:
 def test_rows_at_once(size: int, device: torch.device) -> None:
     """3,000 replays of graphs of rows there, sums back, and columns, by tags and by flags: no wrong word."""
     ranks = AtOnce(size, device)
-    gathers = [PUSHED_GATHER.prepare(window) for window in ranks.windows]
-    scatters = [PUSHED_SCATTER.prepare(window) for window in ranks.windows]
     for num_tokens in (1, 8, 64, 200):
         parts = parts_of(size, num_tokens, device, num_tokens)
         sums = [torch.cat([part + rank for rank in range(size)]) for part in parts]
-
-        def rows_of(rank: int, parts: list[torch.Tensor] = parts) -> torch.Tensor:
-            x = parts[rank]
-            (x, ids, weights), _ = PUSHED_GATHER.rows((x, x[:, :6].float(), x[:, :12].contiguous()), gathers[rank])
-            return torch.cat([x, ids.to(x.dtype), weights], dim=1)
-
-        def sums_of(rank: int, sums: list[torch.Tensor] = sums) -> torch.Tensor:
-            return PUSHED_SCATTER.run(sums[rank], scatters[rank])
-
-        def columns_of(rank: int, parts: list[torch.Tensor] = parts) -> torch.Tensor:
-            return PUSHED_GATHER.run(parts[rank], gathers[rank])
-
         rows = all_gather(parts)
         wanted = [
-            [torch.cat([rows, rows[:, :6].float().to(rows.dtype), rows[:, :12]], dim=1)] * size,  # loads what ranks do
+            [torch.cat([rows, rows[:, :6].float().to(rows.dtype), rows[:, :12]], dim=1)] * size,
             [reduce_scatter(sums, rank) for rank in range(size)],
             [all_gather(parts, -1)] * size,
         ]
-        ranks.capture([[partial(one, rank) for rank in range(size)] for one in (rows_of, sums_of, columns_of)], wanted)
+        ranks.capture(partial(rows_sums_and_columns, parts, sums), wanted)
     ranks.replay(3_000)
+
+
+def rows_sums_and_columns(
+    parts: list[torch.Tensor], sums: list[torch.Tensor], windows: list[Window]
+) -> list[list[Callable[[], torch.Tensor]]]:
+    """Makes a gather of rows with ids and weights, a scatter of sums, and a gather of columns."""
+    gathers = [PUSHED_GATHER.prepare(window) for window in windows]
+    scatters = [PUSHED_SCATTER.prepare(window) for window in windows]
+
+    def rows_of(rank: int) -> torch.Tensor:
+        x = parts[rank]
+        (x, ids, weights), _ = PUSHED_GATHER.rows((x, x[:, :6].float(), x[:, :12].contiguous()), gathers[rank])
+        return torch.cat([x, ids.to(x.dtype), weights], dim=1)
+
+    def sums_of(rank: int) -> torch.Tensor:
+        return PUSHED_SCATTER.run(sums[rank], scatters[rank])
+
+    def columns_of(rank: int) -> torch.Tensor:
+        return PUSHED_GATHER.run(parts[rank], gathers[rank])
+
+    return [[partial(one, rank) for rank in range(len(windows))] for one in (rows_of, sums_of, columns_of)]
 
 
 def lost_after(windows: list[Window], part: torch.Tensor, limit_us: int) -> float:

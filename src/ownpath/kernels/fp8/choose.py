@@ -166,7 +166,7 @@ def knobs_config(knobs: Mapping[str, Any], num_k_blocks: int) -> W8A16Config | W
     """Makes a kernel from a table's knobs, for scales that fold and rows that 4 divides.
 
     W8A16: num_m64, num_n, cluster_k, per_sm, consumers, wgmma; as many stages as fit. W8A8: warpgroups, num_m64,
-    cluster_n, cluster_k, num_stages. Errors: ValueError for knobs that are not a valid kernel for this number of K blocks.
+    cluster_n, cluster_k, num_stages. Errors: ValueError for knobs that are no valid kernel for this number of K blocks.
     """
     names = W8A16_KNOBS if "num_n" in knobs else W8A8_KNOBS
     if set(knobs) != names:

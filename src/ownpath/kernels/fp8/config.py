@@ -128,7 +128,7 @@ class W8A8Config:
         if not 1 <= self.cluster_k <= MAX_CLUSTER:
             raise ValueError(f"cluster_k={self.cluster_k}: clusters have 1 to {MAX_CLUSTER} CTAs")
         if self.cluster_n > 1 and self.cluster_k > 1:
-            raise ValueError(f"cluster_n={self.cluster_n} with cluster_k={self.cluster_k}: a cluster shares one of them")
+            raise ValueError(f"cluster_n={self.cluster_n} with cluster_k={self.cluster_k}: a cluster has one of them")
         stages, fewest = w8a8_stages(self.m64_per_tile), 2 if self.cluster_k == 1 else STAGES_OF_SUMS
         if not fewest <= self.num_stages <= stages:
             raise ValueError(f"num_stages={self.num_stages}: at least {fewest}, at most {stages} fit shared memory")

@@ -137,9 +137,7 @@ class W8A8:
         return Stages(acts, weights, scales, Pipeline.allocate(cfg.num_stages, cfg.cluster_n))
 
     @cute.jit
-    def tiles(
-        self, cta: Int32, grid: Int32, num_tokens: Int32, num_row_blocks: Int32, num_k_blocks: Int32
-    ) -> CtaTiles:
+    def tiles(self, cta: Int32, grid: Int32, num_tokens: Int32, num_row_blocks: Int32, num_k_blocks: Int32) -> CtaTiles:
         """Returns a CTA's tiles and its share of K."""
         cfg = self.cfg
         num_m_tiles = (num_tokens + cfg.m64_per_tile * 64 - 1) // (cfg.m64_per_tile * 64)
@@ -238,8 +236,8 @@ class W8A8:
                 self.share_sums(totals, stages, thread)
             self.write(totals, tile, tiles, stages, output, thread)
         if cutlass.const_expr(cfg.cluster > 1):
-            # The peers may still arrive at this CTA's barriers, or read its sums. (Its loading warps have left by now: a
-            # cluster barrier waits for threads that have not exited.)
+            # The peers may still arrive at this CTA's barriers, or read its sums. (Its loading warps have left by now:
+            # a cluster barrier waits for threads that have not exited.)
             ptx.cluster_barrier(relaxed=True)
 
     def weight_scales(self, stages: Stages, slot: Int32) -> Scales:
