@@ -1,4 +1,4 @@
-"""Tiles of the routed experts, by (token, slot) pairs per expert, on V4-Flash's and V4-Pro's shape, and half of V4-Flash's width.
+"""Tiles of the routed experts, by (token, slot) pairs per expert, for V4-Flash, for half of its width and for V4-Pro.
 
 A candidate names a tile: ``num_m64`` 64-row blocks for each of ``warpgroups_m`` warpgroups, token counts ``n0``,
 ``n1``, ... for which there is code, ``stages`` of shared memory, ``depth`` buffers of ``group`` k16 steps, ``gather``
