@@ -124,7 +124,7 @@ def test_invariant_rows_keep_their_bits(case: Fp8Case, cuda: torch.device) -> No
         assert torch.equal(part, whole[start:stop]), (start, stop)
 
 
-@pytest.mark.parametrize("matrix", (*MATRICES, *HALVES), ids=lambda matrix: "x".join(map(str, matrix)))
+@pytest.mark.parametrize("matrix", [*MATRICES, *HALVES], ids=lambda matrix: "x".join(map(str, matrix)))
 def test_every_candidate_of_the_tuner_for_few_rows(matrix: tuple[int, int], cuda: torch.device) -> None:
     from ownpath.kernels.fp8.launch import w8a16_launch
 

@@ -55,7 +55,7 @@ HALF_SHAPES = (
     LinearShape("gate_up_half", 2048, 4096),
     LinearShape("down_half", 4096, 1024),
 )
-"""What one of two ranks has of them, as v4-flash-half of the experts; its ``wo_b`` is as large as gate_up."""
+"""One of two ranks' parts of them, as v4-flash-half of the experts; its ``wo_b`` is as large as gate_up."""
 
 MOE_TOKENS = (1, 4, 8, 16, 64, 256, 1024, 4096, 8192)
 LINEAR_TOKENS = (1, 16, 64, 256, 2048)

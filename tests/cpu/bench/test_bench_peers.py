@@ -132,7 +132,7 @@ def test_deepgemm_is_called_as_its_signature_says(monkeypatch: pytest.MonkeyPatc
 
 
 def mega_moe() -> ModuleType:
-    """What DeepGEMM's MegaMoE computes, on one rank: its signatures, gate and up as it orders them, FP8 tokens."""
+    """DeepGEMM's MegaMoE of one rank, in torch: its signatures, gate rows first, FP8 tokens."""
     module = ModuleType("deep_gemm")
 
     def transform(gate_up, down):
