@@ -26,7 +26,11 @@ def configs() -> list[Fp8Config]:
         found += [*w8a16_configs(weight, SMS, None, False), *w8a16_configs(weight, SMS, None, True)]
         found += w8a8_configs(weight)
     for folded in (True, False):
-        found += [*choices((32, folded), False), *choices((32, folded), True)]
+        found += [
+            *choices((128, 32, folded), False),
+            *choices((64, 32, folded), False),
+            *choices((128, 32, folded), True),
+        ]
     return list({config.name: config for config in found}.values())
 
 
@@ -72,8 +76,8 @@ def test_it_fits_without_spilling(config: Fp8Config, cache: Path, monkeypatch: p
         (w8a16_config(8, WEIGHTS[1], SMS, is_batch_invariant=True), "HMMA.16816.F32.BF16"),
         (w8a16_config(64, WEIGHTS[5], SMS), "HGMMA.64x64x16.F32.BF16"),
         (w8a8_config(2048, WEIGHTS[1], SMS), "QGMMA.64x128x32.F32.E4M3.E4M3"),
-        (choices((32, True), False)[0], "HMMA.16816.F32.BF16"),
-        (choices((32, True), False)[-1], "HGMMA.64x128x16.F32.BF16"),
+        (choices((128, 32, True), False)[0], "HMMA.16816.F32.BF16"),
+        (choices((128, 32, True), False)[-1], "HGMMA.64x128x16.F32.BF16"),
     ],
     ids=lambda value: getattr(value, "name", value),
 )

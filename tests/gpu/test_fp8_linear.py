@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.kernel_configs import fp8_configs, w8a8_configs, w8a16_configs
 
-from ownpath.bench.shapes import LINEAR_SHAPES
+from ownpath.bench.shapes import HALF_SHAPES, LINEAR_SHAPES
 from ownpath.bench.tuners.fp8 import Fp8Family
 from ownpath.conformance.bounds import MAX_REL_L2, relative_l2
 from ownpath.conformance.quant_weights import draw_rows, draw_weights
@@ -25,6 +25,7 @@ from ownpath.runners import Fp8Linear
 pytestmark = [pytest.mark.gpu, pytest.mark.sm90]
 
 MATRICES = [(shape.out_features, shape.in_features) for shape in LINEAR_SHAPES if shape.name != "tiny"]
+HALVES = [(shape.out_features, shape.in_features) for shape in HALF_SHAPES]
 Kernel = TypeVar("Kernel", W8A16Config, W8A8Config)
 BF16_HALF_ULP = 2.0**-8
 """Largest relative error of one rounding to BF16 (8 significant bits), as a bound on |y| rather than on its binade."""
@@ -43,7 +44,7 @@ def kernel_configs() -> Iterator[Config]:
             yield from w8a16_configs(case, NUM_ROWS, is_invariant)
         yield from w8a16_configs(case, [100, *(stop - start for start, stop in PARTS)], is_invariant=True)
         yield from w8a8_configs(case, [min(num_rows, WORKSPACE_ROWS) for num_rows in MANY_ROWS])
-    for matrix in MATRICES:
+    for matrix in (*MATRICES, *HALVES):
         yield from tuner_kernels(matrix, W8A16Config)
         yield from tuner_kernels(matrix, W8A8Config)
     yield from w8a16_configs(CASES[4], [70])
@@ -123,7 +124,7 @@ def test_invariant_rows_keep_their_bits(case: Fp8Case, cuda: torch.device) -> No
         assert torch.equal(part, whole[start:stop]), (start, stop)
 
 
-@pytest.mark.parametrize("matrix", MATRICES, ids=lambda matrix: "x".join(map(str, matrix)))
+@pytest.mark.parametrize("matrix", [*MATRICES, *HALVES], ids=lambda matrix: "x".join(map(str, matrix)))
 def test_every_candidate_of_the_tuner_for_few_rows(matrix: tuple[int, int], cuda: torch.device) -> None:
     from ownpath.kernels.fp8.launch import w8a16_launch
 

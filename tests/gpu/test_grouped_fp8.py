@@ -32,10 +32,10 @@ FLASH = next(case for case in FP8_CASES if case.label == "flash")
 def kernel_configs() -> Iterator[Config]:
     """Those of the cases."""
     for case in FP8_CASES:
-        _, num_heads, head_dim, _, _ = case.sizes
+        num_groups, num_heads, head_dim, _, num_rows = case.sizes
         for is_invariant in (False, True):
             for folded in (False, True):
-                yield from choices((num_heads * head_dim // 128, folded), is_invariant)
+                yield from choices((num_groups * num_rows // 64, num_heads * head_dim // 128, folded), is_invariant)
 
 
 def label(value: Any) -> str:

@@ -26,6 +26,7 @@ from ownpath.bench.contender import SWIGLU_LIMIT, W4A16_MAX_REL_L2
 from ownpath.bench.exchanges import collectives_of, exchange_rows
 from ownpath.bench.floor import NVFP4_BYTES_PER_PARAM, Work
 from ownpath.bench.operands import MoeOperands, random_activations, random_moe
+from ownpath.bench.peers.deepgemm_experts import DeepGemmMegaMoe
 from ownpath.bench.request import BenchRequest
 from ownpath.bench.rotation import num_calls
 from ownpath.bench.routing import TopkRouting, uniform_routing
@@ -72,6 +73,15 @@ class LayerInputs:
     own: Parts
     busiest: Parts
     distinct: int
+
+
+@dataclass(frozen=True)
+class LayerContender:
+    """A contender's name, what makes its layer, and its largest error."""
+
+    name: str
+    make: Callable[[], LayerCall]
+    most: float = W4A16_MAX_REL_L2
 
 
 class ExpertLayer:
@@ -131,15 +141,17 @@ class ExpertLayer:
             for name, contender in compared.items()
         }
         yield from found.values()
-        for name, is_peer, make in self._layers(num_tokens):
-            if wanted is not None and name not in wanted:
+        for contender in self._layers(num_tokens):
+            if wanted is not None and contender.name not in wanted:
                 continue
 
-            def round_of(make: Callable[[], LayerCall] = make) -> TogetherRound:
+            def round_of(make: Callable[[], LayerCall] = contender.make) -> TogetherRound:
                 layer = make()
                 return TogetherRound([lambda one=one: layer(*one.own) for one in inputs], judge)  # type: ignore[misc]
 
-            row = self._ranks.row(case, TogetherContender(name, round_of, is_peer, W4A16_MAX_REL_L2))
+            row = self._ranks.row(
+                case, TogetherContender(contender.name, round_of, contender.name != "ownpath", contender.most)
+            )
             yield replace(row, facts=_compared(row, found))
 
     def _inputs(self, num_tokens: int) -> list[LayerInputs]:
@@ -176,14 +188,20 @@ class ExpertLayer:
         dims["top_k"] = shape.top_k
         return Case("parallel", shape.name, dims, num_tokens, work.num_bytes, work.num_flop, floor_us, distinct)
 
-    def _layers(self, num_tokens: int) -> Iterator[tuple[str, bool, Callable[[], LayerCall]]]:
-        """Yields each contender's name, whether it is a peer, and what makes its layer."""
-        yield "ownpath", False, lambda: self._moe
+    def _layers(self, num_tokens: int) -> Iterator["LayerContender"]:
+        yield LayerContender("ownpath", lambda: self._moe)
         elements = self._ranks.size * num_tokens * (self._shape.hidden + 4 * self._shape.top_k)
         for name, make in collectives_of(self._ranks, elements):
-            yield f"{name} gather", True, lambda make=make: self._gathered(make())  # type: ignore[misc]
+            yield LayerContender(f"{name} gather", lambda make=make: self._gathered(make()))  # type: ignore[misc]
         name = "nccl" if self._ranks.on_gpus else "gloo"
-        yield f"{name} all-to-all", True, lambda: self._traded
+        yield LayerContender(f"{name} all-to-all", lambda: self._traded)
+        if DeepGemmMegaMoe.missing(str(self._ranks.device)) is None:
+            yield LayerContender(DeepGemmMegaMoe.name, lambda: self._deepgemm(num_tokens), DeepGemmMegaMoe.max_rel_l2)
+
+    def _deepgemm(self, num_tokens: int) -> LayerCall:
+        ranks, count = self._ranks, self._shape.num_experts // self._ranks.size
+        held = range(ranks.rank * count, (ranks.rank + 1) * count)
+        return DeepGemmMegaMoe(self._operands, held, ranks.group, num_tokens, self._shape.top_k)
 
     def _gathered(self, given: Collectives) -> LayerCall:
         """All rows to all ranks, this rank's experts, and a reduce-scatter."""

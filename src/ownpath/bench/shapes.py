@@ -34,6 +34,7 @@ class LinearShape:
 
 MOE_SHAPES = (
     MoeShape("v4-flash", num_experts=256, hidden=4096, inter=2048, top_k=6),
+    MoeShape("v4-flash-half", num_experts=256, hidden=4096, inter=1024, top_k=6),
     MoeShape("v4-pro", num_experts=384, hidden=7168, inter=3072, top_k=6),
     MoeShape("tiny", num_experts=8, hidden=256, inter=128, top_k=2),
 )
@@ -48,6 +49,13 @@ LINEAR_SHAPES = (
 )
 """DeepSeek-V4-Flash's dense matrices, gate_up and down being the shared expert's; tiny is for trying the harness, and
 queries, a CSA layer's ``wq_b`` and index ``wq_b``, are measured if they are named."""
+HALF_SHAPES = (
+    LinearShape("wq_b_half", 16384, 1024),
+    LinearShape("queries_half", 24576, 1024),
+    LinearShape("gate_up_half", 2048, 4096),
+    LinearShape("down_half", 4096, 1024),
+)
+"""One of two ranks' parts of them, as v4-flash-half of the experts; its ``wo_b`` is as large as gate_up."""
 
 MOE_TOKENS = (1, 4, 8, 16, 64, 256, 1024, 4096, 8192)
 LINEAR_TOKENS = (1, 16, 64, 256, 2048)
@@ -68,7 +76,8 @@ def parallel_shape(name: str) -> MoeShape:
 
 def linear_shape(name: str) -> LinearShape:
     """Returns a shape by name. Errors: ValueError for an unknown name."""
-    for shape in LINEAR_SHAPES:
+    known = (*LINEAR_SHAPES, *HALF_SHAPES)
+    for shape in known:
         if shape.name == name:
             return shape
-    raise ValueError(f"--shape: no linear shape {name!r}; known: {', '.join(s.name for s in LINEAR_SHAPES)}")
+    raise ValueError(f"--shape: no linear shape {name!r}; known: {', '.join(s.name for s in known)}")

@@ -35,7 +35,7 @@ def rank_of(args: argparse.Namespace, *, takes_data: bool = False) -> int:
     if args.ranks == 1:
         return 0
     if args.attention == AttentionSplit.DATA and not takes_data:
-        raise ValueError("--attention data: here every rank computes all requests; `ownpath plan` alone takes it")
+        raise ValueError("--attention data: here every rank computes all requests; plan and bench step take it")
     if args.device.startswith("cuda:"):
         raise ValueError(f"--device {args.device}: of several ranks each has a device of its own; name it cuda")
     return int(os.environ["RANK"]) if is_rank(os.environ) else 0

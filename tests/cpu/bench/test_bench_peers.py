@@ -4,21 +4,29 @@ lengths, pages and scales say what each system would read."""
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
+from ownpath.bench.check import moe_reference, rel_l2
+from ownpath.bench.contender import SWIGLU_LIMIT
 from ownpath.bench.kernel import NotApplicable
+from ownpath.bench.operands import random_activations, random_moe
 from ownpath.bench.peers.deepgemm import DeepGemm
+from ownpath.bench.peers.deepgemm_experts import DeepGemmMegaMoe
 from ownpath.bench.peers.flashinfer import interleave
 from ownpath.bench.peers.flashmla import FlashMla
+from ownpath.bench.routing import uniform_routing
 from ownpath.bench.scores import ScoresInputs, draw_keys, draw_rows
+from ownpath.bench.shapes import moe_shape
 from ownpath.conformance.attend import AttendInputs, make_attend_inputs
 from ownpath.conformance.entries import read_key_pages
 from ownpath.formats import KeyFormat
 from ownpath.kernels.attend.cases import AttendCase
 from ownpath.kernels.scores.types import IndexQuery
+from ownpath.numerics import decode_fp8_block
 
 CPU = torch.device("cpu")
 PLANS = torch.zeros(1, dtype=torch.int32)
@@ -121,6 +129,60 @@ def test_deepgemm_is_called_as_its_signature_says(monkeypatch: pytest.MonkeyPatc
     for keys in (KeyFormat.BF16, KeyFormat.FP4):
         with pytest.raises(NotApplicable, match="FP8 keys only"):
             DeepGemm().bind([scores_inputs(keys)])
+
+
+def mega_moe() -> ModuleType:
+    """DeepGEMM's MegaMoE of one rank, in torch: its signatures, gate rows first, FP8 tokens."""
+    module = ModuleType("deep_gemm")
+
+    def transform(gate_up, down):
+        assert gate_up[0].dtype == down[0].dtype == torch.float8_e4m3fn
+        assert gate_up[1].dtype == down[1].dtype == torch.float32
+        return gate_up, down
+
+    def room(group, num_experts, max_tokens, top_k, hidden, inter):
+        assert (group, num_experts, max_tokens, top_k, hidden, inter) == (None, 8, 5, 2, 256, 128)
+        empty = torch.empty
+        return SimpleNamespace(
+            x=empty(8, hidden), x_sf=empty(8, hidden // 128), topk_idx=empty(8, top_k), topk_weights=empty(8, top_k)
+        )
+
+    def dispatch(x, ids, weights, room_x, room_scale, room_ids, room_weights, num_tokens):
+        blocks = x.float().unflatten(1, (-1, 128))
+        scale = blocks.abs().amax(-1) / 448
+        room_x[:num_tokens] = ((blocks / scale[..., None]).to(torch.float8_e4m3fn).float()).flatten(1)
+        room_scale[:num_tokens], room_ids[:num_tokens], room_weights[:num_tokens] = scale, ids, weights
+
+    def fp8_mega_moe(y, gate_up, down, room, *, activation_clamp):
+        x = (room.x.unflatten(1, (-1, 128)) * room.x_sf[..., None]).flatten(1)[: len(y)]
+        y.zero_()
+        for row in range(len(y)):
+            for expert, weight in zip(room.topk_idx[row].long(), room.topk_weights[row], strict=True):
+                first, second = (decode_fp8_block(codes[expert], scale[expert]) for codes, scale in (gate_up, down))
+                gate, up = (first @ x[row]).chunk(2)
+                hidden = torch.nn.functional.silu(gate.clamp(max=activation_clamp))
+                y[row] += weight * (second @ (hidden * up.clamp(-activation_clamp, activation_clamp)))
+
+    vars(module).update(
+        transform_weights_for_mega_moe_sm90=transform,
+        get_symm_buffer_for_mega_moe=room,
+        mega_moe_pre_dispatch_sm90=dispatch,
+        fp8_mega_moe=fp8_mega_moe,
+    )
+    return module
+
+
+def test_deepgemms_experts_are_called_as_their_signatures_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deep_gemm", mega_moe())
+    shape, group = moe_shape("tiny"), cast("Any", None)
+    operands = random_moe(shape, torch.Generator().manual_seed(0))
+    layer = DeepGemmMegaMoe(operands, range(8), group, 5, shape.top_k)
+    x = random_activations(5, shape.hidden, torch.Generator().manual_seed(1))
+    routing = uniform_routing(shape, 5, 0, "cpu")
+    y = layer(x, routing.topk_ids, routing.topk_weights)
+    reference = moe_reference(x, routing, operands, SWIGLU_LIMIT)
+    assert 1e-2 < rel_l2(y, reference) <= DeepGemmMegaMoe.max_rel_l2, "FP8 weights and tokens"
+    assert rel_l2(y * 1.2, reference) > DeepGemmMegaMoe.max_rel_l2
 
 
 def _interleaved_lane_by_lane(weight: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ MOST = 12
 
 def test_every_case_has_kernels_that_fit_it() -> None:
     tuner = Fp8Family("cpu")
-    assert len(tuner.candidates) == 6 * len(FEW + MANY)
+    assert len(tuner.candidates) == 10 * len(FEW + MANY)
     for case, configs in tuner.candidates.items():
         tokens, _, cols = (int(part.split("=")[1]) for part in case.split(","))
         kernels = [knobs_config(config, cols // 128) for config in configs]

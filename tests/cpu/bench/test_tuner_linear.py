@@ -6,7 +6,7 @@ from ownpath.kernels.nvfp4.choose import linear_choice, linear_config
 
 def test_every_case_has_candidates_that_cover_it() -> None:
     tuner = LinearFamily("cpu")
-    assert len(tuner.candidates) == 6 * len(TOKENS)
+    assert len(tuner.candidates) == 10 * len(TOKENS)
     for case, configs in tuner.candidates.items():
         tokens, rows, cols = (int(part.split("=")[1]) for part in case.split(","))
         assert len(configs) >= 3, case

@@ -10,7 +10,7 @@ from ownpath.formats import FP8_BLOCK
 from ownpath.kernels.contract import StoredGroups
 from ownpath.kernels.fp8.cases import Fp8Case
 from ownpath.kernels.grouped.cases import FP8_CASES, GroupedFp8Case
-from ownpath.kernels.grouped.choose import choices, choose
+from ownpath.kernels.grouped.choose import SMS, choices, choose
 from ownpath.kernels.grouped.config import GroupedFp8Config
 from ownpath.kernels.grouped.ref import rope_grouped_linear_fp8
 from ownpath.kernels.registry import KERNELS
@@ -72,15 +72,25 @@ def test_the_twin_against_float64(case: GroupedFp8Case) -> None:
     assert_allowed(out.flatten(1), grouped_product(*rotate_back(o_TNH, (cos_TA, sin_TA)), num_groups, matrix))
 
 
+@pytest.mark.parametrize("num_row_blocks", [64, 100, 128])
 @pytest.mark.parametrize("num_k_blocks", [1, 2, 3, 32, 64, 512])
-def test_every_choice_is_a_kernel_that_holds_the_weight(num_k_blocks: int) -> None:
+def test_every_choice_is_a_kernel_that_holds_the_weight(num_k_blocks: int, num_row_blocks: int) -> None:
     for folded in (True, False):
-        sizes = num_k_blocks, folded
+        sizes = num_row_blocks, num_k_blocks, folded
         for is_invariant in (False, True):
             listed = {config.name for config in choices(sizes, is_invariant)}
             assert {choose(count, sizes, is_invariant).name for count in COUNTS} == listed
         orders = {(c.cluster_k, c.num_m64, c.wgmma, c.folded) for c in choices(sizes, is_batch_invariant=True)}
         assert len(orders) == 1, "one order of sums"
+
+
+@pytest.mark.parametrize(("num_groups", "num_ctas"), [(8, 256), (4, 256), (2, 128)])
+def test_ctas_of_few_tokens_run_at_once(num_groups: int, num_ctas: int) -> None:
+    """V4-Flash's groups of 1,024 rows, on one, two and four ranks: no CTA waits for another one's end."""
+    num_row_blocks = 16 * num_groups
+    for num_tokens in (1, 8, 16):
+        config = choose(num_tokens, (num_row_blocks, 32, True))
+        assert config.grid(num_tokens, num_row_blocks) == num_ctas <= config.per_sm * SMS
 
 
 def test_uneven_rows_and_unknown_registers_are_refused() -> None:

@@ -17,7 +17,7 @@ from ownpath.bench.check import fp8_reference, rel_l2
 from ownpath.bench.measure import Settings
 from ownpath.bench.operands import Fp8Operands, random_activations, random_fp8
 from ownpath.bench.rotation import num_calls
-from ownpath.bench.shapes import LINEAR_SHAPES, LinearShape
+from ownpath.bench.shapes import HALF_SHAPES, LINEAR_SHAPES, LinearShape
 from ownpath.bench.timing import CudaGraph
 from ownpath.bench.tune import Candidate, CandidateFailed
 from ownpath.conformance.bounds import MAX_REL_L2
@@ -103,7 +103,7 @@ class Fp8Family:
     table: Path = TABLE
 
     def __init__(self, device: str) -> None:
-        shapes = [shape for shape in LINEAR_SHAPES if shape.name != "tiny"]
+        shapes = [*(shape for shape in LINEAR_SHAPES if shape.name != "tiny"), *HALF_SHAPES]
         self.candidates = {
             f"tokens={tokens},rows={shape.out_features},cols={shape.in_features}": (
                 few(shape, tokens) if tokens in FEW else many(tokens)

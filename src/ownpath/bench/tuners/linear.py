@@ -16,7 +16,7 @@ from ownpath.bench.check import nvfp4_reference, rel_l2
 from ownpath.bench.measure import Settings
 from ownpath.bench.operands import Nvfp4Operands, random_activations, random_nvfp4
 from ownpath.bench.rotation import num_calls
-from ownpath.bench.shapes import LINEAR_SHAPES, LinearShape
+from ownpath.bench.shapes import HALF_SHAPES, LINEAR_SHAPES, LinearShape
 from ownpath.bench.timing import CudaGraph
 from ownpath.bench.tune import Candidate, CandidateFailed
 from ownpath.conformance.bounds import MAX_REL_L2
@@ -94,7 +94,7 @@ class LinearFamily:
     table: Path = TUNED / "linear.json"
 
     def __init__(self, device: str) -> None:
-        shapes = [shape for shape in LINEAR_SHAPES if shape.name != "tiny"]
+        shapes = [*(shape for shape in LINEAR_SHAPES if shape.name != "tiny"), *HALF_SHAPES]
         self.candidates = {
             f"tokens={tokens},rows={shape.out_features},cols={shape.in_features}": [
                 config for config in LISTS[tokens] if fits(config, shape)

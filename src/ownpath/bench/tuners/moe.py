@@ -1,4 +1,4 @@
-"""Tiles of the routed experts, by (token, slot) pairs per expert, on V4-Flash's and V4-Pro's shape.
+"""Tiles of the routed experts, by (token, slot) pairs per expert, for V4-Flash, for half of its width and for V4-Pro.
 
 A candidate names a tile: ``num_m64`` 64-row blocks for each of ``warpgroups_m`` warpgroups, token counts ``n0``,
 ``n1``, ... for which there is code, ``stages`` of shared memory, ``depth`` buffers of ``group`` k16 steps, ``gather``
@@ -34,7 +34,7 @@ from ownpath.kernels.nvfp4.choose import TUNED, WIDE_PAIRS, MoeChoice, moe_choic
 from ownpath.kernels.nvfp4.moe import MoeOperand, Nvfp4MoeKernel
 from ownpath.qtensor import QuantTensor
 
-SHAPES = ("v4-flash", "v4-pro")
+SHAPES = ("v4-flash", "v4-flash-half", "v4-pro")
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 512, 1024, 2048, 4096, 8192)
 """Numbers of tokens that an entry is measured with."""

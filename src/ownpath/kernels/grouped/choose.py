@@ -6,8 +6,9 @@ from functools import lru_cache
 from ownpath.kernels.fp8.config import CTA_SMEM, MAX_K_BLOCKS, w8a16_stages
 from ownpath.kernels.grouped.config import GroupedFp8Config
 
-WeightSizes = tuple[int, bool]
-"""The properties of a weight that decide its kernels: K blocks, folded."""
+WeightSizes = tuple[int, int, bool]
+"""The properties of a weight that decide its kernels: row blocks, K blocks, folded."""
+SMS = 132
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class GroupedShape:
 
 
 FEW = tuple(GroupedShape(1, num_n, 2, 2, 1) for num_n in (8, 16))
+SHORT = tuple(GroupedShape(1, num_n, 4, 3, 1, num_n >= 32) for num_n in (8, 16, 32, 64))
+"""For few rows of weights: CTAs of 64, four to a cluster, that run in one wave, three to an SM."""
 MANY = (GroupedShape(2, 32, 2, 1, 2, True), GroupedShape(2, 64, 2, 1, 2, True), GroupedShape(2, 128, 2, 1, 2, True))
 INVARIANT = tuple(GroupedShape(1, num_n, 2, 2, 1) for num_n in (8, 16))
 """Shapes by tokens of a tile, ascending. The invariant kernel's have one order of sums: only their width differs."""
@@ -37,15 +40,22 @@ INVARIANT = tuple(GroupedShape(1, num_n, 2, 2, 1) for num_n in (8, 16))
 
 @lru_cache(maxsize=4096)
 def choose(num_tokens: int, sizes: WeightSizes, is_batch_invariant: bool = False) -> GroupedFp8Config:
-    """Chooses the kernel for a token count. Tuned on an H200 with V4-Flash's eight groups of 1024 x 4096."""
-    shapes = INVARIANT if is_batch_invariant else (*FEW, *MANY)
+    """Chooses the kernel for a token count. Tuned on an H200 with V4-Flash's eight groups of 1024 x 4096, and four."""
+    shapes = _shapes(sizes, is_batch_invariant)
     shape = next((shape for shape in shapes if num_tokens <= shape.num_n), shapes[-1])
     return fit(shape, sizes)
 
 
+def _shapes(sizes: WeightSizes, is_batch_invariant: bool) -> tuple[GroupedShape, ...]:
+    if is_batch_invariant:
+        return INVARIANT
+    runs_at_once = sizes[0] * SHORT[0].cluster_k <= SHORT[0].per_sm * SMS
+    return (*SHORT, MANY[-1]) if runs_at_once else (*FEW, *MANY)
+
+
 def fit(shape: GroupedShape, sizes: WeightSizes) -> GroupedFp8Config:
     """Returns the kernel of a shape, with a cluster that shares the weight's K blocks."""
-    num_k_blocks, folded = sizes
+    _, num_k_blocks, folded = sizes
     cluster_k = min(shape.cluster_k, num_k_blocks)
     while -(-num_k_blocks // cluster_k) > MAX_K_BLOCKS:
         cluster_k *= 2
@@ -55,5 +65,4 @@ def fit(shape: GroupedShape, sizes: WeightSizes) -> GroupedFp8Config:
 
 def choices(sizes: WeightSizes, is_batch_invariant: bool) -> list[GroupedFp8Config]:
     """Returns every result of ``choose`` for any number of tokens."""
-    shapes = INVARIANT if is_batch_invariant else (*FEW, *MANY)
-    return [fit(shape, sizes) for shape in shapes]
+    return [fit(shape, sizes) for shape in _shapes(sizes, is_batch_invariant)]

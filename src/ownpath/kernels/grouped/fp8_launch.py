@@ -23,6 +23,7 @@ from ownpath.qtensor import QuantTensor
 
 BLOCK = 128
 """Rows and columns that share a scale; heads and groups begin at multiples of it."""
+ROW_BLOCK = 64
 MAX_WIDTH = 8 * MAX_K_BLOCKS * BLOCK
 GroupedSizes = tuple[torch.Size, torch.Size, bool]
 """Shapes of o and of the angles, and whether the kernel is batch-invariant."""
@@ -45,7 +46,7 @@ class GroupedFp8Operand:
     @property
     def sizes(self) -> WeightSizes:
         """The properties that decide the kernels."""
-        return self.weight.num_k_blocks, self.weight.folded
+        return self.weight.num_row_blocks, self.weight.num_k_blocks, self.weight.folded
 
 
 class GroupedFp8Launch:
@@ -112,10 +113,11 @@ class GroupedFp8Kernel:
 
     def planned_configs(self, stored: StoredGroups) -> Sequence[GroupedFp8Config]:
         """Returns ``configs``, assuming that E8M0 scales fold into the decode, as those from 2^-100 to 2^7 do."""
-        _, _, width = stored.shape
+        num_groups, num_rows, width = stored.shape
         assert stored.matrix.scale is not None
         folded = stored.matrix.scale.dtype == torch.float8_e8m0fnu
-        return choices((width // BLOCK, folded), self.is_batch_invariant)
+        num_row_blocks = num_groups * num_rows // ROW_BLOCK
+        return choices((num_row_blocks, width // BLOCK, folded), self.is_batch_invariant)
 
     def variant(self, o_TNH: Tensor, operand: GroupedFp8Operand) -> str:
         """Returns the name of the kernel that a call with this input launches."""

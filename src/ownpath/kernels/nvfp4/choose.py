@@ -42,13 +42,18 @@ class MoeChoice:
 
 MoeEntries = tuple[tuple[float, dict[str, object]], ...]
 MEASURED_FIRST = (4096, 2048)
-"""Hidden size and width of the experts whose entries serve shapes without a measurement: V4-Flash's."""
+"""Hidden size and width of the experts whose entries serve what was not measured: V4-Flash's."""
 
 
 def moe_table(hidden: int, inter: int) -> MoeEntries:
-    """Returns (largest pairs per expert, knobs), ascending, for experts hidden -> inter."""
+    """Returns (largest pairs per expert, knobs), ascending, for experts hidden -> inter.
+
+    With more pairs than a shape was measured with, the first shape's entries serve it.
+    """
     tables = _moe_tables()
-    return tables.get((hidden, inter), tables[MEASURED_FIRST])
+    own = tables.get((hidden, inter), ())
+    most = own[-1][0] if own else 0.0
+    return (*own, *(entry for entry in tables[MEASURED_FIRST] if entry[0] > most))
 
 
 @lru_cache(maxsize=1)
