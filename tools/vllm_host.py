@@ -9,7 +9,7 @@ import gc
 import pstats
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,20 +21,29 @@ _SHOWN = 40
 
 @dataclass(frozen=True)
 class HostTime:
-    """A step's time on the host, in microseconds: median, tenth and ninetieth percentile. gc_us: of a step, in the
-    garbage collector, mean."""
+    """Times of steps on the host, in microseconds. gc_us: of all of them, in the garbage collector."""
 
-    wall_us: float
-    wall_p10_us: float
-    wall_p90_us: float
+    walls_us: tuple[float, ...]
     gc_us: float
 
-    @classmethod
-    def of(cls, walls_us: Sequence[float], pauses_s: Sequence[float]) -> "HostTime":
-        """walls_us: of each step. pauses_s: of the collector, in all of them."""
-        tenths = statistics.quantiles(walls_us, n=10)
-        numbers = statistics.median(walls_us), tenths[0], tenths[-1], 1e6 * sum(pauses_s) / len(walls_us)
-        return cls(*(round(number, 1) for number in numbers))
+    def __add__(self, other: "HostTime") -> "HostTime":
+        return HostTime(self.walls_us + other.walls_us, self.gc_us + other.gc_us)
+
+    @property
+    def wall_us(self) -> float:
+        """The median."""
+        return statistics.median(self.walls_us)
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """A step's median, tenth and ninetieth percentile, and its time in the collector, mean."""
+        tenths = statistics.quantiles(self.walls_us, n=10)
+        found = {"wall_us": self.wall_us, "wall_p10_us": tenths[0], "wall_p90_us": tenths[-1]}
+        found["gc_us"] = self.gc_us / len(self.walls_us)
+        return {key: round(value, 1) for key, value in found.items()}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key} {value:,.0f}" for key, value in self.numbers.items())
 
 
 @dataclass(frozen=True)

@@ -194,4 +194,5 @@ def test_pauses_of_the_collector_are_a_step_s() -> None:
     with_none = len(pauses)
     gc.collect()
     assert len(pauses) == with_none >= 1
-    assert HostTime.of([float(us) for us in range(1, 12)], [2e-6, 9e-6]) == HostTime(6.0, 1.2, 10.8, 1.0)
+    both = HostTime((1.0, 2.0, 3.0, 4.0, 5.0), 2.0) + HostTime((6.0, 7.0, 8.0, 9.0, 10.0, 11.0), 9.0)
+    assert both.numbers == {"wall_us": 6.0, "wall_p10_us": 1.2, "wall_p90_us": 10.8, "gc_us": 1.0}
