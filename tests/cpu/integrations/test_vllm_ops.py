@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ownpath.integrations.vllm.ops import CALLS, LINEAR
+from ownpath.integrations.vllm.ops import CALLS, LINEAR, angles
 from ownpath.runners.linear import PlainLinear
 from ownpath.trace import Ledger
 
@@ -49,3 +49,13 @@ def test_an_eager_call_is_no_torch_operation_and_a_compiled_one_is_one() -> None
 def test_a_call_by_the_key_of_a_model_that_is_gone_is_an_error() -> None:
     with pytest.raises(ValueError, match="its model is gone"):
         LINEAR(torch.empty(1, 4), "layers.7.attn.wq_b")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_angles_of_positions_are_rows_of_both_halves(dtype: torch.dtype) -> None:
+    table = torch.randn(50, 12, generator=torch.Generator().manual_seed(4)).to(dtype)
+    positions = torch.tensor([7, 0, 49, 7])
+    cos, sin = angles(table, positions)
+    assert torch.equal(cos, table[positions, :6].float())
+    assert torch.equal(sin, table[positions, 6:].float())
+    assert (cos.dtype, cos.is_contiguous(), sin.is_contiguous()) == (torch.float32, True, True)

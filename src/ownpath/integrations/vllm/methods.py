@@ -11,7 +11,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 
 from ownpath.config import Parallel
 from ownpath.integrations.vllm.intake import Intake
-from ownpath.integrations.vllm.ops import CALLS, EXPERTS, GROUPED, LINEAR
+from ownpath.integrations.vllm.ops import CALLS, EXPERTS, GROUPED, LINEAR, angles
 from ownpath.plan.part import RankShare
 from ownpath.trace.observers import Watched
 
@@ -77,9 +77,8 @@ class OwnpathGroupMethod(OwnpathLinearMethod):
         """
         if not isinstance(o, torch.Tensor):
             raise TypeError(f"{self.weights.slot}: vLLM's attention has quantised its output; it must be BF16 here")
-        cos, sin = attention.rotary_emb.cos_sin_cache[positions].float().chunk(2, dim=-1)
-        rows = o.contiguous(), cos.contiguous(), sin.contiguous()
-        out: torch.Tensor = attention.wo_b(GROUPED(*rows, self.weights.key).flatten(1))
+        cos, sin = angles(attention.rotary_emb.cos_sin_cache, positions)
+        out: torch.Tensor = attention.wo_b(GROUPED(o.contiguous(), cos, sin, self.weights.key).flatten(1))
         return out
 
 

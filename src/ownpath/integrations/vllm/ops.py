@@ -77,6 +77,16 @@ def grouped(o: Tensor, cos: Tensor, sin: Tensor, slot: str) -> Tensor:
     return y.contiguous()
 
 
+def angles(cos_sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns cosines and sines of positions [T]: float32 [T, F] each, contiguous, by one gather.
+
+    Shapes: cos_sin [positions, 2 * F], cosines first.
+    """
+    tables = cos_sin.unflatten(-1, (2, -1)).movedim(1, 0)
+    cos, sin = torch.index_select(tables, 1, positions).float().unbind()
+    return cos, sin
+
+
 def _fake_linear(x: Tensor, slot: str) -> Tensor:
     runner: Linear = CALLS.find(slot).runner  # type: ignore[assignment]
     return x.new_empty((*x.shape[:-1], runner.out_features))
