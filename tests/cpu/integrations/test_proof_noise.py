@@ -134,7 +134,7 @@ def test_zeros_and_values_that_rounding_makes_infinite_have_a_number() -> None:
 
 
 def test_how_often_the_noise_of_few_elements_is_less_than_half() -> None:
-    """What ``FEW_ELEMENTS`` says: equal elements with any mantissa, rounded to nearest."""
+    """As ``FEW_ELEMENTS`` says: equal elements with any mantissa, rounded to nearest."""
     generator, found = torch.Generator().manual_seed(7), {}
     for count in (3, 10, int(FEW_ELEMENTS)):
         mantissa = torch.exp2(torch.rand(TRIALS, count, generator=generator, dtype=torch.float64))

@@ -102,7 +102,7 @@ def _fake_grouped(o: Tensor, cos: Tensor, sin: Tensor, slot: str) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Operation:
+class OpaqueCall:
     """A call by a slot's key: of ``function``, or of the torch operation of that name while torch compiles."""
 
     name: str
@@ -115,12 +115,12 @@ class Operation:
         return self.function(*args)
 
 
-def _define(schema: str, function: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Operation:
+def _define(schema: str, function: Callable[..., Tensor], fake: Callable[..., Tensor]) -> OpaqueCall:
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{LIBRARY.ns}::{name}", fake, lib=LIBRARY)
-    return Operation(name, function)
+    return OpaqueCall(name, function)
 
 
 LINEAR = _define("linear(Tensor x, str slot) -> Tensor", linear, _fake_linear)

@@ -126,7 +126,7 @@ def _compare_rank(
 
 
 @dataclass(frozen=True)
-class _Case:
+class _StepValue:
     """A value of one step, and its references by label, each wide and rounded: rows whose references are all finite.
 
     What gets NaN cannot be blamed for it.
@@ -138,7 +138,9 @@ class _Case:
     pairs: Mapping[str, tuple[Tensor, Tensor]]
 
     @classmethod
-    def of(cls, step: StepRun, name: str, engine: Tensor, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> "_Case | None":
+    def of(
+        cls, step: StepRun, name: str, engine: Tensor, pairs: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> "_StepValue | None":
         """``None``: there is no such row."""
         kept_T = torch.stack([wide.isfinite().flatten(1).all(1) for wide, _ in pairs.values()]).all(0)
         if not kept_T.any():
@@ -170,7 +172,7 @@ class _LayerProof:
         references = {"": self._pair(lambda run: reference_values(layer, run, values, segments, share))}
         for label, is_power_of_two in ROUNDINGS.items():
             references[label] = self._pair(partial(_rounded, layer, values, share, is_power_of_two))
-        cases, first = list[_Case | None](), 0
+        cases, first = list[_StepValue | None](), 0
         for step, _ in tapped:
             rows = slice(first, first + step.num_rows)
             first = rows.stop
@@ -181,14 +183,14 @@ class _LayerProof:
                     for label, (wide, narrow) in references.items()
                     if name in wide
                 }
-                cases.append(_Case.of(step, name, cut(engine[name]), pairs))
+                cases.append(_StepValue.of(step, name, cut(engine[name]), pairs))
         return self.judge([case for case in cases if case is not None])
 
     def _pair(self, compute: Callable[[OracleRun], Kept]) -> tuple[Kept, Kept]:
         """Computes wide, and rounded as the engine rounds."""
         return compute(self.proof.run(is_narrow=False)), compute(self.proof.run(is_narrow=True))
 
-    def judge(self, cases: Sequence[_Case]) -> list[Compared]:
+    def judge(self, cases: Sequence[_StepValue]) -> list[Compared]:
         """Compares each value of a judged step with the nearest of its references."""
         noises: dict[tuple[str, str], list[Noise]] = {}
         for case in cases:
@@ -202,7 +204,7 @@ class _LayerProof:
                 found.append(Compared(case.step, min(measured, key=lambda one: one.excess)))
         return found
 
-    def _measure(self, case: _Case, label: str, every: Noise) -> Measurement:
+    def _measure(self, case: _StepValue, label: str, every: Noise) -> Measurement:
         """every: the noise of all rows of the value."""
         budget = case.noises[label].budget(every, self.proof.dtype)
         kernel = ", ".join(filter(None, (self.rank.kernels.get(case.name, ""), label)))
@@ -240,7 +242,7 @@ def compare_ends(proof: Proof, ranks: Sequence[RankSteps]) -> list[Compared]:
     steps = [step for step in zip(*(rank.steps for rank in ranks), strict=True) if step[0].is_judged]
     judged = [(step, [proof.moved(seen.ends()) for seen in step]) for step in steps]
     logits = _logits(proof, [ends["head.in"] for _, all_ends in judged for ends in all_ends if "head.in" in ends])
-    cases: list[list[_Case | None]] = [[] for _ in ranks]
+    cases: list[list[_StepValue | None]] = [[] for _ in ranks]
     for step, all_ends in judged:
         tapped = next(({"head": ends["head"]} for ends in all_ends if "head" in ends), {})  # maybe of one rank alone
         for comparison, own_cases, seen, own in zip(comparisons, cases, step, all_ends, strict=True):
@@ -253,7 +255,7 @@ def compare_ends(proof: Proof, ranks: Sequence[RankSteps]) -> list[Compared]:
             for name in engine.keys() & pairs.keys():
                 cut = partial(_own_vocabulary, proof, comparison.rank.share, name, ends)
                 pair = cut(pairs[name][0]), cut(pairs[name][1])
-                own_cases.append(_Case.of(seen, name, cut(engine[name]), {"": pair}))
+                own_cases.append(_StepValue.of(seen, name, cut(engine[name]), {"": pair}))
     return [
         one
         for comparison, own_cases in zip(comparisons, cases, strict=True)

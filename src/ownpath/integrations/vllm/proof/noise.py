@@ -1,4 +1,4 @@
-"""How far rounding alone moves a value: the noise that a budget is a multiple of, and how well some rows tell it.
+"""The noise of a value, of which its budget is a multiple: how far rounding alone moves it, as some rows tell.
 
 A step of one row tells little where few of a row's elements are large: SwiGLU's largest of 256 may hold half of the
 square sum. If that one happens to be rounded by little, four times the row's own distance is less than what another
