@@ -17,9 +17,9 @@ from torch import Tensor
 from ownpath.verify.budgets import NOISE_FACTOR
 
 FEW_ELEMENTS = 20.0
-"""An error of so many equal elements, each rounded to nearest, is below half of its root mean square in one case of
-60,000; of 10 in one of 560, of one in three of ten. Half is what a budget of four times the noise can spare: an engine
-that rounds twice is off by 1.4 times the noise, hardly ever by two."""
+"""The error of so many equal elements, each rounded to nearest, is below half of its root mean square in one case of
+60,000; that of ten elements in one of 560, that of a single one in three of ten. Half is what a budget of four times
+the noise can spare: an engine that rounds twice is off by 1.4 times the noise, and by two only in few elements."""
 
 
 @dataclass(frozen=True)
