@@ -1,38 +1,44 @@
-"""Times V4 inside vLLM on a GPU, with its own kernels and then with ours, in one process, by the device's record.
+"""Times V4 inside vLLM on a GPU, with its own kernels and with ours, on the host and by the device's record.
 
-    python tools/vllm_rate.py FOLDER --out rates.jsonl                  # stock, then ours: 1, 8, 64, 256 requests
-    python tools/vllm_rate.py FOLDER --sides ours --requests 64
+    python tools/vllm_rate.py FOLDER --out rates.jsonl                  # stock and ours: 1, 8, 64, 256 requests
+    python tools/vllm_rate.py FOLDER --sides ours --requests 64 --calls calls.jsonl
 
 A decode step is a replayed graph of so many requests, behind a short context and one of 1,024 tokens; a chunk is 1,024
-tokens of so many prompts, not captured. For each: the host's time of a step without a profiler, and of profiled steps
-the span on the device, the time that it was busy, the experts' and the hyper-connections' part of that, and the number
-of kernels; medians. A kernel counts by the time by which it extends the busy time, for one that was launched early
-waits for the one before; plain sums of durations stand beside it. The JSON line has the experts' kernels of one step,
-with their neighbours. Before a side is timed, what it runs is checked: stock may hold nothing of ours, and the record
-of our decode steps must have the planned kernels (``PlannedStep``). A JSON line for each case at once, and a table
-last. Exit code: 1 if a check fails.
+tokens of so many prompts, not captured. For each: the host's time of a step in a process that has had no profiler yet,
+and of profiled steps the span on the device, the time that it was busy, the experts' and the hyper-connections' part
+of that, and the number of kernels; medians. A kernel counts by the time by which it extends the busy time, for one
+that was launched early waits for the one before; plain sums of durations stand beside it. The JSON line has the
+experts' kernels of one step, with their neighbours. What runs is checked: stock may hold nothing of ours, and the
+record of our decode steps must have the planned kernels (``PlannedStep``). A JSON line for each case at once, and a
+table last. Exit code: 1 if a check fails.
 
-Stock is first because our hyper-connections replace functions of vLLM's in the whole process. Stock compiles for each
-new class of rows, so every step that only reads prompts has 1,024 rows, or all of the prompts of a case in one step.
+Each side is a process of its own; both are started at once on one device, and take turns, a case each. All cases' host
+times come first, in three visits, then device and, with ``--calls``, what the host calls (``vllm_host``). Stock
+compiles for each new class of rows, so every step that only reads prompts has 1,024 rows, or all of the prompts of a
+case in one step.
 """
 
 import argparse
-import gc
+import json
 import os
 import random
 import re
 import shlex
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from vllm_host import HostTime, Turns, collected, host_calls
 
 from ownpath.bench.record import append_lines, provenance
 from ownpath.integrations.vllm.breaks import SWITCH
@@ -46,13 +52,15 @@ from ownpath.trace.launches import DeviceLaunch, DeviceRecord, MarkedTime, busy_
 
 CHUNK = 1024
 SHORT, LONG = 16, 1024
-WARM_UPS, PROFILED, TIMED = 3, 8, 24
+WARM_UPS, PROFILED, TIMED, VISITS = 3, 8, 24, 3
 STEP = "step "
 _OF_DEVICE = ("span_us", "busy_us", "experts_us", "hyper_us", "sum_us", "experts_sum_us", "hyper_sum_us")
 _NAME_LENGTH = 120
 ACTIVATION, SUM = re.compile("silu_and_mul_with_clamp|clamp.*silu|act_and_mul"), re.compile("reduce_kernel")
 MARLIN = re.compile("marlin_moe")
 SIDES: Mapping[str, str] = {"stock": "none", "ours": "all"}
+Case = tuple[str, int, int]
+"""Kind, requests, context."""
 
 
 @dataclass(frozen=True)
@@ -85,31 +93,69 @@ class TimedCase:
 
 
 def main() -> int:
-    """Times each side, and prints the table."""
+    """Times the sides, each in a process of its own, and prints the table."""
     args = _arguments()
-    os.environ.setdefault(SWITCH, "1")  # as vLLM sets it for V4, and as a process that `vllm serve` starts has it
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-    origin = provenance(args.device, args.commit, shlex.join(sys.argv), "cupti kernel records")
-    found: dict[tuple[str, int, int], dict[str, Timed]] = {}
-    faults = list[str]()
-    for side in args.sides:
-        start = time.perf_counter()
-        engine = Engine(args, side)
-        print(f"{side}: started in {time.perf_counter() - start:.0f} s", flush=True)
-        faults += engine.faults()
-        for case, seen in engine.cases():
-            found.setdefault(case, {})[side] = seen.timed
-            faults += [f"{side}, {case}: {fault}" for fault in seen.faults]
-            row = {"bench": "vllm", "side": side, "case": case[0], "requests": case[1], "context": case[2]}
-            print(side, *case, seen.timed, flush=True)
-            if args.out:
-                extra = {"faults": seen.faults, "other_kernels": seen.num_others, "experts": seen.experts}
-                append_lines(args.out, [row | vars(seen.timed) | extra | engine.facts | origin])
-        engine.close()
-    for fault in dict.fromkeys(faults):
-        print(f"FAIL {fault}")
+    if args.turns is not None:
+        return run_side(args, args.sides[0])
+    with tempfile.TemporaryDirectory() as folder:
+        codes = _run_sides(args.sides, Path(folder))
+        rows = [json.loads(line) for path in Path(folder).glob("rows.*") for line in path.read_text().splitlines()]
+    found: dict[Case, dict[str, Timed]] = {}
+    for row in sorted(rows, key=lambda row: args.sides.index(row["side"])):
+        timed = Timed(**{field.name: row[field.name] for field in fields(Timed)})
+        found.setdefault((row["case"], row["requests"], row["context"]), {})[row["side"]] = timed
     for line in table(found):
         print(line)
+    return int(any(codes))
+
+
+def _run_sides(sides: Sequence[str], folder: Path) -> list[int]:
+    """Starts a process for each side with this one's arguments; returns their exit codes."""
+    size, children = len(sides), list[subprocess.Popen[bytes]]()
+    for place, side in enumerate(sides):
+        own = ["--sides", side, "--turns", str(folder), str(place), str(size)]
+        children.append(subprocess.Popen([sys.executable, *sys.argv, *own]))
+    try:
+        while any(child.poll() is None for child in children):
+            for place, child in enumerate(children):
+                if child.poll() is not None:
+                    Turns(folder, place, size).leave()
+            time.sleep(1)
+    finally:
+        for child in children:
+            child.kill()
+    return [child.wait() for child in children]
+
+
+def run_side(args: argparse.Namespace, side: str) -> int:
+    """Times one side, in turns with the others; returns the exit code."""
+    os.environ.setdefault(SWITCH, "1")  # as vLLM sets it for V4, and as a process that `vllm serve` starts has it
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+    folder, place, size = args.turns
+    turns, start = Turns(Path(folder), int(place), int(size)), time.perf_counter()
+    engine = Engine(args, side)
+    print(f"{side}: started in {time.perf_counter() - start:.0f} s", flush=True)
+    origin = engine.facts | provenance(args.device, args.commit, shlex.join(sys.argv), "cupti kernel records")
+    cases, faults, hosts = engine.cases, [*engine.faults()], dict[Case, HostTime]()
+    for number, case in enumerate(cases * VISITS):
+        with turns.turn(number):
+            seen_host = engine.time_host(case)
+        hosts[case] = seen_host + hosts[case] if case in hosts else seen_host
+        print(side, *case, seen_host, flush=True)
+    for number, case in enumerate(cases, VISITS * len(cases)):
+        with turns.turn(number):
+            seen = engine.record(case, hosts[case].wall_us)
+            calls = engine.calls(case) if args.calls else []
+        print(side, *case, seen.timed, flush=True)
+        faults += [f"{case}: {fault}" for fault in seen.faults]
+        row = {"bench": "vllm", "side": side, "case": case[0], "requests": case[1], "context": case[2]}
+        extra = {"faults": seen.faults, "other_kernels": seen.num_others, "experts": seen.experts}
+        for path in filter(None, (Path(folder, f"rows.{side}"), args.out)):
+            append_lines(path, [row | hosts[case].numbers | vars(seen.timed) | extra | origin])
+        if args.calls:
+            append_lines(args.calls, [row | {"calls": calls}])
+    for fault in dict.fromkeys(faults):
+        print(f"FAIL {side}, {fault}", flush=True)
     return int(bool(faults))
 
 
@@ -119,15 +165,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--sides", nargs="+", choices=tuple(SIDES), default=["stock", "ours"])
     parser.add_argument("--requests", nargs="+", type=int, default=[1, 8, 64, 256])
     parser.add_argument("--contexts", nargs="+", type=int, default=[SHORT, LONG], help="tokens before a decode step")
-    parser.add_argument("--kinds", nargs="+", choices=("decode", "chunk"), default=["decode", "chunk"])
+    parser.add_argument("--chunks", nargs="*", type=int, default=[1, 64], help="prompts of a chunk")
     parser.add_argument("--cache-gib", type=float, default=8.0, help="for keys, of each side")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, metavar="FILE", help="append a JSON line for each case")
+    parser.add_argument("--calls", type=Path, metavar="FILE", help="append what the host calls in a step of each case")
     parser.add_argument("--commit", default="unknown", metavar="ID", help="recorded with every row")
-    args = parser.parse_args()
-    if "stock" in args.sides[1:]:
-        parser.error("--sides: stock must be first")
-    return args
+    parser.add_argument("--turns", nargs=3, metavar=("FOLDER", "PLACE", "SIZE"), help="of a side's own process")
+    return parser.parse_args()
 
 
 class Engine:
@@ -142,7 +187,7 @@ class Engine:
         options: dict[str, Any] = {"enforce_eager": True}
         if self._is_cuda:
             graphs = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sorted(args.requests)}
-            options = {"compilation_config": graphs, "gpu_memory_utilization": 0.4}
+            options = {"compilation_config": graphs, "gpu_memory_utilization": 0.15}
             options |= {"kv_cache_memory_bytes": int(args.cache_gib * 2**30), "block_size": 256}
         longest = max(context + num_steps(max(args.requests), context) for context in args.contexts)
         self._llm = LLM(
@@ -182,47 +227,54 @@ class Engine:
         if self._side == "ours" and not (own and self._rank["hyper"]):
             yield "ours runs no kernel of ours: is the plugin installed (entry point vllm.general_plugins)?"
 
-    def cases(self) -> Iterator[tuple[tuple[str, int, int], TimedCase]]:
-        """Times every case, few requests first."""
-        for num_requests in sorted(self._args.requests):
-            for context in self._args.contexts if "decode" in self._args.kinds else ():
-                yield ("decode", num_requests, context), self._decode(num_requests, context)
-            if "chunk" in self._args.kinds:
-                yield ("chunk", num_requests, 0), self._chunks(num_requests)
+    @property
+    def cases(self) -> list[Case]:
+        """Every case, few requests first."""
+        counts, contexts = sorted(self._args.requests), self._args.contexts
+        decodes = [("decode", count, context) for count in counts for context in contexts]
+        return [*decodes, *(("chunk", count, 0) for count in sorted(self._args.chunks))]
 
-    def close(self) -> None:
-        """Frees the engine's memory."""
-        from vllm.distributed import cleanup_dist_env_and_memory
+    def time_host(self, case: Case) -> HostTime:
+        """Times steps without a profiler."""
+        with self._steps(case) as step, collected() as pauses:
+            walls = tuple(step() for _ in range(TIMED))
+            return HostTime(walls, 1e6 * sum(pauses))
 
-        del self._engine, self._llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
+    def record(self, case: Case, wall_us: float) -> TimedCase:
+        """Records steps by the device's profiler."""
+        with self._steps(case) as step:
+            return self._profiled(step, wall_us)
 
-    def _decode(self, num_requests: int, context: int) -> TimedCase:
+    def calls(self, case: Case) -> list[dict[str, object]]:
+        """Returns what the host calls in a step."""
+        with self._steps(case) as step:
+            return host_calls(step, PROFILED)
+
+    @contextmanager
+    def _steps(self, case: Case) -> Iterator[Callable[[], float]]:
+        """Yields a call that runs one step of a case and returns its microseconds; requests end with the block."""
+        kind, num_requests, context = case
+        names = [] if kind == "chunk" else self._read_prompts(num_requests, context)
+
+        def step() -> float:
+            for _ in range(num_requests if kind == "chunk" else 0):
+                self._add(CHUNK // num_requests, 1)
+            return self._timed_step(num_requests)
+
+        for _ in range(WARM_UPS):
+            step()
+        yield step
+        self._engine.abort_request(names)
+        self._step()
+
+    def _read_prompts(self, num_requests: int, context: int) -> list[str]:
+        """Adds requests and reads their prompts; returns their names."""
         names = list[str]()
         for lengths in prompt_groups(num_requests, context):
             names += [self._add(length, num_steps(num_requests, context)) for length in lengths]
             for _ in range(steps_of_a_prompt(context)):
                 self._step()
-        answered = [self._step() for _ in range(WARM_UPS)]
-        if any(len(found) != num_requests for found in answered):
-            raise RuntimeError(f"{len(names)} prompts of about {context} tokens were not read in their steps")
-        walls = [self._timed_step(num_requests) for _ in range(TIMED)]
-        seen = self._profiled(lambda: self._timed_step(num_requests), statistics.median(walls))
-        self._engine.abort_request(names)
-        self._step()
-        return seen
-
-    def _chunks(self, num_requests: int) -> TimedCase:
-        def chunk() -> float:
-            for _ in range(num_requests):
-                self._add(CHUNK // num_requests, 1)
-            return self._timed_step(num_requests)
-
-        for _ in range(WARM_UPS):
-            chunk()
-        walls = [chunk() for _ in range(PROFILED)]
-        return self._profiled(chunk, statistics.median(walls))
+        return names
 
     def _profiled(self, step: Callable[[], float], wall_us: float) -> TimedCase:
         if not self._is_cuda:

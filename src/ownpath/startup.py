@@ -13,6 +13,7 @@ import torch
 
 from ownpath.cache.layout import BLOCK_TOKENS
 from ownpath.config import EngineConfig
+from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.cache import compile_missing
 from ownpath.kernels.dsl.compilations import COMPILATIONS
 from ownpath.kernels.exchange.layout import SHARE_MULTIPLE
@@ -38,13 +39,13 @@ WARM_UP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 others."""
 
 
-def compile_kernels(runners: Iterable[Runner]) -> int:
-    """Compiles the kernels that the runners may launch and the cache on disk lacks; returns their number.
+def compile_kernels(runners: Iterable[Runner], others: Iterable[Config] = ()) -> int:
+    """Compiles the kernels that the runners may launch, and others, if the cache on disk lacks them; returns how many.
 
     Errors: CompileError naming the compiler.
     """
     with Progress("compiling kernels") as progress:
-        return compile_missing(compile_configs(runners), progress)
+        return compile_missing([*compile_configs(runners), *others], progress)
 
 
 def warm_up(model: Model, engine: EngineConfig) -> None:

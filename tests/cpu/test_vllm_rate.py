@@ -1,14 +1,18 @@
 """The parts of tools/vllm_rate.py that need no device: a record's steps, and what of a step is the experts'."""
 
+import gc
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from ownpath.trace.launches import DeviceLaunch, MarkedTime, launches_of, marks_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+from vllm_host import HostTime, Turns, collected, host_calls
 from vllm_rate import (
     CHUNK,
     LONG,
@@ -149,10 +153,46 @@ def test_the_table_says_how_many_times_faster() -> None:
     assert last == "| decode | 8 | 16 | faster | 2.00x | 2.00x | 2.00x | 2.50x |  | 2.00x | 2.00x |  | |"
 
 
-@pytest.mark.parametrize("sides", [["ours", "stock"]])
-def test_stock_is_never_timed_behind_ours(sides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_rate import main
+def test_processes_take_turns(tmp_path: Path) -> None:
+    """Three, of which the last ends early: cases in order, one process at a time."""
+    order, inside = list[tuple[int, int]](), list[int]()
 
-    monkeypatch.setattr(sys, "argv", ["vllm_rate.py", "nowhere", "--sides", *sides])
-    with pytest.raises(SystemExit):
-        main()
+    def work(place: int, count: int) -> None:
+        turns = Turns(tmp_path, place, 3)
+        for number in range(count):
+            with turns.turn(number):
+                inside.append(place)
+                time.sleep(0.005)
+                assert inside == [place]
+                order.append((number, inside.pop()))
+        turns.leave()
+
+    threads = [Thread(target=work, args=(place, 1 if place == 2 else 3)) for place in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert order == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1)]
+
+
+def test_what_the_host_calls_is_counted_for_a_step() -> None:
+    def inner() -> None:
+        time.sleep(0.002)
+
+    def step() -> None:
+        inner()
+        inner()
+
+    found = {str(row["function"]).rpartition(" ")[2]: row for row in host_calls(step, 4)}
+    assert (found["inner"]["calls"], found["step"]["calls"]) == (2, 1)
+    assert found["step"]["total_us"] >= found["inner"]["total_us"] >= 4000 > found["inner"]["own_us"]
+
+
+def test_pauses_of_the_collector_are_a_step_s() -> None:
+    with collected() as pauses:
+        gc.collect()
+    with_none = len(pauses)
+    gc.collect()
+    assert len(pauses) == with_none >= 1
+    both = HostTime((1.0, 2.0, 3.0, 4.0, 5.0), 2.0) + HostTime((6.0, 7.0, 8.0, 9.0, 10.0, 11.0), 9.0)
+    assert both.numbers == {"wall_us": 6.0, "wall_p10_us": 1.2, "wall_p90_us": 10.8, "gc_us": 1.0}

@@ -19,6 +19,7 @@ from ownpath.checkpoint.schema import Encoding
 from ownpath.checkpoint.tensor_info import TensorInfo
 from ownpath.config import EngineConfig
 from ownpath.formats import BF16, FP32
+from ownpath.integrations.vllm.mapped import mapped_configs
 from ownpath.integrations.vllm.names import VllmPart, part_of
 from ownpath.integrations.vllm.ops import SharedExperts
 from ownpath.loading import device_caps, planned
@@ -137,7 +138,7 @@ class Intake:
         for op, operand in zip(decoded.ops, spare.finish().operands, strict=True):
             yield from decode_modules(op, operand)
         runners = make_runners(plan, feed.finish().operands)
-        compile_kernels(runners.values())
+        compile_kernels(runners.values(), mapped_configs(runners, shares, plan.config))
         shared = {slot: SharedExperts(one) if isinstance(one, MoeRunner) else one for slot, one in runners.items()}
         self._taken = TakenPart(plan, shared, Ledger(plan.slots), counts)
 

@@ -11,7 +11,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 
 from ownpath.config import Parallel
 from ownpath.integrations.vllm.intake import Intake
-from ownpath.integrations.vllm.ops import CALLS
+from ownpath.integrations.vllm.ops import CALLS, EXPERTS, GROUPED, LINEAR, angles
 from ownpath.plan.part import RankShare
 from ownpath.trace.observers import Watched
 
@@ -59,7 +59,7 @@ class OwnpathLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Computes y [..., N], this rank's rows, or its part of the sums."""
-        y: torch.Tensor = torch.ops.ownpath_vllm.linear(x, self.weights.key)
+        y = LINEAR(x, self.weights.key)
         return y if bias is None else y + bias
 
 
@@ -77,10 +77,8 @@ class OwnpathGroupMethod(OwnpathLinearMethod):
         """
         if not isinstance(o, torch.Tensor):
             raise TypeError(f"{self.weights.slot}: vLLM's attention has quantised its output; it must be BF16 here")
-        cos, sin = attention.rotary_emb.cos_sin_cache[positions].float().chunk(2, dim=-1)
-        rows = o.contiguous(), cos.contiguous(), sin.contiguous()
-        y: torch.Tensor = torch.ops.ownpath_vllm.grouped(*rows, self.weights.key)
-        out: torch.Tensor = attention.wo_b(y.flatten(1))
+        cos, sin = angles(attention.rotary_emb.cos_sin_cache, positions)
+        out: torch.Tensor = attention.wo_b(GROUPED(o.contiguous(), cos, sin, self.weights.key).flatten(1))
         return out
 
 
@@ -122,9 +120,7 @@ class OwnpathExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         self, layer: Any, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, *_: Any, **__: Any
     ) -> torch.Tensor:
         """Computes y [T, D], the sum over this rank's experts and its part of their width."""
-        routed = x, topk_ids, topk_weights.float(), layer.expert_map
-        y: torch.Tensor = torch.ops.ownpath_vllm.experts(*routed, self.weights.key)
-        return y
+        return EXPERTS(x, topk_ids, topk_weights.float(), layer.expert_map, self.weights.key)
 
 
 def intake_of(model: torch.nn.Module) -> Intake | None:

@@ -1,10 +1,12 @@
-"""Our calls inside vLLM as torch operations, one opaque operation a call: ``torch.ops.ownpath_vllm.*``.
+"""Our calls inside vLLM; while torch compiles, one opaque torch operation a call: ``torch.ops.ownpath_vllm.*``.
 
 Dynamo neither traces nor merges them, and CUDA graphs capture what they launch. A call names its slot by a string,
-which is the same in every process, so that a compiled graph from vLLM's cache finds this process's runner.
+which is the same in every process, so that a compiled graph from vLLM's cache finds this process's runner. Where
+nothing is compiled, as in V4 on CUDA, a call goes straight to its runner: torch's dispatch takes several times as long.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import count
 from weakref import WeakValueDictionary
 
@@ -75,6 +77,16 @@ def grouped(o: Tensor, cos: Tensor, sin: Tensor, slot: str) -> Tensor:
     return y.contiguous()
 
 
+def angles(cos_sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns cosines and sines of positions [T]: float32 [T, F] each, contiguous, by one gather.
+
+    Shapes: cos_sin [positions, 2 * F], cosines first.
+    """
+    tables = cos_sin.unflatten(-1, (2, -1)).movedim(1, 0)
+    cos, sin = torch.index_select(tables, 1, positions).float().unbind()
+    return cos, sin
+
+
 def _fake_linear(x: Tensor, slot: str) -> Tensor:
     runner: Linear = CALLS.find(slot).runner  # type: ignore[assignment]
     return x.new_empty((*x.shape[:-1], runner.out_features))
@@ -89,17 +101,32 @@ def _fake_grouped(o: Tensor, cos: Tensor, sin: Tensor, slot: str) -> Tensor:
     return runner.new_out(o)
 
 
-def _define(schema: str, function: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
+@dataclass(frozen=True)
+class OpaqueCall:
+    """A call by a slot's key: of ``function``, or of the torch operation of that name while torch compiles."""
+
+    name: str
+    function: Callable[..., Tensor]
+
+    def __call__(self, *args: object) -> Tensor:
+        if torch.compiler.is_compiling():
+            y: Tensor = getattr(torch.ops.ownpath_vllm, self.name)(*args)
+            return y
+        return self.function(*args)
+
+
+def _define(schema: str, function: Callable[..., Tensor], fake: Callable[..., Tensor]) -> OpaqueCall:
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{LIBRARY.ns}::{name}", fake, lib=LIBRARY)
+    return OpaqueCall(name, function)
 
 
-_define("linear(Tensor x, str slot) -> Tensor", linear, _fake_linear)
-_define(
+LINEAR = _define("linear(Tensor x, str slot) -> Tensor", linear, _fake_linear)
+EXPERTS = _define(
     "experts(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor? expert_map, str slot) -> Tensor",
     experts,
     _fake_experts,
 )
-_define("grouped(Tensor o, Tensor cos, Tensor sin, str slot) -> Tensor", grouped, _fake_grouped)
+GROUPED = _define("grouped(Tensor o, Tensor cos, Tensor sin, str slot) -> Tensor", grouped, _fake_grouped)

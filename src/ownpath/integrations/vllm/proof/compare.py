@@ -2,7 +2,8 @@
 
 The budget of a value is measured where it is used: four times the distance between the reference computed wide and the
 same rounded as an engine of that dtype rounds, from the same inputs; never less than one rounding (``verify.budgets``
-has the reasons). So it knows the layer's own weights, widths and rows, and nothing of what came before.
+has the reasons). So it knows the layer's own weights, widths and rows, and nothing of what came before. Rows that are
+too few to tell it are judged by what all rows of the value tell (``noise``).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.schema import Encoding
 from ownpath.config import CSA_RATIO, Layer, ModelConfig
 from ownpath.formats import CacheFormat
+from ownpath.integrations.vllm.proof.noise import Noise, total
 from ownpath.integrations.vllm.proof.reference import (
     ORDER,
     SequencePart,
@@ -36,9 +38,8 @@ from ownpath.oracle.arithmetic import Arithmetic, OracleRun
 from ownpath.oracle.formulas import expert_scores
 from ownpath.oracle.weights import StoredWeights
 from ownpath.plan.census import take_census
-from ownpath.verify.budgets import NOISE_FACTOR
 from ownpath.verify.layers.choices import expert_candidates, judge, mask_of
-from ownpath.verify.layers.measure import Measurement, distance
+from ownpath.verify.layers.measure import Measurement
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,36 @@ def _compare_rank(
 
 
 @dataclass(frozen=True)
+class _StepValue:
+    """A value of one step, and its references by label, each wide and rounded: rows whose references are all finite.
+
+    What gets NaN cannot be blamed for it.
+    """
+
+    step: StepRun
+    name: str
+    engine: Tensor
+    pairs: Mapping[str, tuple[Tensor, Tensor]]
+
+    @classmethod
+    def of(
+        cls, step: StepRun, name: str, engine: Tensor, pairs: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> "_StepValue | None":
+        """``None``: there is no such row."""
+        kept_T = torch.stack([wide.isfinite().flatten(1).all(1) for wide, _ in pairs.values()]).all(0)
+        if not kept_T.any():
+            return None
+        if kept_T.all():
+            return cls(step, name, engine, pairs)
+        return cls(step, name, engine[kept_T], {label: (w[kept_T], n[kept_T]) for label, (w, n) in pairs.items()})
+
+    @cached_property
+    def noises(self) -> dict[str, Noise]:
+        """Reference -> what rounding moves in these rows."""
+        return {label: Noise.of(narrow, wide) for label, (wide, narrow) in self.pairs.items()}
+
+
+@dataclass(frozen=True)
 class _LayerProof:
     proof: Proof
     layer_idx: int
@@ -141,46 +172,43 @@ class _LayerProof:
         references = {"": self._pair(lambda run: reference_values(layer, run, values, segments, share))}
         for label, is_power_of_two in ROUNDINGS.items():
             references[label] = self._pair(partial(_rounded, layer, values, share, is_power_of_two))
-        found, first = list[Compared](), 0
+        cases, first = list[_StepValue | None](), 0
         for step, _ in tapped:
             rows = slice(first, first + step.num_rows)
             first = rows.stop
-            for name in engine.keys() & references[""][0].keys() if step.is_judged else ():
+            for name in engine.keys() & references[""][0].keys():
                 cut = partial(_own_rows, share, name, engine[name].shape, rows)
                 pairs = {
                     label: (cut(wide[name]), cut(narrow[name]))
                     for label, (wide, narrow) in references.items()
                     if name in wide
                 }
-                judged = self.judge(step, name, cut(engine[name]), pairs)
-                found += [] if judged is None else [judged]
-        return found
+                cases.append(_StepValue.of(step, name, cut(engine[name]), pairs))
+        return self.judge([case for case in cases if case is not None])
 
     def _pair(self, compute: Callable[[OracleRun], Kept]) -> tuple[Kept, Kept]:
         """Computes wide, and rounded as the engine rounds."""
         return compute(self.proof.run(is_narrow=False)), compute(self.proof.run(is_narrow=True))
 
-    def judge(
-        self, step: StepRun, name: str, engine: Tensor, pairs: Mapping[str, tuple[Tensor, Tensor]]
-    ) -> Compared | None:
-        """Compares with the nearest of the references, each given wide and rounded.
+    def judge(self, cases: Sequence[_StepValue]) -> list[Compared]:
+        """Compares each value of a judged step with the nearest of its references."""
+        noises: dict[tuple[str, str], list[Noise]] = {}
+        for case in cases:
+            for label, noise in case.noises.items():
+                noises.setdefault((case.name, label), []).append(noise)
+        every = {key: total(parts) for key, parts in noises.items()}
+        found = []
+        for case in cases:
+            if case.step.is_judged:
+                measured = [self._measure(case, label, every[case.name, label]) for label in case.pairs]
+                found.append(Compared(case.step, min(measured, key=lambda one: one.excess)))
+        return found
 
-        Only rows whose references are finite: what gets NaN cannot be blamed for it. ``None``: no row is.
-        """
-        is_judged_T = torch.stack([wide.isfinite().flatten(1).all(1) for wide, _ in pairs.values()]).all(0)
-        if not is_judged_T.any():
-            return None
-        measured = [
-            self._measure(name, engine[is_judged_T], (wide[is_judged_T], narrow[is_judged_T]), label)
-            for label, (wide, narrow) in pairs.items()
-        ]
-        return Compared(step, min(measured, key=lambda one: one.excess))
-
-    def _measure(self, name: str, engine: Tensor, pair: tuple[Tensor, Tensor], label: str) -> Measurement:
-        wide, narrow = pair
-        budget = max(NOISE_FACTOR * distance(narrow, wide).rel_l2, float(torch.finfo(self.proof.dtype).eps) / 2)
-        kernel = ", ".join(filter(None, (self.rank.kernels.get(name, ""), label)))
-        return Measurement.of(self.layer_idx, name, (engine, wide), budget, kernel)
+    def _measure(self, case: _StepValue, label: str, every: Noise) -> Measurement:
+        """every: the noise of all rows of the value."""
+        budget = case.noises[label].budget(every, self.proof.dtype)
+        kernel = ", ".join(filter(None, (self.rank.kernels.get(case.name, ""), label)))
+        return Measurement.of(self.layer_idx, case.name, (case.engine, case.pairs[label][0]), budget, kernel)
 
 
 def _own_rows(share: LayerShare, name: str, shape: torch.Size, rows: slice, value: Tensor) -> Tensor:
@@ -210,14 +238,14 @@ def segments_of(steps: Sequence[StepRun]) -> list[SequencePart]:
 def compare_ends(proof: Proof, ranks: Sequence[RankSteps]) -> list[Compared]:
     """Compares the embedding, the last boundary with its norm, and the logits, step by step: of each rank its rows of
     the vocabulary. Errors: CheckpointError."""
-    found = list[Compared]()
     comparisons = [_LayerProof(proof, proof.config.num_hidden_layers - 1, rank) for rank in ranks]
     steps = [step for step in zip(*(rank.steps for rank in ranks), strict=True) if step[0].is_judged]
     judged = [(step, [proof.moved(seen.ends()) for seen in step]) for step in steps]
     logits = _logits(proof, [ends["head.in"] for _, all_ends in judged for ends in all_ends if "head.in" in ends])
+    cases: list[list[_StepValue | None]] = [[] for _ in ranks]
     for step, all_ends in judged:
         tapped = next(({"head": ends["head"]} for ends in all_ends if "head" in ends), {})  # maybe of one rank alone
-        for comparison, seen, own in zip(comparisons, step, all_ends, strict=True):
+        for comparison, own_cases, seen, own in zip(comparisons, cases, step, all_ends, strict=True):
             ends, last = own | tapped, proof.moved(seen.layer(comparison.layer_idx))
             engine = found_ends(ends)
             wide, narrow = (reference_ends(proof.run(is_narrow=is_narrow), ends, last) for is_narrow in (False, True))
@@ -227,9 +255,12 @@ def compare_ends(proof: Proof, ranks: Sequence[RankSteps]) -> list[Compared]:
             for name in engine.keys() & pairs.keys():
                 cut = partial(_own_vocabulary, proof, comparison.rank.share, name, ends)
                 pair = cut(pairs[name][0]), cut(pairs[name][1])
-                compared = comparison.judge(seen, name, cut(engine[name]), {"": pair})
-                found += [] if compared is None else [compared]
-    return found
+                own_cases.append(_StepValue.of(seen, name, cut(engine[name]), {"": pair}))
+    return [
+        one
+        for comparison, own_cases in zip(comparisons, cases, strict=True)
+        for one in comparison.judge([case for case in own_cases if case is not None])
+    ]
 
 
 def _logits(proof: Proof, inputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
