@@ -144,7 +144,9 @@ def _ffn(w: Weights, x_BWD: Tensor, see: Callable[..., None]) -> Tensor:
     x_TD = x_BWD.flatten(0, 1)
     for name in ("w1", "w3"):
         see(f"ffn.shared_experts.{name}", x_TD)
-    shared = _activated(F.linear(x_TD, w["ffn.shared_experts.w1.weight"]), F.linear(x_TD, w["ffn.shared_experts.w3.weight"]))
+    shared = _activated(
+        F.linear(x_TD, w["ffn.shared_experts.w1.weight"]), F.linear(x_TD, w["ffn.shared_experts.w3.weight"])
+    )
     see("ffn.shared_experts.w2", shared)
     y_TD = F.linear(shared, w["ffn.shared_experts.w2.weight"])
     weight_TE = _expert_weights(w, x_TD)
@@ -179,7 +181,11 @@ def first_weights(backbone: Weights, seed: int) -> Weights:
     """
     generator = torch.Generator().manual_seed(seed)
     layer, dim = f"layers.{FIELDS['num_hidden_layers'] - 1}", FIELDS["hidden_size"]
-    found: Weights = {"norm.weight": backbone["norm.weight"], "enorm.weight": torch.ones(dim), "hnorm.weight": torch.ones(dim)}
+    found: Weights = {
+        "norm.weight": backbone["norm.weight"],
+        "enorm.weight": torch.ones(dim),
+        "hnorm.weight": torch.ones(dim),
+    }
     for name in ("e_proj.weight", "h_proj.weight"):
         found[name] = torch.eye(dim) * 0.7 + torch.randn(dim, dim, generator=generator) * 0.02
     for part in ("fn", "base", "scale"):

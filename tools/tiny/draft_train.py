@@ -61,7 +61,9 @@ class DraftRecipe:
 class DraftTrainer:
     """Owns the weights and the optimiser of one run. shared: the backbone's embedding and head [V, D]."""
 
-    def __init__(self, weights: Weights, shared: tuple[Tensor, Tensor], data: dict[str, Streams], recipe: DraftRecipe) -> None:
+    def __init__(
+        self, weights: Weights, shared: tuple[Tensor, Tensor], data: dict[str, Streams], recipe: DraftRecipe
+    ) -> None:
         self.recipe, self.data = recipe, data
         self.embed, self.head = (tensor.detach().float() for tensor in shared)
         self.device = self.embed.device
@@ -155,5 +157,3 @@ def trained_weights(trainer: DraftTrainer) -> Weights:
         value = weight.detach().cpu()
         found[name] = value if name.startswith(kept) else value.bfloat16()
     return found
-
-

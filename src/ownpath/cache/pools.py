@@ -55,7 +55,7 @@ class CacheSpec:
 
     @classmethod
     def of(cls, config: ModelConfig, engine: EngineConfig) -> "CacheSpec":
-        num_drafts = config.num_nextn_predict_layers if engine.loads_draft else 0
+        num_drafts = len(tuple(config.draft_layers())) if engine.loads_draft else 0
         device = torch.device(engine.device)
         return cls(
             config,

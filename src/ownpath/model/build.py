@@ -1,6 +1,6 @@
 """Builds a model from runners (by slot), tensors used as stored (by checkpoint key) and planned companions."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,11 @@ from ownpath.cache.pools import CacheSpec
 from ownpath.config import CSA_RATIO, EngineConfig, Layer, ModelConfig
 from ownpath.model.attention import Attention, AttentionCore
 from ownpath.model.block import Block
+from ownpath.model.build_drafts import dspark, mtp_modules
 from ownpath.model.indexer import Indexer
 from ownpath.model.joint import JointProducts
 from ownpath.model.model import Model
 from ownpath.model.moe import MoE
-from ownpath.model.mtp import Mtp
 from ownpath.model.ranks import FeedForward, FollowedLinear, GatheredHead, Product, ReducedMoE
 from ownpath.model.taps import tap_names
 from ownpath.official import Step
@@ -119,7 +119,8 @@ class Builder:
             paged=self._paged,
             cache_spec=CacheSpec.of(config, self.engine),
             ledger=self.ledger,
-            drafts=tuple(self._drafts(sliding, compress)) if self.engine.loads_draft else (),
+            drafts=tuple(mtp_modules(self, sliding, compress)),
+            dspark=dspark(self, head, sliding, compress),
             share=self._exchange(DRAWN, Reduce) if DRAWN in self.specs else None,
             window=self.window,
         )
@@ -133,33 +134,19 @@ class Builder:
         """Builds one decoder layer; the drafts' come after the backbone's."""
         layer = self._layers[layer_idx].name
         return Block(
-            hc_attn=self._boundary(f"{layer}.hc_attn", f"{layer}.attn_norm"),
+            hc_attn=self.boundary(f"{layer}.hc_attn", f"{layer}.attn_norm"),
             attn=self._attention(layer_idx, compress_rope),
-            hc_ffn=self._boundary(f"{layer}.hc_ffn", f"{layer}.ffn_norm"),
+            hc_ffn=self.boundary(f"{layer}.hc_ffn", f"{layer}.ffn_norm"),
             ffn=self._ffn(f"{layer}.ffn"),
         )
 
     def ends(self) -> tuple[HyperBoundary, Product]:
         """Builds what follows the last layer: its boundary, and the head's product."""
-        boundary, head = self._boundary("hc_head", "norm"), self._runner("head")
+        boundary, head = self.boundary("hc_head", "norm"), self.runner("head")
         if "head.turn" in self.specs:
             gather, turn = self._exchange("head.gather", GatherRows), self._exchange("head.turn", Turn)
             return boundary, GatheredHead(head, gather, turn)
         return boundary, self._followed(head, "head.gather", GatherColumns)
-
-    def _drafts(self, sliding: Rope, compress: Rope) -> Iterator[Mtp]:
-        for draft_idx, layer in enumerate(self.config.draft_layers()):
-            name = layer.name
-            yield Mtp(
-                embed_VD=self.params["embed.weight"],
-                enorm=self._norm(f"{name}.enorm", self.params[f"{name}.enorm.weight"]),
-                hnorm=self._norm(f"{name}.hnorm", self.params[f"{name}.hnorm.weight"]),
-                e_proj=self._runner(f"{name}.e_proj"),
-                h_proj=self._runner(f"{name}.h_proj"),
-                block=self.block(self.config.num_hidden_layers + draft_idx, compress),
-                hc_head=self._boundary(f"{name}.hc_head", f"{name}.norm"),
-                rope=sliding,
-            )
 
     def _exchange(self, slot: str, make: type[Exchange]) -> Any:
         return self.ledger.watch(slot, make(self.peers, slot, self.window, kernel=self.specs[slot]))
@@ -168,16 +155,22 @@ class Builder:
         """Returns a product, with the exchange behind it where one is planned."""
         return FollowedLinear(linear, self._exchange(slot, make)) if slot in self.specs else linear
 
-    def _runner(self, slot: str) -> Any:
+    def runner(self, slot: str) -> Any:
+        """Returns a product's runner, watched."""
         return self.ledger.watch(slot, self.runners[slot])
 
     def _tap(self, layer: Layer, name: str) -> Tap:
         assert f"{layer.name}.{name}" in tap_names(layer), name
         return self.ledger.tap(f"{layer.name}.{name}")
 
-    def _boundary(self, slot: str, norm: str) -> Any:
+    def boundary(self, slot: str, norm: str) -> Any:
+        """Builds a boundary, watched."""
+        return self.ledger.watch(slot, HyperBoundary(self.hyper_weights(slot, norm), kernel=self.specs[slot]))
+
+    def hyper_weights(self, slot: str, norm: str) -> HyperWeights:
+        """Returns a boundary's weights."""
         config = self.config
-        weights = HyperWeights(
+        return HyperWeights(
             fn=self.params[f"{slot}_fn"],
             base=self.params[f"{slot}_base"],
             scale=self.params[f"{slot}_scale"],
@@ -187,9 +180,9 @@ class Builder:
             mix_norm_eps=config.rms_norm_eps,
             norm_eps=config.rms_norm_eps,
         )
-        return self.ledger.watch(slot, HyperBoundary(weights, kernel=self.specs[slot]))
 
-    def _norm(self, slot: str, weight: torch.Tensor | None) -> Any:
+    def norm(self, slot: str, weight: torch.Tensor | None) -> Any:
+        """Builds a norm, watched."""
         norm = RMSNorm(weight, self.config.rms_norm_eps, kernel=self.specs[slot])
         return self.ledger.watch(slot, norm)
 
@@ -199,14 +192,14 @@ class Builder:
         quantize_kv = self._key_quantizer(f"{attn}.key_quantizer")
         return Attention(
             config=self.config,
-            wqa_wkv=self._runner(f"{attn}.wqa_wkv"),
+            wqa_wkv=self.runner(f"{attn}.wqa_wkv"),
             queries=self._queries(attn, is_csa),
             x_products=self._x_products(attn, layer.ratio) if layer.ratio else None,
-            wo_a=self._runner(f"{attn}.wo_a"),
-            wo_b=self._followed(self._runner(f"{attn}.wo_b"), f"{attn}.reduce", Reduce),
-            q_norm=self._norm(f"{attn}.q_norm", self.params[f"{attn}.q_norm.weight"]),
-            kv_norm=self._norm(f"{attn}.kv_norm", self.params[f"{attn}.kv_norm.weight"]),
-            q_head_norm=self._norm(f"{attn}.q_head_norm", None),
+            wo_a=self.runner(f"{attn}.wo_a"),
+            wo_b=self._followed(self.runner(f"{attn}.wo_b"), f"{attn}.reduce", Reduce),
+            q_norm=self.norm(f"{attn}.q_norm", self.params[f"{attn}.q_norm.weight"]),
+            kv_norm=self.norm(f"{attn}.kv_norm", self.params[f"{attn}.kv_norm.weight"]),
+            q_head_norm=self.norm(f"{attn}.q_head_norm", None),
             quantize_kv=self._watch(f"{attn}.key_quantizer", quantize_kv),
             indexer=self._indexer(layer) if is_csa else None,
             core=self.ledger.watch(f"{attn}.core", self._core(layer_idx, compress_rope, quantize_kv)),
@@ -222,7 +215,7 @@ class Builder:
         widths = {f"{attn}.wq_b": len(self.params[f"{attn}.attn_sink"]) * config.head_dim}
         if is_csa:
             widths[f"{attn}.indexer.wq_b"] = config.index_n_heads * config.index_head_dim
-        return JointProducts.of(f"{attn}.queries", widths, self.runners, self._runner)
+        return JointProducts.of(f"{attn}.queries", widths, self.runners, self.runner)
 
     def _x_products(self, attn: str, ratio: int) -> JointProducts:
         config, indexer = self.config, f"{attn}.indexer"
@@ -231,7 +224,7 @@ class Builder:
         if ratio == CSA_RATIO:
             widths[f"{indexer}.weights_proj"] = config.index_n_heads
             widths[f"{indexer}.compressor.wkv_wgate"] = rows_of_head * config.index_head_dim
-        return JointProducts.of(f"{attn}.x_products", widths, self.runners, self._runner)
+        return JointProducts.of(f"{attn}.x_products", widths, self.runners, self.runner)
 
     @cached_property
     def _paged(self) -> PagedAttention | None:
@@ -368,12 +361,12 @@ class Builder:
         if parallel.experts is ExpertSplit.IDS and parallel.size > 1:
             assert isinstance(runner, MoeRunner), slot
             return self.ledger.watch(slot, HeldExperts(runner, parallel.share(count), count))
-        return self._runner(slot)
+        return self.runner(slot)
 
     def _moe(self, ffn: str) -> MoE:
         shared = f"{ffn}.shared_experts"
         router = Router(
-            gate=self._runner(f"{ffn}.gate"),
+            gate=self.runner(f"{ffn}.gate"),
             num_experts_per_tok=self.config.num_experts_per_tok,
             routed_scaling_factor=self.config.routed_scaling_factor,
             bias_E=self.params.get(f"{ffn}.gate.bias"),
@@ -382,7 +375,7 @@ class Builder:
         )
         limit = self.config.swiglu_limit
         activation = self.ledger.watch(f"{shared}.swiglu", SwiGLU(limit, kernel=self.specs[f"{shared}.swiglu"]))
-        mlp = SwigluMlp(self._runner(f"{shared}.w13"), self._runner(f"{shared}.w2"), limit, activation=activation)
+        mlp = SwigluMlp(self.runner(f"{shared}.w13"), self.runner(f"{shared}.w2"), limit, activation=activation)
         route, watch = self._route(ffn), self.ledger.watch
         decode = (None, 0) if route is None else (watch(f"{ffn}.decode.route", route), route.max_rows)
         return MoE(watch(f"{ffn}.router", router), self._experts(f"{ffn}.experts"), mlp, *decode)

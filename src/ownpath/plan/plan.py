@@ -25,7 +25,7 @@ from ownpath.plan.opspec import (
 from ownpath.plan.planner import Planner
 from ownpath.plan.sections import QuantSection
 from ownpath.plan.select import Caps, Choice, Demands
-from ownpath.plan.sharding import Region, param_region
+from ownpath.plan.sharding import Region, ShardingError, param_region
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,8 @@ def make_plan(
     draft = requested_draft(config, index) if loads_draft else carried_draft(index)
     planner.require_references(chain(model_ops(config), draft_ops(config)))
     if loads_draft:
+        if config.dspark is not None and parallel.size > 1:
+            raise ShardingError(f"--draft with {parallel.size} ranks: DSpark runs on one rank")
         ops += tuple(planner.ops(draft_ops(config)))
         params += tuple(draft_params(config))
     # After the products: a module that config.json counts and the checkpoint lacks has raised by now.
