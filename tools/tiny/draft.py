@@ -29,7 +29,7 @@ STORED: dict[str, Format] = {
     **{f"attn.{name}.weight": NVFP4 for name in ("wq_a", "wq_b", "wkv", "wo_b")},
     **{f"ffn.shared_experts.{name}.weight": NVFP4 for name in ("w1", "w2", "w3")},
     **{EXPERTS_W13: NVFP4, EXPERTS_W2: NVFP4},
-    **{name: FP8_BLOCK for name in ("e_proj.weight", "h_proj.weight", "attn.wo_a.weight")},
+    **dict.fromkeys(("e_proj.weight", "h_proj.weight", "attn.wo_a.weight"), FP8_BLOCK),
 }
 """The quantised weights: the backbone's formats, and FP8 blocks where published drafts have them."""
 _FP32 = ("hc_", "attn.attn_sink", "ffn.gate.bias")
@@ -108,7 +108,8 @@ def _sublayer(w: Weights, name: str, x_BWSD: Tensor, compute: Callable[[Tensor],
         comb = comb / (comb.sum(dim=-1, keepdim=True) + eps)
         comb = comb / (comb.sum(dim=-2, keepdim=True) + eps)
     y = compute((pre.unsqueeze(-1) * x_BWSD).sum(2))
-    return post.unsqueeze(-1) * y.unsqueeze(2) + comb.transpose(-1, -2) @ x_BWSD
+    mixed_in: Tensor = comb.transpose(-1, -2) @ x_BWSD
+    return post.unsqueeze(-1) * y.unsqueeze(2) + mixed_in
 
 
 def _attention(w: Weights, x_BWD: Tensor, places: Places, see: Callable[..., None]) -> Tensor:
@@ -167,7 +168,8 @@ def _expert_weights(w: Weights, x_TD: Tensor) -> Tensor:
     scores = F.softplus(F.linear(x_TD, w["ffn.gate.weight"])).sqrt()
     chosen = (scores.detach() + w["ffn.gate.bias"]).topk(FIELDS["num_experts_per_tok"], dim=-1).indices
     kept = torch.zeros_like(scores).scatter(1, chosen, 1.0) * scores
-    return kept * FIELDS["routed_scaling_factor"] / kept.sum(dim=-1, keepdim=True)
+    factor: float = FIELDS["routed_scaling_factor"]
+    return kept * factor / kept.sum(dim=-1, keepdim=True)
 
 
 def unseen(*_: Any) -> None:
