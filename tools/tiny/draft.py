@@ -28,7 +28,8 @@ EXPERTS_W13, EXPERTS_W2 = "ffn.experts.w13", "ffn.experts.w2"
 STORED: dict[str, Format] = {
     **{f"attn.{name}.weight": NVFP4 for name in ("wq_a", "wq_b", "wkv", "wo_b")},
     **{f"ffn.shared_experts.{name}.weight": NVFP4 for name in ("w1", "w2", "w3")},
-    **{EXPERTS_W13: NVFP4, EXPERTS_W2: NVFP4},
+    EXPERTS_W13: NVFP4,
+    EXPERTS_W2: NVFP4,
     **dict.fromkeys(("e_proj.weight", "h_proj.weight", "attn.wo_a.weight"), FP8_BLOCK),
 }
 """The quantised weights: the backbone's formats, and FP8 blocks where published drafts have them."""
