@@ -115,7 +115,7 @@ def make_plan(
 ) -> Plan:
     """Plans every op of ``config`` for the checkpoint behind ``index`` on a device.
 
-    loads_draft: plan the MTP modules too.
+    loads_draft: plan the draft too.
     Errors: CheckpointError naming the tensor that is missing, unexpected, or of a wrong dtype or shape; PlanError
         naming the op that no kernel runs; ShardingError naming the module that does not divide into ranks.
     """
