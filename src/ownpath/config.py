@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 import torch
 
-from ownpath.dspark import DSparkShape, read_dspark
+from ownpath.dspark import NO_DSPARK, DSparkShape, read_dspark
 from ownpath.files import FileError, MissingFileError, read_json_object, shorten
 from ownpath.formats import CacheFormat
 from ownpath.official import PLAIN, Step
@@ -71,7 +71,7 @@ class ModelConfig:
     compress_ratios: one entry per backbone layer: 0 sliding window only, 4 CSA, 128 HCA.
     num_hash_layers: the first layers whose experts are looked up by token id.
     eos_token_id: every token that ends an answer, from an integer or a list.
-    num_nextn_predict_layers: MTP draft modules behind the backbone, 0 where the field is absent. dspark: the other drafter.
+    num_nextn_predict_layers: MTP draft modules behind the backbone, or 0. dspark: the other drafter's shape.
     claims: every field as written. What it states about formats decides nothing; the plan compares it with the tensors.
     """
 
@@ -107,7 +107,7 @@ class ModelConfig:
     bos_token_id: int
     eos_token_id: tuple[int, ...]
     num_nextn_predict_layers: int = 0
-    dspark: DSparkShape | None = None
+    dspark: DSparkShape = NO_DSPARK
     claims: Mapping[str, object] = dataclass_field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -124,7 +124,7 @@ class ModelConfig:
 
     def draft_layers(self) -> Iterator[Layer]:
         """Yields the drafts' decoder layers, in order: without compression, with experts chosen by a gate."""
-        for draft_idx in range(self.dspark.num_stages if self.dspark else self.num_nextn_predict_layers):
+        for draft_idx in range(self.dspark.num_stages or self.num_nextn_predict_layers):
             yield Layer(f"mtp.{draft_idx}", SLIDING, is_hash=False)
 
     @classmethod
@@ -145,7 +145,6 @@ class ModelConfig:
         fields = _published_fields(fields, source)
         read = _Reader(fields, source)
         num_layers = read.integer("num_hidden_layers")
-        dspark = read_dspark(fields, num_layers)
         config = cls(
             vocab_size=read.integer("vocab_size"),
             hidden_size=read.integer("hidden_size"),
@@ -179,7 +178,7 @@ class ModelConfig:
             bos_token_id=read.integer("bos_token_id", minimum=0),
             eos_token_id=read.token_ids("eos_token_id"),
             num_nextn_predict_layers=read.count("num_nextn_predict_layers"),
-            dspark=None if isinstance(dspark, str) else dspark,
+            dspark=read_dspark(fields, num_layers),
             claims=MappingProxyType(fields),
         )
         _check_semantics(config, fields, source)

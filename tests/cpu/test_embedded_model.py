@@ -47,7 +47,7 @@ def greedy(model: Model, tokenizer: Tokenizer, prompt: list[int], max_tokens: in
 
 def test_it_is_small() -> None:
     sizes = [file.stat().st_size for file in FOLDER.rglob("*") if file.is_file()]
-    assert sum(sizes) < 15 * MEGABYTE
+    assert sum(sizes) < 17 * MEGABYTE
     assert max(sizes) < 16 * MEGABYTE
 
 

@@ -56,7 +56,7 @@ def straight_through(weights: Weights) -> Weights:
 
 @dataclass(frozen=True)
 class Places:
-    """What a row's positions decide. Shapes: turn complex [W, R / 2]; hidden bool [W, W], True where not attended."""
+    """The rotation and the mask that follow from positions. Shapes: turn complex [W, R / 2]; hidden bool [W, W], True where not attended."""
 
     turn: Tensor
     hidden: Tensor

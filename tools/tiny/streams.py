@@ -1,4 +1,4 @@
-"""What the frozen backbone makes of rows of text: the input and the target of a draft's training."""
+"""The frozen backbone's streams over rows of text: the input and the target of a draft's training."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

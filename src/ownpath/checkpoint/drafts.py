@@ -12,7 +12,6 @@ from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.needless import DRAFT_KEY, needless_reason
 from ownpath.config import ModelConfig
-from ownpath.dspark import read_dspark
 
 _OF_DSPARK = ("main_proj.", "main_norm.", "markov_head.", "confidence_head.")
 _SHARED = ("emb", "head.")
@@ -72,11 +71,9 @@ def requested_draft(config: ModelConfig, index: CheckpointIndex) -> Draft:
     """
     kind = carried_draft(index).kind
     asked = f"{index.folder}: a draft was asked for"
-    if kind is DraftKind.DSPARK and config.dspark is None:
-        raise CheckpointError(
-            f"{asked}, DSpark's, but config.json's {read_dspark(config.claims, len(config.compress_ratios))}"
-        )
-    if config.dspark is None and config.num_nextn_predict_layers == 0:
+    if kind is DraftKind.DSPARK and not config.dspark:
+        raise CheckpointError(f"{asked}, DSpark's, but config.json's {config.dspark.lack}")
+    if not config.dspark and config.num_nextn_predict_layers == 0:
         raise CheckpointError(f"{asked}, but config.json has no num_nextn_predict_layers above 0")
     gone = next((key for key in index.absent if DRAFT_KEY.fullmatch(key)), None)
     if gone is not None:
@@ -86,6 +83,6 @@ def requested_draft(config: ModelConfig, index: CheckpointIndex) -> Draft:
         first = "main_proj" if config.dspark else "e_proj"
         raise CheckpointError(f"{index.folder}: tensor 'mtp.0.{first}.weight' is missing: a draft was asked for, and "
                               "this checkpoint has no mtp.* tensors")  # fmt: skip
-    if kind is DraftKind.MTP and config.dspark is not None:
+    if kind is DraftKind.MTP and config.dspark:
         raise CheckpointError(f"{asked}: its tensors are MTP's, and config.json's dspark_target_layer_ids are DSpark's")
-    return Draft(kind, config.dspark.num_stages if config.dspark else config.num_nextn_predict_layers)
+    return Draft(kind, config.dspark.num_stages or config.num_nextn_predict_layers)

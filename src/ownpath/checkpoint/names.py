@@ -24,7 +24,7 @@ def model_params(config: ModelConfig) -> Iterator[ParamSpec]:
 
 def draft_params(config: ModelConfig) -> Iterator[ParamSpec]:
     """Yields the drafts' parameters, apart from the backbone's embedding, which they share."""
-    if config.dspark is not None:
+    if config.dspark:
         yield from _dspark_params(config, config.dspark)
         return
     dim, streams = config.hidden_size, config.hc_mult

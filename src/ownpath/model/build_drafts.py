@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def mtp_modules(builder: "Builder", sliding: Rope, compress: Rope) -> Iterator[Mtp]:
     """Builds the MTP modules that are planned."""
     config, params = builder.config, builder.params
-    if config.dspark is not None or not builder.engine.loads_draft:
+    if config.dspark or not builder.engine.loads_draft:
         return
     for draft_idx, layer in enumerate(config.draft_layers()):
         name = layer.name
@@ -34,7 +34,7 @@ def mtp_modules(builder: "Builder", sliding: Rope, compress: Rope) -> Iterator[M
 def dspark(builder: "Builder", head: Product, sliding: Rope, compress: Rope) -> DSpark | None:
     """Builds DSpark; ``None`` where it is not planned. head: the backbone's."""
     config, params, shape = builder.config, builder.params, builder.config.dspark
-    if shape is None or not builder.engine.loads_draft:
+    if not shape or not builder.engine.loads_draft:
         return None
     first, last = config.num_hidden_layers, f"mtp.{shape.num_stages - 1}"
     return DSpark(

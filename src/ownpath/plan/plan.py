@@ -127,7 +127,7 @@ def make_plan(
     draft = requested_draft(config, index) if loads_draft else carried_draft(index)
     planner.require_references(chain(model_ops(config), draft_ops(config)))
     if loads_draft:
-        if config.dspark is not None and parallel.size > 1:
+        if config.dspark and parallel.size > 1:
             raise ShardingError(f"--draft with {parallel.size} ranks: DSpark runs on one rank")
         ops += tuple(planner.ops(draft_ops(config)))
         params += tuple(draft_params(config))

@@ -136,7 +136,7 @@ class Planner:
 
     def _of_drafts(self, plain: frozenset[str]) -> Iterator[CompanionSpec]:
         """Yields the drafts'. A block of DSpark's is no step of either line: torch attends from it."""
-        if self.config.dspark is None:
+        if not self.config.dspark:
             yield from self._of_layers(self.config.draft_layers(), plain)
             return
         for layer in self.config.draft_layers():
