@@ -39,7 +39,7 @@ def calibrate(folder: Path, weights: Weights) -> DraftCalibration:
     for kind, count in NUM_DOCUMENTS.items():
         (rows,) = make_rows(encoder, makers[kind], (WIDTH,), count, SEED)
         lengths = (rows.role != PADDING).sum(1)
-        found = backbone_streams(model, rows, lengths)
+        found = backbone_streams(model, rows)
         for row, length in enumerate(lengths.tolist()):
             embedded = embed[rows.ids[row, 1:length].long()]
             streams = found.streams[row, : length - 1].float()

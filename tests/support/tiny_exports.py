@@ -31,7 +31,8 @@ def _stored() -> Tensors:
 
 
 def tiny_tensors() -> Tensors:
-    """Every tensor of the embedded model's backbone: few exporters keep a draft. The dict may be changed, the tensors may not."""
+    """Every tensor of the embedded model's backbone: few exporters keep a draft. The dict may be changed, the tensors
+    may not."""
     return dict(_stored())
 
 

@@ -47,16 +47,12 @@ def stored_values(weights: Weights) -> Weights:
     return found
 
 
-def straight_through(weights: Weights) -> Weights:
-    """Returns the stored values, whose gradients go to ``weights`` unchanged."""
-    with torch.no_grad():
-        stored = stored_values(weights)
-    return {name: weight + (stored[name] - weight).detach() for name, weight in weights.items()}
-
-
 @dataclass(frozen=True)
 class Places:
-    """The rotation and the mask that follow from positions. Shapes: turn complex [W, R / 2]; hidden bool [W, W], True where not attended."""
+    """The rotation and the mask that follow from positions.
+
+    Shapes: turn complex [W, R / 2]; hidden bool [W, W], True where not attended.
+    """
 
     turn: Tensor
     hidden: Tensor

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ownpath.bench.timing import capture_graph
 from tiny.batches import ANSWER, PROMPT
-from tiny.draft import Places, Weights, draft_hidden, straight_through
+from tiny.draft import Places, Weights, draft_hidden, stored_values
 from tiny.network import FIELDS
 from tiny.streams import Streams
 
@@ -21,6 +22,7 @@ PATTERN = (
 )
 NUM_ROWS = {"brief": 512, "short": 256, "request": 96, "middle": 64, "long": 24, "tools": 24, "many tools": 16}
 _SELECTS = "ffn.gate.bias"
+_QUANTISED_EVERY = 4
 
 
 @dataclass(frozen=True)
@@ -58,30 +60,97 @@ class DraftRecipe:
         return asdict(self)
 
 
+class Turn:
+    """A step on rows of one kind: loss and gradients, as a captured CUDA graph or eagerly.
+
+    used: the weights that the step computes with; it leaves its gradients there.
+    """
+
+    def __init__(self, trainer: "DraftTrainer", data: Streams, num_rows: int) -> None:
+        self.trainer, self.data = trainer, data
+        self.places = Places.of(data.rows.ids.shape[1], trainer.device)
+        self.chosen = torch.zeros(num_rows, dtype=torch.long, device=trainer.device)
+        self.stats = torch.zeros(3, device=trainer.device)
+        self.replay: Callable[[], None] = self.forward_backward
+
+    def run(self) -> Tensor:
+        """Draws rows and runs. Returns the loss, agreed and counted answer tokens."""
+        drawn = torch.randint(
+            len(self.data.h), self.chosen.shape, generator=self.trainer.generator, device=self.trainer.device
+        )
+        self.chosen.copy_(drawn)
+        self.replay()
+        return self.stats.clone()
+
+    def forward_backward(self) -> None:
+        """Adds the chosen rows' gradients to those of ``used``.
+
+        At place p the module has seen token p + 1; the target is the backbone's distribution at p + 1, of token p + 2.
+        """
+        trainer, data = self.trainer, self.data
+        ids, role = data.rows.ids[self.chosen].long(), data.rows.role[self.chosen]
+        embedded = F.pad(trainer.embed[ids[:, 1:]], (0, 0, 0, 1))
+        streams = data.streams[self.chosen].float()
+        h = draft_hidden(trainer.used, streams, embedded, self.places, trainer.count)[:, :-2]
+        with torch.no_grad():
+            target = F.linear(data.h[self.chosen][:, 1:-1].float(), trainer.head)
+            share = target.softmax(-1)
+        logits = F.linear(h, trainer.head)
+        losses = -(share * logits.log_softmax(-1)).sum(-1)
+        answer = (role[:, 2:] == ANSWER).float()
+        weight = answer + trainer.recipe.prompt_weight * (role[:, 2:] == PROMPT).float()
+        loss = (losses * weight).sum() / weight.sum()
+        loss.backward()
+        with torch.no_grad():
+            agreed = (logits.argmax(-1) == target.argmax(-1)).float() * answer
+            self.stats.copy_(torch.stack([loss.detach(), agreed.sum(), answer.sum()]))
+
+
 class DraftTrainer:
-    """Owns the weights and the optimiser of one run. shared: the backbone's embedding and head [V, D]."""
+    """Owns the weights and the optimiser of one run. shared: the backbone's embedding and head [V, D].
+
+    masters: what the optimiser updates. used: their values, or late in the run those that are stored, with whose
+    gradients the masters are updated.
+    """
 
     def __init__(
         self, weights: Weights, shared: tuple[Tensor, Tensor], data: dict[str, Streams], recipe: DraftRecipe
     ) -> None:
-        self.recipe, self.data = recipe, data
+        self.recipe = recipe
         self.embed, self.head = (tensor.detach().float() for tensor in shared)
         self.device = self.embed.device
-        self.weights = {name: value.to(self.device).requires_grad_(name != _SELECTS) for name, value in weights.items()}
-        matrices = [w for name, w in self.weights.items() if w.dim() >= 2]
-        others = [w for name, w in self.weights.items() if w.dim() < 2 and name != _SELECTS]
+        self.masters = {name: value.to(self.device).clone() for name, value in weights.items()}
+        self.used = {name: value.clone().requires_grad_(name != _SELECTS) for name, value in self.masters.items()}
+        self.trained = [name for name in self.masters if name != _SELECTS]
+        for name in self.trained:
+            self.used[name].grad = torch.zeros_like(self.used[name])
+            self.masters[name].grad = self.used[name].grad
+        matrices = [self.masters[name] for name in self.trained if self.masters[name].dim() >= 2]
+        others = [self.masters[name] for name in self.trained if self.masters[name].dim() < 2]
         groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=recipe.betas, fused=True)
         self.generator = torch.Generator(device=self.device).manual_seed(recipe.seed)
-        self.places = {kind: Places.of(found.rows.ids.shape[1], self.device) for kind, found in data.items()}
         self.counts = torch.zeros(FIELDS["n_routed_experts"], device=self.device)
+        rows = {kind: max(1, int(NUM_ROWS[kind] * recipe.row_share)) for kind in data}
+        self.turns = {kind: Turn(self, found, rows[kind]) for kind, found in data.items()}
         self.curve: list[dict[str, float]] = []
+
+    def capture(self) -> str:
+        """Records every kind's step as a CUDA graph; the weights stay unchanged. Returns what became of it: steps that
+        cannot be captured run eagerly."""
+        for kind, turn in self.turns.items():
+            try:
+                turn.replay = capture_graph([turn.forward_backward], num_warm_ups=2).replay
+            except RuntimeError as error:
+                return f"not captured from {kind} on: {error}"
+        self._clear()
+        return "captured"
 
     def run(self, log: Callable[[str], None], save: Callable[[], None], log_every: int = 100) -> None:
         """Runs all steps. Every ``log_every`` steps it logs a line and a point of the curve, and saves."""
         start = time.perf_counter()
         seen: dict[str, list[Tensor]] = {}
-        kinds = [kind for kind in PATTERN if kind in self.data]
+        kinds = [kind for kind in PATTERN if kind in self.turns]
         step = 0
         while (done := self.recipe.done_at(step, time.perf_counter() - start)) < 1:
             kind = kinds[step % len(kinds)]
@@ -102,58 +171,47 @@ class DraftTrainer:
         self.curve.append(point)
 
     def step(self, step: int, done: float, kind: str) -> Tensor:
-        """One update from randomly drawn rows of a kind. Returns its loss, agreed and counted answer tokens."""
-        recipe, data = self.recipe, self.data[kind]
-        num_rows = max(1, int(NUM_ROWS[kind] * recipe.row_share))
-        chosen = torch.randint(len(data.h), (num_rows,), generator=self.generator, device=self.device)
-        weights = straight_through(self.weights) if done >= recipe.quantised_from else self.weights
-        loss, stats = self.loss(weights, data, chosen, self.places[kind], self._count)
-        loss.backward()
-        trained = [weight for group in self.optimizer.param_groups for weight in group["params"]]
-        torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
+        """One update from rows of a kind. Returns its loss, agreed and counted answer tokens."""
+        recipe = self.recipe
+        self._refresh(step, done >= recipe.quantised_from)
+        stats = self.turns[kind].run()
+        torch.nn.utils.clip_grad_norm_([self.masters[name] for name in self.trained], recipe.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.learning_rate_at(step, done)
         self.optimizer.step()
-        self.optimizer.zero_grad()
         self._balance()
+        self._clear()
         return stats
 
-    def loss(self, weights: Weights, data: Streams, chosen: Tensor, places: Places, see: Any) -> tuple[Tensor, Tensor]:
-        """Returns the mean loss of the chosen rows, and the sums that the curve is made of.
+    @torch.no_grad()
+    def _refresh(self, step: int, quantised: bool) -> None:
+        """Sets the used weights from the masters; to the stored values every few steps only, which takes longer."""
+        if quantised and step % _QUANTISED_EVERY:
+            return
+        values = stored_values(self.masters) if quantised else self.masters
+        torch._foreach_copy_([self.used[name] for name in values], list(values.values()))
 
-        At place p the module has seen token p + 1; the target is the backbone's distribution at p + 1, of token p + 2.
-        """
-        ids, role = data.rows.ids[chosen].long(), data.rows.role[chosen]
-        embedded = self.embed[ids[:, 1:]]
-        embedded = F.pad(embedded, (0, 0, 0, 1))
-        h = draft_hidden(weights, data.streams[chosen].float(), embedded, places, see)[:, :-2]
-        with torch.no_grad():
-            target = F.linear(data.h[chosen][:, 1:-1].float(), self.head)
-            share = target.softmax(-1)
-        logits = F.linear(h, self.head)
-        losses = -(share * logits.log_softmax(-1)).sum(-1)
-        answer = (role[:, 2:] == ANSWER).float()
-        weight = answer + self.recipe.prompt_weight * (role[:, 2:] == PROMPT).float()
-        agreed = (logits.argmax(-1) == target.argmax(-1)).float() * answer
-        loss = (losses * weight).sum() / weight.sum()
-        return loss, torch.stack([loss.detach(), agreed.sum(), answer.sum()])
+    @torch.no_grad()
+    def _clear(self) -> None:
+        torch._foreach_zero_([self.used[name].grad for name in self.trained])
+        self.counts.zero_()
 
-    def _count(self, name: str, *values: Tensor) -> None:
+    def count(self, name: str, *values: Tensor) -> None:
+        """Counts the tokens of each expert."""
         if name == "ffn.experts":
             self.counts += (values[-1].detach() > 0).float().sum(0)
 
     @torch.no_grad()
     def _balance(self) -> None:
         """Raises the selection bias of experts that had fewer tokens than the mean, and lowers the others'."""
-        self.weights[_SELECTS] += self.recipe.balance_step * torch.sign(self.counts.mean() - self.counts)
-        self.counts.zero_()
+        self.masters[_SELECTS] += self.recipe.balance_step * torch.sign(self.counts.mean() - self.counts)
 
 
 def trained_weights(trainer: DraftTrainer) -> Weights:
     """Returns the weights on the CPU: BF16 where the checkpoint's value is made from BF16, float32 elsewhere."""
     kept = ("hc_", "attn.attn_sink", _SELECTS)
     found = {}
-    for name, weight in trainer.weights.items():
+    for name, weight in trainer.masters.items():
         value = weight.detach().cpu()
         found[name] = value if name.startswith(kept) else value.bfloat16()
     return found

@@ -1,6 +1,5 @@
 """The frozen backbone's streams over rows of text: the input and the target of a draft's training."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
 from ownpath.numerics import dequantize
 from ownpath.qtensor import QuantTensor
-from tiny.batches import Rows
+from tiny.batches import PADDING, Rows
 
 MAX_TOKENS = 1024
 _STEP_TOKENS = {"cpu": 1024, "cuda": 8192}
@@ -47,38 +46,59 @@ def load_backbone(folder: Path, device: str, dtype: str | None = None) -> Model:
     return load_model(folder, engine)
 
 
-def backbone_streams(model: Model, rows: Rows, lengths: Tensor) -> Streams:
-    """Runs all rows, each without its padding. lengths: tokens of each row."""
-    device = model.cache_spec.device
-    count, width = rows.ids.shape
-    config = model.config
-    streams = torch.zeros(count, width, config.hc_mult, config.hidden_size, dtype=torch.bfloat16, device=device)
-    h = torch.zeros(count, width, config.hidden_size, dtype=torch.bfloat16, device=device)
-    for numbers in _steps(lengths.tolist(), _STEP_TOKENS[device.type]):
-        caches = [model.new_cache(int(lengths[i])) for i in numbers]
-        chunks = [(rows.ids[i, : lengths[i]].tolist(), cache) for i, cache in zip(numbers, caches, strict=True)]
-        hidden = model.hidden(ForwardBatch.of(chunks, device))
-        row = torch.repeat_interleave(torch.tensor(numbers), lengths[numbers]).to(device)
-        place = torch.cat([torch.arange(int(lengths[i])) for i in numbers]).to(device)
-        streams[row, place] = hidden.streams_TSD.bfloat16()
-        h[row, place] = hidden.h_TD.bfloat16()
+class GrowingStreams:
+    """Streams of rows that the backbone runs step by step, each row without its padding."""
+
+    def __init__(self, model: Model, rows: Rows) -> None:
+        self.model, self.rows, self.num_done = model, rows, 0
+        self.lengths: list[int] = (rows.role != PADDING).sum(1).tolist()
+        config, device = model.config, model.cache_spec.device
+        shape = (*rows.ids.shape, config.hc_mult, config.hidden_size)
+        self._streams = torch.zeros(shape, dtype=torch.bfloat16, device=device)
+        self._h = torch.zeros(*rows.ids.shape, config.hidden_size, dtype=torch.bfloat16, device=device)
+
+    @property
+    def is_done(self) -> bool:
+        return self.num_done == len(self.lengths)
+
+    def step(self) -> None:
+        """Runs as many of the next rows as make one step of the backbone."""
+        device = self.model.cache_spec.device
+        numbers = _next_step(self.lengths, self.num_done, _STEP_TOKENS[device.type])
+        caches = [self.model.new_cache(self.lengths[i]) for i in numbers]
+        chunks = [(self.rows.ids[i, : self.lengths[i]].tolist(), c) for i, c in zip(numbers, caches, strict=True)]
+        hidden = self.model.hidden(ForwardBatch.of(chunks, device))
+        lengths = torch.tensor(self.lengths[numbers.start : numbers.stop])
+        row = torch.repeat_interleave(torch.tensor(list(numbers)), lengths).to(device)
+        place = torch.cat([torch.arange(length) for length in lengths.tolist()]).to(device)
+        self._streams[row, place] = hidden.streams_TSD.bfloat16()
+        self._h[row, place] = hidden.h_TD.bfloat16()
+        self.num_done = numbers.stop
         for cache in caches:
             cache.release()
-    return Streams(rows.to(str(device)), streams, h)
+
+    def found(self) -> Streams:
+        """Returns those of the rows that were run."""
+        done, device = self.num_done, str(self._h.device)
+        rows = Rows(self.rows.ids[:done], self.rows.role[:done])
+        return Streams(rows.to(device), self._streams[:done], self._h[:done])
 
 
-def _steps(lengths: list[int], most: int) -> Iterator[list[int]]:
-    """Yields the numbers of rows that make one step together."""
-    numbers: list[int] = []
-    total = 0
-    for number, length in enumerate(lengths):
-        if numbers and (total + length > most or len(numbers) == _STEP_ROWS):
-            yield numbers
-            numbers, total = [], 0
-        numbers.append(number)
-        total += length
-    if numbers:
-        yield numbers
+def _next_step(lengths: list[int], start: int, most: int) -> range:
+    """Returns the numbers of rows that make one step together."""
+    stop, total = start, 0
+    while stop < len(lengths) and stop - start < _STEP_ROWS and (stop == start or total + lengths[stop] <= most):
+        total += lengths[stop]
+        stop += 1
+    return range(start, stop)
+
+
+def backbone_streams(model: Model, rows: Rows) -> Streams:
+    """Runs all rows."""
+    growing = GrowingStreams(model, rows)
+    while not growing.is_done:
+        growing.step()
+    return growing.found()
 
 
 def decoded_weights(folder: Path) -> dict[str, Tensor]:
