@@ -2,15 +2,16 @@ r"""Measures how often the draft of tiny-v4 guesses the token that the model its
 
     PYTHONPATH=src python tools/draft_acceptance.py --model src/ownpath/assets/tiny-v4
 
-Asks every n-th question of the examination (``--every``; none was drawn for the draft's training), takes the model's
-own greedy answer, and runs question and answer through backbone and draft once more, each row with the token that
-truly follows it. Counted are the places from the question's last token to the answer's third last: the draft's largest
+Asks questions of the examination, drawn at random (``--questions``; the draft's training has drawn its own), takes the
+model's own greedy answer, and runs question and answer through backbone and draft once more, each row with the token
+that truly follows it. Counted are the places from the question's last token to the answer's third last: the draft's largest
 logit there against the answer's token two places on. That is the share of drafts that greedy decoding accepts.
 ``--answers FILE`` keeps the answers in a file, or takes them from it where it exists.
 """
 
 import argparse
 import json
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -62,13 +63,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=default_model_dir(), help="checkpoint folder, with a draft")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--every", type=int, default=23, help="ask every n-th question of the examination")
+    parser.add_argument("--questions", type=int, default=500, help="of the examination, to ask")
     parser.add_argument("--answers", type=Path, help="file of the model's answers")
     arguments = parser.parse_args()
     if arguments.answers and arguments.answers.exists():
         found = json.loads(arguments.answers.read_text(encoding="utf-8"))
     else:
-        asked = questions(Recipe().seed)[:: arguments.every]
+        asked = random.Random(Recipe().seed).sample(questions(Recipe().seed), arguments.questions)
         found = answered(arguments.model, arguments.device, asked)
         if arguments.answers:
             arguments.answers.write_text(json.dumps(found), encoding="utf-8")

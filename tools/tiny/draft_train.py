@@ -122,9 +122,9 @@ class DraftTrainer:
         self.masters = {name: value.to(self.device).clone() for name, value in weights.items()}
         self.used = {name: value.clone().requires_grad_(name != _SELECTS) for name, value in self.masters.items()}
         self.trained = [name for name in self.masters if name != _SELECTS]
-        for name in self.trained:
-            self.used[name].grad = torch.zeros_like(self.used[name])
-            self.masters[name].grad = self.used[name].grad
+        self.grads = [torch.zeros_like(self.used[name]) for name in self.trained]
+        for name, grad in zip(self.trained, self.grads, strict=True):
+            self.used[name].grad = self.masters[name].grad = grad
         matrices = [self.masters[name] for name in self.trained if self.masters[name].dim() >= 2]
         others = [self.masters[name] for name in self.trained if self.masters[name].dim() < 2]
         groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -193,7 +193,7 @@ class DraftTrainer:
 
     @torch.no_grad()
     def _clear(self) -> None:
-        torch._foreach_zero_([self.used[name].grad for name in self.trained])
+        torch._foreach_zero_(self.grads)
         self.counts.zero_()
 
     def count(self, name: str, *values: Tensor) -> None:
