@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 import torch
 
-from ownpath.dspark import NO_DSPARK, DSparkShape, read_dspark
+from ownpath.dspark import DSPARK_FIELDS, NO_DSPARK, DSparkShape, read_dspark
 from ownpath.files import FileError, MissingFileError, read_json_object, shorten
 from ownpath.formats import CacheFormat
 from ownpath.official import PLAIN, Step
@@ -267,7 +267,7 @@ def unread_fields(fields: Mapping[str, object]) -> tuple[str, ...]:
     """Returns the names of config.json fields that this code does not read as settings of the model, in file order."""
     own = {field.name for field in dataclass_fields(ModelConfig)} - {"yarn", "claims"}
     spelled = {"rope_scaling", "layer_types", "mlp_layer_types", "rope_parameters", "architectures", "model_type"}
-    return tuple(name for name in fields if name not in own | spelled | set(_REQUIRED))
+    return tuple(name for name in fields if name not in own | spelled | set(_REQUIRED) | DSPARK_FIELDS)
 
 
 def token_ids(value: object, where: str) -> tuple[int, ...]:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 _COUNTS = ("dspark_block_size", "dspark_markov_rank", "dspark_noise_token_id")
+DSPARK_FIELDS = frozenset({*_COUNTS, "dspark_target_layer_ids"})
+"""The fields that are read."""
 
 
 @dataclass(frozen=True)
