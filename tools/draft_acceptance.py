@@ -4,8 +4,8 @@ r"""Measures how often the draft of tiny-v4 guesses the token that the model its
 
 Asks questions of the examination, drawn at random (``--questions``; the draft's training has drawn its own), takes the
 model's own greedy answer, and runs question and answer through backbone and draft once more, each row with the token
-that truly follows it. Counted are the places from the question's last token to the answer's third last: the draft's largest
-logit there against the answer's token two places on. That is the share of drafts that greedy decoding accepts.
+that truly follows it. Counted are the places from the question's last token to the answer's third last: the draft's
+largest logit there against the answer's token two places on. That is the share of drafts that greedy decoding accepts.
 ``--answers FILE`` keeps the answers in a file, or takes them from it where it exists.
 """
 
