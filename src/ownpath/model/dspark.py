@@ -30,7 +30,7 @@ from ownpath.cache.pools import CachePool, SequenceCache
 from ownpath.dspark import DSparkShape
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.block import Block, Residual
-from ownpath.runners import HyperBoundary, HyperWeights, Linear, RMSNorm
+from ownpath.runners import HyperBoundary, HyperOut, HyperWeights, Linear, RMSNorm
 
 
 class BlockStep:
@@ -129,20 +129,20 @@ class DSpark:
 
         All tokens that the sequences hold have been remembered. draw: draws a token [R] from logits [R, V].
         """
-        x_TSD = self._streams(token_ids_R, caches)
-        at_TD = self._collapsed(x_TSD).unflatten(0, (len(caches), -1))
-        logits_RBV = self.head(self.leave(x_TSD, None, None, None).h_TD).unflatten(0, (len(caches), -1))
+        left = self._block(token_ids_R, caches)
+        at_RBD = self._collapsed(left.x_TSD).unflatten(0, (len(caches), -1))
+        logits_RBV = self.head(left.h_TD).unflatten(0, (len(caches), -1))
         drawn, embedded = [token_ids_R], []
         for row in range(self.shape.block_size):
             embedded.append(self.markov_w1_VM[drawn[-1]])
-            logits_RBV[:, row] += self.markov_w2(embedded[-1].to(x_TSD.dtype))
+            logits_RBV[:, row] += self.markov_w2(embedded[-1].to(left.h_TD.dtype))
             drawn.append(draw(logits_RBV[:, row]))
-        known = torch.cat((at_TD, torch.stack(embedded, dim=1).to(at_TD.dtype)), dim=-1)
+        known = torch.cat((at_RBD, torch.stack(embedded, dim=1).to(at_RBD.dtype)), dim=-1)
         confidence_RB = F.linear(known, self.confidence.to(known.dtype)).squeeze(-1)
         return Guesses(torch.stack(drawn[1:], dim=1), logits_RBV, confidence_RB)
 
-    def _streams(self, token_ids_R: torch.Tensor, caches: Sequence[SequenceCache]) -> torch.Tensor:
-        """Runs the stages on a block of each request: the streams behind them [R * B, S, D]."""
+    def _block(self, token_ids_R: torch.Tensor, caches: Sequence[SequenceCache]) -> HyperOut:
+        """Runs the stages on a block of each request, R * B rows, and leaves them."""
         size, device = self.shape.block_size, token_ids_R.device
         ids_RB = token_ids_R.new_full((len(caches), size), self.shape.noise_token_id)
         ids_RB[:, 0] = token_ids_R
@@ -153,7 +153,7 @@ class DSpark:
         rotation, step = self.rope.at(positions_T), BlockStep(caches, self.window)
         for stage in self.stages:
             residual = stage(residual, rotation, ids_RB.flatten(), step)
-        return residual.enter(self.leave).x_TSD
+        return residual.enter(self.leave)
 
     def _collapsed(self, x_TSD: torch.Tensor) -> torch.Tensor:
         """Collapses the streams as ``leave`` does, without its norm: [T, D], at least float32."""

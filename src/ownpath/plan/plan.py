@@ -97,8 +97,10 @@ class Plan:
     @property
     def idle_slots(self) -> frozenset[str]:
         """Companions that no step runs: where chunks have a line of kernels, those that it takes the place of."""
-        replaced = () if self.no_chunks else (".attn.core", ".attn.q_head_norm", ".attn.indexer.quantizer")
-        return frozenset(op.spec.slot for op in self.companions if op.spec.slot.endswith(replaced))
+        replaced = (".attn.core", ".attn.q_head_norm", ".attn.indexer.quantizer")
+        slots = [op.spec.slot for op in self.companions]
+        lines = {slot.partition(".attn.")[0] for slot in slots if slot.endswith(".attn.chunk.attend")}
+        return frozenset(slot for slot in slots if slot.endswith(replaced) and slot.partition(".attn.")[0] in lines)
 
     def ops_of(self, slot: str) -> tuple[PlannedOp, ...]:
         return tuple(op for op in self.ops if op.spec.slot == slot)
