@@ -134,15 +134,15 @@ class Builder:
         """Builds one decoder layer; the drafts' come after the backbone's."""
         layer = self._layers[layer_idx].name
         return Block(
-            hc_attn=self.boundary(f"{layer}.hc_attn", f"{layer}.attn_norm"),
+            hc_attn=self._boundary(f"{layer}.hc_attn", f"{layer}.attn_norm"),
             attn=self._attention(layer_idx, compress_rope),
-            hc_ffn=self.boundary(f"{layer}.hc_ffn", f"{layer}.ffn_norm"),
+            hc_ffn=self._boundary(f"{layer}.hc_ffn", f"{layer}.ffn_norm"),
             ffn=self._ffn(f"{layer}.ffn"),
         )
 
     def ends(self) -> tuple[HyperBoundary, Product]:
         """Builds what follows the last layer: its boundary, and the head's product."""
-        boundary, head = self.boundary("hc_head", "norm"), self.runner("head")
+        boundary, head = self._boundary("hc_head", "norm"), self._runner("head")
         if "head.turn" in self.specs:
             gather, turn = self._exchange("head.gather", GatherRows), self._exchange("head.turn", Turn)
             return boundary, GatheredHead(head, gather, turn)
@@ -155,20 +155,17 @@ class Builder:
         """Returns a product, with the exchange behind it where one is planned."""
         return FollowedLinear(linear, self._exchange(slot, make)) if slot in self.specs else linear
 
-    def runner(self, slot: str) -> Any:
-        """Returns a product's runner, watched."""
+    def _runner(self, slot: str) -> Any:
         return self.ledger.watch(slot, self.runners[slot])
 
     def _tap(self, layer: Layer, name: str) -> Tap:
         assert f"{layer.name}.{name}" in tap_names(layer), name
         return self.ledger.tap(f"{layer.name}.{name}")
 
-    def boundary(self, slot: str, norm: str) -> Any:
-        """Builds a boundary, watched."""
-        return self.ledger.watch(slot, HyperBoundary(self.hyper_weights(slot, norm), kernel=self.specs[slot]))
+    def _boundary(self, slot: str, norm: str) -> Any:
+        return self.ledger.watch(slot, HyperBoundary(self._hyper_weights(slot, norm), kernel=self.specs[slot]))
 
-    def hyper_weights(self, slot: str, norm: str) -> HyperWeights:
-        """Returns a boundary's weights."""
+    def _hyper_weights(self, slot: str, norm: str) -> HyperWeights:
         config = self.config
         return HyperWeights(
             fn=self.params[f"{slot}_fn"],
@@ -181,8 +178,7 @@ class Builder:
             norm_eps=config.rms_norm_eps,
         )
 
-    def norm(self, slot: str, weight: torch.Tensor | None) -> Any:
-        """Builds a norm, watched."""
+    def _norm(self, slot: str, weight: torch.Tensor | None) -> Any:
         norm = RMSNorm(weight, self.config.rms_norm_eps, kernel=self.specs[slot])
         return self.ledger.watch(slot, norm)
 
@@ -192,14 +188,14 @@ class Builder:
         quantize_kv = self._key_quantizer(f"{attn}.key_quantizer")
         return Attention(
             config=self.config,
-            wqa_wkv=self.runner(f"{attn}.wqa_wkv"),
+            wqa_wkv=self._runner(f"{attn}.wqa_wkv"),
             queries=self._queries(attn, is_csa),
             x_products=self._x_products(attn, layer.ratio) if layer.ratio else None,
-            wo_a=self.runner(f"{attn}.wo_a"),
-            wo_b=self._followed(self.runner(f"{attn}.wo_b"), f"{attn}.reduce", Reduce),
-            q_norm=self.norm(f"{attn}.q_norm", self.params[f"{attn}.q_norm.weight"]),
-            kv_norm=self.norm(f"{attn}.kv_norm", self.params[f"{attn}.kv_norm.weight"]),
-            q_head_norm=self.norm(f"{attn}.q_head_norm", None),
+            wo_a=self._runner(f"{attn}.wo_a"),
+            wo_b=self._followed(self._runner(f"{attn}.wo_b"), f"{attn}.reduce", Reduce),
+            q_norm=self._norm(f"{attn}.q_norm", self.params[f"{attn}.q_norm.weight"]),
+            kv_norm=self._norm(f"{attn}.kv_norm", self.params[f"{attn}.kv_norm.weight"]),
+            q_head_norm=self._norm(f"{attn}.q_head_norm", None),
             quantize_kv=self._watch(f"{attn}.key_quantizer", quantize_kv),
             indexer=self._indexer(layer) if is_csa else None,
             core=self.ledger.watch(f"{attn}.core", self._core(layer_idx, compress_rope, quantize_kv)),
@@ -215,7 +211,7 @@ class Builder:
         widths = {f"{attn}.wq_b": len(self.params[f"{attn}.attn_sink"]) * config.head_dim}
         if is_csa:
             widths[f"{attn}.indexer.wq_b"] = config.index_n_heads * config.index_head_dim
-        return JointProducts.of(f"{attn}.queries", widths, self.runners, self.runner)
+        return JointProducts.of(f"{attn}.queries", widths, self.runners, self._runner)
 
     def _x_products(self, attn: str, ratio: int) -> JointProducts:
         config, indexer = self.config, f"{attn}.indexer"
@@ -224,7 +220,7 @@ class Builder:
         if ratio == CSA_RATIO:
             widths[f"{indexer}.weights_proj"] = config.index_n_heads
             widths[f"{indexer}.compressor.wkv_wgate"] = rows_of_head * config.index_head_dim
-        return JointProducts.of(f"{attn}.x_products", widths, self.runners, self.runner)
+        return JointProducts.of(f"{attn}.x_products", widths, self.runners, self._runner)
 
     @cached_property
     def _paged(self) -> PagedAttention | None:
@@ -361,12 +357,12 @@ class Builder:
         if parallel.experts is ExpertSplit.IDS and parallel.size > 1:
             assert isinstance(runner, MoeRunner), slot
             return self.ledger.watch(slot, HeldExperts(runner, parallel.share(count), count))
-        return self.runner(slot)
+        return self._runner(slot)
 
     def _moe(self, ffn: str) -> MoE:
         shared = f"{ffn}.shared_experts"
         router = Router(
-            gate=self.runner(f"{ffn}.gate"),
+            gate=self._runner(f"{ffn}.gate"),
             num_experts_per_tok=self.config.num_experts_per_tok,
             routed_scaling_factor=self.config.routed_scaling_factor,
             bias_E=self.params.get(f"{ffn}.gate.bias"),
@@ -375,7 +371,7 @@ class Builder:
         )
         limit = self.config.swiglu_limit
         activation = self.ledger.watch(f"{shared}.swiglu", SwiGLU(limit, kernel=self.specs[f"{shared}.swiglu"]))
-        mlp = SwigluMlp(self.runner(f"{shared}.w13"), self.runner(f"{shared}.w2"), limit, activation=activation)
+        mlp = SwigluMlp(self._runner(f"{shared}.w13"), self._runner(f"{shared}.w2"), limit, activation=activation)
         route, watch = self._route(ffn), self.ledger.watch
         decode = (None, 0) if route is None else (watch(f"{ffn}.decode.route", route), route.max_rows)
         return MoE(watch(f"{ffn}.router", router), self._experts(f"{ffn}.experts"), mlp, *decode)

@@ -1,4 +1,4 @@
-"""Builds the drafts of a model: MTP modules, or DSpark."""
+"""Builds the drafts of a model: MTP modules, or DSpark. The builder's own work, in a file of its own."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -21,12 +21,12 @@ def mtp_modules(builder: "Builder", sliding: Rope, compress: Rope) -> Iterator[M
         name = layer.name
         yield Mtp(
             embed_VD=params["embed.weight"],
-            enorm=builder.norm(f"{name}.enorm", params[f"{name}.enorm.weight"]),
-            hnorm=builder.norm(f"{name}.hnorm", params[f"{name}.hnorm.weight"]),
-            e_proj=builder.runner(f"{name}.e_proj"),
-            h_proj=builder.runner(f"{name}.h_proj"),
+            enorm=builder._norm(f"{name}.enorm", params[f"{name}.enorm.weight"]),
+            hnorm=builder._norm(f"{name}.hnorm", params[f"{name}.hnorm.weight"]),
+            e_proj=builder._runner(f"{name}.e_proj"),
+            h_proj=builder._runner(f"{name}.h_proj"),
             block=builder.block(config.num_hidden_layers + draft_idx, compress),
-            hc_head=builder.boundary(f"{name}.hc_head", f"{name}.norm"),
+            hc_head=builder._boundary(f"{name}.hc_head", f"{name}.norm"),
             rope=sliding,
         )
 
@@ -40,14 +40,14 @@ def dspark(builder: "Builder", head: Product, sliding: Rope, compress: Rope) -> 
     return DSpark(
         shape=shape,
         embed_VD=params["embed.weight"],
-        main_proj=builder.runner("mtp.0.main_proj"),
-        main_norm=builder.norm("mtp.0.main_norm", params["mtp.0.main_norm.weight"]),
+        main_proj=builder._runner("mtp.0.main_proj"),
+        main_norm=builder._norm("mtp.0.main_norm", params["mtp.0.main_norm.weight"]),
         stages=tuple(builder.block(first + stage, compress) for stage in range(shape.num_stages)),
-        leave=builder.boundary(f"{last}.hc_head", f"{last}.norm"),
-        hc_head=builder.hyper_weights(f"{last}.hc_head", f"{last}.norm"),
+        leave=builder._boundary(f"{last}.hc_head", f"{last}.norm"),
+        hc_head=builder._hyper_weights(f"{last}.hc_head", f"{last}.norm"),
         head=head,
         markov_w1_VM=params[f"{last}.markov_head.markov_w1.weight"],
-        markov_w2=builder.runner(f"{last}.markov_head.markov_w2"),
+        markov_w2=builder._runner(f"{last}.markov_head.markov_w2"),
         confidence=params[f"{last}.confidence_head.proj.weight"],
         rope=sliding,
         window=config.sliding_window,
