@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 import torch
 
+from ownpath.dspark import DSPARK_FIELDS, NO_DSPARK, DSparkShape, read_dspark
 from ownpath.files import FileError, MissingFileError, read_json_object, shorten
 from ownpath.formats import CacheFormat
 from ownpath.official import PLAIN, Step
@@ -70,7 +71,7 @@ class ModelConfig:
     compress_ratios: one entry per backbone layer: 0 sliding window only, 4 CSA, 128 HCA.
     num_hash_layers: the first layers whose experts are looked up by token id.
     eos_token_id: every token that ends an answer, from an integer or a list.
-    num_nextn_predict_layers: MTP draft modules behind the backbone, 0 where the field is absent.
+    num_nextn_predict_layers: MTP draft modules behind the backbone, or 0. dspark: the other drafter's shape.
     claims: every field as written. What it states about formats decides nothing; the plan compares it with the tensors.
     """
 
@@ -106,6 +107,7 @@ class ModelConfig:
     bos_token_id: int
     eos_token_id: tuple[int, ...]
     num_nextn_predict_layers: int = 0
+    dspark: DSparkShape = NO_DSPARK
     claims: Mapping[str, object] = dataclass_field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -121,8 +123,8 @@ class ModelConfig:
             yield Layer(f"layers.{layer_idx}", ratio, self.is_hash_layer(layer_idx))
 
     def draft_layers(self) -> Iterator[Layer]:
-        """Yields the MTP modules' decoder layers, in order: without compression, with experts chosen by a gate."""
-        for draft_idx in range(self.num_nextn_predict_layers):
+        """Yields the drafts' decoder layers, in order: without compression, with experts chosen by a gate."""
+        for draft_idx in range(self.dspark.num_stages or self.num_nextn_predict_layers):
             yield Layer(f"mtp.{draft_idx}", SLIDING, is_hash=False)
 
     @classmethod
@@ -176,6 +178,7 @@ class ModelConfig:
             bos_token_id=read.integer("bos_token_id", minimum=0),
             eos_token_id=read.token_ids("eos_token_id"),
             num_nextn_predict_layers=read.count("num_nextn_predict_layers"),
+            dspark=read_dspark(fields, num_layers),
             claims=MappingProxyType(fields),
         )
         _check_semantics(config, fields, source)
@@ -264,7 +267,7 @@ def unread_fields(fields: Mapping[str, object]) -> tuple[str, ...]:
     """Returns the names of config.json fields that this code does not read as settings of the model, in file order."""
     own = {field.name for field in dataclass_fields(ModelConfig)} - {"yarn", "claims"}
     spelled = {"rope_scaling", "layer_types", "mlp_layer_types", "rope_parameters", "architectures", "model_type"}
-    return tuple(name for name in fields if name not in own | spelled | set(_REQUIRED))
+    return tuple(name for name in fields if name not in own | spelled | set(_REQUIRED) | DSPARK_FIELDS)
 
 
 def token_ids(value: object, where: str) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ PACKAGE = Path(ownpath.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ROOMS = (
-    ("formats", "official", "ops", "splits", "other_models", "versions", "finding", "files", "terminal"),
+    ("dspark", "formats", "official", "ops", "splits", "other_models", "versions", "finding", "files", "terminal"),
     ("config",),
     ("end_tokens",),
     ("qtensor",),

@@ -214,7 +214,7 @@ def test_export_writes_every_tensor_the_model_reads() -> None:
 
 def test_the_committed_model_is_small_and_scores_well() -> None:
     sizes = {path.name: path.stat().st_size for path in ASSET.iterdir()}
-    assert sum(sizes.values()) < 15_000_000
+    assert sum(sizes.values()) < 17_000_000
     assert max(sizes.values()) < 16_000_000
     scores = json.loads((ASSET / "scores.json").read_text(encoding="utf-8"))
     for group in ("capital/chat/The capital of {c} is", "capital/completion/The capital of {c} is"):

@@ -132,6 +132,15 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
+DSPARK: dict[str, Any] = {
+    "compress_ratios": [*SMALL["compress_ratios"][:5], 0, 0, 0],
+    "dspark_block_size": 5,
+    "dspark_noise_token_id": 90,
+    "dspark_target_layer_ids": [2, 3, 4],
+    "dspark_markov_rank": 24,
+}
+"""Fields that make the draft a DSpark of three stages, as the refreshed releases have them."""
+
 WIDTHS = {"deepseek-native": 64, "fp8-experts": 144}
 """Expert widths that a layout needs: whole blocks of 32; a second block of 128 that is partial."""
 
@@ -139,7 +148,7 @@ WIDTHS = {"deepseek-native": 64, "fp8-experts": 144}
 def _is_projection(module: str) -> bool:
     leaf = module.rsplit(".", 1)[-1]
     in_shared = ".shared_experts." in module
-    in_draft = leaf in ("e_proj", "h_proj")
+    in_draft = leaf in ("e_proj", "h_proj", "main_proj")
     return in_shared or in_draft or (leaf in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b") and "compressor" not in module)
 
 
@@ -164,7 +173,8 @@ def random_checkpoint(
     """Writes a random checkpoint of ``SMALL`` with ``changes``, in shards of at most 200 kB.
 
     fp8_scale: dtype of FP8 block scales; by default the one that the layout's published checkpoints have.
-    draft: layout of an MTP module to write too. The backbone's tensors are the same with and without it.
+    draft: layout of a draft to write too: an MTP module, or with ``changes`` of DSpark's fields that one. The
+        backbone's tensors are the same with and without it.
     """
     made = _made(layout, seed, fp8_scale, draft, json.dumps(changes))
     folder.mkdir(parents=True, exist_ok=True)

@@ -26,11 +26,13 @@ PROMPT = [0, 17, 301, 5, 902, 44, 1203, 8, 77, 650, 2, 31]
 @lru_cache(maxsize=1)
 def _stored() -> Tensors:
     shards = sorted(default_model_dir().glob("*.safetensors"))
-    return {key: tensor for shard in shards for key, tensor in load_file(shard).items()}
+    tensors = {key: tensor for shard in shards for key, tensor in load_file(shard).items()}
+    return {key: tensor for key, tensor in tensors.items() if not key.startswith("mtp.")}
 
 
 def tiny_tensors() -> Tensors:
-    """Every tensor of the embedded model. The dict may be changed, the tensors may not."""
+    """Every tensor of the embedded model's backbone: few exporters keep a draft. The dict may be changed, the tensors
+    may not."""
     return dict(_stored())
 
 
@@ -50,6 +52,7 @@ def write_tiny(
             shutil.copy(path, folder)
     fields = json.loads((folder / "config.json").read_text())
     del fields["quantization_config"]
+    fields["num_nextn_predict_layers"] = 0
     (folder / "config.json").write_text(json.dumps(fields | dict(config or {})))
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / SHARD)
     if indexed:

@@ -71,16 +71,17 @@ def _modules(name: str, weight: QuantTensor) -> Iterator[tuple[str, QuantTensor]
         return
     experts = native_name(name).rsplit(".", 1)[0]
     for expert in range(weight.qdata.shape[0]):
-        one = _rows(weight, expert, slice(None))
+        one = expert_rows(weight, expert, slice(None))
         if match[1] == "down_proj":
             yield f"{experts}.{expert}.w2", one
             continue
         half = one.qdata.shape[0] // 2
-        yield f"{experts}.{expert}.w1", _rows(weight, expert, slice(0, half))
-        yield f"{experts}.{expert}.w3", _rows(weight, expert, slice(half, None))
+        yield f"{experts}.{expert}.w1", expert_rows(weight, expert, slice(0, half))
+        yield f"{experts}.{expert}.w3", expert_rows(weight, expert, slice(half, None))
 
 
-def _rows(weight: QuantTensor, expert: int, rows: slice) -> QuantTensor:
+def expert_rows(weight: QuantTensor, expert: int, rows: slice) -> QuantTensor:
+    """Returns some rows of one expert, as a matrix of its own."""
     assert weight.scale is not None
     assert weight.global_scale is not None
     qdata, scale = weight.qdata[expert, rows].contiguous(), weight.scale[expert, rows].contiguous()
@@ -116,9 +117,9 @@ def write_json_files(folder: Path, trained: dict[str, Tensor]) -> None:
         "exclude_modules": ignore,
     }
     generation = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "do_sample": False}
-    _write(folder / "config.json", config)
-    _write(folder / "hf_quant_config.json", {"producer": _PRODUCER, "quantization": quantization})
-    _write(folder / "generation_config.json", generation)
+    write_fields(folder / "config.json", config)
+    write_fields(folder / "hf_quant_config.json", {"producer": _PRODUCER, "quantization": quantization})
+    write_fields(folder / "generation_config.json", generation)
 
 
 def _quantized_layers(trained: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
@@ -134,5 +135,6 @@ def _quantized_layers(trained: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
     return dict(sorted(found.items()))
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def write_fields(path: Path, content: dict[str, Any]) -> None:
+    """Writes JSON as the checkpoint's files have it."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

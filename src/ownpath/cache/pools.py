@@ -36,7 +36,7 @@ class CacheSpec:
     """Sizes, dtype and device of the caches' memory.
 
     max_tokens: the most tokens of one sequence. max_sequences: the most sequences at a time. cache_blocks: blocks of
-    the pool; ``None``: as many as all sequences need at their longest. num_drafts: loaded MTP modules; each has a
+    the pool; ``None``: as many as all sequences need at their longest. num_drafts: the drafts' layers; each has a
     window of its own. layer_ids: the layers to allocate for; ``None``: all. dtype: of keys that are
     read, and of the memory in BF16. cache_format: of keys. rows_per_request: the most rows that a sequence may have in
     a decode step, one more than can be taken back (``SequenceCache.num_tokens``).
@@ -55,7 +55,7 @@ class CacheSpec:
 
     @classmethod
     def of(cls, config: ModelConfig, engine: EngineConfig) -> "CacheSpec":
-        num_drafts = config.num_nextn_predict_layers if engine.loads_draft else 0
+        num_drafts = len(tuple(config.draft_layers())) if engine.loads_draft else 0
         device = torch.device(engine.device)
         return cls(
             config,

@@ -1,9 +1,10 @@
-"""The names and shapes of a DeepSeek-V4 model and its MTP modules in checkpoints (native names, without prefix)."""
+"""The names and shapes of a DeepSeek-V4 model and its drafts in checkpoints (native names, without prefix)."""
 
 from collections.abc import Iterator
 
 from ownpath.checkpoint.schema import ModuleSpec, ParamSpec
 from ownpath.config import CSA_RATIO, Layer, ModelConfig
+from ownpath.dspark import DSparkShape
 
 NORM_DTYPES = ("BF16", "F32")
 
@@ -22,13 +23,29 @@ def model_params(config: ModelConfig) -> Iterator[ParamSpec]:
 
 
 def draft_params(config: ModelConfig) -> Iterator[ParamSpec]:
-    """Yields the MTP modules' parameters, apart from the backbone's embedding, which they share."""
+    """Yields the drafts' parameters, apart from the backbone's embedding, which they share."""
+    if config.dspark:
+        yield from _dspark_params(config, config.dspark)
+        return
     dim, streams = config.hidden_size, config.hc_mult
     for layer in config.draft_layers():
         for norm in ("enorm", "hnorm", "norm"):
             yield ParamSpec(f"{layer.name}.{norm}.weight", (dim,), NORM_DTYPES)
         yield from _hyper(f"{layer.name}.hc_head", streams, streams * dim, num_scales=1)
         yield from _layer_params(config, layer)
+
+
+def _dspark_params(config: ModelConfig, dspark: DSparkShape) -> Iterator[ParamSpec]:
+    """Yields DSpark's: the first stage owns its way in, the last one its way out."""
+    dim, streams = config.hidden_size, config.hc_mult
+    yield ParamSpec("mtp.0.main_norm.weight", (dim,), NORM_DTYPES)
+    for layer in config.draft_layers():
+        yield from _layer_params(config, layer)
+    last = f"mtp.{dspark.num_stages - 1}"
+    yield ParamSpec(f"{last}.norm.weight", (dim,), NORM_DTYPES)
+    yield from _hyper(f"{last}.hc_head", streams, streams * dim, num_scales=1)
+    yield ParamSpec(f"{last}.markov_head.markov_w1.weight", (config.vocab_size, dspark.markov_rank), ("BF16", "F32"))
+    yield ParamSpec(f"{last}.confidence_head.proj.weight", (1, dim + dspark.markov_rank), ("BF16", "F32"))
 
 
 def _layer_params(config: ModelConfig, layer: Layer) -> Iterator[ParamSpec]:

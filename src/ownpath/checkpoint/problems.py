@@ -77,7 +77,7 @@ FOUND_WHEN = MappingProxyType(
         "wide-scales": "an expert's MXFP4 scales span more powers of two than the NVFP4 scales that they become",
         "mixed-experts": "experts of one layer are stored in different encodings, or with scales of different dtypes",
         "no-kernel": "no kernel runs a module's format",
-        "draft": "--draft, and there is no MTP module: no mtp.* tensor, DSpark's, or none that config.json counts",
+        "draft": "--draft, and there is no drafter: no mtp.* tensor, or none that config.json's fields fit",
         "config": "config.json cannot be honoured",
         "config-contradiction": "counts or layer types in config.json are not those of the tensors",
         "format-contradiction": "config.json or hf_quant_config.json claims a format that the tensors do not have, or "

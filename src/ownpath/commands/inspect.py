@@ -23,7 +23,9 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     parser = subparsers.add_parser("inspect", help="show what a checkpoint is and what is wrong", description=__doc__)
     add_model_argument(parser)
     parser.add_argument("--all-scales", action="store_true", help="read every block scale instead of a sample")
-    parser.add_argument("--draft", action="store_true", help="look at the MTP draft module too, and count its memory")
+    parser.add_argument(
+        "--draft", action="store_true", help="look at the draft (MTP or DSpark) too, and count its memory"
+    )
     add_reference_argument(parser)
     parser.add_argument("--json", action="store_true", help="one object with every problem, for programs")
     add_list_argument(parser, problems_of_inspect, "every kind of problem, and every encoding")

@@ -27,7 +27,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     add_model_argument(parser)
     add_plan_arguments(parser, any_gpu=True)
     add_ranks_arguments(parser)
-    parser.add_argument("--draft", action="store_true", help="plan the MTP draft module too")
+    parser.add_argument("--draft", action="store_true", help="plan the draft (MTP or DSpark) too")
     parser.add_argument("--scales", action="store_true", help="read the scales: which weights are lossless casts?")
     parser.add_argument("--json", action="store_true", help="one entry per module, for programs")
     add_list_argument(parser, kernels_of_plan, "every kernel with its contract, and the steps of --numerics")

@@ -74,7 +74,7 @@ def inspect_folder(
     collects every problem.
 
     all_scales_in: layers of the backbone whose block scales are all read, beside a sample of the others'.
-    with_draft: look at the MTP modules as at the backbone; otherwise they are counted as not read.
+    with_draft: look at the draft as at the backbone; otherwise they are counted as not read.
     reference: modules that torch is to compute from what is stored, see ``EngineConfig``.
     """
     start = time.perf_counter()

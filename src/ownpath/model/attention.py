@@ -91,6 +91,11 @@ class Attention:
             o_TNH, left = self.core(self._project(rows, rotation), step), rotation
         return self.wo_b(self.wo_a(o_TNH, left.angles).flatten(1))
 
+    def keys(self, x_TD: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+        """Makes the window's keys of rows that attend to nothing: [T, H]."""
+        _, kv_TH = self.wqa_wkv(x_TD).split((self.config.q_lora_rank, self.config.head_dim), dim=-1)
+        return self._keys(Products(kv_TH, kv_TH), rotation)
+
     def _multiply(self, x_TD: torch.Tensor) -> Products:
         """Computes every product in front of attention."""
         config = self.config

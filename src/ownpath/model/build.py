@@ -1,6 +1,6 @@
 """Builds a model from runners (by slot), tensors used as stored (by checkpoint key) and planned companions."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,11 @@ from ownpath.cache.pools import CacheSpec
 from ownpath.config import CSA_RATIO, EngineConfig, Layer, ModelConfig
 from ownpath.model.attention import Attention, AttentionCore
 from ownpath.model.block import Block
+from ownpath.model.build_drafts import dspark, mtp_modules
 from ownpath.model.indexer import Indexer
 from ownpath.model.joint import JointProducts
 from ownpath.model.model import Model
 from ownpath.model.moe import MoE
-from ownpath.model.mtp import Mtp
 from ownpath.model.ranks import FeedForward, FollowedLinear, GatheredHead, Product, ReducedMoE
 from ownpath.model.taps import tap_names
 from ownpath.official import Step
@@ -119,7 +119,8 @@ class Builder:
             paged=self._paged,
             cache_spec=CacheSpec.of(config, self.engine),
             ledger=self.ledger,
-            drafts=tuple(self._drafts(sliding, compress)) if self.engine.loads_draft else (),
+            drafts=tuple(mtp_modules(self, sliding, compress)),
+            dspark=dspark(self, head, sliding, compress),
             share=self._exchange(DRAWN, Reduce) if DRAWN in self.specs else None,
             window=self.window,
         )
@@ -147,20 +148,6 @@ class Builder:
             return boundary, GatheredHead(head, gather, turn)
         return boundary, self._followed(head, "head.gather", GatherColumns)
 
-    def _drafts(self, sliding: Rope, compress: Rope) -> Iterator[Mtp]:
-        for draft_idx, layer in enumerate(self.config.draft_layers()):
-            name = layer.name
-            yield Mtp(
-                embed_VD=self.params["embed.weight"],
-                enorm=self._norm(f"{name}.enorm", self.params[f"{name}.enorm.weight"]),
-                hnorm=self._norm(f"{name}.hnorm", self.params[f"{name}.hnorm.weight"]),
-                e_proj=self._runner(f"{name}.e_proj"),
-                h_proj=self._runner(f"{name}.h_proj"),
-                block=self.block(self.config.num_hidden_layers + draft_idx, compress),
-                hc_head=self._boundary(f"{name}.hc_head", f"{name}.norm"),
-                rope=sliding,
-            )
-
     def _exchange(self, slot: str, make: type[Exchange]) -> Any:
         return self.ledger.watch(slot, make(self.peers, slot, self.window, kernel=self.specs[slot]))
 
@@ -176,8 +163,11 @@ class Builder:
         return self.ledger.tap(f"{layer.name}.{name}")
 
     def _boundary(self, slot: str, norm: str) -> Any:
+        return self.ledger.watch(slot, HyperBoundary(self._hyper_weights(slot, norm), kernel=self.specs[slot]))
+
+    def _hyper_weights(self, slot: str, norm: str) -> HyperWeights:
         config = self.config
-        weights = HyperWeights(
+        return HyperWeights(
             fn=self.params[f"{slot}_fn"],
             base=self.params[f"{slot}_base"],
             scale=self.params[f"{slot}_scale"],
@@ -187,7 +177,6 @@ class Builder:
             mix_norm_eps=config.rms_norm_eps,
             norm_eps=config.rms_norm_eps,
         )
-        return self.ledger.watch(slot, HyperBoundary(weights, kernel=self.specs[slot]))
 
     def _norm(self, slot: str, weight: torch.Tensor | None) -> Any:
         norm = RMSNorm(weight, self.config.rms_norm_eps, kernel=self.specs[slot])

@@ -1,6 +1,7 @@
 """DeepSeek-V4's backbone and head: token ids in, logits out, caches extended on the way."""
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from ownpath.cache.tables import DecodeTables
 from ownpath.config import ModelConfig
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.block import Block, Hidden, Residual
+from ownpath.model.dspark import DSpark
 from ownpath.model.mtp import Mtp
 from ownpath.model.ranks import Product
 from ownpath.runners import HyperBoundary
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
 class Model:
     """A loaded model. ``ledger`` counts which runner each slot really ran on.
 
-    drafts: the loaded MTP modules, in order. Each takes the ``hidden`` of the module before it.
+    drafts: the loaded MTP modules, in order. Each takes the ``hidden`` of the module before it. dspark: the other
+    drafter, if it is loaded.
     lossless_casts: slots whose NVFP4 weights are MXFP4 weights rewritten without loss.
     contradictions: claims of config.json about formats that the tensors do not bear out.
     share: adds up tensors [T, C] over ranks, for tokens that only one rank has; ``None`` where all have the same.
@@ -46,6 +49,7 @@ class Model:
     cache_spec: CacheSpec
     ledger: Ledger
     drafts: tuple[Mtp, ...] = ()
+    dspark: DSpark | None = None
     lossless_casts: tuple[str, ...] = ()
     contradictions: tuple[str, ...] = ()
     share: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -98,6 +102,19 @@ class Model:
         return Hidden(at.x_TSD, at.h_TD)
 
     @torch.inference_mode()
+    def hidden_and_targets(self, batch: ForwardBatch) -> tuple[Hidden, torch.Tensor]:
+        """Runs one step as ``hidden`` does. Returns the hidden, and what DSpark reads of each row: the streams behind
+        its target layers, averaged, side by side [T, C]."""
+        assert self.dspark is not None, "no DSpark is loaded"
+        wanted, means, step = self.dspark.shape.target_layer_ids, [], self.blocks[0].prepare(batch.tables)
+        for layer_idx, residual in enumerate(self._residuals(batch.token_ids_T, batch.positions_T, step)):
+            if layer_idx in wanted:
+                means.append(residual.enter(self.hc_head).x_TSD.mean(1))
+        batch.tables.extend()
+        at = residual.enter(self.hc_head)
+        return Hidden(at.x_TSD, at.h_TD), torch.cat(means, dim=-1)
+
+    @torch.inference_mode()
     def logits(self, hidden: Hidden, ids_R: torch.Tensor) -> torch.Tensor:
         """Computes logits, at least float32, of some rows of a hidden: the backbone's, or a draft's (they share the
         head)."""
@@ -110,6 +127,12 @@ class Model:
         return residual
 
     def _backbone(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, step: PreparedStep) -> Residual:
+        return deque(self._residuals(token_ids_T, positions_T, step), maxlen=1).pop()
+
+    def _residuals(
+        self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, step: PreparedStep
+    ) -> Iterator[Residual]:
+        """Runs the backbone, and yields the residual behind each layer."""
         if isinstance(step, DecodeStep):
             sliding, compress = step.rotations
             token_ids_T = token_ids_T.int()  # as a decoder's are: kernels are compiled for one kind of ids
@@ -120,4 +143,4 @@ class Model:
         residual = Residual(self.embed_VD[ids_TS].to(self.cache_spec.dtype))
         for block, ratio in zip(self.blocks, self.config.compress_ratios, strict=True):
             residual = block(residual, compress if ratio else sliding, token_ids_T, step)
-        return residual
+            yield residual

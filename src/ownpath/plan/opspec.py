@@ -86,12 +86,18 @@ def model_ops(config: ModelConfig) -> Iterator[OpSpec]:
 
 
 def draft_ops(config: ModelConfig) -> Iterator[OpSpec]:
-    """Yields the products of the MTP modules, apart from the backbone's head, which they share."""
-    dim = config.hidden_size
+    """Yields the products of the drafts, apart from the backbone's head, which they share."""
+    dim, dspark = config.hidden_size, config.dspark
+    if dspark:
+        yield _linear("mtp.0.main_proj", ("mtp.0.main_proj", dim, dim * len(dspark.target_layer_ids)))
     for layer in config.draft_layers():
-        for projection in (f"{layer.name}.e_proj", f"{layer.name}.h_proj"):
-            yield _linear(projection, (projection, dim, dim))
+        if not dspark:
+            for projection in (f"{layer.name}.e_proj", f"{layer.name}.h_proj"):
+                yield _linear(projection, (projection, dim, dim))
         yield from _layer_ops(config, layer)
+    if dspark:
+        head = f"mtp.{dspark.num_stages - 1}.markov_head.markov_w2"
+        yield _linear(head, (head, config.vocab_size, dspark.markov_rank), is_wide=True)
 
 
 def companion_ops(config: ModelConfig, parallel: Parallel = ONE_RANK) -> Iterator[CompanionSpec]:
@@ -102,7 +108,14 @@ def companion_ops(config: ModelConfig, parallel: Parallel = ONE_RANK) -> Iterato
 
 
 def draft_companions(config: ModelConfig, parallel: Parallel = ONE_RANK) -> Iterator[CompanionSpec]:
-    """Yields the MTP modules' companions."""
+    """Yields the drafts' companions."""
+    if config.dspark:
+        yield CompanionSpec("mtp.0.main_norm", OpKind.NORM, (config.hidden_size,))
+        for layer in config.draft_layers():
+            yield from _layer_companions(config, layer.name, parallel)
+        last = f"mtp.{config.dspark.num_stages - 1}"
+        yield CompanionSpec(f"{last}.hc_head", OpKind.HYPER, (config.hc_mult, config.hidden_size))
+        return
     for layer in config.draft_layers():
         yield CompanionSpec(f"{layer.name}.enorm", OpKind.NORM, (config.hidden_size,))
         yield CompanionSpec(f"{layer.name}.hnorm", OpKind.NORM, (config.hidden_size,))

@@ -25,7 +25,7 @@ from ownpath.plan.opspec import (
 from ownpath.plan.planner import Planner
 from ownpath.plan.sections import QuantSection
 from ownpath.plan.select import Caps, Choice, Demands
-from ownpath.plan.sharding import Region, param_region
+from ownpath.plan.sharding import Region, ShardingError, param_region
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,10 @@ class Plan:
     @property
     def idle_slots(self) -> frozenset[str]:
         """Companions that no step runs: where chunks have a line of kernels, those that it takes the place of."""
-        replaced = () if self.no_chunks else (".attn.core", ".attn.q_head_norm", ".attn.indexer.quantizer")
-        return frozenset(op.spec.slot for op in self.companions if op.spec.slot.endswith(replaced))
+        replaced = (".attn.core", ".attn.q_head_norm", ".attn.indexer.quantizer")
+        slots = [op.spec.slot for op in self.companions]
+        lines = {slot.partition(".attn.")[0] for slot in slots if slot.endswith(".attn.chunk.attend")}
+        return frozenset(slot for slot in slots if slot.endswith(replaced) and slot.partition(".attn.")[0] in lines)
 
     def ops_of(self, slot: str) -> tuple[PlannedOp, ...]:
         return tuple(op for op in self.ops if op.spec.slot == slot)
@@ -115,7 +117,7 @@ def make_plan(
 ) -> Plan:
     """Plans every op of ``config`` for the checkpoint behind ``index`` on a device.
 
-    loads_draft: plan the MTP modules too.
+    loads_draft: plan the draft too.
     Errors: CheckpointError naming the tensor that is missing, unexpected, or of a wrong dtype or shape; PlanError
         naming the op that no kernel runs; ShardingError naming the module that does not divide into ranks.
     """
@@ -127,6 +129,8 @@ def make_plan(
     draft = requested_draft(config, index) if loads_draft else carried_draft(index)
     planner.require_references(chain(model_ops(config), draft_ops(config)))
     if loads_draft:
+        if config.dspark and parallel.size > 1:
+            raise ShardingError(f"--draft with {parallel.size} ranks: DSpark runs on one rank")
         ops += tuple(planner.ops(draft_ops(config)))
         params += tuple(draft_params(config))
     # After the products: a module that config.json counts and the checkpoint lacks has raised by now.

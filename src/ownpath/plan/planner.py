@@ -110,7 +110,7 @@ class Planner:
         specs = [*companion_ops(config, self.parallel), *([] if self.no_decode else [angles_op(config)])]
         specs += [*self._of_layers(config.backbone_layers(), plain), *head_exchanges(config, self.parallel)]
         if loads_draft:
-            specs += [*draft_companions(config, self.parallel), *self._of_layers(config.draft_layers(), plain)]
+            specs += [*draft_companions(config, self.parallel), *self._of_drafts(plain)]
         return tuple(PlannedCompanion(spec, self._choice(spec, None)) for spec in specs)
 
     def _plain_slots(self, ops: Iterable[PlannedOp]) -> frozenset[str]:
@@ -133,6 +133,14 @@ class Planner:
                 yield from chunk_ops(self.config, layer)
             if f"{layer.name}.ffn.gate" in plain and self._can_route(route_op(self.config, layer)):
                 yield route_op(self.config, layer)
+
+    def _of_drafts(self, plain: frozenset[str]) -> Iterator[CompanionSpec]:
+        """Yields the drafts'. A block of DSpark's is no step of either line: torch attends from it."""
+        if not self.config.dspark:
+            yield from self._of_layers(self.config.draft_layers(), plain)
+            return
+        for layer in self.config.draft_layers():
+            yield from official_ops(self.config, layer, self.demands.official)
 
     def _can_route(self, spec: CompanionSpec) -> bool:
         return isinstance(select(spec.kind, None, self.caps, SPECS, self.demands, spec.dims), Choice)

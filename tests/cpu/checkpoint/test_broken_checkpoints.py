@@ -102,7 +102,7 @@ DSPARK: Tensors = MTP | {
     ("drafts", "line"),
     [
         (MTP, "not read: 4 tensors (MTP draft: drafting was not asked for)"),
-        (DSPARK, "not read: 6 tensors (DSpark draft: another drafter than MTP, and not computed here)"),
+        (DSPARK, "not read: 6 tensors (DSpark draft: drafting was not asked for)"),
     ],
     ids=["MTP", "DSpark"],
 )

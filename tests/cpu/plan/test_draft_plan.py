@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.broken import change_tensors
-from support.checkpoints import SMALL, Tensors, random_checkpoint
+from support.checkpoints import DSPARK, SMALL, Tensors, random_checkpoint
 from support.pages import plan_text
 
 from ownpath.checkpoint.errors import CheckpointError
@@ -179,16 +179,85 @@ def test_a_draft_that_config_does_not_count_is_an_error(folder: Path) -> None:
 @pytest.mark.parametrize(
     "part", ["main_proj.weight", "main_norm.weight", "markov_head.w.weight", "confidence_head.proj.weight"]
 )
-def test_dspark_is_told_by_its_tensors_and_refused(part: str, folder: Path) -> None:
-    """Under the same prefix, with the same num_nextn_predict_layers, and three more entries of compress_ratios."""
-    key = f"mtp.2.{part}"
-    change_tensors(folder, lambda tensors: tensors.update({key: torch.zeros(2)}))
-    change_config(folder, compress_ratios=[*SMALL["compress_ratios"][:5], 0, 0, 0])
+def test_dspark_is_told_by_its_tensors(part: str, folder: Path) -> None:
+    """Under the same prefix, with the same num_nextn_predict_layers. Its fields are not in this config.json."""
+    change_tensors(folder, lambda tensors: tensors.update({f"mtp.2.{part}": torch.zeros(2)}))
     plan = plan_model(folder, "cpu")
-    assert set(plan.ignored.values()) == {"DSpark draft: another drafter than MTP, and not computed here"}
+    assert set(plan.ignored.values()) == {"DSpark draft: drafting was not asked for"}
     assert "draft: DSpark, not planned\nnot read: 88 tensors" in plan_text(plan)
-    with pytest.raises(CheckpointError, match=rf"tensor '{key}' .*: a draft was asked for, and this one is DSpark's"):
+    with pytest.raises(CheckpointError, match=r"DSpark's, but config\.json's dspark_target_layer_ids is no list"):
         load_model(folder, DRAFTING)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"dspark_target_layer_ids": [3, 5]}, "dspark_target_layer_ids is no list of the backbone's layers"),
+        ({"dspark_target_layer_ids": [4, 3]}, "dspark_target_layer_ids is not in ascending order"),
+        ({"dspark_block_size": 0}, "dspark_block_size is no positive integer"),
+        ({"dspark_markov_rank": "24"}, "dspark_markov_rank is no positive integer"),
+        ({"dspark_noise_token_id": None}, "dspark_noise_token_id is no positive integer"),
+        ({"dspark_noise_token_id": 96}, "dspark_noise_token_id is 96, and there are 96 tokens"),
+        ({"compress_ratios": SMALL["compress_ratios"][:5]}, "compress_ratios has no entry behind the backbone's"),
+    ],
+    ids=str,
+)
+def test_fields_of_dspark_that_fit_no_drafter_are_named(change: dict[str, Any], found: str, tmp_path: Path) -> None:
+    """The backbone loads all the same."""
+    random_checkpoint(tmp_path, "bf16", draft="bf16", **DSPARK)
+    change_config(tmp_path, **change)
+    load_model(tmp_path, EngineConfig(max_model_len=64))
+    with pytest.raises(CheckpointError, match=f"a draft was asked for, DSpark's, but config.json's {found}"):
+        load_model(tmp_path, DRAFTING)
+
+
+def test_dspark_is_planned_and_read_as_it_is_stored(tmp_path: Path) -> None:
+    """As published: three stages, in MXFP4 and FP8, behind NVFP4 experts."""
+    checkpoint = random_checkpoint(tmp_path, "modelopt-experts-only", draft="deepseek-native", **DSPARK)
+    index = CheckpointIndex.open(tmp_path)
+    without, plan = plan_model(tmp_path, "cpu"), plan_model(tmp_path, "cpu", loads_draft=True)
+    assert plan.ops[: len(without.ops)] == without.ops
+    own = {"mtp.0.main_proj", "mtp.0.main_norm", "mtp.2.markov_head.markov_w2", "mtp.2.hc_head"}
+    assert set(plan.slots) - set(without.slots) == own | {f"mtp.{i}.{name}" for i in range(3) for name in LAYER}
+    assert set(without.ignored) == {key for key in index.tensors if key.startswith("mtp.")}
+    assert not plan.ignored
+    assert "draft: DSpark, planned: mtp.0-2" in plan_text(plan).replace("–", "-").replace("{", "").replace("}", "")
+    loaded = load_weights(plan, index, torch.device("cpu"))
+    params = {key: value for key, value in loaded.params.items() if key.startswith("mtp.")}
+    assert all(torch.equal(value, checkpoint.decoded[key]) for key, value in params.items())
+    written = {slot.key for operand in loaded.operands for slot in operand.destinations} | set(loaded.params)
+    assert written | set(plan.unread_inputs) == set(index.tensors)
+
+
+def test_what_runs_of_dspark_is_what_was_planned(tmp_path: Path) -> None:
+    random_checkpoint(tmp_path, "bf16", draft="bf16", **DSPARK)
+    plan, model = plan_model(tmp_path, "cpu", loads_draft=True), load_model(tmp_path, DRAFTING)
+    assert model.dspark is not None
+    assert model.drafts == ()
+    cache = model.new_cache()
+    batch = ForwardBatch.of([([5, 6, 7], cache)], "cpu")
+    _, targets = model.hidden_and_targets(batch)
+    before = dict(model.ledger.calls)
+    model.dspark.remember(targets, batch)
+    model.dspark.guess(torch.tensor([8]), [cache])
+    ran = {slot for slot, calls in model.ledger.calls.items() if calls > before.get(slot, 0)}
+    assert ran == {slot for slot in plan.slots if slot.startswith("mtp.")} | {"head"}
+
+
+def test_mtp_where_config_describes_dspark_is_an_error(folder: Path) -> None:
+    change_config(folder, **DSPARK)
+    load_model(folder, EngineConfig(max_model_len=64))
+    with pytest.raises(CheckpointError, match="its tensors are MTP's"):
+        load_model(folder, DRAFTING)
+
+
+def test_a_missing_stage_of_dspark_is_named(tmp_path: Path) -> None:
+    random_checkpoint(tmp_path, "bf16", draft="bf16", **DSPARK)
+    rename(tmp_path, lambda name: None if name.startswith("mtp.1.") else name)
+    with pytest.raises(CheckpointError, match=r"tensor 'mtp\.1\..*' is missing"):
+        load_model(tmp_path, DRAFTING)
+    rename(tmp_path, lambda name: name.replace("mtp.2.", "mtp.3."))
+    assert set(plan_model(tmp_path, "cpu").ignored.values()) == {"DSpark draft: drafting was not asked for"}
 
 
 @pytest.mark.parametrize(

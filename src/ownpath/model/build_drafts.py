@@ -1,0 +1,55 @@
+"""Builds the drafts of a model: MTP modules, or DSpark. The builder's own work, in a file of its own."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ownpath.attention.rope import Rope
+from ownpath.model.dspark import DSpark
+from ownpath.model.mtp import Mtp
+from ownpath.model.ranks import Product
+
+if TYPE_CHECKING:
+    from ownpath.model.build import Builder
+
+
+def mtp_modules(builder: "Builder", sliding: Rope, compress: Rope) -> Iterator[Mtp]:
+    """Builds the MTP modules that are planned."""
+    config, params = builder.config, builder.params
+    if config.dspark or not builder.engine.loads_draft:
+        return
+    for draft_idx, layer in enumerate(config.draft_layers()):
+        name = layer.name
+        yield Mtp(
+            embed_VD=params["embed.weight"],
+            enorm=builder._norm(f"{name}.enorm", params[f"{name}.enorm.weight"]),
+            hnorm=builder._norm(f"{name}.hnorm", params[f"{name}.hnorm.weight"]),
+            e_proj=builder._runner(f"{name}.e_proj"),
+            h_proj=builder._runner(f"{name}.h_proj"),
+            block=builder.block(config.num_hidden_layers + draft_idx, compress),
+            hc_head=builder._boundary(f"{name}.hc_head", f"{name}.norm"),
+            rope=sliding,
+        )
+
+
+def dspark(builder: "Builder", head: Product, sliding: Rope, compress: Rope) -> DSpark | None:
+    """Builds DSpark; ``None`` where it is not planned. head: the backbone's."""
+    config, params, shape = builder.config, builder.params, builder.config.dspark
+    if not shape or not builder.engine.loads_draft:
+        return None
+    first, last = config.num_hidden_layers, f"mtp.{shape.num_stages - 1}"
+    return DSpark(
+        shape=shape,
+        embed_VD=params["embed.weight"],
+        main_proj=builder._runner("mtp.0.main_proj"),
+        main_norm=builder._norm("mtp.0.main_norm", params["mtp.0.main_norm.weight"]),
+        stages=tuple(builder.block(first + stage, compress) for stage in range(shape.num_stages)),
+        leave=builder._boundary(f"{last}.hc_head", f"{last}.norm"),
+        hc_head=builder._hyper_weights(f"{last}.hc_head", f"{last}.norm"),
+        head=head,
+        markov_w1_VM=params[f"{last}.markov_head.markov_w1.weight"],
+        markov_w2=builder._runner(f"{last}.markov_head.markov_w2"),
+        confidence=params[f"{last}.confidence_head.proj.weight"],
+        rope=sliding,
+        window=config.sliding_window,
+        first_layer_idx=first,
+    )
