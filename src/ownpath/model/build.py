@@ -32,6 +32,7 @@ from ownpath.runners import (
     CacheEntries,
     ChunkAttention,
     ChunkEntries,
+    ChunkRings,
     DecodeAttention,
     Exchange,
     GatherColumns,
@@ -190,8 +191,7 @@ class Builder:
         return self.ledger.watch(slot, HyperBoundary(weights, kernel=self.specs[slot]))
 
     def _norm(self, slot: str, weight: torch.Tensor | None) -> Any:
-        norm = RMSNorm(weight, self.config.rms_norm_eps, kernel=self.specs[slot])
-        return self.ledger.watch(slot, norm)
+        return self.ledger.watch(slot, RMSNorm(weight, self.config.rms_norm_eps, kernel=self.specs[slot]))
 
     def _attention(self, layer_idx: int, compress_rope: Rope) -> Attention:
         layer = self._layers[layer_idx]
@@ -218,10 +218,9 @@ class Builder:
         )
 
     def _queries(self, attn: str, is_csa: bool) -> JointProducts:
-        config = self.config
-        widths = {f"{attn}.wq_b": len(self.params[f"{attn}.attn_sink"]) * config.head_dim}
+        widths = {f"{attn}.wq_b": len(self.params[f"{attn}.attn_sink"]) * self.config.head_dim}
         if is_csa:
-            widths[f"{attn}.indexer.wq_b"] = config.index_n_heads * config.index_head_dim
+            widths[f"{attn}.indexer.wq_b"] = self.config.index_n_heads * self.config.index_head_dim
         return JointProducts.of(f"{attn}.queries", widths, self.runners, self._runner)
 
     def _x_products(self, attn: str, ratio: int) -> JointProducts:
@@ -276,6 +275,7 @@ class Builder:
             attend=watch("attend", ChunkAttention, self._attend_weights(attn, "chunk")),
             score=watch("scores", IndexScores) if is_csa else None,
             select=watch("select", Select, self.config.index_topk) if is_csa else None,
+            keep=watch("rings", ChunkRings, self._entries_weights(layer, "chunk")),
         )
 
     def _of_line(self, line: str, name: str, make: Callable[..., Runner], *args: object) -> Any:
