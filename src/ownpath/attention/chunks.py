@@ -75,9 +75,8 @@ class ChunkLayer:
             return None, None
         assert rows.index_q_TIH is not None
         assert rows.index_weights_TI is not None
-        chunks, flags_T, found = step.chunks, step.tables.flags_LT[self.layer_idx], []
-        for of in chunks.pieces(BLOCK_TOKENS // self.ratio):
-            paged = PagedRows(chunks.positions_T[of], chunks.blocks_RB[chunks.requests_T[of].long()])
+        flags_T, found = step.tables.flags_LT[self.layer_idx], []
+        for of, paged in step.pieces:
             angles = (angle[of] for angle in rotation.angles)
             query = IndexQuery(rows.index_q_TIH[of], rows.index_weights_TI[of], *angles)
             found.append(self.select(self.score(query, indexer.entries, paged), paged, flags_T[of])[:2])

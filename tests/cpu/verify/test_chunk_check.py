@@ -142,7 +142,9 @@ FAULTS = {
     "rows kept in another slot": (
         CSA,
         "rings",
-        called("keep", lambda run, raw, places, pools: run(raw, places._replace(slots_R=places.slots_R.roll(1, 0)), pools)),
+        called(
+            "keep", lambda run, raw, places, pools: run(raw, places._replace(slots_R=places.slots_R.roll(1, 0)), pools)
+        ),
     ),
     "index scores of another row": (
         CSA,
