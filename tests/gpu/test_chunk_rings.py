@@ -1,4 +1,4 @@
-"""The rows that a step with chunks leaves in the rings, on the device: values, pages, prepared launches, decode steps' bits."""
+"""The rows that a step with chunks leaves in the rings, on the device: values, pages, prepared launches."""
 
 from dataclasses import replace
 

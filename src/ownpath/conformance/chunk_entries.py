@@ -183,7 +183,7 @@ def _kept_keys(step: ChunkWritingStep) -> Tensor:
 
 
 def _kept(step: ChunkWritingStep, num_rows: int) -> Iterator[tuple[Tensor, slice]]:
-    """Yields of each request the places in rings of so many rows that the step writes to, and its rows that go there."""
+    """Yields of each request its places in rings of so many rows, and the rows of the step that go there."""
     row, device = 0, step.of_decode.raw.kv_TH.device
     for slot, start, count in zip(step.places.slots_R.tolist(), step.starts, step.counts, strict=True):
         num_kept = min(count, num_rows)

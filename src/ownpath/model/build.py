@@ -21,6 +21,7 @@ from ownpath.model.attention import Attention, AttentionCore
 from ownpath.model.block import Block
 from ownpath.model.indexer import Indexer
 from ownpath.model.joint import JointProducts
+from ownpath.model.key_norms import largest_key_norm
 from ownpath.model.model import Model
 from ownpath.model.moe import MoE
 from ownpath.model.mtp import Mtp
@@ -239,8 +240,7 @@ class Builder:
         if slot not in self.specs:
             return None
         config, device = self.config, torch.device(self.engine.device)
-        ropes = (Rope.for_layer(config, compressing, device) for compressing in (False, True))
-        frequencies = Frequencies(*(rope.freqs_F for rope in ropes))
+        frequencies = Frequencies(*(Rope.for_layer(config, one, device).freqs_F for one in (False, True)))
         angles = self.ledger.watch(slot, RotaryAngles(frequencies, kernel=self.specs[slot]))
         has_chunks = any(slot.endswith(".attn.chunk.attend") for slot in self.specs)
         return PagedAttention(ReferenceAttention(config.sliding_window), angles, has_chunks)
@@ -285,7 +285,8 @@ class Builder:
     def _attend_weights(self, attn: str, line: str) -> AttendWeights:
         config, is_stepwise = self.config, Step.Q_HEAD_NORM in self._steps(f"{attn}.{line}.attend")
         fixed = config.softmax_scale, config.rms_norm_eps, config.qk_rope_head_dim, is_stepwise
-        return AttendWeights(self.params[f"{attn}.attn_sink"], *fixed, spare_rows(self.engine.rows_per_request))
+        spare, norm = spare_rows(self.engine.rows_per_request), largest_key_norm(self.params, attn, config.head_dim)
+        return AttendWeights(self.params[f"{attn}.attn_sink"], *fixed, spare, norm)
 
     def _entries_weights(self, layer: Layer, line: str) -> EntriesWeights:
         """Returns what a line's cache writes of a layer read."""
@@ -317,8 +318,7 @@ class Builder:
             return AttentionCore(AttentionLayer(layer_idx, softmax, compressor))
         quantize_index = self._index_quantizer(f"{attn}.indexer.quantizer")
         index_compressor = self._compressor(f"{attn}.indexer.compressor", ratio, rope, quantize_index)
-        selector = EntrySelector(self.config.index_topk)
-        tap_mask = self._tap(layer, "attn.indexer.mask")
+        selector, tap_mask = EntrySelector(self.config.index_topk), self._tap(layer, "attn.indexer.mask")
         return AttentionCore(AttentionLayer(layer_idx, softmax, compressor, index_compressor, selector, tap_mask))
 
     def _key_quantizer(self, slot: str) -> Quantizer:

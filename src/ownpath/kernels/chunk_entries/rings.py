@@ -1,11 +1,11 @@
-"""The rows that a step with chunks leaves in the rings, on Hopper: one launch a layer, once its entries and near keys are made.
+"""The rows that a step with chunks leaves in the rings, on Hopper: one launch a layer, behind its other kernels.
 
 How it works. A program has a row of the step. It copies the row's key and raw rows to the rings of its slot unless a
 later row of its request goes to the same place, which it sees from the request of the row that is a ring's length on:
 of a prompt's thousands of rows all but the last 128 end at once. So no two programs write to the same row.
 
-Roofline. Launch latency: at most 128 keys and 136 raw rows of a request, 1.2 MB. Limits. Those of ``chunk_entries``. FP8
-pages get the bits that a decode step writes.
+Roofline. Launch latency: at most 128 keys and 136 raw rows of a request, 1.2 MB. Limits. Those of ``chunk_entries``.
+FP8 pages get the bits that a decode step writes.
 """
 
 from collections.abc import Sequence

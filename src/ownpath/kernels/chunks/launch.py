@@ -41,6 +41,10 @@ INTERPRETED = triton.knobs.runtime.interpret
 LOG2E = 1.4426950408889634
 HOPPER_HEADS, FEW_HEADS = 64, 16
 WARPS, TILE, STAGES = 8, 64, 2
+NUM_SMS = 132
+"""Of an H200: programs on Hopper, one an SM, take rows in turn."""
+REGISTERS = (72, 128)
+"""Of a thread that brings keys, BF16 or FP8."""
 
 
 class ChunkForm(NamedTuple):
@@ -123,7 +127,7 @@ class TritonAttendChunk:
     def form(self, q_TNH: torch.Tensor, keys: ChunkKeys) -> ChunkForm:
         """Returns the form of a call, which depends on heads and formats alone."""
         num_heads = q_TNH.shape[1]
-        if self._on_hopper and num_heads >= HOPPER_HEADS and not keys.is_fp8:
+        if self._on_hopper and num_heads >= HOPPER_HEADS:
             return ChunkForm(True, HOPPER_HEADS)
         return ChunkForm(False, FEW_HEADS if num_heads <= FEW_HEADS else HOPPER_HEADS)
 
@@ -203,11 +207,16 @@ def _launch(
     sizes = (*arguments.q_TNH.stride()[:2], *widths, most_entries, num_heads)
     block_bits = (keys.per_block or WINDOW_ROWS).bit_length() - 1
     constants = {"RATIO": keys.ratio, "BLOCK_BITS": block_bits, "STEPWISE": weights.is_stepwise, "num_warps": WARPS}
-    if not form.is_hopper:
-        constants |= {"N": form.heads, "FP8": keys.is_fp8, "TILE": form.tile, "STAGES": form.stages}
+    constants |= {"FP8": keys.is_fp8}
+    num_parts = triton.cdiv(num_heads, form.heads) * num_rows
+    if form.is_hopper:
+        sizes = *sizes, num_parts
+        constants |= {"BOUNDED": weights.is_bounded, "REGISTERS": REGISTERS[keys.is_fp8]}
+    else:
+        constants |= {"N": form.heads, "TILE": form.tile, "STAGES": form.stages}
     return launch(
         attend_chunk_hopper_kernel if form.is_hopper else attend_chunk_kernel,
-        (triton.cdiv(num_heads, form.heads) * num_rows,),
+        (min(num_parts, NUM_SMS) if form.is_hopper else num_parts,),
         (*arguments, weights.sink_N, out, *sizes, weights.softmax_scale * LOG2E, weights.eps),
         constants,
         moving=(*range(len(arguments)), len(arguments) + 1),
