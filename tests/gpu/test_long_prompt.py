@@ -1,4 +1,4 @@
-"""Attention of a prompt of a million tokens, in three layers of V4-Flash's size: beside the reference at sampled rows."""
+"""A prompt of a million tokens through attention of three V4-Flash layers, beside the reference at sampled rows."""
 
 from collections.abc import Iterator
 

@@ -65,10 +65,10 @@ class ChunkTables:
             np.concatenate(sources),
             *(np.flatnonzero((positions + 1) % ratio == 0) for ratio in ratios),
         ]
-        found = _upload_together(arrays, tables.positions_T.device)
+        positions_T, places_T, requests_T, sources_W, *rest = _upload_together(arrays, tables.positions_T.device)
         blocks_RB = tables.blocks_RB[:, : -(-int(positions.max() + 1) // BLOCK_TOKENS)].to(torch.int32).contiguous()
-        of_requests = tables.slots_R.to(torch.int32), blocks_RB
-        return cls(*found[:3], *of_requests, found[3], dict(zip(ratios, found[4:], strict=True)))
+        slots_R, ends = tables.slots_R.to(torch.int32), dict(zip(ratios, rest, strict=True))
+        return cls(positions_T, places_T, requests_T, slots_R, blocks_RB, sources_W, ends)
 
     def pieces(self, per_block: int) -> Iterator[slice]:
         """Yields runs of rows whose scores of all entries fit the workspace. per_block: entries of a block."""
