@@ -124,7 +124,7 @@ def test_scores_at_the_bound(ratio: int, fp8: bool, cuda: torch.device) -> None:
     signs = torch.where(torch.arange(64, device=cuda) % 2 == 0, 1.0, -1.0).bfloat16()
     q_TNH = (signs[:, None] * ray).expand_as(inputs.q_TNH).contiguous()
     near_WH = (inputs.keys.near_WH + 2.5 * ray).contiguous()
-    longest = 64.0
+    longest = 66.0
     assert float(near_WH.nan_to_num().float().norm(dim=1).max()) < longest
     weights = replace(inputs.weights, largest_norm=longest)
     given = replace(inputs, q_TNH=q_TNH, keys=inputs.keys._replace(near_WH=near_WH), weights=weights)

@@ -14,7 +14,7 @@ from ownpath.cache.tables import StepTables
 from ownpath.config import EngineConfig
 from ownpath.formats import CacheFormat
 from ownpath.kernels.contract import Config
-from ownpath.loading import device_caps
+from ownpath.loading import planned_caps
 from ownpath.model.model import Model
 from ownpath.plan.exports import drawn_checkpoint
 from ownpath.plan.plan import make_plan
@@ -35,7 +35,7 @@ OPTIONS = StepOptions(layers=1 + max(LAYERS), expert_sets=1)
 def kernel_configs() -> Iterator[Config]:
     config = step_config("flash", OPTIONS)
     index = drawn_checkpoint(config, OPTIONS.export)
-    yield from plan_configs(make_plan(config, index, device_caps("cuda"), Demands("bfloat16")), index)
+    yield from plan_configs(make_plan(config, index, planned_caps("sm_90"), Demands("bfloat16")), index)
 
 
 def drawn(num_rows: int, model: Model, generator: torch.Generator) -> torch.Tensor:

@@ -51,7 +51,8 @@ class AttendWeights:
         rounded to BF16.
         """
         longest = HEAD_DIM**0.5 * (1 + 2**-6)
-        return self.softmax_scale * longest * self.largest_norm / math.log(2) <= SAFE_SCORE
+        score: float = self.softmax_scale * longest * self.largest_norm / math.log(2)
+        return score <= SAFE_SCORE
 
     @property
     def ring_rows(self) -> int:
