@@ -49,7 +49,7 @@ def test_shared_memory_fits(hopper: list[Compiled]) -> None:
 
 
 def test_no_loop_over_bf16_keys_spills(hopper: list[Compiled]) -> None:
-    """What is spilt is so once a row."""
+    """Some registers are spilt once a row."""
     for one in own(hopper):
         if not dict(one.launch.constants)["FP8"]:
             assert not re.search(r"\b(STL|LDL)\b", multiplying_loop(one.sass()))

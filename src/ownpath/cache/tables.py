@@ -111,7 +111,7 @@ class StepTables:
 
     @cached_property
     def writes(self) -> Writes:
-        """Where torch writes the step's rows; lines of kernels need none of it."""
+        """The places that torch writes the step's rows to; lines of kernels need none of them."""
         return self.places.writes(self.pool, self.pool.spec.device)
 
     @cached_property

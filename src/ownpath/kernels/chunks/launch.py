@@ -1,17 +1,17 @@
 """Attention over chunks: one launch, each row and up to 64 of its heads at a time.
 
-How it works. Queries are normed and rotated as they are loaded and kept in shared memory. Keys come in tiles of 64: first
-the window's, rows of ``near`` that follow each other, then the entries', rows of the pool that a list or a table names; a
-key is read once, for scores and for values. Softmax runs in float32. The epilogue divides, rotates back and rounds.
-Neighbouring rows run at the same time and find most of their keys in L2.
+How it works. Queries are normed and rotated as they are loaded and kept in shared memory. Keys come in tiles of 64:
+first the window's, rows of ``near`` that follow each other, then the entries', rows of the pool that a list or a table
+names; a key is read once, for scores and for values. Softmax runs in float32. The epilogue divides, rotates back and
+rounds. Neighbouring rows run at the same time and find most of their keys in L2.
 
 Two forms. On Hopper, with 64 heads or more, a program an SM takes rows in turn: warps that bring keys, BF16 or of FP8
 pages, run ahead of two warpgroups that share the products (``hopper``, ``producer``). Where the keys' norms bound the
 scores, no maximum is taken away from them. Elsewhere a program has one row, and Triton lays it out (``kernel``).
 
 Roofline. 4 * N * H flops a key on the tensor cores; where a row has 128 keys alone, its queries and results: 4 * N * H
-bytes. 64 heads by 512 channels of float32 sums are half of an SM's registers, 64 queries and two tiles of keys nearly all
-of its shared memory. Limits. H = 512 with 64 rotary channels, up to 128 heads. No part of a row's work depends on
+bytes. 64 heads by 512 channels of float32 sums are half of an SM's registers, 64 queries and two tiles of keys nearly
+all of its shared memory. Limits. H = 512 with 64 rotary channels, up to 128 heads. No part of a row's work depends on
 another row.
 """
 
