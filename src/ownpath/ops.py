@@ -34,6 +34,8 @@ class OpKind(StrEnum):
     """One decode row's writes to the caches: its key, its compressors' raw rows, and the entries that end at it."""
     CHUNK_ENTRIES = "chunk_entries"
     """Near keys of the rows of chunks, and their writes of the entries that end."""
+    CHUNK_RINGS = "chunk_rings"
+    """The last keys and raw rows of each request of chunks, in the rings."""
     INDEX_SCORES = "index_scores"
     """The indexer's scores of a row's entries."""
     SELECT = "select"
@@ -75,6 +77,7 @@ _OF_LINES = frozenset(
         OpKind.STEP_ANGLES,
         OpKind.ENTRIES,
         OpKind.CHUNK_ENTRIES,
+        OpKind.CHUNK_RINGS,
         OpKind.INDEX_SCORES,
         OpKind.SELECT,
         OpKind.ATTEND,

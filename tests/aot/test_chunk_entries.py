@@ -8,6 +8,7 @@ from ownpath.conformance.chunk_entries import draw_chunks, with_key_pages
 from ownpath.kernels.chunk_entries import checks
 from ownpath.kernels.chunk_entries.cases import CASES
 from ownpath.kernels.chunk_entries.launch import CHUNK_ENTRIES
+from ownpath.kernels.chunk_entries.rings import CHUNK_RINGS
 
 CPU = torch.device("cpu")
 WIDE = [case for case in CASES if case.layer.sizes[0] == 512 and (case.tiny or "mixed" in case.label)]
@@ -23,13 +24,14 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
             step = draw_chunks(case, CPU)
             for given in (step, with_key_pages(step)):
                 CHUNK_ENTRIES(*given.arguments)
+                CHUNK_RINGS(given.of_decode.raw, given.places, given.of_decode.pools, given.of_decode.weights)
     folder = tmp_path_factory.mktemp("cubins")
     return [compile_launch(launch, 90, folder) for launch in launches]
 
 
 def test_one_compilation_serves_every_step(compiled: list[Compiled]) -> None:
-    """Of a kind of layer and a form of its caches, whatever rows there are."""
-    assert len(compiled) == KINDS * FORMS
+    """Of a kind of layer and a form of its caches, whatever rows there are: entries, and rings."""
+    assert len(compiled) == 2 * KINDS * FORMS
 
 
 def test_nothing_is_spilt(compiled: list[Compiled]) -> None:

@@ -9,7 +9,7 @@ import torch
 from support.indexer_cases import make_keys, make_query, make_rows
 
 from ownpath.conformance.attend import make_attend_inputs
-from ownpath.conformance.chunk_entries import draw_chunks
+from ownpath.conformance.chunk_entries import ChunkWritingStep, draw_chunks
 from ownpath.conformance.chunks import make_chunk_inputs
 from ownpath.conformance.entries import WritingStep, draw_step
 from ownpath.kernels.angles.types import Frequencies
@@ -21,6 +21,7 @@ from ownpath.runners import (
     CacheEntries,
     ChunkAttention,
     ChunkEntries,
+    ChunkRings,
     DecodeAttention,
     IndexScores,
     RotaryAngles,
@@ -78,6 +79,12 @@ def writing_chunks() -> Iterator[Call]:
         yield "chunk_entries", ChunkEntries(step.of_decode.weights), step.arguments[:4]
 
 
+def keeping() -> Iterator[tuple[ChunkRings, ChunkWritingStep]]:
+    for case in WRITING_CHUNKS:
+        step = draw_chunks(case, CPU)
+        yield ChunkRings(step.of_decode.weights), step
+
+
 def writing() -> Iterator[tuple[CacheEntries, WritingStep]]:
     for case in WRITING:
         step = draw_step(case, 5, CPU)
@@ -106,7 +113,7 @@ CALLS = [*turning(), *indexing(), *attending(), *attending_chunks(), *writing_ch
 
 
 def test_every_operation_has_a_case() -> None:
-    assert {name for name, _, _ in CALLS} | {"cache_entries"} == set(NAMES)
+    assert {name for name, _, _ in CALLS} | {"cache_entries", "chunk_rings"} == set(NAMES)
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call[0])
@@ -129,6 +136,20 @@ def test_writes_are_the_runners(runner: CacheEntries, step: WritingStep) -> None
         if found is not None and expected is not None:
             assert torch.equal(found.nan_to_num(), expected.nan_to_num())
     assert not torch.equal(ours.pools.window.nan_to_num(), step.pools.window.nan_to_num())
+
+
+@pytest.mark.parametrize(("runner", "step"), list(keeping()), ids=[case.label for case in WRITING_CHUNKS])
+def test_what_is_kept_is_the_runners(runner: ChunkRings, step: ChunkWritingStep) -> None:
+    """The rings are named in the schema as what the operation writes."""
+    raw, pools = step.of_decode.raw, step.copy().of_decode.pools
+    opcheck("chunk_rings", (*flat((raw, step.places, pools)), runner.handle))
+    ours, theirs = (step.copy().of_decode.pools for _ in range(2))
+    runner(raw, step.places, ours)
+    compiled(runner)(raw, step.places, theirs)
+    for found, expected in zip(theirs, ours, strict=True):
+        if found is not None and expected is not None:
+            assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+    assert not torch.equal(ours.window.nan_to_num(), step.of_decode.pools.window.nan_to_num())
 
 
 def test_a_runner_that_is_gone_is_an_error() -> None:

@@ -29,6 +29,7 @@ NONE = {
     "test_attend",
     "test_attend_chunk",
     "test_chunk_entries",
+    "test_chunk_rings",
     "test_entries",
     "test_exchange_gpus",
     "test_exchange_one_gpu",

@@ -1,5 +1,6 @@
 """Attention of chunks on the device: values, repetition, graphs, what a row's bits depend on."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +25,11 @@ def label(value: Any) -> str:
     return value.label if isinstance(value, ChunkCase) else str(value)
 
 
+def unbounded(inputs: ChunkInputs) -> ChunkInputs:
+    """The same, where nothing is known of the keys' norms."""
+    return replace(inputs, weights=replace(inputs.weights, largest_norm=math.inf))
+
+
 def run(name: str, inputs: ChunkInputs) -> torch.Tensor:
     """A call whose output was full of NaN."""
     out = torch.full(inputs.q_TNH.shape, torch.nan, dtype=torch.bfloat16, device=inputs.q_TNH.device)
@@ -33,10 +39,11 @@ def run(name: str, inputs: ChunkInputs) -> torch.Tensor:
 
 @pytest.mark.parametrize("case", SMALL, ids=label)
 def test_values(case: ChunkCase, cuda: torch.device) -> None:
-    """Of every row, and with the norm of official numerics."""
+    """Of every row, with the norm of official numerics, and with a running maximum."""
     inputs = make_chunk_inputs(case, cuda)
+    assert inputs.weights.is_bounded
     stepwise = replace(inputs, weights=replace(inputs.weights, is_stepwise=True))
-    for given in (inputs, stepwise):
+    for given in (inputs, stepwise, unbounded(inputs), unbounded(stepwise)):
         exact = exact_chunk(given)
         for name in NAMES:
             assert_attention(run(name, given), exact, name)
@@ -64,14 +71,17 @@ def test_every_length(num_heads: int, ratio: int, fp8: bool, cuda: torch.device)
     inputs = make_chunk_inputs(case, cuda)
     exact = exact_chunk(inputs)
     for name in NAMES:
-        assert_attention(run(name, inputs), exact, name)
+        for given in (inputs, unbounded(inputs)):
+            assert_attention(run(name, given), exact, name)
 
 
+@pytest.mark.parametrize("norm", [32.0, math.inf], ids=["bounded", "maximum"])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("case", MIXED, ids=label)
-def test_a_row_does_not_depend_on_its_neighbours(name: str, case: ChunkCase, cuda: torch.device) -> None:
+def test_a_row_does_not_depend_on_its_neighbours(name: str, case: ChunkCase, norm: float, cuda: torch.device) -> None:
     """Nor on their number, nor on the width of the tables; and the same call again gives the same bits."""
     inputs = make_chunk_inputs(case, cuda)
+    inputs = replace(inputs, weights=replace(inputs.weights, largest_norm=norm))
     whole = run(name, inputs)
     for of in (slice(1), slice(5, 70), slice(200, None)):
         assert torch.equal(run(name, inputs.part(of)), whole[of])
@@ -101,3 +111,24 @@ def test_a_later_call_is_the_first_one(name: str, case: ChunkCase, cuda: torch.d
     out.fill_(torch.nan)
     graph.replay()
     assert torch.equal(out, wanted)
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("ratio", [4, 128])
+def test_scores_at_the_bound(ratio: int, fp8: bool, cuda: torch.device) -> None:
+    """Keys as long as the bound allows, all near one query or far from it: scores near both of its ends."""
+    case = ChunkCase("bound", 64, ratio, 9000, 512 if ratio == 4 else 0, rows=(70,), fp8=fp8)
+    inputs = make_chunk_inputs(case, cuda)
+    g = torch.Generator(cuda).manual_seed(3)
+    ray = torch.randn(512, generator=g, device=cuda).bfloat16()
+    signs = torch.where(torch.arange(64, device=cuda) % 2 == 0, 1.0, -1.0).bfloat16()
+    q_TNH = (signs[:, None] * ray).expand_as(inputs.q_TNH).contiguous()
+    near_WH = (inputs.keys.near_WH + 2.5 * ray).contiguous()
+    longest = 66.0
+    assert float(near_WH.nan_to_num().float().norm(dim=1).max()) < longest
+    weights = replace(inputs.weights, largest_norm=longest)
+    given = replace(inputs, q_TNH=q_TNH, keys=inputs.keys._replace(near_WH=near_WH), weights=weights)
+    assert weights.is_bounded
+    exact = exact_chunk(given)
+    for one in (given, unbounded(given)):
+        assert_attention(run(NAMES[0], one), exact, NAMES[0])

@@ -5,10 +5,15 @@ would: layouts say which lane holds an element, never what it is. ``install`` pu
 layouts and call Triton's. What layouts do wrong, only a device shows. Shared memory is an array that is NaN until
 it is written; copies and products that a device runs behind the program's back are complete at once, so races show on a
 device too. A kernel's constants must be ``tl.constexpr``, the name that the interpreter recognises.
+
+Warps of several kinds are threads of which one runs at a time: at a barrier whose phase has not passed another goes on.
+Where all wait, the interpreter says so.
 """
 
 import builtins
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -85,10 +90,87 @@ def _wait(num_outstanding: int = 0, deps: Any = ()) -> Any:
     return deps[0] if len(deps) == 1 else deps
 
 
+@dataclass
+class _Barrier:
+    """A barrier: arrivals of a phase, those that are still to come, and the parity of the phase that is under way."""
+
+    count: int
+    left: int
+    parity: int = 0
+
+
+@dataclass
+class _Kinds:
+    """The kinds of warps that run: of each its threads' number, kept by the thread that plays it. waiting: kinds whose
+    barrier has not passed since anyone last arrived anywhere."""
+
+    turn: threading.Condition = field(default_factory=threading.Condition)
+    own: threading.local = field(default_factory=threading.local)
+    barriers: dict[int, _Barrier] = field(default_factory=dict)
+    running: int = 1
+    waiting: int = 0
+    failed: list[BaseException] = field(default_factory=list)
+
+    def at(self, shared: _Shared) -> int:
+        return int(shared.values.__array_interface__["data"][0])
+
+    def init(self, barrier: _Shared, count: Any) -> None:
+        self.barriers[self.at(barrier)] = _Barrier(int(count), int(count))
+
+    def arrive(self, barrier: _Shared, *, count: Any = 1) -> None:
+        found = self.barriers[self.at(barrier)]
+        found.left -= int(count)
+        assert found.left >= 0, "more arrivals than a phase has"
+        if not found.left:
+            found.left, found.parity, self.waiting = found.count, found.parity ^ 1, 0
+            self.turn.notify_all()
+
+    def arrive_all(self, barrier: _Shared, increment_count: bool = True) -> None:
+        """Every thread of the kind arrives, its copies being complete."""
+        assert not increment_count
+        self.arrive(barrier, count=self.own.num_threads)
+
+    def wait(self, barrier: _Shared, phase: Any) -> None:
+        found = self.barriers[self.at(barrier)]
+        while found.parity == int(phase):
+            self.waiting += 1
+            if self.failed or self.waiting >= self.running:
+                self.turn.notify_all()
+                raise RuntimeError("all kinds of warps wait")
+            self.turn.wait()
+
+    def specialize(self, parts: Sequence[Any], num_warps: Sequence[int], num_registers: Sequence[int]) -> None:
+        """Runs the parts, the first one in the program's own warps."""
+        self.running, self.waiting, self.failed = len(parts), 0, []
+        with self.turn:
+            pairs = zip(parts, (8, *num_warps), strict=True)
+            threads = [threading.Thread(target=self._play, args=(part, int(warps))) for part, warps in pairs]
+            for thread in threads:
+                thread.start()
+        for thread in threads:
+            thread.join()
+        self.running = 1
+        if self.failed:
+            raise self.failed[0]
+
+    def _play(self, part: tuple[Callable[..., object], tuple[object, ...]], num_warps: int) -> None:
+        function, arguments = part
+        with self.turn:
+            self.own.num_threads = 32 * num_warps
+            try:
+                function(*arguments)
+            except BaseException as error:
+                self.failed.append(error)
+            self.running -= 1
+            self.turn.notify_all()
+
+
+_KINDS = _Kinds()
 _OWN: dict[str, Any] = {
     "allocate_shared_memory": _allocate,
     "convert_layout": lambda value, layout: value,
     "thread_barrier": lambda: None,
+    "warp_specialize": _KINDS.specialize,
 }
 
 
@@ -114,7 +196,13 @@ def install() -> None:
     hopper.warpgroup_mma, hopper.warpgroup_mma_wait = _warpgroup_mma, _wait
     hopper.fence_async_shared = lambda: None
     copies = SimpleNamespace(
-        async_copy_global_to_shared=_copy, commit_group=lambda: None, wait_group=lambda num_outstanding: None
+        async_copy_global_to_shared=_copy,
+        commit_group=lambda: None,
+        wait_group=lambda num_outstanding: None,
+        mbarrier_arrive=_KINDS.arrive_all,
     )
     ampere.async_copy = hopper.async_copy = copies
+    hopper.mbarrier = SimpleNamespace(
+        init=_KINDS.init, arrive=_KINDS.arrive, wait=_KINDS.wait, MBarrierLayout=lambda: None
+    )
     block_type.layout = None  # Gluon's tensors know theirs

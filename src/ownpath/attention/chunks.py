@@ -4,7 +4,8 @@
 
 The first kernel writes what the step finishes, and gathers the window's keys to one array, which the rows of a chunk
 read each other's keys from. Scores and selection are a decode step's kernels; where a context is long they
-run for some rows at a time, in a workspace of fixed size. Rings are written last.
+run for some rows at a time, in a workspace of fixed size. Rings are written last; before that they are what they are
+at each block's end whose snapshot is to be taken.
 
 Legend: T rows of the step, N heads, H head dim, K entries of a selection.
 """
@@ -16,7 +17,7 @@ import torch
 
 from ownpath.attention.interface import ChunkStep, Products, Projected
 from ownpath.attention.rope import Rotation
-from ownpath.attention.writes import pools_of, write_rows
+from ownpath.attention.writes import pools_of, write_passed
 from ownpath.cache.chunks import ChunkTables
 from ownpath.cache.layout import BLOCK_TOKENS
 from ownpath.cache.pools import EntryCache
@@ -45,6 +46,7 @@ class ChunkLayer:
     ratio: int
     write: Callable[[RawRows, EndingRows, ChunkPlaces, LayerPools], torch.Tensor]
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, ChunkKeys, ChunkRows], torch.Tensor]
+    keep: Callable[[RawRows, ChunkPlaces, LayerPools], None]
     score: Callable[[IndexQuery, torch.Tensor, PagedRows], torch.Tensor] | None = None
     select: Callable[[torch.Tensor, PagedRows, torch.Tensor | None], Sequence[torch.Tensor]] | None = None
 
@@ -53,13 +55,16 @@ class ChunkLayer:
         undone. kv_TH: normed and rotated, in the cache's format."""
         caches = step.tables.pool.layers[self.layer_idx]
         raw = RawRows(kv_TH, rows.compressor_rows, rows.indexer_rows)
-        near_WH = self.write(raw, step.ends.get(self.ratio, EndingRows()), step.sources, pools_of(caches))
+        pools = pools_of(caches)
+        near_WH = self.write(raw, step.ends.get(self.ratio, EndingRows()), step.sources, pools)
         keys = ChunkKeys(near_WH)
         if caches.compressor is not None:
             keys = ChunkKeys(near_WH, caches.compressor.entries, BLOCK_TOKENS // self.ratio, self.ratio)
         found = ChunkRows(*step.places, *self._select(rows, rotation, caches.indexer, step))
         o_TNH = self.attend(rows.q_TNH, *rotation.angles, keys, found)
-        write_rows(step.tables, self.layer_idx, Projected(rows.q_TNH, kv_TH, rows.compressor_rows, rows.indexer_rows))
+        if step.tables.passed:
+            write_passed(step.tables, self.layer_idx, Projected(rows.q_TNH, kv_TH, *raw[1:]))
+        self.keep(raw, step.sources, pools)
         return o_TNH
 
     def _select(
@@ -70,9 +75,8 @@ class ChunkLayer:
             return None, None
         assert rows.index_q_TIH is not None
         assert rows.index_weights_TI is not None
-        chunks, flags_T, found = step.chunks, step.tables.flags_LT[self.layer_idx], []
-        for of in chunks.pieces(BLOCK_TOKENS // self.ratio):
-            paged = PagedRows(chunks.positions_T[of], chunks.blocks_RB[chunks.requests_T[of].long()])
+        flags_T, found = step.tables.flags_LT[self.layer_idx], []
+        for of, paged in step.pieces:
             angles = (angle[of] for angle in rotation.angles)
             query = IndexQuery(rows.index_q_TIH[of], rows.index_weights_TI[of], *angles)
             found.append(self.select(self.score(query, indexer.entries, paged), paged, flags_T[of])[:2])

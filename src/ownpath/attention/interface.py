@@ -9,6 +9,7 @@ Legend: T rows of the step, N heads, H head dim, I index heads, P compressor wid
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -17,9 +18,11 @@ from ownpath.attention.compress import Compressor
 from ownpath.attention.rope import Rotation
 from ownpath.attention.select import EntrySelector
 from ownpath.cache.chunks import ChunkTables
+from ownpath.cache.layout import BLOCK_TOKENS
 from ownpath.cache.tables import DecodeTables, StepTables
+from ownpath.config import CSA_RATIO
 from ownpath.runners import SharedKeyAttention
-from ownpath.runners.decode import ChunkPlaces, EndingRows, StepAngles
+from ownpath.runners.decode import ChunkPlaces, EndingRows, PagedRows, StepAngles
 
 
 class Products(NamedTuple):
@@ -124,6 +127,15 @@ class ChunkStep:
     def num_blocks(self) -> int:
         """Blocks of a request's table."""
         return self.chunks.blocks_RB.shape[1]
+
+    @cached_property
+    def pieces(self) -> tuple[tuple[slice, PagedRows], ...]:
+        """Runs of rows whose index scores of all entries fit the workspace, and their block tables: the same in every
+        layer that scores."""
+        chunks = self.chunks
+        blocks_TB = chunks.blocks_RB[chunks.requests_T.long()]
+        runs = chunks.pieces(BLOCK_TOKENS // CSA_RATIO)
+        return tuple((of, PagedRows(chunks.positions_T[of], blocks_TB[of])) for of in runs)
 
     @property
     def places(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -42,10 +42,15 @@ def write_rows(tables: StepTables, layer_idx: int, rows: Projected) -> None:
 
     Before that the rings are what they are at each block's end whose snapshot is to be taken.
     """
+    write_passed(tables, layer_idx, rows)
+    _write_rows(tables, layer_idx, rows, slice(None), tables.writes)
+
+
+def write_passed(tables: StepTables, layer_idx: int, rows: Projected) -> None:
+    """Makes a layer's rings what they are at each block's end whose snapshot is to be taken, and takes it."""
     for end in tables.passed:
         _write_rows(tables, layer_idx, rows, end.rows, end.writes)
         end.snapshot.take(layer_idx)
-    _write_rows(tables, layer_idx, rows, slice(None), tables.writes)
 
 
 def _write_rows(tables: StepTables, layer_idx: int, rows: Projected, of: slice, writes: Writes) -> None:

@@ -58,10 +58,17 @@ BENCHES = {
     "chunk_entries": Bench(
         "chunk_entries:measured", "cache writes of chunks", partial(family_cases, "chunk_entries"), OpKind.CHUNK_ENTRIES
     ),
+    "chunk_rings": Bench(
+        "chunk_entries:measured_rings",
+        "what chunks leave in the rings",
+        partial(family_cases, "chunk_entries"),
+        OpKind.CHUNK_RINGS,
+    ),
     "sample": Bench("sample:measured", "the sampler", partial(family_cases, "sample"), OpKind.SAMPLE),
     "step": Bench(
         "step:measured", "a decode step of a whole model of random weights", model_shape, kinds=(OpKind.TURN,)
     ),
+    "prompt": Bench("prompt:measured", "a prompt of a whole model of random weights, in chunks", model_shape),
     "parallel": Bench(
         "parallel:measured",
         "exchanges between GPUs, and experts over them",

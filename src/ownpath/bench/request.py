@@ -7,17 +7,20 @@ from pathlib import Path
 
 from ownpath.bench.measure import Settings
 from ownpath.config import ONE_RANK, Parallel
+from ownpath.formats import CacheFormat
 from ownpath.loading import WindowOpener
 from ownpath.ranks.peers import Alone, Peers
 
 
 @dataclass(frozen=True)
 class StepOptions:
-    """Options of ``bench step`` alone. context: tokens that each row's caches hold. layers: the first ones only.
+    """Options of ``bench step`` and ``bench prompt``. context: tokens that each row's caches hold. layers: the first
+    ones only.
 
     export: "nvidia" has FP8 outside the experts, "full" NVFP4. expert_sets: sets of experts that the layers share;
     ``None``: 24, or of several ranks as many as there are layers. by_gate: experts are chosen by the gate of random
-    weights, not uniformly. slots: time each kind of slot, too.
+    weights, not uniformly. slots: time each kind of slot, too. chunks: most tokens of a prompt in a step, each of them
+    measured. cache_format: of a prompt's keys.
     """
 
     context: int = 1024
@@ -26,6 +29,8 @@ class StepOptions:
     expert_sets: int | None = None
     by_gate: bool = False
     slots: bool = False
+    chunks: tuple[int, ...] = (8192,)
+    cache_format: CacheFormat = CacheFormat.BF16
 
 
 @dataclass(frozen=True)

@@ -311,9 +311,9 @@ class StepBench:
         launches, of_graph = with_slots(self._replayed(count), eager)
         kinds, groups = defaultdict[str, float](float), defaultdict[str, float](float)
         for slot, us in slot_times(launches).items():
-            kinds[_kind(slot)] += us
-            groups[group_of(_kind(slot))] += us
-        timed = {"slot_us": _largest_first(kinds), "group_us": _largest_first(groups)}
+            kinds[kind_of(slot)] += us
+            groups[group_of(kind_of(slot))] += us
+        timed = {"slot_us": largest_first(kinds), "group_us": largest_first(groups)}
         return {"kernels": len(eager), **timed, "slots_of": "a graph" if of_graph else "an eager step"}
 
     def _replayed(self, count: int) -> list[DeviceLaunch]:
@@ -339,11 +339,12 @@ class StepBench:
         return Case("step", label, dims, num_rows, work.num_bytes, work.num_flop, floor_us, distinct)
 
 
-def _largest_first(times: Mapping[str, float]) -> dict[str, float]:
+def largest_first(times: Mapping[str, float]) -> dict[str, float]:
+    """Returns rounded times, the largest first."""
     return {kind: round(us, 1) for kind, us in sorted(times.items(), key=lambda pair: -pair[1])}
 
 
-def _kind(slot: str | None) -> str:
+def kind_of(slot: str | None) -> str:
     """Returns a slot's name without its layer."""
     if slot is None:
         return "(glue)"

@@ -9,15 +9,20 @@ request's rows have places 127 and 128, the other's 129 to 131.
 Legend: T rows of the step, R requests, B blocks of a request, H head dim, W rows of near.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
 
 from ownpath.cache.layout import BLOCK_TOKENS, aligned_rows
 from ownpath.cache.tables import StepTables
+from ownpath.cache.transfer import upload
 
+ALIGNED = 4
+"""Numbers of 16 bytes."""
 SCORE_BYTES = 64 * 2**20
 """Of the workspace for index scores, which a long context's rows share in turn."""
 
@@ -42,7 +47,7 @@ class ChunkTables:
     @classmethod
     def of(cls, tables: StepTables) -> "ChunkTables":
         """Builds the arrays of a step."""
-        spec, device = tables.pool.spec, tables.positions_T.device
+        spec = tables.pool.spec
         counts = [rows.stop - rows.start for rows in tables.rows]
         places, sources, number = [], [], 0
         for slot, start, rows in zip(tables.slots, tables.starts, tables.rows, strict=True):
@@ -52,20 +57,18 @@ class ChunkTables:
             places.append(number + older + np.arange(rows.stop - rows.start))
             number += older + rows.stop - rows.start
         positions = np.concatenate([np.arange(s, s + count) for s, count in zip(tables.starts, counts, strict=True)])
-        blocks_RB = tables.blocks_RB[:, : -(-int(positions.max() + 1) // BLOCK_TOKENS)]
-
-        def upload(array: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> torch.Tensor:
-            return torch.from_numpy(array.astype(np.int32)).to(device)
-
-        return cls(
-            tables.positions_T.to(torch.int32),
-            upload(np.concatenate(places)),
-            upload(np.repeat(np.arange(len(counts)), counts)),
-            tables.slots_R.to(torch.int32),
-            blocks_RB.to(torch.int32).contiguous(),
-            upload(np.concatenate(sources)),
-            {ratio: upload(np.flatnonzero((positions + 1) % ratio == 0)) for ratio in tables.pool.layout.ratios},
-        )
+        ratios = tables.pool.layout.ratios
+        arrays = [
+            positions,
+            np.concatenate(places),
+            np.repeat(np.arange(len(counts)), counts),
+            np.concatenate(sources),
+            *(np.flatnonzero((positions + 1) % ratio == 0) for ratio in ratios),
+        ]
+        positions_T, places_T, requests_T, sources_W, *rest = _upload_together(arrays, tables.positions_T.device)
+        blocks_RB = tables.blocks_RB[:, : -(-int(positions.max() + 1) // BLOCK_TOKENS)].to(torch.int32).contiguous()
+        slots_R, ends = tables.slots_R.to(torch.int32), dict(zip(ratios, rest, strict=True))
+        return cls(positions_T, places_T, requests_T, slots_R, blocks_RB, sources_W, ends)
 
     def pieces(self, per_block: int) -> Iterator[slice]:
         """Yields runs of rows whose scores of all entries fit the workspace. per_block: entries of a block."""
@@ -73,3 +76,16 @@ class ChunkTables:
         count = max(aligned_rows(1), SCORE_BYTES // (4 * width) // aligned_rows(1) * aligned_rows(1))
         for start in range(0, num_rows, count):
             yield slice(start, min(start + count, num_rows))
+
+
+def _upload_together(
+    arrays: "Sequence[np.ndarray[Any, np.dtype[np.int64]]]", device: torch.device
+) -> list[torch.Tensor]:
+    """Copies arrays to a device as int32, all at once; each begins where kernels may read 16 bytes at a time."""
+    starts = [0, *accumulate(-(-array.size // ALIGNED) * ALIGNED for array in arrays)]
+    together = np.zeros(starts[-1], np.int32)
+    for start, array in zip(starts, arrays, strict=False):
+        together[start : start + array.size] = array.reshape(-1)
+    on_device = upload(torch.from_numpy(together), device)
+    pairs = zip(starts, arrays, strict=False)
+    return [on_device[start : start + array.size] for start, array in pairs]

@@ -15,6 +15,7 @@ import torch
 from ownpath.cache.layout import BLOCK_TOKENS, MOST_DECODE_ROWS, NOBODY, aligned_rows
 from ownpath.cache.pools import CachePool, PlacedSequence, SequenceCache
 from ownpath.cache.snapshot import PassedSnapshot
+from ownpath.cache.transfer import upload
 
 
 def new_flags(pool: CachePool, num_rows: int) -> torch.Tensor:
@@ -87,8 +88,8 @@ class StepTables:
     Device: positions_T int64 [T], each row's position in its sequence; cu_rows int64 [R + 1], the rows of request r are
     [cu_rows[r], cu_rows[r + 1]); slots_R int64 [R]; blocks_RB int64 [R, B], block tables; flags_LT int32 [L, T], 1 in
     rows whose index scores are not finite in layer l.
-    Host: row_ends, the same as cu_rows without its 0; starts, the position of each request's first row; slots; blocks;
-    passed, the snapshots to be taken on the way, of each request from the first on.
+    Host: places, of rows; row_ends, the same as cu_rows without its 0; starts, the position of each request's first
+    row; slots; passed, the snapshots to be taken on the way, of each request from the first on.
     """
 
     pool: CachePool
@@ -97,7 +98,7 @@ class StepTables:
     slots_R: torch.Tensor
     blocks_RB: torch.Tensor
     flags_LT: torch.Tensor
-    writes: Writes
+    places: "HostPlaces"
     row_ends: tuple[int, ...]
     starts: tuple[int, ...]
     slots: tuple[int, ...]
@@ -107,6 +108,11 @@ class StepTables:
     def rows(self) -> tuple[slice, ...]:
         """The rows of each request."""
         return tuple(slice(*pair) for pair in zip((0, *self.row_ends), self.row_ends, strict=False))
+
+    @cached_property
+    def writes(self) -> Writes:
+        """The places that torch writes the step's rows to; lines of kernels need none of them."""
+        return self.places.writes(self.pool, self.pool.spec.device)
 
     @cached_property
     def decode(self) -> DecodeTables | None:
@@ -153,16 +159,16 @@ class StepTables:
         cu_rows = torch.tensor((0, *row_ends))
         request_T = torch.arange(len(slots)).repeat_interleave(num_rows_R)
         positions_T = torch.arange(row_ends[-1]) + (starts_R - cu_rows[:-1])[request_T]
-        places = _Places(positions_T, (starts_R + num_rows_R)[request_T], slots_R[request_T], blocks_RB[request_T])
+        places = HostPlaces(positions_T, (starts_R + num_rows_R)[request_T], slots_R[request_T], request_T, blocks_RB)
         device = pool.spec.device
         return cls(
             pool,
-            positions_T.to(device),
-            cu_rows.to(device),
-            slots_R.to(device),
-            blocks_RB.to(device),
+            upload(positions_T, device),
+            upload(cu_rows, device),
+            upload(slots_R, device),
+            upload(blocks_RB, device),
             new_flags(pool, row_ends[-1]),
-            places.writes(pool, device),
+            places,
             row_ends,
             starts,
             slots,
@@ -176,13 +182,15 @@ def tables_of(blocks: Sequence[Sequence[int]], width: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class _Places:
-    """Per row: its position, its sequence's length after the step, its slot, its blocks [T, B]."""
+class HostPlaces:
+    """Per row, on the host: its position, its sequence's length after the step, its slot, its request. And each
+    request's blocks [R, B]."""
 
     positions_T: torch.Tensor
     lengths_T: torch.Tensor
     slots_T: torch.Tensor
-    blocks_TB: torch.Tensor
+    requests_T: torch.Tensor
+    blocks_RB: torch.Tensor
 
     def passed_end(self, snapshot: PassedSnapshot) -> PassedEnd:
         """Returns the rows and their places as of a step that ends where a snapshot is to be taken."""
@@ -191,14 +199,15 @@ class _Places:
         held = torch.nonzero(is_held_T & (self.slots_T == snapshot.slot)).flatten().tolist()
         rows = slice(held[0], held[-1] + 1)
         lengths_T = torch.full_like(self.lengths_T[rows], end)
-        places = _Places(self.positions_T[rows], lengths_T, self.slots_T[rows], self.blocks_TB[rows])
+        own = self.slots_T[rows], self.requests_T[rows], self.blocks_RB
+        places = HostPlaces(self.positions_T[rows], lengths_T, *own)
         return PassedEnd(rows, places.writes(pool, pool.spec.device), snapshot)
 
     def writes(self, pool: CachePool, device: torch.device) -> Writes:
         ratios, spec = pool.layout.ratios, pool.spec
-        state_T = {ratio: self.ring(spec.state_rows(ratio)).to(device) for ratio in ratios}
-        entry_T = {ratio: self.entries(ratio).to(device) for ratio in ratios}
-        return Writes(self.ring(spec.window_rows).to(device), state_T, entry_T)
+        state_T = {ratio: upload(self.ring(spec.state_rows(ratio)), device) for ratio in ratios}
+        entry_T = {ratio: upload(self.entries(ratio), device) for ratio in ratios}
+        return Writes(upload(self.ring(spec.window_rows), device), state_T, entry_T)
 
     def ring(self, num_rows: int) -> torch.Tensor:
         """Applies ``layout.ring_row`` to the last ``num_rows`` positions of each sequence."""
@@ -209,5 +218,5 @@ class _Places:
         """Applies ``layout.entry_row`` to the entries whose windows end at a row."""
         per_block = BLOCK_TOKENS // ratio
         entry_T = self.positions_T // ratio
-        block_T = self.blocks_TB.gather(1, (entry_T // per_block)[:, None])[:, 0]
+        block_T = self.blocks_RB[self.requests_T, entry_T // per_block]
         return torch.where((self.positions_T + 1) % ratio == 0, block_T * per_block + entry_T % per_block, NOBODY)

@@ -93,7 +93,7 @@ def add_plan_arguments(parser: OptionHolder, *, any_gpu: bool = False) -> None:
     )
     parser.add_argument(
         "--cache-format",
-        type=_cache_format,
+        type=cache_format_of,
         metavar="|".join(CacheFormat),
         default=CacheFormat.BF16,
         help="format of keys in the caches: bf16, the activations' dtype; fp8, the pages of DeepSeek's published "
@@ -120,7 +120,8 @@ def add_reference_argument(parser: OptionHolder) -> None:
     )
 
 
-def _cache_format(text: str) -> CacheFormat:
+def cache_format_of(text: str) -> CacheFormat:
+    """Returns a format by its name. Errors: ArgumentTypeError for another."""
     for cache_format in CacheFormat:
         if text == cache_format:
             return cache_format

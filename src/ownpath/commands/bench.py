@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ownpath.bench.benches import BENCHES
-from ownpath.commands.arguments import device_here, file_to_write, number, whole_number
+from ownpath.commands.arguments import cache_format_of, device_here, file_to_write, number, whole_number
 from ownpath.commands.rank_options import add_ranks_arguments, parallel_of
 from ownpath.commands.ranks import beside, rank_of
 from ownpath.commands.start import starting
+from ownpath.formats import CacheFormat
 from ownpath.ranks.started import is_rank
 from ownpath.terminal.console import show
 from ownpath.terminal.progress import Progress
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 
 _STARTS_RANKS = "parallel"
 """The bench that starts its ranks itself, a rank for each GPU unless ``--ranks`` says how many."""
-_STEP_OPTIONS = ("context", "layers", "export", "expert_sets", "by_gate", "slots")
+_SHARED_OPTIONS = ("layers", "export", "expert_sets", "by_gate", "slots")
+_OWN_OPTIONS = {"step": ("context", *_SHARED_OPTIONS), "prompt": (*_SHARED_OPTIONS, "chunks", "cache_format")}
+_STEP_OPTIONS = tuple(dict.fromkeys(name for names in _OWN_OPTIONS.values() for name in names))
 
 
 def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
@@ -67,13 +70,13 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     parser.add_argument("--out", type=file_to_write, metavar="FILE", help="append one JSON line for each row")
     parser.add_argument("--plot", type=file_to_write, metavar="FILE", help="write a PNG (needs the extra 'bench')")
     parser.add_argument("--commit", default="unknown", metavar="ID", help="recorded with every row")
-    _add_step_options(parser.add_argument_group("bench step"))
+    _add_step_options(parser.add_argument_group("bench step and bench prompt"))
     add_ranks_arguments(parser.add_argument_group("bench step and bench parallel"))
     return parser
 
 
 def _add_step_options(group: "argparse._ArgumentGroup") -> None:
-    group.add_argument("--context", type=whole_number(1), metavar="N", help="tokens in each row's caches (1024)")
+    group.add_argument("--context", type=whole_number(1), metavar="N", help="step: tokens in each row's caches (1024)")
     group.add_argument("--layers", type=whole_number(1), metavar="N", help="the first layers only (default: all)")
     group.add_argument("--export", choices=("nvidia", "full"), help="dense weights: FP8 (nvidia) or NVFP4 (full)")
     group.add_argument(
@@ -91,6 +94,9 @@ def _add_step_options(group: "argparse._ArgumentGroup") -> None:
     group.add_argument(
         "--slots", action="store_true", default=None, help="also the time of each kind of slot, by the profiler"
     )
+    group.add_argument("--chunks", type=_counts, metavar="N,N,...", help="prompt: most tokens of a step (8192)")
+    names = "|".join(CacheFormat)
+    group.add_argument("--cache-format", type=cache_format_of, metavar=names, help="prompt: of the keys (bf16)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -162,8 +168,9 @@ def _check_names(args: argparse.Namespace) -> None:
     for shape in args.shape:
         BENCHES[args.bench].find(shape)
     for name in _STEP_OPTIONS:
-        if getattr(args, name) is not None and args.bench != "step":
-            raise ValueError(f"--{name.replace('_', '-')}: an option of bench step")
+        benches = [bench for bench, own in _OWN_OPTIONS.items() if name in own]
+        if getattr(args, name) is not None and args.bench not in benches:
+            raise ValueError(f"--{name.replace('_', '-')}: an option of bench {' and bench '.join(benches)}")
     if args.ranks > 1 and args.bench not in ("step", _STARTS_RANKS):
         raise ValueError(f"--ranks: an option of bench step and bench {_STARTS_RANKS}")
 

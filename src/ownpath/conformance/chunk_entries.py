@@ -155,6 +155,43 @@ def judge_near(near_WH: Tensor, step: ChunkWritingStep) -> None:
     assert torch.equal(near_WH.view(torch.int16), torch.cat(parts).view(torch.int16)), "near keys"
 
 
+def judge_rings(before: ChunkWritingStep, after: ChunkWritingStep) -> None:
+    """Judges what is left in the rings, bit for bit, and that nothing else was written. Errors: AssertionError naming
+    the pool."""
+    step, pools = before.of_decode, after.of_decode.pools
+    expected = _kept_keys(before)
+    assert torch.equal(pools.window.view(torch.uint8), expected.view(torch.uint8)), "window"
+    for old, new in zip(step.compressors, after.of_decode.compressors, strict=True):
+        judge_untouched(f"{old.name} entries", old.entries, new.entries)
+        state, num_rows = old.state.clone(), step.weights.state_rows(old.weights)
+        for places, rows in _kept(before, num_rows):
+            state[places] = old.raw_TP2[rows].to(state.dtype)
+        assert torch.equal(new.state.view(torch.uint8), state.view(torch.uint8)), f"{old.name} state"
+
+
+def _kept_keys(step: ChunkWritingStep) -> Tensor:
+    """Returns the window's pool as the step leaves it."""
+    of_decode = step.of_decode
+    window = of_decode.pools.window.clone()
+    for places, rows in _kept(step, of_decode.weights.window_rows):
+        keys = of_decode.raw.kv_TH[rows]
+        if of_decode.pools.has_key_pages:
+            KEY_PAGES.write(window, places, keys)
+        else:
+            window[places] = keys
+    return window
+
+
+def _kept(step: ChunkWritingStep, num_rows: int) -> Iterator[tuple[Tensor, slice]]:
+    """Yields of each request its places in rings of so many rows, and the rows of the step that go there."""
+    row, device = 0, step.of_decode.raw.kv_TH.device
+    for slot, start, count in zip(step.places.slots_R.tolist(), step.starts, step.counts, strict=True):
+        num_kept = min(count, num_rows)
+        positions = torch.arange(start + count - num_kept, start + count, device=device)
+        row += count
+        yield slot * num_rows + positions % num_rows, slice(row - num_kept, row)
+
+
 def judge_entries(before: ChunkWritingStep, after: ChunkWritingStep) -> None:
     """Judges entries without a rounding to fewer bits, and that nothing else was written. Errors: AssertionError naming
     the pool."""

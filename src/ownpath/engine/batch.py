@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ownpath.cache.transfer import uploaded_ids
 from ownpath.engine.scheduler import ScheduledChunk
 from ownpath.model.batch import ForwardBatch
 
@@ -46,8 +47,7 @@ def build_batch(chunks: Sequence[ScheduledChunk], device: torch.device | str) ->
         sample_row = len(logits_ids) if samples else None
         logits_ids += [rows.stop - 1] if samples else []
         shares.append(LogitsShare(chunk, start, scored_ids, sample_row, ends_prompt))
-    wanted = torch.tensor(logits_ids, dtype=torch.int64, device=device)
-    return replace(batch, logits_ids=wanted), shares
+    return replace(batch, logits_ids=uploaded_ids(logits_ids, device)), shares
 
 
 def decode_share(row: int, chunk: ScheduledChunk) -> LogitsShare:

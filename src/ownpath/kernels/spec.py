@@ -114,6 +114,7 @@ _HOST_READERS = frozenset(
         OpKind.MOE,
         OpKind.ENTRIES,
         OpKind.CHUNK_ENTRIES,
+        OpKind.CHUNK_RINGS,
         OpKind.SELECT,
         OpKind.ATTEND,
         OpKind.ATTEND_CHUNK,

@@ -8,6 +8,7 @@ import torch
 from ownpath.cache.pools import SequenceCache
 from ownpath.cache.snapshot import PassedSnapshot
 from ownpath.cache.tables import StepTables
+from ownpath.cache.transfer import uploaded_ids
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,4 @@ class ForwardBatch:
         tables = StepTables.of([cache for _, cache in chunks], [len(chunk) for chunk, _ in chunks], passed)
         token_ids = [token_id for chunk, _ in chunks for token_id in chunk]
         wanted = range(len(token_ids)) if all_logits else [end - 1 for end in tables.row_ends]
-        return cls(
-            torch.tensor(token_ids, dtype=torch.int64, device=device),
-            tables,
-            torch.tensor(list(wanted), dtype=torch.int64, device=device),
-        )
+        return cls(uploaded_ids(token_ids, device), tables, uploaded_ids(wanted, device))

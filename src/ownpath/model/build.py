@@ -22,6 +22,7 @@ from ownpath.model.block import Block
 from ownpath.model.build_drafts import dspark, mtp_modules
 from ownpath.model.indexer import Indexer
 from ownpath.model.joint import JointProducts
+from ownpath.model.key_norms import largest_key_norm
 from ownpath.model.model import Model
 from ownpath.model.moe import MoE
 from ownpath.model.ranks import FeedForward, FollowedLinear, GatheredHead, Product, ReducedMoE
@@ -32,6 +33,7 @@ from ownpath.runners import (
     CacheEntries,
     ChunkAttention,
     ChunkEntries,
+    ChunkRings,
     DecodeAttention,
     Exchange,
     GatherColumns,
@@ -179,8 +181,7 @@ class Builder:
         )
 
     def _norm(self, slot: str, weight: torch.Tensor | None) -> Any:
-        norm = RMSNorm(weight, self.config.rms_norm_eps, kernel=self.specs[slot])
-        return self.ledger.watch(slot, norm)
+        return self.ledger.watch(slot, RMSNorm(weight, self.config.rms_norm_eps, kernel=self.specs[slot]))
 
     def _attention(self, layer_idx: int, compress_rope: Rope) -> Attention:
         layer = self._layers[layer_idx]
@@ -207,10 +208,9 @@ class Builder:
         )
 
     def _queries(self, attn: str, is_csa: bool) -> JointProducts:
-        config = self.config
-        widths = {f"{attn}.wq_b": len(self.params[f"{attn}.attn_sink"]) * config.head_dim}
+        widths = {f"{attn}.wq_b": len(self.params[f"{attn}.attn_sink"]) * self.config.head_dim}
         if is_csa:
-            widths[f"{attn}.indexer.wq_b"] = config.index_n_heads * config.index_head_dim
+            widths[f"{attn}.indexer.wq_b"] = self.config.index_n_heads * self.config.index_head_dim
         return JointProducts.of(f"{attn}.queries", widths, self.runners, self._runner)
 
     def _x_products(self, attn: str, ratio: int) -> JointProducts:
@@ -229,8 +229,7 @@ class Builder:
         if slot not in self.specs:
             return None
         config, device = self.config, torch.device(self.engine.device)
-        ropes = (Rope.for_layer(config, compressing, device) for compressing in (False, True))
-        frequencies = Frequencies(*(rope.freqs_F for rope in ropes))
+        frequencies = Frequencies(*(Rope.for_layer(config, one, device).freqs_F for one in (False, True)))
         angles = self.ledger.watch(slot, RotaryAngles(frequencies, kernel=self.specs[slot]))
         has_chunks = any(slot.endswith(".attn.chunk.attend") for slot in self.specs)
         return PagedAttention(ReferenceAttention(config.sliding_window), angles, has_chunks)
@@ -265,6 +264,7 @@ class Builder:
             attend=watch("attend", ChunkAttention, self._attend_weights(attn, "chunk")),
             score=watch("scores", IndexScores) if is_csa else None,
             select=watch("select", Select, self.config.index_topk) if is_csa else None,
+            keep=watch("rings", ChunkRings, self._entries_weights(layer, "chunk")),
         )
 
     def _of_line(self, line: str, name: str, make: Callable[..., Runner], *args: object) -> Any:
@@ -274,7 +274,8 @@ class Builder:
     def _attend_weights(self, attn: str, line: str) -> AttendWeights:
         config, is_stepwise = self.config, Step.Q_HEAD_NORM in self._steps(f"{attn}.{line}.attend")
         fixed = config.softmax_scale, config.rms_norm_eps, config.qk_rope_head_dim, is_stepwise
-        return AttendWeights(self.params[f"{attn}.attn_sink"], *fixed, spare_rows(self.engine.rows_per_request))
+        spare, norm = spare_rows(self.engine.rows_per_request), largest_key_norm(self.params, attn, config.head_dim)
+        return AttendWeights(self.params[f"{attn}.attn_sink"], *fixed, spare, norm)
 
     def _entries_weights(self, layer: Layer, line: str) -> EntriesWeights:
         """Returns what a line's cache writes of a layer read."""
@@ -306,8 +307,7 @@ class Builder:
             return AttentionCore(AttentionLayer(layer_idx, softmax, compressor))
         quantize_index = self._index_quantizer(f"{attn}.indexer.quantizer")
         index_compressor = self._compressor(f"{attn}.indexer.compressor", ratio, rope, quantize_index)
-        selector = EntrySelector(self.config.index_topk)
-        tap_mask = self._tap(layer, "attn.indexer.mask")
+        selector, tap_mask = EntrySelector(self.config.index_topk), self._tap(layer, "attn.indexer.mask")
         return AttentionCore(AttentionLayer(layer_idx, softmax, compressor, index_compressor, selector, tap_mask))
 
     def _key_quantizer(self, slot: str) -> Quantizer:

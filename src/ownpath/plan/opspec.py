@@ -177,6 +177,7 @@ def chunk_ops(config: ModelConfig, layer: Layer) -> Iterator[CompanionSpec]:
         yield CompanionSpec(f"{attn}.scores", OpKind.INDEX_SCORES, index_dims, INDEXER)
         yield CompanionSpec(f"{attn}.select", OpKind.SELECT, (config.index_topk,))
     yield CompanionSpec(f"{attn}.attend", OpKind.ATTEND_CHUNK, key_dims, Q_HEAD_NORM)
+    yield CompanionSpec(f"{attn}.rings", OpKind.CHUNK_RINGS, key_dims)
 
 
 def route_op(config: ModelConfig, layer: Layer) -> CompanionSpec:

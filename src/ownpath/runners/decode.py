@@ -9,7 +9,7 @@ import torch
 import ownpath.runners.decode_ops  # noqa: F401, defines the operations that the runners call while torch compiles
 from ownpath.kernels.angles.types import Frequencies, StepAnglesKernel, views_of
 from ownpath.kernels.attend.types import AttendKernel, AttendWeights, DecodeKeys, DecodeRows
-from ownpath.kernels.chunk_entries.types import ChunkEntriesKernel, ChunkPlaces, EndingRows
+from ownpath.kernels.chunk_entries.types import ChunkEntriesKernel, ChunkPlaces, ChunkRingsKernel, EndingRows
 from ownpath.kernels.chunks.types import ChunkKernel, ChunkKeys, ChunkRows
 from ownpath.kernels.contract import NormWeights
 from ownpath.kernels.entries.types import (
@@ -36,6 +36,7 @@ __all__ = [
     "ChunkEntries",
     "ChunkKeys",
     "ChunkPlaces",
+    "ChunkRings",
     "ChunkRows",
     "CompressorWeights",
     "DecodeAttention",
@@ -128,6 +129,30 @@ class ChunkEntries(KernelRunner):
             near_WH: torch.Tensor = torch.ops.ownpath.chunk_entries(*raw, *ends, *places, *pools, self.handle)
             return near_WH
         return self.kernel.run(raw, ends, places, pools, self.operand)
+
+
+class ChunkRings(KernelRunner):
+    """Writes to one layer's rings what a step with chunks leaves in them."""
+
+    def __init__(self, weights: EntriesWeights, *, kernel: KernelOrName = "ref.chunk_rings") -> None:
+        self.spec = chosen_spec(kernel)
+        self.kernel: ChunkRingsKernel[object] = KERNELS[self.spec.name]
+        self.operand = self.kernel.prepare(weights)
+        self.handle = HANDLES.new(self)
+
+    def variant(self, raw: RawRows, *_: object) -> str | None:
+        """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""
+        return self.kernel.variant(raw, self.operand)
+
+    def run(self, raw: RawRows, places: ChunkPlaces, pools: LayerPools) -> None:
+        """Writes in place. Errors: ValueError naming an argument that the kernel refuses."""
+        self.kernel.run(raw, places, pools, self.operand)
+
+    def __call__(self, raw: RawRows, places: ChunkPlaces, pools: LayerPools) -> None:
+        if torch.compiler.is_compiling():
+            torch.ops.ownpath.chunk_rings(*raw, *places, *pools, self.handle)
+            return
+        self.kernel.run(raw, places, pools, self.operand)
 
 
 class IndexScores(KernelRunner):

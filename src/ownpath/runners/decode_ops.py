@@ -50,6 +50,13 @@ def chunk_entries(*given: Any) -> Tensor:
     return near_WH
 
 
+def chunk_rings(*given: Any) -> None:
+    """Writes to the rings: the fields of ``RawRows``, ``ChunkPlaces`` and ``LayerPools``, the runner."""
+    *tensors, runner = given
+    raw, tensors = RawRows(*tensors[:NUM_RAW]), tensors[NUM_RAW:]
+    runner.run(raw, ChunkPlaces(*tensors[:NUM_CHUNK_PLACES]), LayerPools(*tensors[NUM_CHUNK_PLACES:]))
+
+
 def index_scores(
     q: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, positions: Tensor, blocks: Tensor,
     runner: "IndexScores",
@@ -127,6 +134,13 @@ DECODE_OPERATIONS = (
         " Tensor(a!)? entries, Tensor? index_state, Tensor(b!)? index_entries, int runner) -> Tensor",
         chunk_entries,
         _fake_near,
+    ),
+    (
+        "chunk_rings(Tensor kv, Tensor? main, Tensor? index, Tensor positions, Tensor requests, Tensor slots,"
+        " Tensor blocks, Tensor sources, Tensor(a!) window, Tensor(b!)? state, Tensor? entries,"
+        " Tensor(c!)? index_state, Tensor? index_entries, int runner) -> ()",
+        chunk_rings,
+        _fake_entries,
     ),
     (
         "index_scores(Tensor q, Tensor weights, Tensor cos, Tensor sin, Tensor keys, Tensor positions, Tensor blocks,"

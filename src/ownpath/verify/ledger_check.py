@@ -43,6 +43,7 @@ _SIGNS = {
     OpKind.STEP_ANGLES: ("I", ""),
     OpKind.ENTRIES: ("A", ""),
     OpKind.CHUNK_ENTRIES: ("A", "A"),
+    OpKind.CHUNK_RINGS: ("A", ""),
     OpKind.INDEX_SCORES: ("A", "W"),
     OpKind.SELECT: ("W", "II"),
     OpKind.ATTEND: ("AWW", "A"),

@@ -11,7 +11,6 @@ from support.layer_faults import in_operand, with_attn
 from support.mutations.mutation import around, on_layer
 from support.mutations.runs import write_model
 
-from ownpath.attention import chunks
 from ownpath.config import EngineConfig
 from ownpath.finding import Finding, Verdict, failed
 from ownpath.formats import CacheFormat
@@ -71,7 +70,7 @@ def test_the_ledger_asks_for_what_runs(folder: Path) -> None:
     found = [one for one in check_ledger(subject, plan_dict(subject.plan)) if isinstance(one, Finding)]
     assert not failed(found), failed(found)
     ran = [one.slot for one in check_ledger(subject, plan_dict(subject.plan)) if not isinstance(one, Finding)]
-    assert {f"layers.1.attn.chunk.{name}" for name in ("entries", "scores", "select", "attend")} <= {*ran}
+    assert {f"layers.1.attn.chunk.{name}" for name in ("entries", "scores", "select", "attend", "rings")} <= {*ran}
     assert "layers.1.attn.core" not in ran
 
 
@@ -139,6 +138,14 @@ FAULTS = {
     "near keys one place on": (SLIDING, "entries", called("write", near_lost)),
     "raw rows of another slot": (CSA, "entries", finished(slots_R=lambda x: x.roll(1, 0))),
     "an entry in another request's block": (HCA, "entries", finished(blocks_RB=lambda x: x.roll(1, 0))),
+    "rows that no ring keeps": (SLIDING, "rings", called("keep", lambda *_: None)),
+    "rows kept in another slot": (
+        CSA,
+        "rings",
+        called(
+            "keep", lambda run, raw, places, pools: run(raw, places._replace(slots_R=places.slots_R.roll(1, 0)), pools)
+        ),
+    ),
     "index scores of another row": (
         CSA,
         "scores",
@@ -152,10 +159,3 @@ def test_a_wrong_line_is_named(layer_idx: int, slot: str, change: Any, folder: P
     with on_layer(layer_idx, change).applied():
         [finding] = failed(checked(folder, layer_idx))
     assert finding.where == f"layers.{layer_idx}.attn.chunk.{slot}"
-
-
-def test_rows_that_no_ring_keeps_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "write_rows", lambda *_: None)
-    [finding] = failed(checked(folder, SLIDING))
-    assert "window" in finding.message
-    assert finding.where == "layers.0.attn.chunk.entries"

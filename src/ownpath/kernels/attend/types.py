@@ -6,6 +6,7 @@ several rows in a call, at consecutive positions, rings are longer by ``spare`` 
 Legend: T rows, N heads, H head dim, F rotary channel pairs, B blocks of a row's table, K most entries of a selection.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -14,6 +15,10 @@ from torch import Tensor
 from ownpath.formats import FP8_KEY_BYTES
 from ownpath.kernels.contract import Kernel, Operand
 
+HEAD_DIM = 512
+SAFE_SCORE = 100.0
+"""A softmax of scores up to that needs no maximum that is taken away: 2^100 times a million keys, times values, is a
+float32, and so is 2^-100."""
 WINDOW_ROWS = 128
 """Keys of the window that a row at position p sees: of positions max(0, p - 127) to p."""
 KEY_BYTES = FP8_KEY_BYTES
@@ -27,7 +32,7 @@ class AttendWeights:
     softmax_scale: of the scores. eps: added to the mean square of a head's query. num_rotary: rotary channels, the
     last ones of a head, in pairs (2i, 2i + 1). is_stepwise: the norm of queries rounds after every operation, as
     DeepSeek's published code does. spare: rows of a slot's ring beyond the window; in a call a request has up to 1 +
-    spare rows.
+    spare rows. largest_norm: a bound of the keys' L2 norms; infinite where none is known.
     """
 
     sink_N: Tensor
@@ -36,6 +41,18 @@ class AttendWeights:
     num_rotary: int = 64
     is_stepwise: bool = False
     spare: int = 0
+    largest_norm: float = math.inf
+
+    @property
+    def is_bounded(self) -> bool:
+        """True if no score, in powers of two, is beyond +-``SAFE_SCORE``: by the norms of query and key.
+
+        A normed query of 512 channels is up to sqrt(512) long, and 2^-6 more where norm, rotation and results are
+        rounded to BF16.
+        """
+        longest = HEAD_DIM**0.5 * (1 + 2**-6)
+        score: float = self.softmax_scale * longest * self.largest_norm / math.log(2)
+        return score <= SAFE_SCORE
 
     @property
     def ring_rows(self) -> int:

@@ -35,6 +35,18 @@ def check_call(
     check_layer(raw, pools, weights, num_pairs_of(ends))
 
 
+def check_rings(raw: RawRows, places: ChunkPlaces, pools: LayerPools, weights: EntriesWeights, on_cpu: bool) -> None:
+    """Checks the operands of what is left in the rings. Errors: ValueError naming the first that does not fit."""
+    check_rank("kv_TH", raw.kv_TH, 2, on_cpu)
+    (num_rows, head_dim), device = raw.kv_TH.shape, raw.kv_TH.device
+    check_width("kv_TH", head_dim, NUM_PAIRS, weights.keys)
+    check_rows("kv_TH", raw.kv_TH, torch.bfloat16, (num_rows, head_dim), device)
+    for name in ("positions_T", "requests_T"):
+        check(name, getattr(places, name), INT32, (num_rows,), device)
+    check("slots_R", places.slots_R, INT32, (len(places.slots_R),), device)
+    check_layer(raw, pools, weights, NUM_PAIRS)
+
+
 def _check_ends(ends: EndingRows, device: torch.device, is_needed: bool) -> None:
     if not is_needed:
         return

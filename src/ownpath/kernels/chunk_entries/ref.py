@@ -3,6 +3,7 @@
 Legend: T rows, E rows that end a window, W near keys, H head dim.
 """
 
+import torch
 from torch import Tensor
 
 from ownpath.kernels.chunk_entries.types import ChunkPlaces, EndingRows
@@ -35,6 +36,33 @@ def write_chunk_entries(
             form = KeyForm(rounding, 2 * cos_EF.shape[-1], dtype, is_index=one is weights.index)
             write_finished(found_ELP2, rows, ends_E, (cos_EF, sin_EF), entries, one, form)
     return _near(raw.kv_TH, places.sources_W.long(), pools)
+
+
+def write_chunk_rings(raw: RawRows, places: ChunkPlaces, pools: LayerPools, weights: EntriesWeights) -> None:
+    """Writes the last rows of each request to the rings, as ``ChunkRingsKernel.run`` says."""
+    positions_T, requests_T = places.positions_T.long(), places.requests_T.long()
+    slots_T = places.slots_R.long()[requests_T]
+
+    def kept(num_rows: int) -> tuple[Tensor, Tensor]:
+        last_T = torch.full_like(requests_T, -1)
+        last_T[: max(0, len(last_T) - num_rows)] = requests_T[num_rows:]
+        rows_K = (last_T != requests_T).nonzero()[:, 0]
+        return rows_K, slots_T[rows_K] * num_rows + positions_T[rows_K] % num_rows
+
+    rows_K, places_K = kept(weights.window_rows)
+    if pools.has_key_pages:
+        KEY_PAGES.write(pools.window, places_K, raw.kv_TH[rows_K])
+    else:
+        pools.window[places_K] = raw.kv_TH[rows_K].to(pools.window.dtype)
+    for one, raw_TP2, state in (
+        (weights.main, raw.main_TP2, pools.main_state),
+        (weights.index, raw.index_TP2, pools.index_state),
+    ):
+        if one is not None:
+            assert raw_TP2 is not None
+            assert state is not None
+            rows_K, places_K = kept(weights.state_rows(one))
+            state[places_K] = raw_TP2[rows_K].to(state.dtype)
 
 
 def _near(kv_TH: Tensor, sources_W: Tensor, pools: LayerPools) -> Tensor:
@@ -75,3 +103,27 @@ class ChunkEntriesReference(Reference):
 
 
 CHUNK_ENTRIES = ChunkEntriesReference()
+"""Near keys and finished entries in torch."""
+
+
+class ChunkRingsReference(Reference):
+    """``write_chunk_rings`` as a kernel. The operand is the weights."""
+
+    def prepare(self, weights: EntriesWeights) -> EntriesWeights:
+        """Returns the weights unchanged."""
+        return weights
+
+    def variant(self, raw: RawRows, operand: EntriesWeights) -> None:
+        """Returns ``None``: the kernel has no variants."""
+
+    def run(self, raw: RawRows, places: ChunkPlaces, pools: LayerPools, operand: EntriesWeights) -> None:
+        """Writes to the rings."""
+        write_chunk_rings(raw, places, pools, operand)
+
+    def __call__(self, raw: RawRows, places: ChunkPlaces, pools: LayerPools, weights: EntriesWeights) -> None:
+        """Writes to the rings."""
+        write_chunk_rings(raw, places, pools, weights)
+
+
+CHUNK_RINGS = ChunkRingsReference()
+"""The rows that are left in the rings, in torch."""

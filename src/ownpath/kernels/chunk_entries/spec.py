@@ -1,4 +1,4 @@
-"""Specs of what a step with chunks writes before it attends."""
+"""Specs of what a step with chunks writes: before it attends, and to the rings."""
 
 from ownpath.kernels.spec import Evidence, KernelSpec
 from ownpath.official import Step
@@ -46,6 +46,39 @@ def _reference(official: frozenset[Step], rounding: str) -> KernelSpec:
     )
 
 
+_RINGS_EVIDENCE = Evidence(
+    "chunk_entries.ref:write_chunk_rings", "tests/gpu/test_chunk_rings.py", "ownpath bench chunk_rings"
+)
+_RINGS = (
+    KernelSpec(
+        "triton.chunk_rings",
+        OpKind.CHUNK_RINGS,
+        (),
+        "ChunkRings",
+        "row_major",
+        "one launch: the last keys and raw rows of each request",
+        "chunk_entries.rings:CHUNK_RINGS",
+        min_sm=90,
+        dim_multiple=64,
+        first_dim=512,
+        activations=("bfloat16",),
+        is_batch_invariant=True,
+        packages=("triton",),
+        launches=(r"\bchunk_rings_kernel\b",),
+        evidence=_RINGS_EVIDENCE,
+    ),
+    KernelSpec(
+        "ref.chunk_rings",
+        OpKind.CHUNK_RINGS,
+        (),
+        "ChunkRings",
+        "row_major",
+        "torch",
+        "chunk_entries.ref:CHUNK_RINGS",
+        is_batch_invariant=True,
+        is_default=True,
+    ),
+)
 _ROUNDINGS = (
     (frozenset[Step](), "entries rounded by their caches alone"),
     (frozenset({Step.KV}), "main entries rounded to FP8"),
@@ -55,4 +88,5 @@ _ROUNDINGS = (
 SPECS = (
     *(_triton(*rounding) for rounding in _ROUNDINGS),
     *(_reference(*rounding) for rounding in _ROUNDINGS),
+    *_RINGS,
 )

@@ -1,4 +1,4 @@
-"""Arguments of what a step with chunks writes before it attends.
+"""Arguments of what a step with chunks writes: before it attends, and to the rings.
 
 Near keys, in one array [W, H]: of each request the keys of its ring that its first row sees, oldest first, then those
 of its own rows. The rows of a request follow each other, at consecutive positions.
@@ -50,3 +50,20 @@ class ChunkEntriesKernel(Kernel[Operand], Protocol[Operand]):
 
     def run(self, raw: RawRows, ends: EndingRows, places: ChunkPlaces, pools: LayerPools, operand: Operand) -> Tensor:
         """Writes entries and returns near keys [W, H], in the dtype of kv. Errors: ValueError naming the operand."""
+
+
+class ChunkRingsKernel(Kernel[Operand], Protocol[Operand]):
+    """The rows of a step that later steps read: of each request the last, as many as a ring has, written to the
+    window's pool and to the compressors' states. A row of position p goes to row ``p % rows`` of its slot's ring.
+
+    ``raw.kv_TH``: keys that are normed and turned. Entries are neither read nor written.
+    """
+
+    def prepare(self, weights: EntriesWeights) -> Operand:
+        """Makes the operand, of which the sizes of rings are read alone."""
+
+    def variant(self, raw: RawRows, operand: Operand) -> str | None:
+        """Returns the name of the variant that a call launches; ``None`` for a kernel without variants."""
+
+    def run(self, raw: RawRows, places: ChunkPlaces, pools: LayerPools, operand: Operand) -> None:
+        """Writes to the pools. Errors: ValueError naming the operand."""

@@ -7,7 +7,7 @@ entry, WINDOWS windows that it averages, SPARE rows of a ring beyond what one ro
 import triton
 import triton.language as tl
 
-from ownpath.kernels.entries.write import KEY_PAGES, round_fp8, write_entry
+from ownpath.kernels.entries.write import KEY_PAGES, round_fp8, store_key_page, write_entry
 
 
 @triton.jit
@@ -149,3 +149,62 @@ def chunk_entries_kernel(
                 HI, LOG_HI, F, RATIO, WINDOWS, SPARE, OWN, HI, 1, PER_BLOCK, INDEX_FORM, INDEX_KEYS,
             )
             # fmt: on
+
+
+@triton.jit
+def _is_kept(requests_ptr, request, t, num_rows, ROWS: tl.constexpr):
+    """Returns True for a row that no later row of its request replaces in a ring of ROWS rows."""
+    return tl.load(requests_ptr + t + ROWS, mask=t + ROWS < num_rows, other=-1) != request
+
+
+@triton.jit
+def _keep_raw(raw_ptr, state_ptr, WIDTH: tl.constexpr):
+    c = tl.arange(0, WIDTH)
+    tl.store(state_ptr + c, tl.load(raw_ptr + c))
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def chunk_rings_kernel(
+    kv_ptr,
+    main_ptr,
+    index_ptr,
+    positions_ptr,
+    requests_ptr,
+    slots_ptr,
+    window_ptr,
+    main_state_ptr,
+    index_state_ptr,
+    kv_stride,
+    main_stride,
+    index_stride,
+    num_rows,
+    H: tl.constexpr,
+    HI: tl.constexpr,
+    F: tl.constexpr,
+    WINDOW: tl.constexpr,
+    RAW_ROWS: tl.constexpr,
+    WINDOWS: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    FORM: tl.constexpr,
+):
+    """Writes row t to its slot's rings, where no later row of its request goes.
+
+    WINDOW, RAW_ROWS: rows of a slot's rings of keys and of raw rows; 0 raw rows in a layer without compressors.
+    """
+    t = tl.program_id(0).to(tl.int64)
+    request, p = tl.load(requests_ptr + t), tl.load(positions_ptr + t)
+    slot = tl.load(slots_ptr + request).to(tl.int64)
+    if _is_kept(requests_ptr, request, t, num_rows, WINDOW):
+        h = tl.arange(0, H)
+        key = tl.load(kv_ptr + t * kv_stride + h)
+        if FORM == KEY_PAGES:
+            page_ptr = window_ptr + slot * (WINDOW * (H + 2 * F + 8))
+            store_key_page(key.to(tl.float32), page_ptr, p % WINDOW, H, F, WINDOW)
+        else:
+            tl.store(window_ptr + (slot * WINDOW + p % WINDOW) * H + h, key)
+    if RAW_ROWS > 0:  # noqa: SIM102 (decided at compile time)
+        if _is_kept(requests_ptr, request, t, num_rows, RAW_ROWS):
+            row = slot * RAW_ROWS + p % RAW_ROWS
+            _keep_raw(main_ptr + t * main_stride, main_state_ptr + row * (2 * WINDOWS * H), 2 * WINDOWS * H)
+            if HAS_INDEX:
+                _keep_raw(index_ptr + t * index_stride, index_state_ptr + row * (2 * WINDOWS * HI), 2 * WINDOWS * HI)

@@ -1,18 +1,18 @@
-"""Attention over chunks: one launch, a program for each row and up to 64 of its heads.
+"""Attention over chunks: one launch, each row and up to 64 of its heads at a time.
 
-How it works. A program norms and rotates its queries as it loads them and keeps them in shared memory. Keys come in
-tiles of 64 by asynchronous copies, one tile ahead: first the window's, rows of ``near`` that follow each other, then
-the entries', rows of the pool that a list or a table names; a key is read once, for scores and for values. Softmax runs
-in float32. The epilogue divides, rotates back and rounds. Neighbouring rows run at the same time and find most of their
-keys in L2.
+How it works. Queries are normed and rotated as they are loaded and kept in shared memory. Keys come in tiles of 64:
+first the window's, rows of ``near`` that follow each other, then the entries', rows of the pool that a list or a table
+names; a key is read once, for scores and for values. Softmax runs in float32. The epilogue divides, rotates back and
+rounds. Neighbouring rows run at the same time and find most of their keys in L2.
 
-Two forms. On Hopper, with 64 heads or more and BF16 keys, the two warpgroups of a program share the products by
-explicit layouts (``hopper``). Elsewhere, and where entries are FP8 pages, which are decoded in registers, Triton lays
-them out (``kernel``).
+Two forms. On Hopper, with 64 heads or more, a program an SM takes rows in turn: warps that bring keys, BF16 or of FP8
+pages, run ahead of two warpgroups that share the products (``hopper``, ``producer``). Where the keys' norms bound the
+scores, no maximum is taken away from them. Elsewhere a program has one row, and Triton lays it out (``kernel``).
 
 Roofline. 4 * N * H flops a key on the tensor cores; where a row has 128 keys alone, its queries and results: 4 * N * H
-bytes. 64 heads by 512 channels of float32 sums are half of an SM's registers: a program holds one row, and an SM one
-program. Limits. H = 512 with 64 rotary channels, up to 128 heads. No part of a row's work depends on another row.
+bytes. 64 heads by 512 channels of float32 sums are half of an SM's registers, 64 queries and two tiles of keys nearly
+all of its shared memory. Limits. H = 512 with 64 rotary channels, up to 128 heads. No part of a row's work depends on
+another row.
 """
 
 from collections.abc import Sequence
@@ -41,6 +41,10 @@ INTERPRETED = triton.knobs.runtime.interpret
 LOG2E = 1.4426950408889634
 HOPPER_HEADS, FEW_HEADS = 64, 16
 WARPS, TILE, STAGES = 8, 64, 2
+NUM_SMS = 132
+"""Of an H200: programs on Hopper, one an SM, take rows in turn."""
+REGISTERS = (72, 128)
+"""Of a thread that brings keys, BF16 or FP8."""
 
 
 class ChunkForm(NamedTuple):
@@ -123,7 +127,7 @@ class TritonAttendChunk:
     def form(self, q_TNH: torch.Tensor, keys: ChunkKeys) -> ChunkForm:
         """Returns the form of a call, which depends on heads and formats alone."""
         num_heads = q_TNH.shape[1]
-        if self._on_hopper and num_heads >= HOPPER_HEADS and not keys.is_fp8:
+        if self._on_hopper and num_heads >= HOPPER_HEADS:
             return ChunkForm(True, HOPPER_HEADS)
         return ChunkForm(False, FEW_HEADS if num_heads <= FEW_HEADS else HOPPER_HEADS)
 
@@ -200,14 +204,18 @@ def _launch(
     num_rows, num_heads, _ = arguments.q_TNH.shape
     widths = arguments.blocks_RB.shape[1], arguments.selected_TK.shape[-1]
     most_entries = widths[1] if keys.ratio == 4 else widths[0] * keys.per_block
-    sizes = (*arguments.q_TNH.stride()[:2], *widths, most_entries, num_heads)
+    sizes: tuple[int, ...] = (*arguments.q_TNH.stride()[:2], *widths, most_entries, num_heads)
     block_bits = (keys.per_block or WINDOW_ROWS).bit_length() - 1
     constants = {"RATIO": keys.ratio, "BLOCK_BITS": block_bits, "STEPWISE": weights.is_stepwise, "num_warps": WARPS}
-    if not form.is_hopper:
+    num_parts = triton.cdiv(num_heads, form.heads) * num_rows
+    if form.is_hopper:
+        sizes = *sizes, num_parts
+        constants |= {"FP8": keys.is_fp8, "BOUNDED": weights.is_bounded, "REGISTERS": REGISTERS[keys.is_fp8]}
+    else:
         constants |= {"N": form.heads, "FP8": keys.is_fp8, "TILE": form.tile, "STAGES": form.stages}
     return launch(
         attend_chunk_hopper_kernel if form.is_hopper else attend_chunk_kernel,
-        (triton.cdiv(num_heads, form.heads) * num_rows,),
+        (min(num_parts, NUM_SMS) if form.is_hopper else num_parts,),
         (*arguments, weights.sink_N, out, *sizes, weights.softmax_scale * LOG2E, weights.eps),
         constants,
         moving=(*range(len(arguments)), len(arguments) + 1),

@@ -45,12 +45,15 @@ def _reference(official: frozenset[Step]) -> KernelSpec:
     )
 
 
-_ROWS = (
-    "a program for a row and 64 of its heads, keys straight from the cache, queries normed and rotated on the way in"
-)
+_ROWS = "a row and 64 of its heads at a time, keys straight from the cache, queries normed and rotated on the way in"
 SPECS = (
     *(
-        _triton("gluon.attend_chunk", "chunks.launch:ATTEND_CHUNK_HOPPER", f"{_ROWS}; warpgroups share products", o)
+        _triton(
+            "gluon.attend_chunk",
+            "chunks.launch:ATTEND_CHUNK_HOPPER",
+            f"{_ROWS}; some warps bring keys, others multiply",
+            o,
+        )
         for o in (_PLAIN, _STEPWISE)
     ),
     *(_triton("triton.attend_chunk", "chunks.launch:ATTEND_CHUNK", _ROWS, o) for o in (_PLAIN, _STEPWISE)),

@@ -113,7 +113,7 @@ def _rotate(x, cos, sin, H: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def _store_key_page(x, page_ptr, row, H: tl.constexpr, F: tl.constexpr, R: tl.constexpr):
+def store_key_page(x, page_ptr, row, H: tl.constexpr, F: tl.constexpr, R: tl.constexpr):
     """Writes a key to its row of a page of R keys: blocks of 64 channels in E4M3 with a power-of-two scale, the last
     2F channels in bfloat16."""
     PLAIN: tl.constexpr = H - 2 * F
@@ -183,7 +183,7 @@ def _write_key(
     if ROUNDING == "fp4":
         x = _round_fp4(x, H, LOG_H)
     if FORM == KEY_PAGES:
-        _store_key_page(x, pool_ptr + page * (R * (H + 2 * F + 8)), row, H, F, R)
+        store_key_page(x, pool_ptr + page * (R * (H + 2 * F + 8)), row, H, F, R)
     elif FORM == INDEX_PAGES:
         _store_index_page(x, pool_ptr + page * (R * (H + 4)), row, H, R)
     elif FORM == FP4_INDEX_PAGES:

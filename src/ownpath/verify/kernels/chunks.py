@@ -69,7 +69,7 @@ class ChunkTrial(DecodeTrial):
         with self.tally.catch_errors(*self.slot("attend")):
             self.step.run_chunks(self.kv_TH, **around)
             for write, old in zip(rings, before, strict=True):
-                self.judge_write(write, old)
+                self.judge_write(write, old, "rings")
 
     @property
     def judged(self) -> Sequence[tuple[int, RowPlace]]:

@@ -154,20 +154,20 @@ class DecodeTrial:
     def ids(self, rows: list[int]) -> Tensor:
         return torch.tensor(rows, dtype=torch.int64, device=self.probe.device)
 
-    def judge_write(self, write: PoolWrite, before: Tensor) -> None:
-        """Padded rows may write to nobody's slot and block."""
+    def judge_write(self, write: PoolWrite, before: Tensor, writer: str = "entries") -> None:
+        """Padded rows may write to nobody's slot and block. writer: of the line's kernels, which wrote."""
         old = replace(write.pool, memory=before).bytes_of_rows()
         changed = (old != write.pool.bytes_of_rows()).any(1)
         changed[write.rows] = False
         changed[: write.num_nobodys] = False
         others = changed.nonzero().flatten().tolist()
         problem = f"{write.name}: row {others[0]} changed, which no row of the step writes" if others else ""
-        self.tally.judge(*self.slot("entries"), problem)
+        self.tally.judge(*self.slot(writer), problem)
         worst = deviation(write.pool.read(self.ids(write.rows)), write.exact)
         at = ""
         if worst.place:
             at = f", row {write.rows[worst.place[0]]}, of position {write.places[worst.place[0]].position}"
-        self.tally.add(*self.slot("entries"), worst, f"{write.name}{at}: {worst}")
+        self.tally.add(*self.slot(writer), worst, f"{write.name}{at}: {worst}")
 
     def score(self, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Checks scores of the entries that each row sees; the selection gets others."""

@@ -1,0 +1,226 @@
+"""Gluon functions of the warps that bring keys, in attention over chunks on Hopper: a tile at a time to shared memory.
+
+Both kinds of keys end as BF16 rows of a tile: rows of ``near`` and of BF16 pools by asynchronous copies, codes of FP8
+pages through registers, where they become BF16 exactly. The rows of a tile are looked up a tile ahead.
+
+Legend: K keys of a tile, G groups of 16 channels, W words of four codes.
+"""
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+H = tl.constexpr(512)
+R = tl.constexpr(64)
+TILE = tl.constexpr(64)
+BUFFERS = tl.constexpr(2)
+WINDOW = tl.constexpr(128)
+LISTED = tl.constexpr(4)
+PRODUCERS = tl.constexpr(4)
+"""Warps that bring keys."""
+KEY_WORDS = tl.constexpr(144)
+"""Words of a key in an FP8 page: 112 of codes, 32 of BF16 channels."""
+KEY_BYTES = tl.constexpr(576)
+PAGE_BYTES = tl.constexpr(584)
+"""Bytes that a page has for each of its keys: those of the key, and 8 of scales behind all keys."""
+
+
+@gluon.jit
+def row_sizes(
+    t, positions_ptr, places_ptr, requests_ptr, blocks_ptr, selected_ptr, num_selected_ptr,
+    num_blocks, num_listed, most_entries, RATIO: tl.constexpr,
+):  # fmt: skip
+    """Returns row t's first near key, how many there are, the tiles that they take, its number of entries, and where
+    their list or table is."""
+    position, own = gl.load(positions_ptr + t), gl.load(places_ptr + t)
+    num_near = gl.minimum(position + 1, WINDOW)
+    num_entries, lists = 0, selected_ptr
+    if RATIO == LISTED:
+        num_entries = gl.minimum(gl.load(num_selected_ptr + t), most_entries)
+        lists = selected_ptr + t.to(gl.int64) * num_listed
+    elif RATIO > 0:
+        num_entries = gl.minimum((position + 1) // RATIO, most_entries)
+        lists = blocks_ptr + gl.load(requests_ptr + t).to(gl.int64) * num_blocks
+    return own + 1 - num_near, num_near, (num_near + TILE - 1) // TILE, num_entries, lists
+
+
+@gluon.jit
+def _entry_rows(e, num_entries, lists, RATIO: tl.constexpr, BLOCK_BITS: tl.constexpr):
+    """Returns the pool's rows of entries e; -1 where there is none."""
+    valid = (e >= 0) & (e < num_entries)
+    if RATIO == LISTED:
+        row = gl.load(lists + e, mask=valid, other=-1)
+    else:
+        block = gl.load(lists + (e >> BLOCK_BITS), mask=valid, other=0)
+        row = gl.where(valid, (block << BLOCK_BITS) + (e & ((1 << BLOCK_BITS) - 1)), -1)
+    return row
+
+
+@gluon.jit
+def _tile_rows(
+    i,
+    near_tiles,
+    first,
+    num_near,
+    num_entries,
+    lists,
+    RATIO: tl.constexpr,
+    BLOCK_BITS: tl.constexpr,
+    COPY: tl.constexpr,
+):
+    """Returns the row of each key of tile i, of near or of the pool; -1 where there is none."""
+    j = i * TILE + gl.arange(0, TILE, gl.SliceLayout(1, COPY))
+    row = gl.where(j < num_near, first + j, -1)
+    if RATIO > 0:
+        found = _entry_rows(j - near_tiles * TILE, num_entries, lists, RATIO, BLOCK_BITS)
+        row = gl.where(i < near_tiles, row, found)
+    return row
+
+
+@gluon.jit
+def _copy_rows(row, source, buffer, COPY: tl.constexpr):
+    """Starts the copies of a tile; keys that are not there become zeros."""
+    c = gl.arange(0, H, gl.SliceLayout(0, COPY))
+    at = source + gl.maximum(row, 0).to(gl.int64) * H
+    async_copy.async_copy_global_to_shared(buffer, at[:, None] + c[None, :], mask=(row >= 0)[:, None])
+
+
+@gluon.jit
+def next_buffer(turn, phase):
+    """Returns the next buffer, and the phase of its barriers."""
+    return BUFFERS - 1 - turn, gl.where(turn == BUFFERS - 1, phase ^ 1, phase)
+
+
+@gluon.jit
+def copy_keys(
+    sizes, near_ptr, entries_ptr, keys, full, empty, turn, phase, RATIO: tl.constexpr, BLOCK_BITS: tl.constexpr
+):
+    """Brings a row's tiles of BF16 keys; returns the next buffer and its phase."""
+    COPY: tl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [PRODUCERS, 1], [1, 0])
+    first, num_near, near_tiles, num_entries, lists = sizes
+    row = _tile_rows(0, near_tiles, first, num_near, num_entries, lists, RATIO, BLOCK_BITS, COPY)
+    for i in range(near_tiles + (num_entries + TILE - 1) // TILE):
+        ahead = _tile_rows(i + 1, near_tiles, first, num_near, num_entries, lists, RATIO, BLOCK_BITS, COPY)
+        mbarrier.wait(empty.index(turn), phase)
+        source = entries_ptr
+        if i < near_tiles:
+            source = near_ptr
+        _copy_rows(row, source, keys.index(turn), COPY)
+        async_copy.mbarrier_arrive(full.index(turn), increment_count=False)
+        row = ahead
+        turn, phase = next_buffer(turn, phase)
+    return turn, phase
+
+
+@gluon.jit
+def _load_codes(
+    i, num_entries, lists, entries_ptr, FIRST: tl.constexpr, GROUPS: tl.constexpr,
+    RATIO: tl.constexpr, BLOCK_BITS: tl.constexpr,
+):  # fmt: skip
+    """Loads words int32 [K, G, 4] of 16 codes a group, from group FIRST on, of the i-th tile of entries, and their
+    scales' bytes [K, G]."""
+    CODES: tl.constexpr = gl.BlockedLayout([1, 1, 4], [32 // GROUPS, GROUPS, 1], [PRODUCERS, 1, 1], [2, 1, 0])
+    PAIR: tl.constexpr = gl.SliceLayout(2, CODES)
+    e = i * TILE + gl.arange(0, TILE, gl.SliceLayout(1, PAIR))
+    row = _entry_rows(e, num_entries, lists, RATIO, BLOCK_BITS)
+    there, row = row >= 0, gl.maximum(row, 0)
+    block, place = (row >> BLOCK_BITS).to(gl.int64), row & ((1 << BLOCK_BITS) - 1)
+    g = FIRST + gl.arange(0, GROUPS, gl.SliceLayout(0, PAIR))
+    w = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, CODES)))
+    at = block * ((PAGE_BYTES // 4) << BLOCK_BITS) + place * KEY_WORDS
+    at = (at[:, None] + g[None, :] * 4)[:, :, None] + gl.expand_dims(gl.expand_dims(w, 0), 1)
+    words_ptr = entries_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
+    words = gl.load(words_ptr + at, mask=there[:, None][:, :, None], other=0)
+    scale_at = block * (PAGE_BYTES << BLOCK_BITS) + (KEY_BYTES << BLOCK_BITS) + place * 8
+    scales = gl.load(entries_ptr + (scale_at[:, None] + (g >> 2)[None, :]), mask=there[:, None], other=0)
+    return words, scales
+
+
+@gluon.jit
+def _store_codes(words, scales, buffer, FIRST: tl.constexpr, GROUPS: tl.constexpr):
+    """Stores groups of codes as BF16, two to a word.
+
+    A code's bits, moved by 4, are a BF16 number of 2^-120 of its value. The scale is a power of two, of which byte 0 is
+    2^-127.
+    """
+    factor = scales.to(gl.int32)
+    factor = gl.where(factor == 0, 64, factor << 7)
+    low, high = gl.inline_asm_elementwise(
+        """{
+        .reg .b32 a, b, u;
+        mov.b32 u, 0x7B807B80;
+        prmt.b32 a, $2, 0, 0x1404;
+        shr.u32 b, a, 4;
+        and.b32 b, b, 0x07F007F0;
+        lop3.b32 a, a, 0x80008000, b, 0xEA;
+        mul.rn.bf16x2 a, a, u;
+        mul.rn.bf16x2 $0, a, $3;
+        prmt.b32 a, $2, 0, 0x3424;
+        shr.u32 b, a, 4;
+        and.b32 b, b, 0x07F007F0;
+        lop3.b32 a, a, 0x80008000, b, 0xEA;
+        mul.rn.bf16x2 a, a, u;
+        mul.rn.bf16x2 $1, a, $3;
+        }""",
+        "=&r,=&r,r,r",
+        [words, gl.expand_dims(factor | (factor << 16), 2)],
+        dtype=(gl.int32, gl.int32),
+        is_pure=True,
+        pack=1,
+    )
+    buffer.slice(FIRST * 8, GROUPS * 8, dim=1).store(gl.reshape(gl.join(low, high), (TILE, GROUPS * 8)))
+
+
+@gluon.jit
+def _copy_rotary(i, num_entries, lists, entries_ptr, buffer, RATIO: tl.constexpr, BLOCK_BITS: tl.constexpr):
+    """Starts the copies of the BF16 channels of the i-th tile of entries."""
+    ROTARY: tl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [PRODUCERS, 1], [1, 0])
+    e = i * TILE + gl.arange(0, TILE, gl.SliceLayout(1, ROTARY))
+    row = _entry_rows(e, num_entries, lists, RATIO, BLOCK_BITS)
+    there, row = row >= 0, gl.maximum(row, 0)
+    block, place = (row >> BLOCK_BITS).to(gl.int64), row & ((1 << BLOCK_BITS) - 1)
+    r = gl.arange(0, R, gl.SliceLayout(0, ROTARY))
+    at = block * ((PAGE_BYTES // 2) << BLOCK_BITS) + place * (KEY_BYTES // 2) + (H - R) // 2
+    source = entries_ptr.to(gl.pointer_type(gl.bfloat16), bitcast=True) + at
+    async_copy.async_copy_global_to_shared(
+        buffer.slice(H - R, R, dim=1), source[:, None] + r[None, :], mask=there[:, None]
+    )
+
+
+@gluon.jit
+def decode_keys(
+    sizes, near_ptr, entries_ptr, keys, full, empty, turn, phase, RATIO: tl.constexpr, BLOCK_BITS: tl.constexpr
+):
+    """Brings a row's tiles of near keys and of entries in FP8 pages; returns the next buffer and its phase."""
+    COPY: tl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [PRODUCERS, 1], [1, 0])
+    WORDS: tl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
+    first, num_near, near_tiles, num_entries, lists = sizes
+    for i in range(near_tiles):
+        mbarrier.wait(empty.index(turn), phase)
+        j = i * TILE + gl.arange(0, TILE, gl.SliceLayout(1, COPY))
+        _copy_rows(gl.where(j < num_near, first + j, -1), near_ptr, keys.index(turn), COPY)
+        async_copy.mbarrier_arrive(full.index(turn), increment_count=False)
+        mbarrier.arrive(full.index(turn), count=1)
+        turn, phase = next_buffer(turn, phase)
+    words0, scales0 = _load_codes(0, num_entries, lists, entries_ptr, 0, 16, RATIO, BLOCK_BITS)
+    words1, scales1 = _load_codes(0, num_entries, lists, entries_ptr, 16, 8, RATIO, BLOCK_BITS)
+    words2, scales2 = _load_codes(0, num_entries, lists, entries_ptr, 24, 4, RATIO, BLOCK_BITS)
+    for i in range((num_entries + TILE - 1) // TILE):
+        mbarrier.wait(empty.index(turn), phase)
+        buffer = keys.index(turn)
+        _copy_rotary(i, num_entries, lists, entries_ptr, buffer, RATIO, BLOCK_BITS)
+        async_copy.mbarrier_arrive(full.index(turn), increment_count=False)
+        as_words = buffer._reinterpret(gl.int32, [TILE, H // 2], WORDS)
+        _store_codes(words0, scales0, as_words, 0, 16)
+        _store_codes(words1, scales1, as_words, 16, 8)
+        _store_codes(words2, scales2, as_words, 24, 4)
+        fence_async_shared()
+        gl.thread_barrier()
+        mbarrier.arrive(full.index(turn), count=1)
+        words0, scales0 = _load_codes(i + 1, num_entries, lists, entries_ptr, 0, 16, RATIO, BLOCK_BITS)
+        words1, scales1 = _load_codes(i + 1, num_entries, lists, entries_ptr, 16, 8, RATIO, BLOCK_BITS)
+        words2, scales2 = _load_codes(i + 1, num_entries, lists, entries_ptr, 24, 4, RATIO, BLOCK_BITS)
+        turn, phase = next_buffer(turn, phase)
+    return turn, phase
