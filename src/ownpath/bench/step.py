@@ -33,7 +33,8 @@ from ownpath.cache.pools import CachePool, SequenceCache
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.tensor_info import TensorInfo
 from ownpath.config import CSA_RATIO, ONE_RANK, EngineConfig, ModelConfig, Parallel
-from ownpath.engine.decoder import Decoder, no_graph_of
+from ownpath.engine.decoder import Decoder
+from ownpath.engine.graphs import no_graph_of
 from ownpath.engine.rows import DecodeRow, StepRows
 from ownpath.loading import WindowOpener, device_caps, planned_window
 from ownpath.model.build import ALONE
