@@ -62,6 +62,7 @@ BENCHES = {
     "step": Bench(
         "step:measured", "a decode step of a whole model of random weights", model_shape, kinds=(OpKind.TURN,)
     ),
+    "drafts": Bench("drafts:measured", "decode steps with drafts, of such a model", model_shape),
     "parallel": Bench(
         "parallel:measured",
         "exchanges between GPUs, and experts over them",

@@ -13,11 +13,13 @@ from ownpath.ranks.peers import Alone, Peers
 
 @dataclass(frozen=True)
 class StepOptions:
-    """Options of ``bench step`` alone. context: tokens that each row's caches hold. layers: the first ones only.
+    """Options of ``bench step`` and ``bench drafts``. context: tokens that each row's caches hold. layers: the first
+    ones only.
 
     export: "nvidia" has FP8 outside the experts, "full" NVFP4. expert_sets: sets of experts that the layers share;
     ``None``: 24, or of several ranks as many as there are layers. by_gate: experts are chosen by the gate of random
-    weights, not uniformly. slots: time each kind of slot, too.
+    weights, not uniformly. slots: time each kind of slot, too. accepted: the share of guesses that ``bench drafts``
+    accepts by force; ``None``: its own.
     """
 
     context: int = 1024
@@ -26,6 +28,7 @@ class StepOptions:
     expert_sets: int | None = None
     by_gate: bool = False
     slots: bool = False
+    accepted: float | None = None
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 _STARTS_RANKS = "parallel"
 """The bench that starts its ranks itself, a rank for each GPU unless ``--ranks`` says how many."""
-_STEP_OPTIONS = ("context", "layers", "export", "expert_sets", "by_gate", "slots")
+_STEP_OPTIONS = ("context", "layers", "export", "expert_sets", "by_gate", "slots", "accepted")
+_OPTIONS_OF_ONE = {"by_gate": "step", "slots": "step", "accepted": "drafts"}
+"""Step options that only one of both benches has."""
 
 
 def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
@@ -67,7 +69,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     parser.add_argument("--out", type=file_to_write, metavar="FILE", help="append one JSON line for each row")
     parser.add_argument("--plot", type=file_to_write, metavar="FILE", help="write a PNG (needs the extra 'bench')")
     parser.add_argument("--commit", default="unknown", metavar="ID", help="recorded with every row")
-    _add_step_options(parser.add_argument_group("bench step"))
+    _add_step_options(parser.add_argument_group("bench step and bench drafts"))
     add_ranks_arguments(parser.add_argument_group("bench step and bench parallel"))
     return parser
 
@@ -90,6 +92,12 @@ def _add_step_options(group: "argparse._ArgumentGroup") -> None:
     )
     group.add_argument(
         "--slots", action="store_true", default=None, help="also the time of each kind of slot, by the profiler"
+    )
+    group.add_argument(
+        "--accepted",
+        type=number(0, 1),
+        metavar="P",
+        help="bench drafts: the share of guesses that are accepted by force, as random weights guess none (0.8)",
     )
 
 
@@ -162,8 +170,9 @@ def _check_names(args: argparse.Namespace) -> None:
     for shape in args.shape:
         BENCHES[args.bench].find(shape)
     for name in _STEP_OPTIONS:
-        if getattr(args, name) is not None and args.bench != "step":
-            raise ValueError(f"--{name.replace('_', '-')}: an option of bench step")
+        of = _OPTIONS_OF_ONE.get(name)
+        if getattr(args, name) is not None and args.bench not in ({"step", "drafts"} if of is None else {of}):
+            raise ValueError(f"--{name.replace('_', '-')}: an option of bench {of or 'step'}")
     if args.ranks > 1 and args.bench not in ("step", _STARTS_RANKS):
         raise ValueError(f"--ranks: an option of bench step and bench {_STARTS_RANKS}")
 
