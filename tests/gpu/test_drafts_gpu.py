@@ -24,8 +24,8 @@ from ownpath.engine.drafting import Drafts
 from ownpath.engine.engine import Engine
 from ownpath.engine.request import FinishReason, Request, SamplingParams, StepOutput
 from ownpath.engine.rows import DecodeRow, StepRows
+from ownpath.inspect.memory import KINDS as DEVICES
 from ownpath.kernels.dsl.cache import Config
-from ownpath.loading import device_caps
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
 from ownpath.plan.exports import drawn_checkpoint
@@ -51,11 +51,12 @@ def small_config() -> ModelConfig:
 
 def kernel_configs() -> Iterator[Config]:
     """Those of the small model, of both plans."""
+    (caps,) = (caps for caps in DEVICES if caps.name == "sm_90")
     config = small_config()
     index = drawn_checkpoint(config, with_drafts=True)
     for is_invariant in (False, True):
         demands = Demands("bfloat16", is_invariant)
-        yield from plan_configs(make_plan(config, index, device_caps("cuda"), demands, loads_draft=True), index)
+        yield from plan_configs(make_plan(config, index, caps, demands, loads_draft=True), index)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["default", "batch-invariant"])
