@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -91,12 +92,12 @@ class DraftBench:
             if self._is_on_gpu and no_graph_of(self.made.model.ledger) is None:
                 decoder.capture(lambda *_: None)
         for count in counts:
-            plain, facts = self._timed(lambda count=count: self._chain_plain(count)), self._facts()
+            plain, facts = self._timed(partial(self._chain_plain, count)), self._facts()
             yield self._row(count, "ownpath", plain, facts)
-            drafted = self._timed(lambda count=count: self._chain_drafted(count))
+            drafted = self._timed(partial(self._chain_drafted, count))
             gain = statistics.median(us for us, _ in plain) / statistics.median(us for us, _ in drafted)
             kept = statistics.mean(tokens for _, tokens in drafted)
-            facts |= {"tokens_of_a_step": round(kept, 3), "gain": round(gain, 3)}
+            facts = {**facts, "tokens_of_a_step": round(kept, 3), "gain": round(gain, 3)}
             facts["step_us"] = round(statistics.median(us * tokens for us, tokens in drafted), 1)
             yield self._row(count, f"drafts, {self._share:g} accepted by force", drafted, facts)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 from ownpath.chat.effort import RELEASES, Release, find_release
 from ownpath.commands.arguments import (
     OptionHolder,
+    add_draft_argument,
     add_engine_arguments,
     add_list_argument,
     add_model_argument,
@@ -65,6 +66,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     numerics = parser.add_argument_group("numerics and kernels")
     limits = parser.add_argument_group("limits")
     add_engine_arguments(numerics, limits)
+    add_draft_argument(numerics)
     add_limits(limits)
     add_prefix_arguments(parser.add_argument_group("prefix cache"))
     ranks = parser.add_argument_group("ranks")

@@ -222,7 +222,7 @@ class Decoder(StepGraphs):
         self._sampler.run(logits_TV.float(), rows, self._sampler_operand, out=out, following=self._following)
 
 
-AnyDecoder = TypeVar("AnyDecoder", bound=Decoder)
+AnyDecoder = TypeVar("AnyDecoder", bound=StepGraphs)
 
 
 def make_decoder(model: DecodingModel, engine: EngineConfig, num_vocab: int) -> Decoder | None:

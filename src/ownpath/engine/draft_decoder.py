@@ -25,7 +25,7 @@ from ownpath.cache.pools import CachePool, PlacedSequence, SequenceCache
 from ownpath.cache.tables import DecodeTables, first_flagged, new_flags
 from ownpath.engine.decoder import NOTHING
 from ownpath.engine.graphs import GraphModel, StepGraphs
-from ownpath.engine.rows import NO_ROWS, NUM_TURNS, RowArrays, Staged, StepRows
+from ownpath.engine.rows import NO_ROWS, NUM_TURNS, PlacedRows, RowArrays, Staged, StepRows
 from ownpath.engine.sampler import NUM_SAMPLED, sampled_views, sampler_of
 from ownpath.engine.tops import PendingTops, Top, read_tops, start_tops
 from ownpath.kernels.sample.types import FilterRows, Sampled, SampleRows
@@ -214,14 +214,15 @@ class DraftDecoder(StepGraphs):
         return logits_TV
 
 
-def _in_pairs(rows: StepRows, guesses: Sequence[int], pool: CachePool) -> StepRows:
+def _in_pairs(rows: StepRows, guesses: Sequence[int], pool: CachePool) -> PlacedRows:
     """Returns two rows for each: of its token, and of the guess behind it."""
-    caches: list[SequenceCache | PlacedSequence] = []
-    for cache in rows.caches:
-        caches += cache, PlacedSequence(pool, cache.slot, cache.blocks, cache.num_tokens + 1)
     pairs = zip(rows.token_ids, guesses, strict=True)
-    return StepRows(
-        caches,
+    return PlacedRows(
+        [
+            PlacedSequence(pool, cache.slot, cache.blocks, cache.num_tokens + ahead)
+            for cache in rows.caches
+            for ahead in range(ROWS)
+        ],
         [token_id for pair in pairs for token_id in pair],
         [one for one in rows.params for _ in range(ROWS)],
         [seed for seed in rows.seeds for _ in range(ROWS)],

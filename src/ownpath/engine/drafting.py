@@ -15,9 +15,18 @@ from typing import NamedTuple, Protocol
 import torch
 
 from ownpath.cache.pools import SequenceCache
+from ownpath.config import EngineConfig
 from ownpath.engine.batch import LogitsShare
-from ownpath.engine.draft_decoder import MOST_AHEAD, DraftBegun, DraftDecoder, DraftedTokens, room_behind
-from ownpath.engine.draft_policy import DraftPolicy
+from ownpath.engine.decoder import DecodingModel, prepared
+from ownpath.engine.draft_decoder import (
+    MOST_AHEAD,
+    DraftBegun,
+    DraftDecoder,
+    DraftedTokens,
+    VerifyingModel,
+    room_behind,
+)
+from ownpath.engine.draft_policy import MOST_DRAFTED, DraftPolicy
 from ownpath.engine.flags import tell_flagged
 from ownpath.engine.flight import LaunchedStep
 from ownpath.engine.load import DraftCounts, StepTimes
@@ -168,6 +177,26 @@ class Drafting:
             guesses = choose_tokens(logits_RV[:, : self.decoder.num_vocab], rows).token_ids
             for request, guess in zip(requests, guesses, strict=True):
                 request.guess = None if guess is None else (request.num_tokens + 1, guess)
+
+
+class LoadedModel(DecodingModel, VerifyingModel, DraftingModel, Protocol):
+    """A model with its modules of drafts."""
+
+
+def make_drafts(model: LoadedModel, engine: EngineConfig, num_vocab: int) -> Drafts | None:
+    """Makes what an engine drafts with, ready for its first step; ``None`` where no module is loaded for it.
+
+    Errors: ValueError where no decode step is planned.
+    """
+    if not engine.loads_draft:
+        return None
+    if not model.decodes:
+        raise ValueError("--draft: no decode step is planned here, and a step that drafts is one")
+
+    def make() -> DraftDecoder:
+        return DraftDecoder(model, min(engine.max_num_seqs, MOST_DRAFTED), num_vocab)
+
+    return Drafts(model, prepared(model, engine, make) or make(), DraftPolicy())
 
 
 def advanced(request: Request, drawn: Drawn) -> StepOutput:
