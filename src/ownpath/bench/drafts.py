@@ -21,7 +21,7 @@ from ownpath.bench.step import ROWS as COUNTS
 from ownpath.cache.pools import SequenceCache
 from ownpath.config import EngineConfig
 from ownpath.engine.decoder import Decoder
-from ownpath.engine.draft_decoder import ROWS, DraftDecoder, Judge
+from ownpath.engine.draft_decoder import ROWS, DraftDecoder, AcceptGuesses
 from ownpath.engine.graphs import StepGraphs, no_graph_of
 from ownpath.engine.rows import DecodeRow, StepRows
 
@@ -40,7 +40,7 @@ def measured(asked: BenchRequest) -> Iterator[Row]:
         yield from DraftBench.of(asked, shape, max(counts)).measured(counts)
 
 
-def accept_by_chance(share: float) -> Judge:
+def accept_by_chance(share: float) -> AcceptGuesses:
     """Returns a judge that accepts a guess with this probability, whatever was guessed: forced, for measuring."""
 
     def judge(drawn_R: torch.Tensor, guesses_R: torch.Tensor, out_R: torch.Tensor) -> None:

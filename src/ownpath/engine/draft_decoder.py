@@ -25,7 +25,7 @@ from ownpath.cache.pools import CachePool, PlacedSequence, SequenceCache
 from ownpath.cache.tables import DecodeTables, first_flagged, new_flags
 from ownpath.engine.decoder import NOTHING
 from ownpath.engine.graphs import GraphModel, StepGraphs
-from ownpath.engine.rows import NO_ROWS, NUM_TURNS, PlacedRows, RowArrays, Staged, StepRows
+from ownpath.engine.rows import NO_ROWS, NUM_TURNS, GroupedRows, RowArrays, Staged, StepRows
 from ownpath.engine.sampler import NUM_SAMPLED, sampled_views, sampler_of
 from ownpath.engine.tops import PendingTops, Top, read_tops, start_tops
 from ownpath.kernels.sample.types import FilterRows, Sampled, SampleRows
@@ -38,7 +38,7 @@ MOST_AHEAD = ROWS * NUM_TURNS
 _ACCEPTED, _GUESSES, _FLAGS = NUM_SAMPLED, NUM_SAMPLED + 1, NUM_SAMPLED + 2
 """Rows of a step's results behind the sampler's: by request, whether its guess was right, and the next one; then the
 flags of the layers, by row."""
-Judge = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+AcceptGuesses = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 class VerifyingModel(GraphModel, Protocol):
@@ -116,7 +116,7 @@ class DraftDecoder(StepGraphs):
     """Runs steps with drafts of up to ``max_requests`` requests. judge: writes 1 for each guess that is accepted; any
     but ``accept_equal`` is for measuring, and gives wrong answers."""
 
-    def __init__(self, model: VerifyingModel, max_requests: int, num_vocab: int, judge: Judge = accept_equal) -> None:
+    def __init__(self, model: VerifyingModel, max_requests: int, num_vocab: int, judge: AcceptGuesses = accept_equal) -> None:
         super().__init__(model, max_requests, num_vocab)
         assert self.pool.spec.rows_per_request >= ROWS, "the rings of the caches have no spare rows"
         self._model, self._judge, device = model, judge, self.pool.spec.device
@@ -214,10 +214,10 @@ class DraftDecoder(StepGraphs):
         return logits_TV
 
 
-def _in_pairs(rows: StepRows, guesses: Sequence[int], pool: CachePool) -> PlacedRows:
+def _in_pairs(rows: StepRows, guesses: Sequence[int], pool: CachePool) -> GroupedRows:
     """Returns two rows for each: of its token, and of the guess behind it."""
     pairs = zip(rows.token_ids, guesses, strict=True)
-    return PlacedRows(
+    return GroupedRows(
         [
             PlacedSequence(pool, cache.slot, cache.blocks, cache.num_tokens + ahead)
             for cache in rows.caches
@@ -231,7 +231,7 @@ def _in_pairs(rows: StepRows, guesses: Sequence[int], pool: CachePool) -> Placed
 
 
 class _GuessRows:
-    """How each request's guess is drawn, from one upload to the next. first_rows: of the requests, int32 [R]."""
+    """The parameters by which guesses are drawn, from one upload to the next. first_rows: of the requests, int32 [R]."""
 
     def __init__(self, max_requests: int, device: torch.device) -> None:
         count = aligned_rows(max_requests)

@@ -54,7 +54,7 @@ class _Kind:
 
 @dataclass
 class _Sized:
-    """What is known of steps of so many requests. since: steps of the winning kind since the other was tried."""
+    """The times of steps of so many requests. since: steps of the winning kind since the other was tried."""
 
     plain: _Kind = field(default_factory=_Kind)
     drafted: _Kind = field(default_factory=_Kind)

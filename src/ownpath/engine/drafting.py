@@ -58,7 +58,7 @@ class DraftingModel(Protocol):
 
 
 class Drafts(NamedTuple):
-    """What an engine drafts with. decoder: runs the steps. policy: says which."""
+    """The means of an engine that drafts. decoder: runs the steps. policy: says which."""
 
     model: DraftingModel
     decoder: DraftDecoder
@@ -179,11 +179,11 @@ class Drafting:
                 request.guess = None if guess is None else (request.num_tokens + 1, guess)
 
 
-class LoadedModel(DecodingModel, VerifyingModel, DraftingModel, Protocol):
+class DraftedModel(DecodingModel, VerifyingModel, DraftingModel, Protocol):
     """A model with its modules of drafts."""
 
 
-def make_drafts(model: LoadedModel, engine: EngineConfig, num_vocab: int) -> Drafts | None:
+def make_drafts(model: DraftedModel, engine: EngineConfig, num_vocab: int) -> Drafts | None:
     """Makes what an engine drafts with, ready for its first step; ``None`` where no module is loaded for it.
 
     Errors: ValueError where no decode step is planned.

@@ -77,7 +77,7 @@ class StepRows(NamedTuple):
         return len(self.caches)
 
 
-class PlacedRows(NamedTuple):
+class GroupedRows(NamedTuple):
     """The rows of a step of which some requests have several, in columns as ``StepRows``. caches: where each row
     lies, and how many tokens are before it."""
 
@@ -152,7 +152,7 @@ class RowArrays:
         filters = FilterRows(columns.top_k[:count], columns.top_p[:count], columns.min_p[:count])
         return SampleRows(columns.temperatures[:count], columns.seeds[:count], columns.drawn[:count], filters)
 
-    def stage(self, rows: StepRows | PlacedRows, turn: int) -> Staged:
+    def stage(self, rows: StepRows | GroupedRows, turn: int) -> Staged:
         """Writes these rows into a buffer that nothing reads any more, and pads the others. turn: the step's."""
         caches, tokens, params, seeds, drawn = rows
         count, host = rows.num_rows, self._hosts[turn]

@@ -26,7 +26,7 @@ from ownpath.model.batch import ForwardBatch
 
 
 class Seen(NamedTuple):
-    """What stands for a step's hidden: each row's logits, and what the module makes of it and of the next token."""
+    """A stand-in for a step's hidden: each row's logits, and what the module makes of it and of the next token."""
 
     logits_TV: torch.Tensor
     guesses: Sequence[Callable[[int], torch.Tensor]]
