@@ -21,7 +21,7 @@ from ownpath.bench.step import ROWS as COUNTS
 from ownpath.cache.pools import SequenceCache
 from ownpath.config import EngineConfig
 from ownpath.engine.decoder import Decoder
-from ownpath.engine.draft_decoder import ROWS, DraftDecoder, AcceptGuesses
+from ownpath.engine.draft_decoder import ROWS, AcceptGuesses, DraftDecoder
 from ownpath.engine.graphs import StepGraphs, no_graph_of
 from ownpath.engine.rows import DecodeRow, StepRows
 

@@ -116,7 +116,9 @@ class DraftDecoder(StepGraphs):
     """Runs steps with drafts of up to ``max_requests`` requests. judge: writes 1 for each guess that is accepted; any
     but ``accept_equal`` is for measuring, and gives wrong answers."""
 
-    def __init__(self, model: VerifyingModel, max_requests: int, num_vocab: int, judge: AcceptGuesses = accept_equal) -> None:
+    def __init__(
+        self, model: VerifyingModel, max_requests: int, num_vocab: int, judge: AcceptGuesses = accept_equal
+    ) -> None:
         super().__init__(model, max_requests, num_vocab)
         assert self.pool.spec.rows_per_request >= ROWS, "the rings of the caches have no spare rows"
         self._model, self._judge, device = model, judge, self.pool.spec.device

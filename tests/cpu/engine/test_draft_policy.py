@@ -41,10 +41,16 @@ def test_a_step_that_takes_too_long_is_left_for_each_number_of_requests() -> Non
     assert not policy.drafts(8)
 
 
+def test_32_requests_never_lose_more_than_trials() -> None:
+    """V4-Flash's measured times, and guesses that are always wrong, or right a little too seldom."""
+    for share in (0.0, 0.4):
+        assert run(DraftPolicy(), 8 * NUM_BETWEEN, (26.5, 37.9), lambda _, share=share: share, count=32) > 0.985
+
+
 def test_many_requests_never_draft() -> None:
     policy = DraftPolicy()
-    assert not any(policy.drafts(count) for count in (MOST_DRAFTED + 1, 32, 256))
-    assert run(policy, 100, (1.0, 1.0), lambda _: 1.0, count=32) == 1.0
+    assert not any(policy.drafts(count) for count in (MOST_DRAFTED + 1, 64, 256))
+    assert run(policy, 100, (1.0, 1.0), lambda _: 1.0, count=64) == 1.0
 
 
 def test_what_becomes_right_is_found() -> None:
