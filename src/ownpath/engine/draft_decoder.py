@@ -233,7 +233,7 @@ def _in_pairs(rows: StepRows, guesses: Sequence[int], pool: CachePool) -> Groupe
 
 
 class _GuessRows:
-    """The parameters by which guesses are drawn, from one upload to the next. first_rows: of the requests, int32 [R]."""
+    """The parameters by which guesses are drawn, of one upload. first_rows: those of the requests, int32 [R]."""
 
     def __init__(self, max_requests: int, device: torch.device) -> None:
         count = aligned_rows(max_requests)

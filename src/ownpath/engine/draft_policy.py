@@ -9,9 +9,9 @@ Both times are means over the last steps of the same number of requests, a over 
 step is tried for each number of requests, and what loses is tried again from time to time: texts and lengths change.
 
 Example, V4-Flash on an H200: 1 request, plain 5.5 ms, drafted 6.6 ms. At a = 0.8 a drafted step gives 1.8 tokens, as
-9.9 ms of plain steps would: it drafts. At a = 0.1 it gives 1.1, as 6.1 ms would: it does not. Of 8 requests a step reads
-twice the experts, 11.4 and 18.2 ms, and a must be 0.6; of 32 it reads most of them anyway, 26.5 and 37.9, and 0.43 is
-enough.
+9.9 ms of plain steps would: it drafts. At a = 0.1 it gives 1.1, as 6.1 ms would: it does not. With 8 requests the rows
+of guesses read as many experts again, 11.4 and 18.2 ms, and a must be 0.6; 32 read most of them anyway, 26.5 and 37.9,
+and 0.43 is enough.
 """
 
 from dataclasses import dataclass, field
