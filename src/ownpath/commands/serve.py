@@ -116,7 +116,10 @@ def run(args: argparse.Namespace) -> int:
     ValueError for what the user can cause."""
     from ownpath.server.listen import take_port
 
-    if rank_of(args):
+    rank = rank_of(args)
+    if args.draft and args.ranks > 1:
+        raise ValueError("--draft: several ranks (--ranks) do not draft")
+    if rank:
         follow(args, prefix_settings(args))
     key, tls = admin_key(args.admin_key, os.environ), tls_of(args)
     with take_port(args.host, args.port) as listener:

@@ -79,8 +79,6 @@ def engine_config_of(
     config = replace(config, cache_format=args.cache_format, draws_weights=args.random_weights)
     config = replace(config, max_num_seqs=max_num_seqs, num_cache_blocks=num_cache_blocks)
     if args.draft:
-        if group is not None:
-            raise ValueError("--draft: several ranks (--ranks) do not draft yet")
         config = replace(config, loads_draft=True, rows_per_request=ROWS)
     return config if group is None else replace(config, parallel=parallel_of(args, group.rank))
 

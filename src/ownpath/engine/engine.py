@@ -14,7 +14,7 @@ from ownpath.engine.decoder import Decoder
 from ownpath.engine.device import device_problem
 from ownpath.engine.draft_decoder import MOST_AHEAD
 from ownpath.engine.drafting import Drafting, Drafts
-from ownpath.engine.load import EngineCounts, EngineLoad, Usage
+from ownpath.engine.load import DraftCounts, EngineCounts, EngineLoad, Usage
 from ownpath.engine.memory import RequestMemory
 from ownpath.engine.places import WaitingPlaces
 from ownpath.engine.prefix import PrefixCache
@@ -147,7 +147,7 @@ class Engine:
         replays += 0 if drafting is None else drafting.decoder.num_replays
         made = COMPILATIONS.count - compiled, COMPILATIONS.num_captured - captured, replays
         waiting, counts = self._scheduler.num_waiting, self.counts
-        drafts = None if drafting is None else drafting.counts
+        drafts = DraftCounts() if drafting is None else drafting.counts
         return EngineLoad(len(running), waiting, use, *made, blocks, taken, counts, self._runner.times, drafts)
 
     def check(self, request: Request) -> None:

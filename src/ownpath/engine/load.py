@@ -116,7 +116,7 @@ class EngineLoad:
 
     Since the engine started: num_compiled, kernels that steps had to compile, or to take from Triton's cache;
     num_captured, graphs that they had to capture. Both should stay 0. num_replays: steps that a graph ran. ``counts``
-    and ``times`` have the rest, and go on counting; ``drafts``: those of steps with drafts, ``None`` where none has.
+    and ``times`` have the rest, and go on counting, as ``drafts`` has those of steps with drafts.
     blocks, slots: of the caches; a block that only the prefix cache holds counts as free, for whoever needs it gets it.
     """
 
@@ -130,4 +130,4 @@ class EngineLoad:
     slots: Usage = Usage()
     counts: EngineCounts = field(default_factory=EngineCounts)
     times: StepTimes = field(default_factory=StepTimes)
-    drafts: DraftCounts | None = None
+    drafts: DraftCounts = field(default_factory=DraftCounts)

@@ -142,7 +142,7 @@ def _engine_lines(load: EngineLoad) -> list[str]:
         *_plain("graph_replays_total", "Steps that a captured graph ran.", load.num_replays),
         *_histogram("step_time_seconds", "From the later of a step's launch and the last one's end.", load.times.busy),
         *_histogram("step_gap_seconds", "The device's wait between two steps in a row.", load.times.gaps),
-        *([] if load.drafts is None else _draft_lines(load.drafts)),
+        *_draft_lines(load.drafts),
     ]
 
 
@@ -150,7 +150,6 @@ def _draft_lines(drafts: DraftCounts) -> list[str]:
     """Renders how often guesses were right. A step has one guess of each request, at position 0."""
     per_position = {"0": drafts.num_right}
     return [
-        *_plain("spec_decode_num_drafts_total", "Requests' shares of steps with drafts.", drafts.num_guesses),
         *_plain("spec_decode_num_draft_tokens_total", "Tokens that were guessed.", drafts.num_guesses),
         *_plain("spec_decode_num_accepted_tokens_total", "Guesses that were right.", drafts.num_right),
         *_label_lines("spec_decode_num_accepted_tokens_per_pos_total", "The same, by place.", "position", per_position),

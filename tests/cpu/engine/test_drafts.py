@@ -52,9 +52,7 @@ class Served:
 
     @property
     def counts(self) -> DraftCounts:
-        counts = self.engine.load().drafts
-        assert counts is not None
-        return counts
+        return self.engine.load().drafts
 
 
 @contextmanager

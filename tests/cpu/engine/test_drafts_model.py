@@ -90,7 +90,6 @@ def test_answers_are_those_without_drafts(model: Model, config: EngineConfig) ->
     found, engine = answers(model, config, wanted, Drafts(model, DraftDecoder(model, MAX_ROWS, VOCAB), Always()))
     assert found == expected
     counts = engine.load().drafts
-    assert counts is not None
     assert counts.num_steps > 5
 
 

@@ -40,9 +40,7 @@ def served(
 
 
 def counts_of(running: Served) -> DraftCounts:
-    counts = running.engine.load().drafts
-    assert counts is not None
-    return counts
+    return running.engine.load().drafts
 
 
 @pytest.mark.parametrize("share", [0.0, 0.7, 1.0])
