@@ -95,7 +95,7 @@ class Drafting:
         """Returns True if the next step of these chunks drafts. Every launched step must have been read."""
         if not 0 < len(chunks) <= self.decoder.buckets[-1]:
             return False
-        return all(map(_may_draft, chunks)) and self._policy.drafts(len(chunks))
+        return self._policy.drafts(len(chunks)) and all(map(_may_draft, chunks))
 
     def goes_on(self, flights: Sequence[LaunchedStep], chunks: Sequence[ScheduledChunk]) -> bool:
         """Returns True if the next step is one more of the requests of the last one, with drafts."""
