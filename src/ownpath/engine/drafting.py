@@ -20,6 +20,7 @@ from ownpath.engine.batch import LogitsShare
 from ownpath.engine.decoder import DecodingModel, prepared
 from ownpath.engine.draft_decoder import (
     MOST_AHEAD,
+    ROWS,
     DraftBegun,
     DraftDecoder,
     DraftedTokens,
@@ -188,7 +189,7 @@ def make_drafts(model: DraftedModel, engine: EngineConfig, num_vocab: int) -> Dr
 
     Errors: ValueError where no decode step is planned.
     """
-    if not engine.loads_draft:
+    if not engine.loads_draft or engine.rows_per_request < ROWS:
         return None
     if not model.decodes:
         raise ValueError("--draft: no decode step is planned here, and a step that drafts is one")
