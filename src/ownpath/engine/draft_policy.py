@@ -5,8 +5,10 @@ are right. So it pays while
 
     (1 + a) * seconds of a plain step > seconds of a drafted step
 
-Both times are means over the last steps of the same number of requests, a over the last guesses of all. Each kind of
-step is tried for each number of requests, and what loses is tried again from time to time: texts and lengths change.
+Both times are means over the last steps of the same number of requests, a over the last guesses of all. A kind of step
+is kept for a run of steps: where one follows the other, steps are read first and rows are uploaded, so the first of a
+run is not timed. Both kinds are tried for each number of requests, and what loses is tried again from time to time:
+texts and lengths change.
 
 Example, V4-Flash on an H200: 1 request, plain 5.5 ms, drafted 6.6 ms. At a = 0.8 a drafted step gives 1.8 tokens, as
 9.9 ms of plain steps would: it drafts. At a = 0.1 it gives 1.1, as 6.1 ms would: it does not. With 8 requests the rows
@@ -18,12 +20,14 @@ from dataclasses import dataclass, field
 
 MOST_DRAFTED = 32
 """Requests of a step that may draft: 64 rows, up to which every kernel is one for few rows."""
-NUM_TRIED = 16
-"""Steps of a trial."""
+NUM_TRIED, NUM_HELD = 16, 64
+"""Steps of a run that tries, and of one that was chosen."""
 NUM_BETWEEN = 1024
-"""Steps of the kind that wins between two trials of the other one."""
+"""Steps of one kind in a row, before the other one is tried again."""
 NUM_KEPT = 64
 """A mean is of about so many of the last steps, or guesses."""
+_MARGIN = 0.01
+"""By which the other kind must be better to be chosen."""
 
 
 @dataclass
@@ -40,26 +44,38 @@ class Lately:
 
 
 @dataclass
-class _Kind:
-    """Steps of one kind and size. num_left: of the trial that is under way; the first step of all is not timed."""
-
-    seconds: Lately = field(default_factory=Lately)
-    num_left: int = NUM_TRIED
-
-    def add(self, seconds: float) -> None:
-        """Counts a step. It counts as four times the mean at most, as it may have waited for something else."""
-        if self.num_left < NUM_TRIED or self.seconds.num_seen:
-            self.seconds.add(min(seconds, 4 * self.seconds.mean) if self.seconds.num_seen else seconds)
-        self.num_left = max(self.num_left - 1, 0)
-
-
-@dataclass
 class _Sized:
-    """The times of steps of so many requests. since: steps of the winning kind since the other was tried."""
+    """Steps of so many requests. plain, drafted: their seconds. drafts: the kind of the run that is under way.
 
-    plain: _Kind = field(default_factory=_Kind)
-    drafted: _Kind = field(default_factory=_Kind)
-    since: int = 0
+    num_left: steps of the run. is_fresh: none of them has been noted. num_same: steps of its kind in a row.
+    """
+
+    plain: Lately = field(default_factory=Lately)
+    drafted: Lately = field(default_factory=Lately)
+    drafts: bool = True
+    num_left: int = NUM_TRIED
+    is_fresh: bool = True
+    num_same: int = 0
+
+    def note(self, seconds: float, *, is_drafted: bool) -> bool:
+        """Takes up a step. Returns True if the run ends with it. One of the other kind is the last of the run before,
+        or one that could not draft.
+
+        It counts as four times the mean at most, as it may have waited for something else.
+        """
+        if is_drafted is not self.drafts:
+            return False
+        times = self.drafted if is_drafted else self.plain
+        if not self.is_fresh:
+            times.add(min(seconds, 4 * times.mean) if times.num_seen else seconds)
+        self.is_fresh, self.num_left, self.num_same = False, self.num_left - 1, self.num_same + 1
+        return self.num_left <= 0
+
+    def begin(self, drafts: bool, num_steps: int) -> None:
+        """Begins a run."""
+        if drafts is not self.drafts:
+            self.is_fresh, self.num_same = True, 0
+        self.drafts, self.num_left = drafts, num_steps
 
 
 @dataclass
@@ -72,35 +88,26 @@ class DraftPolicy:
 
     def drafts(self, num_requests: int) -> bool:
         """Returns True if the next step of so many requests is to draft."""
-        if num_requests > self.most_requests:
-            return False
-        sized = self._sizes.setdefault(num_requests, _Sized())
-        if sized.drafted.num_left or sized.plain.num_left:
-            return sized.drafted.num_left > 0
-        return self._pays(sized)
+        return num_requests <= self.most_requests and self._sizes.setdefault(num_requests, _Sized()).drafts
 
     def note_plain(self, num_requests: int, seconds: float) -> None:
         """Takes up the time of a step without drafts."""
         if num_requests <= self.most_requests:
-            sized = self._sizes.setdefault(num_requests, _Sized())
-            sized.plain.add(seconds)
-            self._count(sized, sized.drafted, is_winning=not self._pays(sized))
+            self._note(self._sizes.setdefault(num_requests, _Sized()), seconds, is_drafted=False)
 
     def note_drafted(self, num_requests: int, seconds: float, num_guesses: int, num_right: int) -> None:
         """Takes up the time of a step with drafts, and how many of its guesses were right."""
-        sized = self._sizes.setdefault(num_requests, _Sized())
-        sized.drafted.add(seconds)
         if num_guesses:
             self.right.add(num_right / num_guesses, num_guesses)
-        self._count(sized, sized.plain, is_winning=self._pays(sized))
+        self._note(self._sizes.setdefault(num_requests, _Sized()), seconds, is_drafted=True)
 
-    def _pays(self, sized: _Sized) -> bool:
-        return (1 + self.right.mean) * sized.plain.seconds.mean > sized.drafted.seconds.mean
-
-    def _count(self, sized: _Sized, other: _Kind, is_winning: bool) -> None:
-        """Counts a step of the kind that wins, and has the other tried when it is time."""
-        if not is_winning or sized.drafted.num_left or sized.plain.num_left:
+    def _note(self, sized: _Sized, seconds: float, *, is_drafted: bool) -> None:
+        if not sized.note(seconds, is_drafted=is_drafted):
             return
-        sized.since += 1
-        if sized.since >= NUM_BETWEEN:
-            sized.since, other.num_left = 0, NUM_TRIED
+        other = sized.plain if is_drafted else sized.drafted
+        if not other.num_seen or sized.num_same >= NUM_BETWEEN:
+            sized.begin(not is_drafted, NUM_TRIED)
+            return
+        least = 1 - _MARGIN if is_drafted else 1 + _MARGIN
+        pays = (1 + self.right.mean) * sized.plain.mean > least * sized.drafted.mean
+        sized.begin(pays, NUM_HELD)
