@@ -130,8 +130,9 @@ class DraftDecoder(StepGraphs):
 
     def pad(self) -> None:
         """See ``StepGraphs``."""
-        self._take_turn()
-        self._send(self._rows.stage(NO_ROWS, self._turn))
+        turn = self._take_turn()
+        staged = self._rows.stage(NO_ROWS, turn)
+        self._marks[turn] = self._enqueue(lambda: self._send(staged), turn)
 
     def warm_up_rest(self, logits_TV: torch.Tensor) -> None:
         """Does nothing: nothing else follows a step."""
