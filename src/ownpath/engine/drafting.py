@@ -67,13 +67,13 @@ class Drafts(NamedTuple):
 
 
 class DraftedFlight(NamedTuple):
-    """A launched step with drafts that is not read. caches: the requests' when it was launched. num_known: requests
-    whose guess was a module's, not made up."""
+    """A launched step with drafts that is not read. caches: the requests' when it was launched. are_known: whether each
+    one's guess was the module's, not made up."""
 
     chunks: Sequence[ScheduledChunk]
     requests: Sequence[Request]
     caches: Sequence[SequenceCache]
-    num_known: int
+    are_known: Sequence[bool]
     begun: DraftBegun
     begun_at: float
 
@@ -119,20 +119,21 @@ class Drafting:
         guesses = [last if guess is None else guess for guess, last in zip(known, rows.token_ids, strict=True)]
         wanted = {2 * n + ahead: one.params.num_logprobs for n, one in enumerate(requests) for ahead in range(2)}
         begun = self.decoder.begin(rows, guesses, {row: count for row, count in wanted.items() if count})
-        return DraftedFlight(chunks, requests, rows.caches, len(known) - known.count(None), begun, at)
+        return DraftedFlight(chunks, requests, rows.caches, [guess is not None for guess in known], begun, at)
 
     def repeat(self, last: DraftedFlight, at: float) -> DraftedFlight:
         """Launches one more step of the same requests."""
-        return last._replace(begun=self.decoder.repeat(last.begun), num_known=len(last.requests), begun_at=at)
+        begun, are_known = self.decoder.repeat(last.begun), [True] * len(last.requests)
+        return last._replace(begun=begun, are_known=are_known, begun_at=at)
 
     def land(self, flight: DraftedFlight, times: StepTimes) -> None:
         """Reads the oldest launched step and reports it."""
-        found, count = self.decoder.finish(flight.begun), len(flight.requests)
+        found = self.decoder.finish(flight.begun)
         seconds = times.add(flight.begun_at, perf_counter())
-        num_right = sum(len(tokens) - 1 for tokens in found.token_ids)
-        self.counts.add(count, num_right)
-        # Of requests with a guess that is made up, all but a few are wrong: the others are as many as are known.
-        self._policy.note_drafted(count, seconds, flight.num_known, min(num_right, flight.num_known))
+        pairs = zip(flight.are_known, found.token_ids, strict=True)
+        guesses = sum(flight.are_known), sum(len(tokens) - 1 for is_known, tokens in pairs if is_known)
+        self.counts.add(*guesses)
+        self._policy.note_drafted(len(flight.requests), seconds, *guesses)
         if found.flagged:
             tell_flagged({row // 2: layer_idx for row, layer_idx in found.flagged.items()}, flight.requests)
         for n, (request, cache) in enumerate(zip(flight.requests, flight.caches, strict=True)):

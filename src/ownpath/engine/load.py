@@ -96,8 +96,8 @@ class EngineCounts:
 
 @dataclass(eq=False)
 class DraftCounts:
-    """Of steps with drafts since the engine started. num_guesses: of tokens; num_right: of those, tokens of an answer,
-    each of which spared a step."""
+    """Of steps with drafts since the engine started. num_guesses: the module's; num_right: of those, tokens that were
+    drawn, each of which spares a step."""
 
     num_steps: int = 0
     num_guesses: int = 0

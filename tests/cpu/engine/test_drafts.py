@@ -32,7 +32,7 @@ from ownpath.engine.draft_policy import DraftPolicy
 from ownpath.engine.drafting import Drafts
 from ownpath.engine.engine import Engine
 from ownpath.engine.load import DraftCounts
-from ownpath.engine.request import SamplingParams
+from ownpath.engine.request import NonFinite, SamplingParams
 
 
 @dataclass
@@ -147,6 +147,22 @@ def test_a_failed_step_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
         asked = running.start(*wanted)
         assert [one.all() for one in asked] == expected
         assert running.engine.load().counts.num_step_retries > 0
+
+
+@pytest.mark.parametrize("bad_from", [9, 10])
+def test_logits_that_are_not_finite_end_their_request_alone(bad_from: int) -> None:
+    """In a first row, or in a second one that would count."""
+
+    def rule(history: tuple[int, ...]) -> torch.Tensor:
+        is_bad = history[0] == 60 and len(history) >= bad_from
+        return torch.full((VOCAB,), torch.nan) if is_bad else ENDLESS(history)
+
+    with served(1.0, rule) as running:
+        bad, good = running.start(*(([first, 7], SamplingParams(30, temperature=0)) for first in (60, 61)))
+        heard = bad.all()
+        assert len(ids_of(heard)) == bad_from - 2
+        assert heard[-1].non_finite is NonFinite.LOGITS
+        assert len(ids_of(good.all())) == 30
 
 
 def test_tokens_are_drawn_from_the_models_distribution() -> None:
