@@ -4,8 +4,8 @@ A step drafts if each of its requests goes on from its last known token, none ch
 (penalties, bias, a minimum, a grammar) or scores its prompt, all have room for what two launched steps may write, and
 the policy says that it pays. Any other step runs without drafts, and the answers are the same.
 
-The first module's window in the caches misses the tokens of steps without drafts: guesses are worse until it has moved
-past them, and cost no answer anything.
+The first module reads what ``forward`` does, and what steps with drafts do. Its window in the caches misses the tokens
+of other steps: guesses are worse until it has moved past them, and cost no answer anything.
 """
 
 from collections.abc import Iterable, Sequence
@@ -94,9 +94,11 @@ class Drafting:
 
     def takes(self, chunks: Sequence[ScheduledChunk]) -> bool:
         """Returns True if the next step of these chunks drafts. Every launched step must have been read."""
-        if not 0 < len(chunks) <= self.decoder.buckets[-1]:
-            return False
-        return self._policy.drafts(len(chunks)) and all(map(_may_draft, chunks))
+        return self.pays(len(chunks)) and all(map(_may_draft, chunks))
+
+    def pays(self, num_requests: int) -> bool:
+        """Returns True if the next step of so many requests drafts, provided that all of them may."""
+        return 0 < num_requests <= self.decoder.buckets[-1] and self._policy.drafts(num_requests)
 
     def goes_on(self, flights: Sequence[LaunchedStep], chunks: Sequence[ScheduledChunk]) -> bool:
         """Returns True if the next step is one more of the requests of the last one, with drafts."""

@@ -187,7 +187,7 @@ class StepRunner:
         longer = [chunk for chunk in chunks if chunk.num_tokens > 1]
         if self._decoder is None or not longer or not self._decoder.has_graph(len(chunks)):
             return chunks
-        if self._drafting is not None and len(chunks) <= self._drafting.decoder.buckets[-1]:
+        if self._drafting is not None and self._drafting.pays(len(chunks)):
             return chunks  # the module reads what ``forward`` does
         most = MOST_ALONE if all(chunk.request.is_reading for chunk in chunks) else MOST_BESIDE
         if any(one.request.num_pending > most or one.request.params.prompt_logprobs is not None for one in longer):

@@ -48,6 +48,8 @@ class DraftingPagedModel(PagedModel):
         super().__init__(rule, vocab_size, device)
         self.caches = CachePool(replace(self.caches.spec, rows_per_request=ROWS, cache_blocks=cache_blocks))
         self.share, self._seen = share, list[tuple[int, ...]]()
+        self.has_read = False
+        """True once the module has read a prompt."""
 
     def verify(self, token_ids_T: torch.Tensor, tables: DecodeTables) -> Seen:
         pairs = token_ids_T.view(-1, ROWS).tolist()
@@ -64,7 +66,7 @@ class DraftingPagedModel(PagedModel):
 
     def forward_drafting(self, batch: ForwardBatch) -> tuple[torch.Tensor, Any]:
         self.device.put(lambda: None).wait()  # which notes what it sees as well
-        self._seen = []
+        self._seen, self.has_read = [], True
         return self.forward(batch), self._seen
 
     def draft_forward(

@@ -35,6 +35,13 @@ from ownpath.engine.load import DraftCounts
 from ownpath.engine.request import NonFinite, SamplingParams
 
 
+class Never(DraftPolicy):
+    """Never drafts."""
+
+    def drafts(self, num_requests: int) -> bool:
+        return False
+
+
 @dataclass
 class Served:
     """An engine that drafts, on a late device."""
@@ -186,3 +193,13 @@ def test_a_policy_that_declines_leaves_plain_steps() -> None:
         assert [len(ids_of(one.all())) for one in asked] == [30] * 3
         assert running.counts.num_steps == 0
         assert len(running.model.rows) >= 29
+
+
+@pytest.mark.parametrize(("policy", "reads"), [(Never(), False), (Always(), True)], ids=["plain", "drafts"])
+def test_short_prompts_are_read_by_graphs_while_nobody_drafts(policy: DraftPolicy, reads: bool) -> None:
+    """Else the module reads them with the model's ``forward``. Answers are the same."""
+    wanted = [9, 8, 7, 6], SamplingParams(20, seed=3)
+    with served(0.5, policy=policy) as running:
+        (asked,) = running.start(wanted)
+        assert asked.all() == alone(*wanted)
+        assert running.model.has_read is reads
