@@ -186,14 +186,19 @@ class Drafting:
 class DraftedModel(DecodingModel, VerifyingModel, DraftingModel, Protocol):
     """A model with its modules of drafts."""
 
+    @property
+    def drafts(self) -> Sequence[object]: ...
+
 
 def make_drafts(model: DraftedModel, engine: EngineConfig, num_vocab: int) -> Drafts | None:
     """Makes what an engine drafts with, ready for its first step; ``None`` where no module is loaded for it.
 
-    Errors: ValueError where no decode step is planned.
+    Errors: ValueError where no MTP module is loaded, but another drafter, or no decode step is planned.
     """
     if not engine.loads_draft or engine.rows_per_request < ROWS:
         return None
+    if not model.drafts:
+        raise ValueError("--draft: the engine drafts with MTP modules, and this checkpoint has another drafter")
     if not model.decodes:
         raise ValueError("--draft: no decode step is planned here, and a step that drafts is one")
 

@@ -1,6 +1,7 @@
 """Drafts of a whole model with a random MTP module, in float64: the answers without, and guesses as of one forward."""
 
 import queue
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,5 @@ def test_an_engine_is_given_drafts_where_they_are_loaded(model: Model, config: E
     assert drafts is not None
     assert drafts.decoder.buckets[-1] == MAX_ROWS
     assert make_drafts(model, EngineConfig(), VOCAB) is None
+    with pytest.raises(ValueError, match="--draft: the engine drafts with MTP modules"):
+        make_drafts(replace(model, drafts=()), config, VOCAB)
