@@ -30,7 +30,7 @@ from grammar_parts import CountedCalls, Crowd, FreeDecoder, StepParts, device_li
 from shaped_engine import add_shape_arguments, made_up_tokens, shaped_engine
 
 from ownpath.chat.tokenizer import Tokenizer
-from ownpath.commands.arguments import add_engine_arguments, add_model_argument
+from ownpath.commands.arguments import add_draft_argument, add_engine_arguments, add_model_argument
 from ownpath.commands.session import open_session
 from ownpath.engine.engine import Engine
 from ownpath.engine.masks import MaskWords
@@ -56,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_argument(parser)
     add_engine_arguments(parser.add_argument_group("numerics"), parser.add_argument_group("limits"))
+    add_draft_argument(parser)
     add_shape_arguments(parser)
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--beside", type=int, default=0, help="requests that are always free")

@@ -33,8 +33,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from ownpath.bench.record import append_lines, provenance
 from ownpath.config import EngineConfig
-from ownpath.engine.decoder import Decoder, Mark
+from ownpath.engine.decoder import Decoder
 from ownpath.engine.engine import Engine
+from ownpath.engine.graphs import Mark
 from ownpath.engine.request import Request, SamplingParams, StepOutput
 from ownpath.engine.rows import DecodeRow, StepRows
 from ownpath.loading import default_model_dir, load_model

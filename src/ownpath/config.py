@@ -227,11 +227,11 @@ class EngineConfig:
     max_prefill_tokens: prompt tokens that one step may process, over all sequences.
     is_batch_invariant: ask for kernels whose result for a row does not depend on the other rows of the step.
     official: steps to be computed as DeepSeek's published code does; all others are plain.
-    loads_draft: load the MTP modules too. The engine does not draft; callers of the model may.
+    loads_draft: load the MTP modules too, for an engine that drafts, or callers of the model that do.
     reference: names of slots or modules that torch computes from the stored form, whatever kernels there are.
     cache_format: the format of keys in the caches.
     rows_per_request: the most rows that a request may have in a decode step, up to 9: rings of the caches are made for
-        it. The engine itself decodes one row of each; callers of the model may bring drafts.
+        it. An engine that drafts has two rows of each; callers of the model may bring more.
     graphs: capture decode steps as CUDA graphs; without, they run eagerly, with the same bits.
     parallel: this process's rank among those that run one model together.
     num_cache_blocks: blocks of 256 tokens that all sequences share; ``None``: as many as ``max_num_seqs`` sequences of

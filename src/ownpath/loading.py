@@ -198,9 +198,10 @@ def planned(folder: Path, engine_config: EngineConfig, caps: Caps | None = None)
     """
     caps = caps or device_caps(engine_config.device)
     config = ModelConfig.from_file(folder / "config.json")
-    index = drawn_checkpoint(config) if engine_config.draws_weights else CheckpointIndex.open(folder)
+    drafts = engine_config.loads_draft
+    draws = engine_config.draws_weights
+    index = drawn_checkpoint(config, with_drafts=drafts) if draws else CheckpointIndex.open(folder)
     dtype = str(engine_config.dtype).removeprefix("torch.")
     asked = engine_config.official, engine_config.reference, engine_config.cache_format
     demands = Demands(dtype, engine_config.is_batch_invariant, *asked)
-    drafts, parallel = engine_config.loads_draft, engine_config.parallel
-    return make_plan(config, index, caps, demands, loads_draft=drafts, parallel=parallel), index
+    return make_plan(config, index, caps, demands, loads_draft=drafts, parallel=engine_config.parallel), index

@@ -111,4 +111,9 @@ def _step(model: Model, engine: EngineConfig, num_tokens: int, start: int = 0) -
     sequence.num_tokens = start
     # As a prompt's log-probs do: what follows the last layer has the forms of the rows that are scored.
     batch = ForwardBatch.of([(token_ids, sequence)], engine.device, all_logits=True)
-    model.forward(replace(batch, logits_ids=batch.logits_ids[-SCORED_ROWS:]))
+    scored = replace(batch, logits_ids=batch.logits_ids[-SCORED_ROWS:])
+    if not model.drafts:
+        model.forward(scored)
+        return
+    _, hidden = model.forward_drafting(scored)
+    model.draft_forward(hidden, batch.token_ids_T, batch, batch.logits_ids[-1:])

@@ -69,6 +69,7 @@ BENCHES = {
         "step:measured", "a decode step of a whole model of random weights", model_shape, kinds=(OpKind.TURN,)
     ),
     "prompt": Bench("prompt:measured", "a prompt of a whole model of random weights, in chunks", model_shape),
+    "drafts": Bench("drafts:measured", "decode steps with drafts, of such a model", model_shape),
     "parallel": Bench(
         "parallel:measured",
         "exchanges between GPUs, and experts over them",

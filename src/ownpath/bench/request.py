@@ -14,13 +14,14 @@ from ownpath.ranks.peers import Alone, Peers
 
 @dataclass(frozen=True)
 class StepOptions:
-    """Options of ``bench step`` and ``bench prompt``. context: tokens that each row's caches hold. layers: the first
+    """Options of ``bench step``, ``prompt`` and ``drafts``. context: tokens that a row's caches hold. layers: the first
     ones only.
 
     export: "nvidia" has FP8 outside the experts, "full" NVFP4. expert_sets: sets of experts that the layers share;
     ``None``: 24, or of several ranks as many as there are layers. by_gate: experts are chosen by the gate of random
     weights, not uniformly. slots: time each kind of slot, too. chunks: most tokens of a prompt in a step, each of them
-    measured. cache_format: of a prompt's keys.
+    measured. cache_format: of a prompt's keys. accepted: the share of guesses that ``bench drafts`` accepts by force;
+    ``None``: its own.
     """
 
     context: int = 1024
@@ -31,6 +32,7 @@ class StepOptions:
     slots: bool = False
     chunks: tuple[int, ...] = (8192,)
     cache_format: CacheFormat = CacheFormat.BF16
+    accepted: float | None = None
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ from ownpath.cache.pools import CachePool, SequenceCache
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.tensor_info import TensorInfo
 from ownpath.config import CSA_RATIO, ONE_RANK, EngineConfig, ModelConfig, Parallel
-from ownpath.engine.decoder import Decoder, no_graph_of
+from ownpath.engine.decoder import Decoder
+from ownpath.engine.graphs import no_graph_of
 from ownpath.engine.rows import DecodeRow, StepRows
 from ownpath.loading import WindowOpener, device_caps, planned_window
 from ownpath.model.build import ALONE
@@ -118,10 +119,12 @@ def make_model(
 ) -> StepModel:
     """Makes a rank's part of a model of random weights. Layer i uses the experts of layer i % num_sets; ``None``: its
     own. open_window: as of ``load_model``."""
-    index, num_sets = drawn_checkpoint(config, export), num_sets or config.num_hidden_layers
+    index = drawn_checkpoint(config, export, with_drafts=engine.loads_draft)
+    num_sets = num_sets or config.num_hidden_layers
     dtype = str(engine.dtype).removeprefix("torch.")
     demands = Demands(dtype, engine.is_batch_invariant, cache_format=engine.cache_format)
-    plan = make_plan(config, index, device_caps(engine.device), demands, parallel=engine.parallel)
+    caps, drafts = device_caps(engine.device), engine.loads_draft
+    plan = make_plan(config, index, caps, demands, loads_draft=drafts, parallel=engine.parallel)
     own = replace(plan, ops=tuple(op for op in plan.ops if not _is_alias(op, num_sets)))
     window = planned_window(plan, engine, open_window)
     builder = load_part(own, index, engine, peers=peers, window=window).builder
@@ -139,7 +142,8 @@ def _layer_of(slot: str) -> int:
 
 
 def _is_alias(op: PlannedOp, num_sets: int) -> bool:
-    return op.spec.kind is OpKind.MOE and _layer_of(op.spec.slot) >= num_sets
+    is_backbone = op.spec.slot.startswith("layers.")
+    return op.spec.kind is OpKind.MOE and is_backbone and _layer_of(op.spec.slot) >= num_sets
 
 
 @dataclass

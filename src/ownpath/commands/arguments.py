@@ -69,6 +69,16 @@ def add_engine_arguments(parser: OptionHolder, limits: OptionHolder | None = Non
     )
 
 
+def add_draft_argument(parser: OptionHolder) -> None:
+    """Adds ``--draft``."""
+    parser.add_argument(
+        "--draft",
+        action="store_true",
+        help="load the checkpoint's MTP module and draft with it: a step verifies a guess of each request's next token "
+        "where that pays; answers are those without",
+    )
+
+
 def add_plan_arguments(parser: OptionHolder, *, any_gpu: bool = False) -> None:
     """Adds what a plan depends on besides the checkpoint. any_gpu: a GPU that is not here may be named too."""
     also = "; sm_90, sm_100: a GPU that need not be here" if any_gpu else ""

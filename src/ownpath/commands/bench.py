@@ -28,8 +28,12 @@ if TYPE_CHECKING:
 
 _STARTS_RANKS = "parallel"
 """The bench that starts its ranks itself, a rank for each GPU unless ``--ranks`` says how many."""
-_SHARED_OPTIONS = ("layers", "export", "expert_sets", "by_gate", "slots")
-_OWN_OPTIONS = {"step": ("context", *_SHARED_OPTIONS), "prompt": (*_SHARED_OPTIONS, "chunks", "cache_format")}
+_SHARED_OPTIONS = ("layers", "export", "expert_sets")
+_OWN_OPTIONS = {
+    "step": ("context", *_SHARED_OPTIONS, "by_gate", "slots"),
+    "prompt": (*_SHARED_OPTIONS, "by_gate", "slots", "chunks", "cache_format"),
+    "drafts": ("context", *_SHARED_OPTIONS, "accepted"),
+}
 _STEP_OPTIONS = tuple(dict.fromkeys(name for names in _OWN_OPTIONS.values() for name in names))
 
 
@@ -70,7 +74,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     parser.add_argument("--out", type=file_to_write, metavar="FILE", help="append one JSON line for each row")
     parser.add_argument("--plot", type=file_to_write, metavar="FILE", help="write a PNG (needs the extra 'bench')")
     parser.add_argument("--commit", default="unknown", metavar="ID", help="recorded with every row")
-    _add_step_options(parser.add_argument_group("bench step and bench prompt"))
+    _add_step_options(parser.add_argument_group("bench step, bench prompt and bench drafts"))
     add_ranks_arguments(parser.add_argument_group("bench step and bench parallel"))
     return parser
 
@@ -97,6 +101,12 @@ def _add_step_options(group: "argparse._ArgumentGroup") -> None:
     group.add_argument("--chunks", type=_counts, metavar="N,N,...", help="prompt: most tokens of a step (8192)")
     names = "|".join(CacheFormat)
     group.add_argument("--cache-format", type=cache_format_of, metavar=names, help="prompt: of the keys (bf16)")
+    group.add_argument(
+        "--accepted",
+        type=number(0, 1),
+        metavar="P",
+        help="bench drafts: the share of guesses that are accepted by force, as random weights guess none (0.8)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

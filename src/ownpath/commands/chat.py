@@ -8,7 +8,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from ownpath.chat.levels import LEVEL_OF_WORD
-from ownpath.commands.arguments import add_engine_arguments, add_model_argument
+from ownpath.commands.arguments import add_draft_argument, add_engine_arguments, add_model_argument
 from ownpath.commands.prefix_options import SNAPSHOTS_PER_SEQUENCE, TAILS_PER_SEQUENCE
 from ownpath.commands.sampling_options import add_sampling_arguments
 from ownpath.terminal.progress import Progress
@@ -30,6 +30,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     )
     add_sampling_arguments(parser, None)
     add_engine_arguments(parser)
+    add_draft_argument(parser)
     return parser
 
 

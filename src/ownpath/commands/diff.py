@@ -62,6 +62,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="one object, for programs")
     add_engine_arguments(parser)
+    parser.set_defaults(draft=False)
     add_list_argument(parser, checks_of_diff, "what it looks for")
     return parser
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ownpath.commands.arguments import add_engine_arguments, hub_name, model_folder
+from ownpath.commands.arguments import add_draft_argument, add_engine_arguments, hub_name, model_folder
 from ownpath.commands.sampling_options import add_sampling_arguments, sampling_of
 from ownpath.commands.start import starting
 from ownpath.terminal.console import is_terminal, tell, write_data, write_prose
@@ -41,6 +41,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     add_sampling_arguments(parser, 128)
     parser.add_argument("--token-ids", action="store_true", help="print token ids instead of text, one a line")
     add_engine_arguments(parser)
+    add_draft_argument(parser)
     return parser
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 from ownpath.chat.effort import RELEASES, Release, find_release
 from ownpath.commands.arguments import (
     OptionHolder,
+    add_draft_argument,
     add_engine_arguments,
     add_list_argument,
     add_model_argument,
@@ -65,6 +66,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     numerics = parser.add_argument_group("numerics and kernels")
     limits = parser.add_argument_group("limits")
     add_engine_arguments(numerics, limits)
+    add_draft_argument(numerics)
     add_limits(limits)
     add_prefix_arguments(parser.add_argument_group("prefix cache"))
     ranks = parser.add_argument_group("ranks")
@@ -114,7 +116,10 @@ def run(args: argparse.Namespace) -> int:
     ValueError for what the user can cause."""
     from ownpath.server.listen import take_port
 
-    if rank_of(args):
+    rank = rank_of(args)
+    if args.draft and args.ranks > 1:
+        raise ValueError("--draft: several ranks (--ranks) do not draft")
+    if rank:
         follow(args, prefix_settings(args))
     key, tls = admin_key(args.admin_key, os.environ), tls_of(args)
     with take_port(args.host, args.port) as listener:

@@ -17,6 +17,8 @@ from ownpath.config import EngineConfig, ModelConfig
 from ownpath.end_tokens import FIELD, GENERATION_CONFIG, EndTokens, read_end_tokens
 from ownpath.engine.decoder import make_decoder
 from ownpath.engine.decoding_ranks import LeadingDecoder
+from ownpath.engine.draft_decoder import ROWS
+from ownpath.engine.drafting import make_drafts
 from ownpath.engine.engine import Engine
 from ownpath.engine.leading import LeadingModel, LeadingStore
 from ownpath.engine.prefix import PrefixCache, PrefixSettings
@@ -76,6 +78,8 @@ def engine_config_of(
     config = replace(config, reference=frozenset(args.reference), graphs=not args.no_graphs)
     config = replace(config, cache_format=args.cache_format, draws_weights=args.random_weights)
     config = replace(config, max_num_seqs=max_num_seqs, num_cache_blocks=num_cache_blocks)
+    if args.draft:
+        config = replace(config, loads_draft=True, rows_per_request=ROWS)
     return config if group is None else replace(config, parallel=parallel_of(args, group.rank))
 
 
@@ -149,7 +153,9 @@ def _alone(loaded: LoadedModel, prefix: PrefixSettings | None) -> tuple[Engine, 
     decoder = make_decoder(model, loaded.config, num_tokens)
     kept = None if prefix is None else PrefixCache(model.caches, prefix, _prefix_root(loaded))
     ends = loaded.end_tokens.ids
-    return Engine(model, loaded.config, num_tokens, end_token_ids=ends, decoder=decoder, prefix=kept), None
+    drafts = make_drafts(model, loaded.config, num_tokens)
+    config = loaded.config
+    return Engine(model, config, num_tokens, end_token_ids=ends, decoder=decoder, prefix=kept, drafts=drafts), None
 
 
 def _led(

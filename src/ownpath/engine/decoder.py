@@ -31,16 +31,16 @@ Legend: T rows of a step, V vocabulary.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
 from ownpath.cache.pools import CachePool
 from ownpath.cache.tables import DecodeTables
 from ownpath.config import EngineConfig
+from ownpath.engine.graphs import StepGraphs, no_graph_of
 from ownpath.engine.rows import (
     NO_ROWS,
-    NUM_TURNS,
     HeldRows,
     ResidentRows,
     RowArrays,
@@ -51,15 +51,11 @@ from ownpath.engine.rows import (
 )
 from ownpath.engine.sampler import adjusted_kinds, sampler_of
 from ownpath.engine.tops import PendingTops, read_tops, start_tops
-from ownpath.kernels.dsl.compilations import COMPILATIONS
-from ownpath.kernels.registry import spec_of
 from ownpath.kernels.sample.types import SampleRows
 from ownpath.terminal.console import tell
 from ownpath.terminal.progress import Progress
 from ownpath.trace import Ledger
-from ownpath.trace.ledger import CapturedCalls
 
-BUCKETS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 NOTHING: Mapping[int, int] = MappingProxyType({})
 
 
@@ -78,15 +74,6 @@ class DecodingModel(Protocol):
     def decode(self, token_ids_T: torch.Tensor, tables: DecodeTables) -> torch.Tensor: ...
 
 
-@dataclass(frozen=True)
-class _Captured:
-    """A bucket's graph, its logits, and the calls that a replay makes."""
-
-    graph: torch.cuda.CUDAGraph
-    logits_TV: torch.Tensor
-    calls: CapturedCalls
-
-
 @dataclass
 class StepBegun:
     """A step that is launched and not read. turn: the buffers of its results. num_tops: row -> number of its
@@ -103,84 +90,27 @@ class StepBegun:
     tops: PendingTops | None = None
 
 
-class Mark:
-    """A point in a device's work, for the host to wait for. A CPU is there at once."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._event = device, torch.cuda.Event() if device.type == "cuda" else None
-
-    def set(self) -> "Mark":
-        """Moves the mark behind all work so far."""
-        if self._event is not None:
-            self._event.record(torch.cuda.current_stream(self._device))
-        return self
-
-    @property
-    def is_reached(self) -> bool:
-        """True if the device is there."""
-        return self._event is None or self._event.query()
-
-    def wait(self) -> None:
-        """Waits until the device is there."""
-        if self._event is not None:
-            self._event.synchronize()
-
-
-class Decoder:
+class Decoder(StepGraphs):
     """Runs decode steps of up to ``max_rows`` requests. num_vocab: ids below it are tokens."""
 
     def __init__(self, model: DecodingModel, max_rows: int, num_vocab: int) -> None:
-        self._model, self._num_vocab = model, num_vocab
-        self.pool, device = model.caches, model.caches.spec.device
-        self.buckets: tuple[int, ...] = (*(size for size in BUCKETS if size < max_rows), max_rows)
+        super().__init__(model, max_rows, num_vocab)
+        self._model, device = model, self.pool.spec.device
         self._rows = RowArrays(max_rows, self.pool.blocks_per_sequence, device)
         self._sampler, self._sampler_operand = sampler_of(device)
         self._results = StepResults(self.pool, max_rows)
         self._following = self._results.following(self._rows.columns)
-        self._marks = [Mark(device) for _ in range(NUM_TURNS)]
-        self._turn = self._num_unread = 0
         self._last: StepBegun | None = None
         self._held: HeldRows | None = None
-        self._graphs: dict[int, _Captured] = {}
-        self.num_replays = 0
-        """Steps that a graph ran."""
 
-    def capture(self, progress: Callable[[int, int, str], None]) -> None:
-        """Captures every bucket, the largest first, so that the others fit its memory. Call once, before any step.
-
-        Each bucket first runs eagerly, so that nothing compiles while a graph is captured.
-        """
+    def pad(self) -> None:
+        """See ``StepGraphs``."""
         self.upload(NO_ROWS)
-        memory = torch.cuda.graph_pool_handle()
-        for done, count in enumerate(reversed(self.buckets)):
-            progress(done, len(self.buckets), f"{count} rows")
-            self._graphs[count] = self._capture(count, memory)
-        self._warm_up_redraw(self._graphs[self.buckets[0]].logits_TV)
 
-    def warm_up(self, progress: Callable[[int, int, str], None]) -> None:
-        """Runs every bucket once, so that no later step compiles anything. Call once, before any step; not needed
-        where buckets are captured."""
-        self.upload(NO_ROWS)
-        for done, count in enumerate(self.buckets):
-            progress(done, len(self.buckets), f"{count} rows")
-            with self._model.ledger.counting_apart():
-                logits_TV = self.run(count)
-        self._warm_up_redraw(logits_TV)
-
-    def _warm_up_redraw(self, logits_TV: torch.Tensor) -> None:
-        """Draws a row again in every way there is, so that no later step compiles anything."""
-        for rows in adjusted_kinds(self._num_vocab, self.pool.spec.device):
+    def warm_up_rest(self, logits_TV: torch.Tensor) -> None:
+        """Draws a row again in every way there is."""
+        for rows in adjusted_kinds(self.num_vocab, self.pool.spec.device):
             self._sample(logits_TV, rows)
-
-    def _capture(self, count: int, memory: Any) -> _Captured:
-        with self._model.ledger.counting_apart():
-            self.run(count)
-        torch.cuda.synchronize(self.pool.spec.device)
-        graph = torch.cuda.CUDAGraph()
-        with self._model.ledger.counting_apart() as calls, torch.cuda.graph(graph, pool=memory):
-            logits_TV = self.run(count)
-        COMPILATIONS.num_captured += 1
-        return _Captured(graph, logits_TV, self._model.ledger.captured(calls))
 
     def step(self, rows: StepRows, adjusted: SampleRows | None = None) -> StepTokens:
         """Runs a step of at least one row and extends the rows' caches by one token; see ``begin`` and ``redraw``."""
@@ -188,10 +118,6 @@ class Decoder:
         if begun.is_open:
             self.redraw(begun, adjusted)
         return self.finish(begun)
-
-    def has_graph(self, num_rows: int) -> bool:
-        """Returns True if steps of so many rows are graphs, so that ``begin`` is back long before they have run."""
-        return self._bucket_of(num_rows) in self._graphs
 
     def begin(self, rows: StepRows, tops: Mapping[int, int] = NOTHING, is_open: bool = False) -> StepBegun:
         """Launches a step of at least one row and extends the rows' caches by one token. Does not wait; at most one
@@ -263,21 +189,6 @@ class Decoder:
         self._held, staged = None, self._rows.stage(rows, turn)
         self._marks[turn] = self._enqueue(lambda: self._rows.send(staged, self._results.drawn_R), turn)
 
-    def _bucket_of(self, num_rows: int) -> int:
-        return next(size for size in self.buckets if size >= num_rows)
-
-    def _take_turn(self) -> int:
-        """Returns whose buffers come next, once nothing reads or writes them any more."""
-        assert self._num_unread < NUM_TURNS, "two steps are unread"
-        self._turn = (self._turn + 1) % NUM_TURNS
-        self._marks[self._turn].wait()
-        return self._turn
-
-    def _enqueue(self, work: Callable[[], None], turn: int) -> Mark:
-        """Has the device do work behind all that it was given before. Returns where it ends."""
-        work()
-        return self._marks[turn].set()
-
     def _launch_whole(self, begun: StepBegun, count: int, staged: Staged | None) -> None:
         """Launches a step: upload, bucket, and likeliest tokens, unless rows are still to be drawn again."""
         if staged is not None:
@@ -297,21 +208,11 @@ class Decoder:
         if begun.num_tops:
             begun.tops = start_tops(begun.logits_TV, begun.num_tops)
 
-    def launch(self, count: int) -> torch.Tensor:
-        """Replays the graph of a bucket, or runs it eagerly where there is none; returns the logits. Does not wait."""
-        captured = self._graphs.get(count)
-        if captured is None:
-            return self.run(count)
-        captured.graph.replay()
-        self.num_replays += 1
-        captured.calls.num_replays += 1
-        return captured.logits_TV
-
     def run(self, count: int) -> torch.Tensor:
         """Runs the first ``count`` rows eagerly: the model, and a token for each, with the arrays for the next step."""
         tokens_T = self._rows.columns.tokens[:count]
         tables = self._rows.tables(self.pool, count, self._results.flags(count))
-        logits_TV = self._model.decode(tokens_T, tables)[:, : self._num_vocab]
+        logits_TV = self._model.decode(tokens_T, tables)[:, : self.num_vocab]
         self._sample(logits_TV, self._rows.sample_rows(count))
         return logits_TV
 
@@ -321,16 +222,7 @@ class Decoder:
         self._sampler.run(logits_TV.float(), rows, self._sampler_operand, out=out, following=self._following)
 
 
-def no_graph_of(ledger: Ledger) -> str | None:
-    """Returns the first planned slot that no graph can hold, in words; ``None`` if there is none."""
-    for slot, (_, kernels) in ledger.kernels.items():
-        held = [name for name in kernels.split("+") if spec_of(name).reads_host]
-        if held:
-            return f"{slot} runs on {held[0]}, which waits for values on the host"
-    return None
-
-
-AnyDecoder = TypeVar("AnyDecoder", bound=Decoder)
+AnyDecoder = TypeVar("AnyDecoder", bound=StepGraphs)
 
 
 def make_decoder(model: DecodingModel, engine: EngineConfig, num_vocab: int) -> Decoder | None:

@@ -85,8 +85,9 @@ class RankDecoder(Decoder):
             self._orders[count] = self._window.order.take_captured()
         return captured
 
-    def _warm_up_redraw(self, logits_TV: torch.Tensor) -> None:
-        super()._warm_up_redraw(logits_TV)
+    def warm_up_rest(self, logits_TV: torch.Tensor) -> None:
+        """See ``Decoder``."""
+        super().warm_up_rest(logits_TV)
         with self._model.ledger.counting_apart():
             self._share_tokens(self.buckets[-1])
 

@@ -12,12 +12,14 @@ from ownpath.config import EngineConfig
 from ownpath.engine.adjust import Adjuster
 from ownpath.engine.decoder import Decoder
 from ownpath.engine.device import device_problem
-from ownpath.engine.load import EngineCounts, EngineLoad, Usage
+from ownpath.engine.draft_decoder import MOST_AHEAD
+from ownpath.engine.drafting import Drafting, Drafts
+from ownpath.engine.load import DraftCounts, EngineCounts, EngineLoad, Usage
 from ownpath.engine.memory import RequestMemory
 from ownpath.engine.places import WaitingPlaces
 from ownpath.engine.prefix import PrefixCache
 from ownpath.engine.reports import Reporter
-from ownpath.engine.request import FinishReason, Request, RequestError, StepOutput
+from ownpath.engine.request import ROOM_AHEAD, FinishReason, Request, RequestError, StepOutput
 from ownpath.engine.retry import chunks_alone
 from ownpath.engine.scheduler import ScheduledChunk, Scheduler
 from ownpath.engine.steps import LanguageModel, StepRunner
@@ -43,6 +45,7 @@ class Engine:
     end_token_ids: tokens that end an answer; ``None``: those of the model's config.json alone.
     decoder: runs the steps in which every request has one row; ``None``: the model's ``forward`` runs all steps.
     prefix: what the model's caches hold of earlier requests; ``None``: every request computes its whole prompt.
+    drafts: runs steps with drafts, and the policy that says which; ``None``: none has any.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Engine:
         end_token_ids: Iterable[int] | None = None,
         decoder: Decoder | None = None,
         prefix: PrefixCache | None = None,
+        drafts: Drafts | None = None,
     ) -> None:
         if not 0 < num_vocab <= model.config.vocab_size:
             raise ValueError(f"{num_vocab} tokens do not fit the model's vocab_size {model.config.vocab_size}")
@@ -64,8 +68,11 @@ class Engine:
         self._decoder = decoder
         self._places = WaitingPlaces(config.max_num_seqs, max_num_queued)
         self._reporter = Reporter(self.end_token_ids, self._close)
-        self._runner = StepRunner(model, decoder, config.device, num_vocab, self._adjuster, self._reporter)
-        self._memory = RequestMemory(model, self._runner.release, prefix)
+        self._drafting = None if drafts is None else Drafting(drafts, self._reporter, config.device)
+        run = config.device, num_vocab, self._adjuster, self._reporter, self._drafting
+        self._runner = StepRunner(model, decoder, *run)
+        room_ahead = ROOM_AHEAD if drafts is None else MOST_AHEAD
+        self._memory = RequestMemory(model, self._runner.release, prefix, room_ahead)
         self._scheduler = Scheduler(config.max_num_seqs, config.max_prefill_tokens, self._memory)
         self._planned: list[ScheduledChunk] = []
         self._open: set[Request] = set()
@@ -135,10 +142,13 @@ class Engine:
         blocks = Usage(slots.num_blocks - self._memory.free[1], slots.num_blocks)
         taken = Usage(slots.num_slots - slots.num_free_slots, slots.num_slots)
         compiled, captured = self._made_before
+        drafting = self._drafting
         replays = 0 if self._decoder is None else self._decoder.num_replays
+        replays += 0 if drafting is None else drafting.decoder.num_replays
         made = COMPILATIONS.count - compiled, COMPILATIONS.num_captured - captured, replays
         waiting, counts = self._scheduler.num_waiting, self.counts
-        return EngineLoad(len(running), waiting, use, *made, blocks, taken, counts, self._runner.times)
+        drafts = DraftCounts() if drafting is None else drafting.counts
+        return EngineLoad(len(running), waiting, use, *made, blocks, taken, counts, self._runner.times, drafts)
 
     def check(self, request: Request) -> None:
         """Checks that the request could run here. Errors: RequestError with the numbers."""

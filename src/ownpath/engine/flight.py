@@ -1,7 +1,7 @@
 """Steps that are launched and not read."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from ownpath.cache.pools import SequenceCache
 from ownpath.engine.decoder import StepBegun
@@ -113,8 +113,20 @@ class Flight(NamedTuple):
                 living[row] = None
         return living
 
-    def release_left(self, others: "Sequence[Flight]") -> None:
-        """Gives back the caches that requests have left since, except those in others' rows."""
-        for request, cache in zip(self.requests, self.caches, strict=True):
-            if request.cache is not cache and not any(cache in other.caches for other in others):
-                cache.release()
+
+class LaunchedStep(Protocol):
+    """A launched step of some requests. caches: theirs when it was launched."""
+
+    @property
+    def requests(self) -> Sequence[Request]: ...
+
+    @property
+    def caches(self) -> Sequence[SequenceCache]: ...
+
+
+def release_left(flight: LaunchedStep, others: Iterable[LaunchedStep]) -> None:
+    """Gives back the caches that requests of a step have left since it was launched, except those in others' rows."""
+    held = [cache for other in others for cache in other.caches]
+    for request, cache in zip(flight.requests, flight.caches, strict=True):
+        if request.cache is not cache and cache not in held:
+            cache.release()

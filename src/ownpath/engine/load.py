@@ -49,8 +49,8 @@ class StepTimes:
         """Seconds in which none was, although there was work."""
         return self.gaps.total_s
 
-    def add(self, begun_at: float, read_at: float) -> None:
-        """Counts a step, launched and read at these times of the clock."""
+    def add(self, begun_at: float, read_at: float) -> float:
+        """Counts a step, launched and read at these times of the clock. Returns how long it was busy."""
         self.num_steps += 1
         since = begun_at
         if self._read_at is not None:
@@ -58,6 +58,7 @@ class StepTimes:
             self.gaps.observe(since - self._read_at)
         self.busy.observe(read_at - since)
         self._read_at = read_at
+        return read_at - since
 
     def pause(self) -> None:
         """Notes that there is no work: what follows is no gap."""
@@ -93,13 +94,29 @@ class EngineCounts:
     num_step_retries: int = 0
 
 
+@dataclass(eq=False)
+class DraftCounts:
+    """Of steps with drafts since the engine started. num_guesses: the module's; num_right: of those, tokens that were
+    drawn, each of which spares a step."""
+
+    num_steps: int = 0
+    num_guesses: int = 0
+    num_right: int = 0
+
+    def add(self, num_guesses: int, num_right: int) -> None:
+        """Counts a step."""
+        self.num_steps += 1
+        self.num_guesses += num_guesses
+        self.num_right += num_right
+
+
 @dataclass(frozen=True)
 class EngineLoad:
     """num_running, num_waiting: requests. cache_use: share of the caches' tokens that running requests fill.
 
     Since the engine started: num_compiled, kernels that steps had to compile, or to take from Triton's cache;
     num_captured, graphs that they had to capture. Both should stay 0. num_replays: steps that a graph ran. ``counts``
-    and ``times`` have the rest, and go on counting.
+    and ``times`` have the rest, and go on counting, as ``drafts`` has those of steps with drafts.
     blocks, slots: of the caches; a block that only the prefix cache holds counts as free, for whoever needs it gets it.
     """
 
@@ -113,3 +130,4 @@ class EngineLoad:
     slots: Usage = Usage()
     counts: EngineCounts = field(default_factory=EngineCounts)
     times: StepTimes = field(default_factory=StepTimes)
+    drafts: DraftCounts = field(default_factory=DraftCounts)

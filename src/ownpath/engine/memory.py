@@ -31,12 +31,18 @@ class RequestMemory:
     """Gives requests their caches and takes them back, on the engine's thread.
 
     release: takes a request's cache from it, and gives it back to the pool once nothing that runs writes to it.
-    prefix: what the caches hold for requests that begin alike; its blocks are free for whoever needs them.
+    prefix: what the caches hold for requests that begin alike; its blocks are free for whoever needs them. room_ahead:
+    tokens behind the known ones that a running request has room for.
     """
 
     def __init__(
-        self, model: CachingModel, release: Callable[[Request], None], prefix: PrefixCache | None = None
+        self,
+        model: CachingModel,
+        release: Callable[[Request], None],
+        prefix: PrefixCache | None = None,
+        room_ahead: int = ROOM_AHEAD,
     ) -> None:
+        self.room_ahead = room_ahead
         self._model, self._release, self._prefix = model, release, prefix
         self.slots = model.caches.slots
 
@@ -60,7 +66,7 @@ class RequestMemory:
 
         A request for which there is no memory although it should fit gets no cache; it is the engine's to end.
         """
-        wanted = _wanted_tokens(request)
+        wanted = self._wanted_tokens(request)
         if self.free[1] < num_blocks(wanted) + num_spare:
             return False
         try:
@@ -79,7 +85,7 @@ class RequestMemory:
     def extend(self, request: Request) -> bool:
         """Gives a running request room for its next tokens. Returns False if no block is free."""
         try:
-            request.caches.grow(_wanted_tokens(request))
+            request.caches.grow(self._wanted_tokens(request))
         except CacheFull:
             return False
         self._note_room(request)
@@ -101,6 +107,5 @@ class RequestMemory:
     def _note_room(self, request: Request) -> None:
         request.room = BLOCK_TOKENS * len(request.caches.blocks)
 
-
-def _wanted_tokens(request: Request) -> int:
-    return min(request.num_tokens + ROOM_AHEAD, request.most_tokens)
+    def _wanted_tokens(self, request: Request) -> int:
+        return min(request.num_tokens + self.room_ahead, request.most_tokens)

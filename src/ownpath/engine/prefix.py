@@ -29,6 +29,8 @@ from ownpath.engine.request_prefix import NO_TAIL, RequestPrefix
 SNAPSHOT_INTERVAL = 4096
 _MOST_SHARE = 4
 """At intervals one sequence takes at most a quarter of the places, so that a long prompt leaves others theirs."""
+MOST_PAST = 3
+"""Tokens behind a block's end that may be known when it is taken up, where steps have drafts: two steps of two."""
 _MOST_LATE = 1
 """Rows behind a tail's tokens that may be written before it is copied. A draft's row is named with the token behind it,
 so with one module loaded a tail's tokens end before the prompt's last one, with two they would end one earlier."""
@@ -85,6 +87,9 @@ class PrefixCache:
         self.settings, self.counts = settings, EngineCounts()
         self.cuts = pool.spec.dtype.itemsize < torch.float32.itemsize
         self._pool = pool
+        # Of steps with several rows of a request, one may begin before a block's end and be noted behind it, as may
+        # the one after it. No ring has lost a row that is still read at the block's end: they are longer by more.
+        self._most_past = 0 if pool.spec.rows_per_request == 1 else min(pool.spec.spare_rows, MOST_PAST)
         self._root = (model, str(pool.spec.cache_format), str(pool.spec.dtype))
         num_tails = settings.num_tails if pool.spec.num_drafts <= _MOST_LATE else 0
         self.index = PrefixIndex(settings.num_snapshots, num_tails)
@@ -162,8 +167,8 @@ class PrefixCache:
                     if taken.num_tokens <= num_tokens:  # else the step failed
                         self._note(request, prefix, taken.num_tokens, taken)
                 prefix.passed = ()
-            if num_tokens % BLOCK_TOKENS == 0:
-                self._note(request, self._prefix_of(request), num_tokens)
+            if num_tokens % BLOCK_TOKENS <= self._most_past:
+                self._note(request, self._prefix_of(request), num_tokens // BLOCK_TOKENS * BLOCK_TOKENS)
             if prefix is not None and num_tokens == prefix.tail_end:
                 self._leave_tail(request, prefix)
 

@@ -25,7 +25,7 @@ from ownpath.engine.request_prefix import RequestPrefix
 
 ROOM_AHEAD = 2
 """Tokens behind the known ones that a running request has room for: that of the step that is planned, and of one more
-that may be launched before its tokens are known."""
+that may be launched before its tokens are known. With drafts each of the two may give several."""
 
 
 class RequestError(ValueError):
@@ -209,6 +209,7 @@ class Request:
     has_failed: its numbers are not to be trusted.
     begun_at: when it first ran, as ``time.monotonic``; ``None`` while it waits.
     matcher: the grammar that the answer must fit, at the state where ``output_ids`` leave it; ``None``: none.
+    guess: a position, and the token that a draft expects there; ``None``: no draft has run.
     """
 
     prompt_ids: list[int]
@@ -228,6 +229,7 @@ class Request:
     has_failed: bool = False
     begun_at: float | None = None
     matcher: Matcher | None = None
+    guess: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         fresh = secrets.randbelow(2 * SEED_LIMIT) - SEED_LIMIT
@@ -247,6 +249,11 @@ class Request:
     def num_pending(self) -> int:
         """Tokens known but not yet through the model."""
         return self.num_tokens - self.num_computed
+
+    @property
+    def known_guess(self) -> int | None:
+        """The token that a draft expects behind the last known one; ``None``: none has looked so far."""
+        return self.guess[1] if self.guess is not None and self.guess[0] == self.num_tokens else None
 
     @property
     def num_cached(self) -> int:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from ownpath.cache.layout import BLOCK_TOKENS, NOBODY, aligned_rows
-from ownpath.cache.pools import CachePool, SequenceCache
+from ownpath.cache.pools import CachePool, PlacedSequence, SequenceCache
 from ownpath.cache.tables import DecodeTables, first_flagged, new_flags
 from ownpath.engine.request import SamplingParams
 from ownpath.engine.sampler import NUM_SAMPLED, SampleRow, sampled_views
@@ -70,6 +70,22 @@ class StepRows(NamedTuple):
             [sample.seed for sample in samples],
             [sample.num_drawn for sample in samples],
         )
+
+    @property
+    def num_rows(self) -> int:
+        """The number of rows."""
+        return len(self.caches)
+
+
+class GroupedRows(NamedTuple):
+    """The rows of a step of which some requests have several, in columns as ``StepRows``. caches: where each row
+    lies, and how many tokens are before it."""
+
+    caches: list[PlacedSequence]
+    token_ids: list[int]
+    params: list[SamplingParams]
+    seeds: list[int]
+    num_drawn: list[int]
 
     @property
     def num_rows(self) -> int:
@@ -136,7 +152,7 @@ class RowArrays:
         filters = FilterRows(columns.top_k[:count], columns.top_p[:count], columns.min_p[:count])
         return SampleRows(columns.temperatures[:count], columns.seeds[:count], columns.drawn[:count], filters)
 
-    def stage(self, rows: StepRows, turn: int) -> Staged:
+    def stage(self, rows: StepRows | GroupedRows, turn: int) -> Staged:
         """Writes these rows into a buffer that nothing reads any more, and pads the others. turn: the step's."""
         caches, tokens, params, seeds, drawn = rows
         count, host = rows.num_rows, self._hosts[turn]

@@ -31,12 +31,16 @@ began first never gives its blocks back to a later one; and clients begin in tur
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
-from ownpath.engine.request import ROOM_AHEAD, Request
+from ownpath.engine.request import Request
 from ownpath.engine.turns import Party, WaitingLine
 
 
 class SequenceMemory(Protocol):
     """The caches' memory as the scheduler uses it."""
+
+    @property
+    def room_ahead(self) -> int:
+        """Tokens behind the known ones that a running request has room for."""
 
     @property
     def free(self) -> tuple[int, int]:
@@ -174,7 +178,8 @@ class Scheduler:
 
     def _short(self) -> list[Request]:
         """Returns the running requests that need room. The first comparison alone is made in nearly every step."""
-        return [one for one in self.running if one.num_computed >= one.room - ROOM_AHEAD and one.may_grow]
+        ahead = self._memory.room_ahead
+        return [one for one in self.running if one.num_computed >= one.room - ahead and one.may_grow]
 
     def _send_back(self) -> None:
         """Preempts the running request that has to yield first."""

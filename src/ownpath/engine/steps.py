@@ -14,13 +14,14 @@ from one to the next while the host reads, reports and schedules. At most two ar
   before the next one overwrites the logits, and come with the results.
 - Where logits change by what was drawn before, by grammars and penalties, the step is launched all the same, and its
   rows are drawn again when the tokens before it are read, while the device runs it.
+- Where every request may draft, and that pays, the step has drafts (``drafting``).
 - A step is read at once if its logits score a prompt. A ``forward`` is read at once too, while the graph before it may
   stay unread; it waits for launched steps only if one has a row of its own requests.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import perf_counter
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -28,8 +29,9 @@ from ownpath.config import ModelConfig
 from ownpath.engine.adjust import Adjuster
 from ownpath.engine.batch import LogitsShare, build_batch, decode_share
 from ownpath.engine.decoder import Decoder
+from ownpath.engine.drafting import DraftedFlight, Drafting, living
 from ownpath.engine.flags import IndexFlags, tell_flagged
-from ownpath.engine.flight import Flight, NextRows
+from ownpath.engine.flight import Flight, NextRows, release_left
 from ownpath.engine.load import StepTimes
 from ownpath.engine.memory import CachingModel
 from ownpath.engine.reports import Reporter
@@ -55,6 +57,9 @@ On an H200 a graph of the embedded model takes 0.25 ms, whatever its rows. A ``f
 """
 
 
+AnyFlight = TypeVar("AnyFlight", Flight, DraftedFlight)
+
+
 class LanguageModel(CachingModel, Protocol):
     """The model as the engine uses it."""
 
@@ -71,7 +76,7 @@ def wanted_tops(rows: Iterable[tuple[int, Request]]) -> dict[int, int]:
 
 class StepRunner:
     """Runs steps on the engine's thread. decoder: runs requests with one row in a step; ``None``: the model runs
-    all. device: where the model computes. num_vocab: ids below it are tokens."""
+    all. device: where the model computes. num_vocab: ids below it are tokens. drafting: ``None``: no step drafts."""
 
     def __init__(
         self,
@@ -81,12 +86,14 @@ class StepRunner:
         num_vocab: int,
         adjuster: Adjuster,
         reporter: Reporter,
+        drafting: Drafting | None = None,
     ) -> None:
+        self._drafting = drafting
         self._model, self._decoder, self._device, self._num_vocab = model, decoder, device, num_vocab
         self._adjuster, self._reporter = adjuster, reporter
         self._flags = IndexFlags()
-        self._flights: list[Flight] = []
-        self._landing: Flight | None = None
+        self._flights: list[Flight | DraftedFlight] = []
+        self._landing: Flight | DraftedFlight | None = None
         self.times = StepTimes()
 
     @property
@@ -100,9 +107,13 @@ class StepRunner:
         What the decoder runs as a graph is only launched; the step before it is read meanwhile. Whoever ends there has
         a row too many in this one, which nobody reads. Without chunks, reads what is left.
         """
+        if self._drafting is not None:
+            chunks = self._draft(self._drafting, chunks)
+            if not chunks:
+                return
         decoder = self._decoder
         last = self._flights[-1] if self._flights else None
-        if decoder is not None and last is not None and last.repeats(chunks) and decoder.can_repeat:
+        if decoder is not None and isinstance(last, Flight) and last.repeats(chunks) and decoder.can_repeat:
             is_open = self._may_change(chunks)
             self._launch(lambda at: last.repeated(decoder.repeat(is_open), at))
             self._land_to(1)
@@ -111,7 +122,8 @@ class StepRunner:
         if not rows or self._are_flying(longer):
             self.settle()
         if decoder is not None and rows:
-            ahead = self._flights[-1].rows() if self._flights else {}
+            before = self._flights[-1] if self._flights else None
+            ahead = before.rows() if isinstance(before, Flight) else {}
             self._decode(decoder, rows, ahead, self._may_change(rows))
         # What was launched may have read some of it, up to the last known token.
         longer = [
@@ -126,7 +138,26 @@ class StepRunner:
             except Exception:
                 self.settle()  # the graph before it is whole
                 raise
-            self.times.add(begun, perf_counter())
+            seconds = self.times.add(begun, perf_counter())
+            if self._drafting is not None and not rows and all(chunk.num_tokens == 1 for chunk in longer):
+                self._drafting.note_plain(len(longer), seconds)
+
+    def _draft(self, drafting: Drafting, chunks: Sequence[ScheduledChunk]) -> Sequence[ScheduledChunk]:
+        """Launches a step with drafts, if this one drafts, and reads the one before. Returns the chunks that are left
+        to run without."""
+        last = self._flights[-1] if self._flights else None
+        if isinstance(last, DraftedFlight) and drafting.goes_on(self._flights, chunks):
+            self._launch(lambda at: drafting.repeat(last, at))
+            self._land_to(1)
+            return ()
+        if isinstance(last, DraftedFlight) or (last is not None and drafting.takes(chunks)):
+            self.settle()  # positions are known then
+            chunks = living(chunks)
+        if not chunks or not drafting.takes(chunks):
+            return chunks
+        self._launch(lambda at: drafting.begin(chunks, at))
+        self._land_to(int(drafting.decoder.has_graph(len(chunks))))
+        return ()
 
     def _divide(self, chunks: Sequence[ScheduledChunk]) -> tuple[Sequence[ScheduledChunk], Sequence[ScheduledChunk]]:
         """Returns the chunks that the decoder runs, a row each, and those that the model's ``forward`` does.
@@ -156,6 +187,8 @@ class StepRunner:
         longer = [chunk for chunk in chunks if chunk.num_tokens > 1]
         if self._decoder is None or not longer or not self._decoder.has_graph(len(chunks)):
             return chunks
+        if self._drafting is not None and self._drafting.pays(len(chunks)):
+            return chunks  # the module reads what ``forward`` does
         most = MOST_ALONE if all(chunk.request.is_reading for chunk in chunks) else MOST_BESIDE
         if any(one.request.num_pending > most or one.request.params.prompt_logprobs is not None for one in longer):
             return chunks
@@ -180,18 +213,25 @@ class StepRunner:
         """Gives up the steps that are launched, because one has failed. Returns their chunks."""
         flights = [*([self._landing] if self._landing else []), *self._flights]
         self._landing, self._flights = None, []
-        if self._decoder is not None:
-            self._decoder.forget()
+        for decoder in (self._decoder, None if self._drafting is None else self._drafting.decoder):
+            if decoder is not None:
+                decoder.forget()
         for flight in flights:
-            flight.release_left([])
+            release_left(flight, [])
         return [chunk for flight in flights for chunk in flight.chunks]
 
     def _forward(self, chunks: Sequence[ScheduledChunk]) -> None:
         """Runs a step by the model's ``forward``."""
         batch, shares = build_batch(chunks, self._device)
         self._adjuster.start([chunk.request for chunk in chunks if chunk.reaches_end])
-        logits_RV = self._model.forward(batch)[:, : self._num_vocab]
-        drawn = self._sample(logits_RV, shares)
+        if self._drafting is None or not any(chunk.request.is_reading for chunk in chunks):
+            logits_RV = self._model.forward(batch)[:, : self._num_vocab]
+            drawn = self._sample(logits_RV, shares)
+        else:
+            whole_RV, hidden = self._drafting.forward(batch)
+            logits_RV = whole_RV[:, : self._num_vocab]
+            drawn = self._sample(logits_RV, shares)
+            self._drafting.read(batch, hidden, shares, drawn)
         self._flags.note(batch.tables, [chunk.request for chunk in chunks])
         if any(share.is_answered for share in shares):
             self._flags.read()
@@ -208,7 +248,7 @@ class StepRunner:
             num_flying = int(decoder.has_graph(len(following.chunks)) and not flight.asks)
         self._land_to(num_flying)
 
-    def _launch(self, launch: Callable[[float], Flight]) -> Flight:
+    def _launch(self, launch: Callable[[float], AnyFlight]) -> AnyFlight:
         """Launches a step, and draws its rows again where logits change. launch: is given the time."""
         try:
             flight = launch(perf_counter())
@@ -216,7 +256,7 @@ class StepRunner:
             self.settle()  # the step before is whole
             raise
         self._flights.append(flight)
-        if flight.begun.is_open:
+        if isinstance(flight, Flight) and flight.begun.is_open:
             self._redraw(flight)
         return flight
 
@@ -239,14 +279,24 @@ class StepRunner:
             self._land()
 
     def _land(self) -> None:
-        """Reads the oldest step and reports it.
-
-        Most rows only extend an answer by a token, and are reported without a look at their logits.
-        """
-        assert self._decoder is not None
+        """Reads the oldest step and reports it."""
         flight = self._landing = self._flights.pop(0)
+        if isinstance(flight, Flight):
+            self._land_plain(flight)
+        else:
+            assert self._drafting is not None
+            self._drafting.land(flight, self.times)
+        release_left(flight, self._flights)
+        self._landing = None
+
+    def _land_plain(self, flight: Flight) -> None:
+        """Reads a step without drafts. Most rows only extend an answer by a token, and are reported without a look at
+        their logits."""
+        assert self._decoder is not None
         done = self._decoder.finish(flight.begun)
-        self.times.add(flight.begun_at, perf_counter())
+        seconds = self.times.add(flight.begun_at, perf_counter())
+        if self._drafting is not None:
+            self._drafting.note_plain(len(flight.requests), seconds)
         self._flags.read()
         if done.flagged:
             tell_flagged(done.flagged, flight.requests)
@@ -270,8 +320,6 @@ class StepRunner:
                 tell(request, output)
             else:
                 deliver(request, output)
-        flight.release_left(self._flights)
-        self._landing = None
 
     def _sample(self, logits_RV: torch.Tensor, shares: list[LogitsShare]) -> list[Drawn]:
         """Samples the next token of every share; without a token where none is due or none can be chosen."""

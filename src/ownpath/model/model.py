@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -24,6 +24,14 @@ from ownpath.trace import Ledger
 
 if TYPE_CHECKING:
     from ownpath.runners.exchange import Window
+
+
+class Verified(NamedTuple):
+    """A decode step's logits [T, vocab] and hidden, and the step, for the drafts' layers."""
+
+    logits_TV: torch.Tensor
+    hidden: Hidden
+    step: DecodeStep
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,38 @@ class Model:
         step = self.paged.prepare_decode(tables)
         residual = self._backbone(token_ids_T, tables.positions_T, step)
         return self.head(residual.enter(self.hc_head).h_TD)
+
+    @torch.inference_mode()
+    def verify(self, token_ids_T: torch.Tensor, tables: DecodeTables) -> Verified:
+        """Runs a decode step as ``decode`` does, and keeps what the drafts continue from."""
+        assert self.paged is not None, "no decode step is planned"
+        step = self.paged.prepare_decode(tables)
+        at = self._backbone(token_ids_T, tables.positions_T, step).enter(self.hc_head)
+        return Verified(self.head(at.h_TD), Hidden(at.x_TSD, at.h_TD), step)
+
+    @torch.inference_mode()
+    def guess(self, verified: Verified, next_ids_T: torch.Tensor, rows_R: torch.Tensor) -> torch.Tensor:
+        """Runs the first draft behind ``verify`` and returns the logits [R, vocab] of some rows: of the token after
+        ``next_ids_T``, int32 [T], which follow each row's own and are negative in padded rows."""
+        hidden = self.drafts[0].decode(verified.hidden, next_ids_T, verified.step)
+        return self.head(hidden.h_TD.index_select(0, rows_R))
+
+    @torch.inference_mode()
+    def forward_drafting(self, batch: ForwardBatch) -> tuple[torch.Tensor, Hidden]:
+        """Runs one step and returns what ``forward`` does, and every row's hidden."""
+        residual = self._extend(batch)
+        at = residual.enter(self.hc_head)
+        return self.head(residual.rows(batch.logits_ids).enter(self.hc_head).h_TD), Hidden(at.x_TSD, at.h_TD)
+
+    @torch.inference_mode()
+    def draft_forward(
+        self, hidden: Hidden, next_ids_T: torch.Tensor, batch: ForwardBatch, rows_R: torch.Tensor
+    ) -> torch.Tensor:
+        """Runs the first draft on the rows of a step and returns the logits [R, vocab] of some.
+
+        Shapes: next_ids_T int64 [T], the token that follows each row's; rows_R int64 [R].
+        """
+        return self.logits(self.drafts[0].hidden(hidden, next_ids_T, batch), rows_R)
 
     @torch.inference_mode()
     def hidden(self, batch: ForwardBatch) -> Hidden:

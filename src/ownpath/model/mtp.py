@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ownpath.attention.rope import Rope
+from ownpath.attention.interface import DecodeStep, PreparedStep
+from ownpath.attention.rope import Rope, Rotation
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.block import Block, Hidden, Residual
 from ownpath.runners import HyperBoundary, Linear, RMSNorm
@@ -43,12 +44,23 @@ class Mtp:
         before: the hidden of the same step, of the backbone or of the module before this one.
         Shapes: next_ids_T int64 [T], the token that follows each row's.
         """
+        assert len(next_ids_T) == len(before.streams_TSD) == len(batch.token_ids_T)
+        return self._hidden(before, next_ids_T, self.rope.at(batch.positions_T), self.block.prepare(batch.tables))
+
+    @torch.inference_mode()
+    def decode(self, before: Hidden, next_ids_T: torch.Tensor, step: DecodeStep) -> Hidden:
+        """Computes the hidden of every row of a decode step that the backbone has run, from arrays on the device alone.
+        A negative token marks a padded row, as of ``Model.decode``.
+
+        Shapes: next_ids_T int32 [T].
+        """
+        return self._hidden(before, next_ids_T, step.rotations[0], step)
+
+    def _hidden(self, before: Hidden, next_ids_T: torch.Tensor, rotation: Rotation, step: PreparedStep) -> Hidden:
         streams_TSD = before.streams_TSD
-        assert len(next_ids_T) == len(streams_TSD) == len(batch.token_ids_T)
         e_TD = self.e_proj(self.enorm(self.embed_VD[next_ids_T].to(streams_TSD.dtype)))
         h_TSD = self.h_proj(self.hnorm(streams_TSD).flatten(0, 1)).unflatten(0, streams_TSD.shape[:2])
         residual = Residual(e_TD.unsqueeze(1) + h_TSD)
-        step = self.block.prepare(batch.tables)
-        residual = self.block(residual, self.rope.at(batch.positions_T), next_ids_T, step)
+        residual = self.block(residual, rotation, next_ids_T, step)
         at = residual.enter(self.hc_head)
         return Hidden(at.x_TSD, at.h_TD)

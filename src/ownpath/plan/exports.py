@@ -6,14 +6,15 @@ from types import MappingProxyType
 
 from ownpath.checkpoint.drawn import DrawnValues
 from ownpath.checkpoint.index import CheckpointIndex
-from ownpath.checkpoint.names import model_params
+from ownpath.checkpoint.names import draft_params, model_params
 from ownpath.checkpoint.schema import MODELOPT_NVFP4, NATIVE_FP8, PLAIN_BF16, Encoding
 from ownpath.checkpoint.tensor_info import TensorInfo
 from ownpath.config import ModelConfig
-from ownpath.plan.opspec import model_ops
+from ownpath.plan.opspec import draft_ops, model_ops
 
 EXPORTS = ("nvidia", "full")
 """Dense weights in FP8, as NVIDIA's export leaves them; in NVFP4 too, but for the indexer's and ``wo_a``."""
+_PROJECTIONS = ("wq_a", "wq_b", "wkv", "wo_a", "wo_b", "e_proj", "h_proj")
 DRAWN = "drawn"
 """The name of the folder and, with the suffix, of the file of tensors that are stored nowhere."""
 
@@ -23,7 +24,7 @@ def encoding_of(module: str, export: str) -> Encoding:
     leaf = module.rsplit(".", 1)[-1]
     if ".ffn.experts." in module:
         return MODELOPT_NVFP4
-    is_projection = leaf in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b") and "compressor" not in module
+    is_projection = leaf in _PROJECTIONS and "compressor" not in module
     if not is_projection and ".shared_experts." not in module:
         return PLAIN_BF16
     if export == "nvidia" or ".indexer." in module:
@@ -37,18 +38,26 @@ def headers(config: ModelConfig, export: str) -> CheckpointIndex:
     return CheckpointIndex(Path(DRAWN), MappingProxyType(infos))
 
 
-def drawn_checkpoint(config: ModelConfig, export: str = "nvidia", seed: int = 0) -> CheckpointIndex:
-    """Returns the index of a checkpoint of this model that is drawn at random: whoever reads it makes the values."""
-    infos, widths = _described(config, export)
+def drawn_checkpoint(
+    config: ModelConfig, export: str = "nvidia", seed: int = 0, *, with_drafts: bool = False
+) -> CheckpointIndex:
+    """Returns the index of a checkpoint of this model that is drawn at random: whoever reads it makes the values.
+    with_drafts: has the MTP modules of its config too."""
+    infos, widths = _described(config, export, with_drafts)
     drawn = DrawnValues(widths, config.n_routed_experts, seed)
     return CheckpointIndex(Path(DRAWN), MappingProxyType(infos), drawn=drawn)
 
 
-def _described(config: ModelConfig, export: str) -> tuple[dict[str, TensorInfo], Mapping[str, int]]:
+def _described(
+    config: ModelConfig, export: str, with_drafts: bool = False
+) -> tuple[dict[str, TensorInfo], Mapping[str, int]]:
     """Returns every tensor by its key, and the columns of each module's weight."""
     file, widths = Path(f"{DRAWN}.safetensors"), {"embed": config.hidden_size}
-    infos = {spec.key: TensorInfo(spec.key, spec.dtypes[0], spec.shape, file) for spec in model_params(config)}
-    for op in model_ops(config):
+    params, ops = [*model_params(config)], [*model_ops(config)]
+    if with_drafts:
+        params, ops = [*params, *draft_params(config)], [*ops, *draft_ops(config)]
+    infos = {spec.key: TensorInfo(spec.key, spec.dtypes[0], spec.shape, file) for spec in params}
+    for op in ops:
         for module in op.modules:
             encoding, widths[module.name] = encoding_of(module.name, export), module.shape[1]
             for part in encoding.parts:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from starlette.types import Scope
 
-from ownpath.engine.load import Durations, EngineLoad
+from ownpath.engine.load import DraftCounts, Durations, EngineLoad
 from ownpath.server.empty_content import EmptyContent
 from ownpath.server.route_table import ROUTES
 from ownpath.server.timeline import Timeline
@@ -142,6 +142,18 @@ def _engine_lines(load: EngineLoad) -> list[str]:
         *_plain("graph_replays_total", "Steps that a captured graph ran.", load.num_replays),
         *_histogram("step_time_seconds", "From the later of a step's launch and the last one's end.", load.times.busy),
         *_histogram("step_gap_seconds", "The device's wait between two steps in a row.", load.times.gaps),
+        *_draft_lines(load.drafts),
+    ]
+
+
+def _draft_lines(drafts: DraftCounts) -> list[str]:
+    """Renders how often guesses were right. A step has one guess of each request, at position 0."""
+    per_position = {"0": drafts.num_right}
+    return [
+        *_plain("spec_decode_num_draft_tokens_total", "Tokens that were guessed.", drafts.num_guesses),
+        *_plain("spec_decode_num_accepted_tokens_total", "Guesses that were right.", drafts.num_right),
+        *_label_lines("spec_decode_num_accepted_tokens_per_pos_total", "The same, by place.", "position", per_position),
+        *_plain("spec_decode_steps_total", "Steps with drafts.", drafts.num_steps),
     ]
 
 

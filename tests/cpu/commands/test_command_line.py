@@ -1,6 +1,8 @@
 """Around a command: the list of them, quiet ends, and escapes in what is repeated."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ownpath.cli import main
+from ownpath.loading import default_model_dir
 from ownpath.ranks.peers import PeerLost
 
 OWNPATH = [sys.executable, "-m", "ownpath"]
@@ -143,3 +146,17 @@ def test_an_error_of_a_command_is_one_escaped_line(
     monkeypatch.setattr("ownpath.commands.plan.run", fail)
     assert main(["plan"]) == 2
     assert capsys.readouterr().err == f"ownpath: {ESCAPED}\n"
+
+
+def test_several_ranks_do_not_draft(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--draft", "--ranks", "2"]) == 2
+    assert "--draft: several ranks (--ranks) do not draft" in capsys.readouterr().err
+
+
+def test_a_draft_is_refused_where_the_checkpoint_has_none(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    shutil.copytree(default_model_dir(), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    config["num_nextn_predict_layers"] = 0
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert main(["generate", str(tmp_path / "model"), "a", "--draft"]) == 2
+    assert "a draft was asked for" in capsys.readouterr().err

@@ -62,7 +62,7 @@ def test_every_option_is_a_setting_in_both_places(tmp_path: Path) -> None:
         "rank_timeout": "7",
     }  # fmt: skip
     switches = ["batch_invariant", "no_graphs", "allow_unverified", "strict_fields", "strict_limits", "insecure"]
-    switches += ["no_prefix_cache", "prefix_salt_per_key", "random_weights"]
+    switches += ["no_prefix_cache", "prefix_salt_per_key", "random_weights", "draft"]
     dests = {action.dest for action in serve_parser()._actions}
     assert dests == {*values, *switches, "help", "list", "config"}
     argv = [values["model"]]

@@ -15,7 +15,8 @@ from cpu.engine.fake_model import FakeModel, Rule
 
 from ownpath.cache.layout import BLOCK_TOKENS, NOBODY
 from ownpath.cache.tables import DecodeTables
-from ownpath.engine.decoder import Decoder, Mark, StepBegun
+from ownpath.engine.decoder import Decoder, StepBegun
+from ownpath.engine.graphs import Mark
 from ownpath.engine.rows import PADDED, Staged
 from ownpath.model.batch import ForwardBatch
 from ownpath.trace import Ledger

@@ -8,6 +8,7 @@ from typing import Any
 from ownpath.cache.pools import CachePool
 from ownpath.config import EngineConfig
 from ownpath.engine.decoder import Decoder
+from ownpath.engine.drafting import Drafts
 from ownpath.engine.engine import Engine
 from ownpath.engine.prefix import PrefixCache, PrefixSettings
 from ownpath.engine.request import Request, SamplingParams, ScoredToken, StepOutput
@@ -39,7 +40,8 @@ class Asked:
 
 class Served:
     """A running engine. settings: ``None``: without a prefix cache. decoder: ``None``: the model's ``forward`` runs all
-    steps, or a decoder of this device's if it ``decodes``. At the end all its books balance."""
+    steps, or a decoder of this device's if it ``decodes``. drafts: ``None``: no step has any. At the end all its books
+    balance."""
 
     def __init__(
         self,
@@ -49,6 +51,7 @@ class Served:
         *,
         decodes: bool = False,
         decoder: Decoder | None = None,
+        drafts: Drafts | None = None,
     ) -> None:
         self.pool: CachePool = model.caches
         spec = self.pool.spec
@@ -60,7 +63,8 @@ class Served:
         )
         self.prefix = None if settings is None else PrefixCache(self.pool, settings)
         decoder = Decoder(model, spec.max_sequences, VOCAB) if decodes else decoder
-        self.engine = Engine(model, config, VOCAB, end_token_ids=(), decoder=decoder, prefix=self.prefix)
+        run = {"decoder": decoder, "prefix": self.prefix, "drafts": drafts}
+        self.engine = Engine(model, config, VOCAB, end_token_ids=(), **run)
         self.engine.start()
 
     def __enter__(self) -> "Served":

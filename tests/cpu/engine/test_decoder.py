@@ -13,8 +13,9 @@ from support.matchers import Every
 from ownpath.cache.tables import DecodeTables
 from ownpath.config import EngineConfig
 from ownpath.engine.adjust import Adjuster
-from ownpath.engine.decoder import Decoder, make_decoder, no_graph_of
+from ownpath.engine.decoder import Decoder, make_decoder
 from ownpath.engine.engine import Engine
+from ownpath.engine.graphs import no_graph_of
 from ownpath.engine.request import FinishReason, Request, SamplingParams, ScoredToken, StepOutput
 from ownpath.engine.rows import GREEDY, PADDED, DecodeRow, HeldRows, ResidentRows, StepRows
 from ownpath.engine.sampler import SampleRow, sampler_of, warm_up_sampler

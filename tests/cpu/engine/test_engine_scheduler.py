@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ownpath.engine.request import Request, SamplingParams
+from ownpath.engine.request import ROOM_AHEAD, Request, SamplingParams
 from ownpath.engine.scheduler import ScheduledChunk, Scheduler, share_tokens
 
 
@@ -16,6 +16,7 @@ class Plenty:
     """Memory that never ends."""
 
     free = 1, 1
+    room_ahead = ROOM_AHEAD
 
     def begin(self, request: Request, num_spare: int) -> bool:
         request.room = request.most_tokens

@@ -33,8 +33,10 @@ class LateStampModel(StampModel):
 
     decodes, ledger = True, Ledger({})
 
-    def __init__(self, device: LateDevice, max_sequences: int = 4) -> None:
-        super().__init__(1024, max_sequences)
+    def __init__(
+        self, device: LateDevice, max_sequences: int = 4, rows: int = 1, cache_blocks: int | None = None
+    ) -> None:
+        super().__init__(1024, max_sequences, rows, cache_blocks)
         self.device = device
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ownpath.engine.load import EngineLoad
+from ownpath.engine.load import DraftCounts, EngineLoad
 from ownpath.server.metrics import Metrics
 
 DASHBOARD = Path(__file__).parents[3] / "deploy" / "grafana.json"
@@ -48,3 +48,12 @@ def test_the_labels_of_queries_are_those_of_the_page() -> None:
         found = re.search(r"sum by \(([\w, ]+)\) .*?(ownpath_\w+)", query)
         for label in found[1].split(", ") if found else ():
             assert re.search(rf'^{found[2]}\{{.*\b{label}="', text, re.M), query
+
+
+def test_guesses_are_on_the_page() -> None:
+    drafts = DraftCounts()
+    drafts.add(num_guesses=3, num_right=2)
+    text = Metrics().render(EngineLoad(drafts=drafts))
+    for name, value in (("num_draft_tokens", 3), ("num_accepted_tokens", 2), ("steps", 1)):
+        assert f"\nownpath_spec_decode_{name}_total {value}\n" in text
+    assert '\nownpath_spec_decode_num_accepted_tokens_per_pos_total{position="0"} 2\n' in text

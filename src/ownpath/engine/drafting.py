@@ -1,0 +1,246 @@
+"""Steps with drafts in the engine: which steps draft, what is launched, and what requests are told of it.
+
+A step drafts if each of its requests goes on from its last known token, none changes its logits before a token is drawn
+(penalties, bias, a minimum, a grammar) or scores its prompt, all have room for what two launched steps may write, and
+the policy says that it pays. Any other step runs without drafts, and the answers are the same.
+
+The first module reads what ``forward`` does, and what steps with drafts do. Its window in the caches misses the tokens
+of other steps: guesses are worse until it has moved past them, and cost no answer anything.
+"""
+
+from collections.abc import Iterable, Sequence
+from time import perf_counter
+from typing import NamedTuple, Protocol
+
+import torch
+
+from ownpath.cache.pools import SequenceCache
+from ownpath.config import EngineConfig
+from ownpath.engine.batch import LogitsShare
+from ownpath.engine.decoder import DecodingModel, prepared
+from ownpath.engine.draft_decoder import (
+    MOST_AHEAD,
+    ROWS,
+    DraftBegun,
+    DraftDecoder,
+    DraftedTokens,
+    VerifyingModel,
+    room_behind,
+)
+from ownpath.engine.draft_policy import MOST_DRAFTED, DraftPolicy
+from ownpath.engine.flags import tell_flagged
+from ownpath.engine.flight import LaunchedStep
+from ownpath.engine.load import DraftCounts, StepTimes
+from ownpath.engine.reports import Reporter
+from ownpath.engine.request import Request, ScoredToken, StepOutput, plain_output
+from ownpath.engine.rows import StepRows
+from ownpath.engine.sampler import (
+    Drawn,
+    NonFiniteIndexScores,
+    RowFailed,
+    SampleRow,
+    choose_tokens,
+    no_token,
+)
+from ownpath.engine.scheduler import ScheduledChunk
+from ownpath.engine.tops import with_own
+from ownpath.model.batch import ForwardBatch
+from ownpath.model.block import Hidden
+
+
+class DraftingModel(Protocol):
+    """The model as a forward with drafts uses it."""
+
+    def forward_drafting(self, batch: ForwardBatch) -> tuple[torch.Tensor, Hidden]: ...
+
+    def draft_forward(
+        self, hidden: Hidden, next_ids_T: torch.Tensor, batch: ForwardBatch, rows_R: torch.Tensor
+    ) -> torch.Tensor: ...
+
+
+class Drafts(NamedTuple):
+    """The means of an engine that drafts. decoder: runs the steps. policy: says which."""
+
+    model: DraftingModel
+    decoder: DraftDecoder
+    policy: DraftPolicy
+
+
+class DraftedFlight(NamedTuple):
+    """A launched step with drafts that is not read. caches: the requests' when it was launched. are_known: whether each
+    one's guess was the module's, not made up."""
+
+    chunks: Sequence[ScheduledChunk]
+    requests: Sequence[Request]
+    caches: Sequence[SequenceCache]
+    are_known: Sequence[bool]
+    begun: DraftBegun
+    begun_at: float
+
+    def goes_on(self, chunks: Sequence[ScheduledChunk], num_unread: int) -> bool:
+        """Returns True if these chunks are one more step of the same requests, none of which has had its last token.
+        num_unread: launched steps of them that are not read, each of which gives a token at least."""
+        if self.chunks != chunks or [one.cache for one in self.requests] != [*self.caches]:
+            return False
+        return all(len(one.output_ids) + num_unread < one.params.max_tokens for one in self.requests)
+
+
+class Drafting:
+    """The drafts of one engine. counts: how often guesses were right."""
+
+    def __init__(self, drafts: Drafts, reporter: Reporter, device: str) -> None:
+        self._model, self.decoder, self._policy = drafts
+        self._reporter, self._device, self.counts = reporter, device, DraftCounts()
+
+    def takes(self, chunks: Sequence[ScheduledChunk]) -> bool:
+        """Returns True if the next step of these chunks drafts. Every launched step must have been read."""
+        return self.pays(len(chunks)) and all(map(_may_draft, chunks))
+
+    def pays(self, num_requests: int) -> bool:
+        """Returns True if the next step of so many requests drafts, provided that all of them may."""
+        return 0 < num_requests <= self.decoder.buckets[-1] and self._policy.drafts(num_requests)
+
+    def goes_on(self, flights: Sequence[LaunchedStep], chunks: Sequence[ScheduledChunk]) -> bool:
+        """Returns True if the next step is one more of the requests of the last one, with drafts."""
+        last = flights[-1] if flights else None
+        if not isinstance(last, DraftedFlight) or not last.goes_on(chunks, len(flights)):
+            return False
+        return self.decoder.can_repeat and self._policy.drafts(len(chunks))
+
+    def begin(self, chunks: Sequence[ScheduledChunk], at: float) -> DraftedFlight:
+        """Launches a step of requests. Every launched step must have been read. at: the time."""
+        requests = [chunk.request for chunk in chunks]
+        rows = StepRows(
+            [one.caches for one in requests],
+            [one.id_at(one.num_tokens - 1) for one in requests],
+            [one.params for one in requests],
+            [one.seed for one in requests],
+            [len(one.output_ids) for one in requests],
+        )
+        known = [one.known_guess for one in requests]
+        guesses = [last if guess is None else guess for guess, last in zip(known, rows.token_ids, strict=True)]
+        wanted = {2 * n + ahead: one.params.num_logprobs for n, one in enumerate(requests) for ahead in range(2)}
+        begun = self.decoder.begin(rows, guesses, {row: count for row, count in wanted.items() if count})
+        return DraftedFlight(chunks, requests, rows.caches, [guess is not None for guess in known], begun, at)
+
+    def repeat(self, last: DraftedFlight, at: float) -> DraftedFlight:
+        """Launches one more step of the same requests."""
+        begun, are_known = self.decoder.repeat(last.begun), [True] * len(last.requests)
+        return last._replace(begun=begun, are_known=are_known, begun_at=at)
+
+    def land(self, flight: DraftedFlight, times: StepTimes) -> None:
+        """Reads the oldest launched step and reports it."""
+        found = self.decoder.finish(flight.begun)
+        seconds = times.add(flight.begun_at, perf_counter())
+        pairs = zip(flight.are_known, found.token_ids, strict=True)
+        guesses = sum(flight.are_known), sum(len(tokens) - 1 for is_known, tokens in pairs if is_known)
+        self.counts.add(*guesses)
+        self._policy.note_drafted(len(flight.requests), seconds, *guesses)
+        if found.flagged:
+            tell_flagged({row // 2: layer_idx for row, layer_idx in found.flagged.items()}, flight.requests)
+        for n, (request, cache) in enumerate(zip(flight.requests, flight.caches, strict=True)):
+            if request.cache is cache:
+                self._tell(request, n, found)
+
+    def note_plain(self, num_requests: int, seconds: float) -> None:
+        """Takes up the time of a step without drafts."""
+        self._policy.note_plain(num_requests, seconds)
+
+    def _tell(self, request: Request, n: int, found: DraftedTokens) -> None:
+        """Reports the tokens of one request, until its answer ends."""
+        cache = request.cache
+        for ahead, (token_id, logprob) in enumerate(zip(found.token_ids[n], found.logprobs[n], strict=False)):
+            drawn = Drawn(token_id, logprob, found.tops.get(2 * n + ahead, ()))
+            try:
+                output = advanced(request, drawn)
+            except RowFailed as error:
+                self._reporter.fail(request, str(error), error.non_finite)
+            else:
+                self._reporter.tell(request, output)
+            if request.cache is not cache:
+                return
+        request.guess = request.num_tokens, found.guesses[n]
+
+    def forward(self, batch: ForwardBatch) -> tuple[torch.Tensor, Hidden]:
+        """Runs a step of the backbone as ``Model.forward`` does; ``read`` follows."""
+        return self._model.forward_drafting(batch)
+
+    def read(self, batch: ForwardBatch, hidden: Hidden, shares: Sequence[LogitsShare], drawn: Sequence[Drawn]) -> None:
+        """Runs the first module on the rows of a ``forward``, and notes its guesses for those that have drawn a token.
+        Nothing has been reported of the step yet."""
+        next_ids = [token_id for share, one in zip(shares, drawn, strict=True) for token_id in _following(share, one)]
+        due = [n for n, one in enumerate(drawn) if one.token_id is not None]
+        rows_R, next_ids_T = (
+            torch.tensor(ids, dtype=torch.int64, device=self._device)
+            for ids in ([batch.tables.row_ends[n] - 1 for n in due], next_ids)
+        )
+        logits_RV = self._model.draft_forward(hidden, next_ids_T, batch, rows_R)
+        if due:
+            requests = [shares[n].chunk.request for n in due]
+            rows = [SampleRow(one.params, one.seed, len(one.output_ids) + 1) for one in requests]
+            guesses = choose_tokens(logits_RV[:, : self.decoder.num_vocab], rows).token_ids
+            for request, guess in zip(requests, guesses, strict=True):
+                request.guess = None if guess is None else (request.num_tokens + 1, guess)
+
+
+class DraftedModel(DecodingModel, VerifyingModel, DraftingModel, Protocol):
+    """A model with its modules of drafts."""
+
+    @property
+    def drafts(self) -> Sequence[object]: ...
+
+
+def make_drafts(model: DraftedModel, engine: EngineConfig, num_vocab: int) -> Drafts | None:
+    """Makes what an engine drafts with, ready for its first step; ``None`` where no module is loaded for it.
+
+    Errors: ValueError where no MTP module is loaded, but another drafter, or no decode step is planned.
+    """
+    if not engine.loads_draft or engine.rows_per_request < ROWS:
+        return None
+    if not model.drafts:
+        raise ValueError("--draft: the engine drafts with MTP modules, and this checkpoint has another drafter")
+    if not model.decodes:
+        raise ValueError("--draft: no decode step is planned here, and a step that drafts is one")
+
+    def make() -> DraftDecoder:
+        return DraftDecoder(model, min(engine.max_num_seqs, MOST_DRAFTED), num_vocab)
+
+    return Drafts(model, prepared(model, engine, make) or make(), DraftPolicy())
+
+
+def advanced(request: Request, drawn: Drawn) -> StepOutput:
+    """Extends an answer by a token and returns what is to be told of it. Errors: RowFailed; nothing has changed."""
+    if request.flagged_layer is not None:
+        raise NonFiniteIndexScores(request.flagged_layer)
+    if drawn.token_id is None:
+        raise no_token(request)
+    output, num_logprobs = plain_output(drawn.token_id), request.params.num_logprobs
+    if num_logprobs is not None:
+        top = with_own(drawn.top, drawn.token_id, drawn.logprob)
+        output = StepOutput(token=ScoredToken(drawn.token_id, drawn.logprob, top))
+    request.output_ids.append(drawn.token_id)
+    request.num_computed += 1
+    return output
+
+
+def living(chunks: Iterable[ScheduledChunk]) -> list[ScheduledChunk]:
+    """Returns the chunks of requests that have not ended since they were planned."""
+    return [chunk for chunk in chunks if chunk.request.cache is not None]
+
+
+def _may_draft(chunk: ScheduledChunk) -> bool:
+    request = chunk.request
+    if request.num_pending != 1 or request.adjusts or request.scores_prompt or not request.params.max_tokens:
+        return False
+    cache = request.caches
+    return room_behind(cache.blocks, request.num_computed, cache.pool) >= MOST_AHEAD
+
+
+def _following(share: LogitsShare, drawn: Drawn) -> list[int]:
+    """Returns the token behind each row of a chunk; where nobody knows it, the row's own."""
+    request, count = share.chunk.request, share.chunk.num_tokens
+    first = request.num_computed + 1
+    found = request.ids_between(first, first + count)
+    if len(found) < count:
+        found = [*found, request.id_at(request.num_tokens - 1) if drawn.token_id is None else drawn.token_id]
+    return found

@@ -1,0 +1,205 @@
+"""Steps with drafts: the answers without them, whoever joins, ends, goes or is sent back, however good guesses are."""
+
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from cpu.engine.drafting_model import Always, DraftingPagedModel, LateDraftDecoder
+from cpu.engine.late_device import LateDecoder, LateDevice, LateMark, Work
+from cpu.engine.test_overlap import (
+    ENDLESS,
+    ENDS,
+    MAX_ROWS,
+    OTHERS,
+    PLAIN,
+    RULE,
+    VOCAB,
+    Asked,
+    alone,
+    ids_of,
+    random_request,
+    until,
+)
+
+from ownpath.config import EngineConfig
+from ownpath.engine.draft_policy import DraftPolicy
+from ownpath.engine.drafting import Drafts
+from ownpath.engine.engine import Engine
+from ownpath.engine.load import DraftCounts
+from ownpath.engine.request import NonFinite, SamplingParams
+
+
+class Never(DraftPolicy):
+    """Never drafts."""
+
+    def drafts(self, num_requests: int) -> bool:
+        return False
+
+
+@dataclass
+class Served:
+    """An engine that drafts, on a late device."""
+
+    engine: Engine
+    model: DraftingPagedModel
+    decoder: LateDraftDecoder
+    plain: LateDecoder
+    device: LateDevice
+
+    def start(self, *wanted: tuple[list[int], SamplingParams]) -> list[Asked]:
+        asked = [Asked.of(*one) for one in wanted]
+        self.engine.submit([one.request for one in asked])
+        return asked
+
+    @property
+    def counts(self) -> DraftCounts:
+        return self.engine.load().drafts
+
+
+@contextmanager
+def served(
+    share: float,
+    rule: Any = RULE,
+    most_s: float = 0.0,
+    seed: int = 0,
+    policy: DraftPolicy | None = None,
+) -> Iterator[Served]:
+    device = LateDevice(most_s, seed)
+    model = DraftingPagedModel(rule, VOCAB, device, share)
+    decoder, plain = LateDraftDecoder(model, MAX_ROWS, VOCAB), LateDecoder(model, MAX_ROWS, VOCAB)
+    config = EngineConfig(max_model_len=512, max_num_seqs=MAX_ROWS, max_prefill_tokens=16)
+    drafts = Drafts(model, decoder, policy or Always())  # type: ignore[arg-type]  # its steps are made of tokens
+    engine = Engine(model, config, VOCAB, end_token_ids=ENDS, decoder=plain, drafts=drafts)
+    engine.start()
+    try:
+        yield Served(engine, model, decoder, plain, device)
+    finally:
+        device.release()
+        engine.stop()
+        device.end()
+    assert model.caches.slots.faults() == []
+    assert not model.caches.slots.owned, "every request gave its slot and blocks back, however it ended"
+
+
+@pytest.mark.parametrize(
+    ("share", "kinds"),
+    [(0.0, PLAIN), (0.6, PLAIN), (1.0, PLAIN), (0.6, (*PLAIN, *PLAIN, *OTHERS))],
+    ids=["none", "some", "all", "mixed"],
+)
+def test_answers_are_those_without_drafts(share: float, kinds: Sequence[dict[str, Any]]) -> None:
+    """Tokens, log-probs, likeliest tokens and ends, of random joins, ends and aborts."""
+    chance = random.Random(int(10 * share))
+    wanted = [random_request(chance, kinds) for _ in range(14)]
+    expected = [alone(*one) for one in wanted]
+    with served(share, most_s=0.001, seed=3) as running:
+        asked, aborted = [], set()
+        for n, one in enumerate(wanted):
+            asked += running.start(one)
+            if chance.random() < 0.4:
+                time.sleep(chance.random() * 0.01)
+            if chance.random() < 0.2:
+                aborted.add(victim := chance.randrange(n + 1))
+                running.engine.abort(asked[victim].request)
+        for n, one in enumerate(asked):
+            if n not in aborted:
+                assert one.all() == expected[n], wanted[n]
+        until(lambda: running.engine.num_open == 0)
+        for n in aborted:
+            heard = asked[n].heard()
+            assert heard == expected[n][: len(heard)]
+        counts = running.counts
+        if kinds is PLAIN:
+            assert counts.num_steps > 10, "else this tests little"
+            assert running.decoder.num_behind > counts.num_steps / 4, "else this tests little"
+            assert 0.5 * share <= counts.num_right / counts.num_guesses <= 0.2 + share
+
+
+def test_a_guess_that_is_right_spares_a_step() -> None:
+    """All right: an answer of 41 tokens has its first from the prompt, and 20 steps of two."""
+    for share, num_steps in ((1.0, 20), (0.0, 40)):
+        with served(share, ENDLESS) as running:
+            (asked,) = running.start(([5, 6], SamplingParams(41, temperature=0)))
+            assert len(ids_of(asked.all())) == 41
+            until(lambda: not running.engine.is_stepping)
+            assert running.decoder.num_uploads <= 3
+            # One step more may be launched before the last is read.
+            assert num_steps <= running.counts.num_steps <= num_steps + 1
+            assert running.counts.num_right >= (20 if share else 0)
+
+
+def test_a_failed_step_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [([9 + n, 5], SamplingParams(20, temperature=0.9, seed=n)) for n in range(3)]
+    expected = [alone(*one) for one in wanted]
+    with served(0.6) as running:
+        verify, fails = running.model.verify, iter([False] * 4 + [True])
+
+        def failing(*args: Any) -> Any:
+            if next(fails, False):
+                raise RuntimeError("a kernel failed")
+            return verify(*args)
+
+        def at_once(work: Work, turn: int) -> LateMark:
+            running.device.put(lambda: None).wait()
+            work()  # on the engine's thread, which sees it fail
+            return running.device.put(lambda: None)
+
+        monkeypatch.setattr(running.model, "verify", failing)
+        monkeypatch.setattr(running.decoder, "_enqueue", at_once)
+        asked = running.start(*wanted)
+        assert [one.all() for one in asked] == expected
+        assert running.engine.load().counts.num_step_retries > 0
+
+
+@pytest.mark.parametrize("bad_from", [9, 10])
+def test_logits_that_are_not_finite_end_their_request_alone(bad_from: int) -> None:
+    """In a first row, or in a second one that would count."""
+
+    def rule(history: tuple[int, ...]) -> torch.Tensor:
+        is_bad = history[0] == 60 and len(history) >= bad_from
+        return torch.full((VOCAB,), torch.nan) if is_bad else ENDLESS(history)
+
+    with served(1.0, rule) as running:
+        bad, good = running.start(*(([first, 7], SamplingParams(30, temperature=0)) for first in (60, 61)))
+        heard = bad.all()
+        assert len(ids_of(heard)) == bad_from - 2
+        assert heard[-1].non_finite is NonFinite.LOGITS
+        assert len(ids_of(good.all())) == 30
+
+
+def test_tokens_are_drawn_from_the_models_distribution() -> None:
+    """Tokens of the same distribution whatever came before, half of whose guesses are right: a chi-square test."""
+    logits = torch.tensor([1.5, 0.5, -0.5, 0.0, 1.0, -1.0, 0.2, -0.2])
+    whole, found = torch.full((VOCAB,), -40.0), Counter[int]()
+    whole[10:18] = logits
+    with served(0.5, lambda history: whole) as running:
+        for one in running.start(*(([5], SamplingParams(200, seed=n)) for n in range(10))):
+            found.update(ids_of(one.all())[1:])
+        assert running.counts.num_right > 250
+    expected = logits.softmax(0) * found.total()
+    chi2 = float(((torch.tensor([found[10 + n] for n in range(8)]) - expected).square() / expected).sum())
+    assert found.total() == 1990
+    assert chi2 < 42.7, "of 7 degrees of freedom: once in 2.6 million"
+
+
+def test_a_policy_that_declines_leaves_plain_steps() -> None:
+    with served(1.0, ENDLESS, policy=DraftPolicy(most_requests=2)) as running:
+        asked = running.start(*(([5 + n], SamplingParams(30, temperature=0)) for n in range(3)))
+        assert [len(ids_of(one.all())) for one in asked] == [30] * 3
+        assert running.counts.num_steps == 0
+        assert len(running.model.rows) >= 29
+
+
+@pytest.mark.parametrize(("policy", "reads"), [(Never(), False), (Always(), True)], ids=["plain", "drafts"])
+def test_short_prompts_are_read_by_graphs_while_nobody_drafts(policy: DraftPolicy, reads: bool) -> None:
+    """Else the module reads them with the model's ``forward``. Answers are the same."""
+    wanted = [9, 8, 7, 6], SamplingParams(20, seed=3)
+    with served(0.5, policy=policy) as running:
+        (asked,) = running.start(wanted)
+        assert asked.all() == alone(*wanted)
+        assert running.model.has_read is reads
