@@ -51,7 +51,7 @@ TABLES = _tables()
 class Window:
     """The powers of two of a matrix's blocks.
 
-    exponents: int8 [N, K/32], of blocks with a code other than zero; 0 elsewhere. used: bool [N, K/32], those blocks.
+    exponents: int32 [N, K/32]. used: bool [N, K/32], blocks with a code other than zero.
     """
 
     exponents: torch.Tensor
@@ -59,39 +59,49 @@ class Window:
 
     @property
     def row_exponents(self) -> torch.Tensor:
-        """The power of two of each row, int32 [N]: its largest block's e becomes ``HIGHEST``."""
-        exponents = torch.where(self.used, self.exponents.int(), -1000).amax(dim=1)
-        return torch.where(self.used.any(dim=1), exponents - HIGHEST, 0)
+        """The power of two of each row, int32 [N]: its largest used block's e becomes ``HIGHEST``."""
+        largest = torch.where(self.used, self.exponents, -1000).amax(dim=1)
+        return torch.where(self.used.any(dim=1), largest, self.exponents.amax(dim=1)) - HIGHEST
 
     @property
     def relative(self) -> torch.Tensor:
-        """Each block's e, int32 [N, K/32]; ``LOWEST`` for blocks of zeros."""
-        return torch.where(self.used, self.exponents.int() - self.row_exponents[:, None], LOWEST)
+        """Each block's e, int32 [N, K/32]; that of a block of zeros is moved into the window."""
+        relative = self.exponents - self.row_exponents[:, None]
+        return torch.where(self.used, relative, relative.clamp(LOWEST, HIGHEST))
+
+    @property
+    def fits(self) -> bool:
+        """Whether every block is an E4M3 block."""
+        return not bool((self.relative < LOWEST).any())
 
 
-def read_window(codes: torch.Tensor, scale: torch.Tensor) -> Window | str:
-    """Reads the powers of two of a matrix, or says why FP8 tensor cores cannot multiply it exactly.
+TOO_WIDE = f"the block scales of a row span more than 2**{HIGHEST - LOWEST}"
 
-    Shapes: codes uint8 [N, K/2]; scale E4M3 [N, K/16].
-    """
-    nonzero = ((codes & 0x77) != 0).view(len(codes), -1, 8).any(dim=-1)
+
+def mxfp4_window(codes: torch.Tensor, scale: torch.Tensor) -> Window | str:
+    """Reads a matrix's powers of two, or says why E4M3 cannot hold it. codes uint8 [N, K/2]; scale E8M0 [N, K/32]."""
+    used = ((codes.view(torch.uint8) & 0x77) != 0).view(len(codes), -1, 16).any(dim=-1)
+    window = Window(scale.view(torch.uint8).int() - 127, used)
+    return window if window.fits else TOO_WIDE
+
+
+def nvfp4_window(codes: torch.Tensor, scale: torch.Tensor) -> Window | str:
+    """Reads a matrix's powers of two, or says why E4M3 cannot hold it. codes uint8 [N, K/2]; scale E4M3 [N, K/16]."""
     raw = (scale.view(torch.uint8) & 0x7F).int()
-    live = nonzero & (raw > 0)
+    live = ((codes.view(torch.uint8) & 0x77) != 0).view(len(codes), -1, 8).any(dim=-1) & (raw > 0)
     exponent, mantissa = raw >> 3, raw & 7
     # Subnormals are mantissa * 2**-9: the powers among them are 2**-9, 2**-8 and 2**-7.
     is_power = torch.where(exponent > 0, mantissa == 0, (mantissa & (mantissa - 1)) == 0)
     if bool((live & ~is_power).any()):
         return "a block scale is no power of two"
     subnormal = (mantissa >= 2).int() + (mantissa >= 4).int() - 9
-    power = torch.where(exponent > 0, exponent - 7, subnormal)
-    pairs, live_pairs = power.unflatten(1, (-1, 2)), live.unflatten(1, (-1, 2))
-    if bool((live_pairs.all(dim=-1) & (pairs[..., 0] != pairs[..., 1])).any()):
+    halves = torch.where(exponent > 0, exponent - 7, subnormal).unflatten(1, (-1, 2))
+    live_halves = live.unflatten(1, (-1, 2))
+    if bool((live_halves.all(dim=-1) & (halves[..., 0] != halves[..., 1])).any()):
         return "a block scale changes inside a group of 32"
-    used = live_pairs.any(dim=-1)
-    window = Window(torch.where(live_pairs[..., 0], pairs[..., 0], pairs[..., 1]).to(torch.int8), used)
-    if bool((window.relative < LOWEST).any()):
-        return f"the block scales of a row span more than 2**{HIGHEST - LOWEST}"
-    return window
+    is_second = live_halves[..., 1] & ~live_halves[..., 0]
+    window = Window(torch.where(is_second, halves[..., 1], halves[..., 0]), live_halves.any(dim=-1))
+    return window if window.fits else TOO_WIDE
 
 
 def pack_codes(codes: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

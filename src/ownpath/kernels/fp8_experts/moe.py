@@ -17,14 +17,22 @@ from threading import Lock
 
 import torch
 
-from ownpath.formats import NVFP4
+from ownpath.formats import MXFP4, NVFP4
 from ownpath.kernels.contract import Config, FusedExpert, Routing, StoredExperts
 from ownpath.kernels.dsl.cache import load
 from ownpath.kernels.dsl.driver import Argument, Boxes, Launch, Pointers, current_stream, num_sms, pointer
 from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.fp8_experts.choose import SHAPES, Fp8MoeChoice, choose, make
 from ownpath.kernels.fp8_experts.config import QUANTIZE_GROUPS, ExpertGemmConfig, QuantizeRowsConfig
-from ownpath.kernels.fp8_experts.layout import pack_codes, pack_scales, read_window, unpack_codes, unpack_scales
+from ownpath.kernels.fp8_experts.layout import (
+    Window,
+    mxfp4_window,
+    nvfp4_window,
+    pack_codes,
+    pack_scales,
+    unpack_codes,
+    unpack_scales,
+)
 from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.nvfp4.calls import call_key, check_out
 from ownpath.kernels.nvfp4.choose import WIDE_PAIRS
@@ -52,13 +60,13 @@ class PackedCodes:
     """One matrix of every expert in the layout of ``fp8_experts.layout``.
 
     Shapes: codes uint8 [E * N * K / 2]; scales uint8 [E * N * K / 32]; row_scales float32 [E, N], of packed rows;
-        global_scale as stored: float32 [E, 2] or [E].
+        global_scale as stored: float32 [E, 2] or [E]; ``None`` for MXFP4.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
     row_scales: torch.Tensor
-    global_scale: torch.Tensor
+    global_scale: torch.Tensor | None
     num_rows: int
     num_cols: int
 
@@ -334,52 +342,68 @@ class Fp8ExpertsKernel:
         return _Launches(choice, key, operand)
 
 
+def _window(side: QuantTensor, expert: int) -> Window | str:
+    assert side.scale is not None
+    read = mxfp4_window if side.format is MXFP4 else nvfp4_window
+    return read(side.qdata[expert], side.scale[expert])
+
+
 def _check_stack(name: str, side: QuantTensor) -> None:
     """Errors: ValueError naming a stack that cannot be packed."""
     assert side.scale is not None
     require_packable(name, side.qdata)
     require_packable(f"{name}_scale", side.scale)
-    check_scales(f"{name}_scale", side.scale)
+    if side.format is NVFP4:
+        check_scales(f"{name}_scale", side.scale)
+    elif bool((side.scale.view(torch.uint8) == 255).any()):
+        raise ValueError(f"{name}_scale holds a NaN block scale")
     for expert in range(len(side.qdata)):
-        window = read_window(side.qdata[expert], side.scale[expert])
+        window = _window(side, expert)
         if isinstance(window, str):
             raise ValueError(f"{name} of expert {expert} has no exact form in E4M3: {window}")
 
 
 def _pack_stack(side: QuantTensor, rows: torch.Tensor) -> PackedCodes:
-    """Packs a checked stack: its codes in place, its scales into half of their memory."""
+    """Packs a checked stack: its codes in place, its scales into a byte for 32 of them."""
     assert side.scale is not None
-    assert side.global_scale is not None
-    codes, scale, placed = side.qdata, side.scale.view(torch.uint8), rows.to(side.qdata.device)
+    codes, placed = side.qdata, rows.to(side.qdata.device)
     num_experts, num_rows, num_cols = side.shape
     scales = torch.empty(num_experts, num_rows * num_cols // 32, dtype=torch.uint8, device=codes.device)
     row_scales = torch.empty(num_experts, num_rows, dtype=torch.float32, device=codes.device)
-    per_row = side.global_scale.reshape(num_experts, -1).repeat_interleave(
-        num_rows // side.global_scale.reshape(num_experts, -1).shape[1], dim=1
-    )
     for expert in range(num_experts):
-        window = read_window(codes[expert], side.scale[expert])
+        window = _window(side, expert)
         assert not isinstance(window, str)
-        dead = scale[expert] & 0x7F == 0
-        codes[expert].masked_fill_(dead.repeat_interleave(8, dim=1), 0)
+        if side.format is NVFP4:
+            dead = side.scale[expert].view(torch.uint8) & 0x7F == 0
+            codes[expert].masked_fill_(dead.repeat_interleave(8, dim=1), 0)
         scales[expert] = pack_scales(window.relative, placed)
-        row_scales[expert] = torch.ldexp(per_row[expert], window.row_exponents)[placed]
+        row_scales[expert] = torch.ldexp(_row_scales(side.global_scale, expert, num_rows, codes), window.row_exponents)[placed]
         codes[expert].view(-1).copy_(pack_codes(codes[expert], placed))
-    return PackedCodes(codes, scales, row_scales, side.global_scale.contiguous(), num_rows, num_cols)
+    return PackedCodes(codes, scales, row_scales, side.global_scale, num_rows, num_cols)
+
+
+def _row_scales(global_scale: torch.Tensor | None, expert: int, num_rows: int, like: torch.Tensor) -> torch.Tensor:
+    """Returns the stored multiplier of each row, float32 [N]: of gate and up, of the matrix, or 1."""
+    if global_scale is None:
+        return torch.ones(num_rows, device=like.device)
+    stored = global_scale[expert].reshape(-1)
+    return stored.repeat_interleave(num_rows // len(stored))
 
 
 def _restore(weight: PackedCodes, rows: torch.Tensor, num_experts: int, expert: int) -> QuantTensor:
     placed = rows.to(weight.codes.device)
-    codes, scales = (part.view(num_experts, -1)[expert] for part in (weight.codes, weight.scales))
-    stored = weight.global_scale[expert]
-    per_row = torch.empty_like(weight.row_scales[expert])
-    per_row[placed] = weight.row_scales[expert]
-    global_rows = stored.reshape(-1).repeat_interleave(weight.num_rows // stored.numel())
-    relative = unpack_scales(scales, placed, weight.num_cols)
-    scale = torch.ldexp((per_row / global_rows)[:, None].expand(-1, relative.shape[1]), relative)
-    # Blocks of zeros have no exponent of their own; any scale that E4M3 holds gives the same products.
-    scale = scale.clamp(min=2.0**-9, max=2.0**8).repeat_interleave(2, dim=1).to(torch.float8_e4m3fn)
-    return QuantTensor(unpack_codes(codes, placed, weight.num_cols), scale, stored, NVFP4)
+    packed, scales = (part.view(num_experts, -1)[expert] for part in (weight.codes, weight.scales))
+    codes = unpack_codes(packed, placed, weight.num_cols)
+    multipliers = torch.empty_like(weight.row_scales[expert])
+    multipliers[placed] = weight.row_scales[expert]
+    shift = torch.log2(multipliers / _row_scales(weight.global_scale, expert, weight.num_rows, codes)).round().int()
+    exponents = unpack_scales(scales, placed, weight.num_cols) + shift[:, None]
+    if weight.global_scale is None:
+        return QuantTensor(codes, (exponents + 127).to(torch.uint8).view(torch.float8_e8m0fnu), None, MXFP4)
+    # A block of zeros may have been moved out of E4M3's range; any scale gives the same products.
+    powers = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents.clamp(-9, 8))
+    scale = powers.repeat_interleave(2, dim=1).to(torch.float8_e4m3fn)
+    return QuantTensor(codes, scale, weight.global_scale[expert], NVFP4)
 
 
 fp8_experts = Fp8ExpertsKernel(is_batch_invariant=False)
