@@ -14,12 +14,12 @@ PARTS_UNIT = 16
 
 
 def part_sizes(num_n: int, most: int) -> tuple[int, ...]:
-    """Cuts ``num_n`` tokens into at most ``most`` parts, as even as multiples of 16 allow; the last takes an odd 8."""
-    units = -(-num_n // PARTS_UNIT)
-    count = min(most, units)
-    sizes = [(units // count + (idx < units % count)) * PARTS_UNIT for idx in range(count)]
-    sizes[-1] -= units * PARTS_UNIT - num_n
-    return tuple(sizes)
+    """Cuts ``num_n`` tokens into as many equal parts of whole eights as there are up to ``most``.
+
+    (The assembler cannot place the sums of parts of several sizes in the same registers.)
+    """
+    count = next(count for count in range(most, 0, -1) if num_n % (8 * count) == 0)
+    return (num_n // count,) * count
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ExpertGemmConfig(GemmConfig):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        own = ("gemm_sm90", "epilogue_sm90", "ptx", "config")
+        own = ("gemm_sm90", "epilogue_sm90", "ptx", "config", "layout")
         shared = ("tile_sm90", "epilogue_sm90", "schedule", "config")
         return (*(f"fp8_experts/{name}.py" for name in own), *(f"nvfp4/{name}.py" for name in shared), *DSL_SOURCES)
 

@@ -55,29 +55,26 @@ class Ring:
 class Work:
     """A warpgroup's registers for one tile: operands, totals and the sums of the groups in flight.
 
-    buffers: decoded weights of two units (a unit is 64 rows of a K block). parts: tokens of each group.
+    buffers: decoded weights of two units (a unit is 64 rows of a K block). size: tokens of a part, a group's.
     """
 
     def __init__(self, cfg: ExpertGemmConfig, ring: Ring, thread: Thread, num_n: int) -> None:
         self.cfg, self.ring, self.thread = cfg, ring, thread
-        self.parts = part_sizes(num_n, cfg.parts)
-        self.temps = min(cfg.temps, len(self.parts))
-        self.mmas = [_mma(size) for size in self.parts]
-        slices = [mma.get_slice(thread.idx) for mma in self.mmas]
+        parts = part_sizes(num_n, cfg.parts)
+        self.num_parts, self.size, self.temps = len(parts), parts[0], min(cfg.temps, len(parts))
+        self.mma = _mma(self.size)
+        mine = self.mma.get_slice(thread.idx)
         self.tokens = []
-        for idx, one in enumerate(slices):
-            start = ring.tokens + sum(self.parts[:idx]) * BLOCK_K
-            operand = shared_operand(start, Float8E4M3FN, self.parts[idx], cfg.num_stages, cfg.token_bytes)
-            self.tokens.append(one.make_fragment_B(one.partition_B(operand)))
-        self.shapes = [one.partition_shape_C((64, size)) for one, size in zip(slices, self.parts, strict=True)]
-        first = slices[0]
-        self.buffers = [first.make_fragment_A(first.partition_shape_A((64, BLOCK_K))) for _ in range(2)]
-        sums = [cute.make_rmem_tensor(self.shapes[0], Float32) for _ in range(self.temps)]
-        self.sums = [
-            cute.make_tensor(sums[idx % self.temps].iterator, cute.make_rmem_tensor(shape, Float32).layout)
-            for idx, shape in enumerate(self.shapes)
+        for part in range(self.num_parts):
+            start = ring.tokens + part * self.size * BLOCK_K
+            operand = shared_operand(start, Float8E4M3FN, self.size, cfg.num_stages, cfg.token_bytes)
+            self.tokens.append(mine.make_fragment_B(mine.partition_B(operand)))
+        shape = mine.partition_shape_C((64, self.size))
+        self.buffers = [mine.make_fragment_A(mine.partition_shape_A((64, BLOCK_K))) for _ in range(2)]
+        self.sums = [cute.make_rmem_tensor(shape, Float32) for _ in range(self.temps)]
+        self.totals = [
+            [cute.make_rmem_tensor(shape, Float32) for _ in range(self.num_parts)] for _ in range(cfg.num_m64)
         ]
-        self.totals = [[cute.make_rmem_tensor(shape, Float32) for shape in self.shapes] for _ in range(cfg.num_m64)]
 
     def decode(self, slot: Int32, r: int, buffer: int) -> None:
         """Decodes 64 rows of a stage into a buffer."""
@@ -100,23 +97,24 @@ class Work:
         warpgroup.fence()
         for k32 in range(4):
             a, b = self.buffers[buffer][None, None, k32], self.tokens[part][None, None, k32, slot]
-            wgmma(self.mmas[part], a, b, self.sums[part], k32 > 0)
+            wgmma(self.mma, a, b, self.sums[part % self.temps], k32 > 0)
         warpgroup.commit_group()
 
     def promote(self, slot: Int32, r: int, part: int) -> None:
         """Adds a finished part's sums to its totals, times the tokens' scales."""
-        total, sums = self.totals[r][part], self.sums[part]
-        first = sum(self.parts[:part])
-        base = self.ring.act_scales.toint() + slot * (4 * self.cfg.padded_n) + first * 4 + self.thread.pair * 16
-        eights = self.parts[part] // 8
-        for j in range(0, eights, 2):
-            count = min(2, eights - j)
-            scales = own_ptx.load_shared_floats(base + j * 32, 2 * count)
-            places = range(4 * j, 4 * (j + count))
-            added = [total[at] + sums[at] * scales[at // 4 % 2 * 2 + at % 2] for at in places]
+        total, sums = self.totals[r][part], self.sums[part % self.temps]
+        base = self.ring.act_scales.toint() + slot * (4 * self.cfg.padded_n) + self.thread.pair * 16
+        eight, end = part * self.size // 8, (part + 1) * self.size // 8
+        at = 0
+        while eight < end:
+            # Scales of two eights lie together; a part may begin or end between them.
+            count = 2 if eight % 2 == 0 and eight + 1 < end else 1
+            scales = own_ptx.load_shared_floats(base + eight // 2 * 64 + eight % 2 * 8, 2 * count)
+            added = [total[at + idx] + sums[at + idx] * scales[idx // 4 * 2 + idx % 2] for idx in range(4 * count)]
             # Without this the compiler may add them after the next group has overwritten the sums, from copies.
-            for at, value in zip(places, own_ptx.pin(added), strict=True):
-                total[at] = value
+            for idx, value in enumerate(own_ptx.pin(added)):
+                total[at + idx] = value
+            eight, at = eight + count, at + 4 * count
 
 
 def _mma(num_n: int) -> cute.TiledMma:
@@ -383,10 +381,10 @@ class ExpertGemm:
         self.two_blocks(work, consumer, is_last=True)
         for r in cutlass.range_constexpr(cfg.num_m64):
             rows = epilogue.rows(tile, tile.m_tile * cfg.m64_per_tile + thread.wg_m * cfg.num_m64 + r, thread)
-            for part in cutlass.range_constexpr(len(work.parts)):
-                total, first = work.totals[r][part], sum(work.parts[:part]) // 8
-                for j in cutlass.range_constexpr(work.parts[part] // 8):
-                    epilogue.store([total[4 * j + idx] for idx in range(4)], rows, first + j)
+            for part in cutlass.range_constexpr(work.num_parts):
+                total, eights = work.totals[r][part], work.size // 8
+                for j in cutlass.range_constexpr(eights):
+                    epilogue.store([total[4 * j + idx] for idx in range(4)], rows, part * eights + j)
 
     def two_blocks(self, work: Work, consumer: Consumer, is_last: bool) -> Consumer:
         """Multiplies two K blocks, of which the first unit is decoded, and decodes the next block's first unit.
@@ -395,7 +393,7 @@ class ExpertGemm:
         loop's body only, and would wait for each ``wgmma`` otherwise.
         """
         cfg = self.cfg
-        num_units, num_parts = 2 * cfg.num_m64, len(work.parts)
+        num_units, num_parts = 2 * cfg.num_m64, work.num_parts
         for unit in range(num_units):
             r, slot = unit % cfg.num_m64, consumer.slot
             ends_stage, has_next = r == cfg.num_m64 - 1, not (is_last and unit == num_units - 1)

@@ -35,7 +35,7 @@ from ownpath.kernels.fp8_experts.layout import (
 )
 from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.nvfp4.calls import call_key, check_out
-from ownpath.kernels.nvfp4.choose import WIDE_PAIRS
+from ownpath.kernels.nvfp4.choose import CLUSTER_CTAS, WIDE_PAIRS
 from ownpath.kernels.nvfp4.config import CombineConfig
 from ownpath.kernels.nvfp4.launch import (
     PAIRS_PER_ALIGN_CTA,
@@ -153,7 +153,8 @@ class ProductLaunch:
         self.x = Boxes(address, (pairs, weight.num_cols // 2), weight.num_cols // 2, box(config))
         m_tiles = weight.num_rows // (64 * config.m64_per_tile)
         most = tiles * m_tiles // config.cluster
-        grid = min(config.per_sm * num_sms(weight.device_index) // config.cluster, most) * config.cluster
+        resident = min(config.per_sm * num_sms(weight.device_index), config.per_sm * CLUSTER_CTAS[config.cluster])
+        grid = min(resident // config.cluster, most) * config.cluster
         act_scales, out, schedule = pointers
         args: tuple[Argument, ...] = (
             self.x.argument,
