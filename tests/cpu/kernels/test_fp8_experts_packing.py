@@ -14,7 +14,9 @@ from ownpath.numerics import decode_mxfp4_blocks, decode_nvfp4_blocks, mxfp4_sca
 ROWS, COLS = 128, 256
 
 
-def mxfp4(num_rows: int = ROWS, num_cols: int = COLS, low: int = -8, high: int = 6, apart: int = 9) -> tuple[torch.Tensor, ...]:
+def mxfp4(
+    num_rows: int = ROWS, num_cols: int = COLS, low: int = -8, high: int = 6, apart: int = 9
+) -> tuple[torch.Tensor, ...]:
     """Random codes, and E8M0 scales whose exponents lie between low and high around a power of each row."""
     g = torch.Generator().manual_seed(num_rows + num_cols)
     codes = torch.randint(0, 256, (num_rows, num_cols // 2), dtype=torch.uint8, generator=g)

@@ -52,7 +52,7 @@ class Ring:
     pipeline: Pipeline
 
 
-class Work:
+class TileWork:
     """A warpgroup's registers for one tile: operands, totals and the sums of the groups in flight.
 
     buffers: decoded weights of two units (a unit is 64 rows of a K block). size: tokens of a part, a group's.
@@ -121,9 +121,7 @@ def _mma(num_n: int) -> cute.TiledMma:
     """Makes the 64 x ``num_n`` x 32 E4M3 MMA with float32 sums and operand A from registers."""
     major, source = cute.nvgpu.OperandMajorMode.K, warpgroup.OperandSource.RMEM
     shape = (64, num_n)
-    return make_trivial_tiled_mma(
-        Float8E4M3FN, Float8E4M3FN, major, major, Float32, (1, 1, 1), shape, a_source=source
-    )
+    return make_trivial_tiled_mma(Float8E4M3FN, Float8E4M3FN, major, major, Float32, (1, 1, 1), shape, a_source=source)
 
 
 def _decode(word: Uint32, table: tuple[Uint32, Uint32]) -> tuple[Uint32, Uint32]:
@@ -370,7 +368,7 @@ class ExpertGemm:
     ) -> None:
         """Computes a tile of at most ``num_n`` tokens: the product over K, then the epilogue."""
         cfg = self.cfg
-        work = Work(cfg, ring, thread, num_n)
+        work = TileWork(cfg, ring, thread, num_n)
         for row in work.totals:
             for total in row:
                 total.fill(0.0)
@@ -386,7 +384,7 @@ class ExpertGemm:
                 for j in cutlass.range_constexpr(eights):
                     epilogue.store([total[4 * j + idx] for idx in range(4)], rows, part * eights + j)
 
-    def two_blocks(self, work: Work, consumer: Consumer, is_last: bool) -> Consumer:
+    def two_blocks(self, work: TileWork, consumer: Consumer, is_last: bool) -> Consumer:
         """Multiplies two K blocks, of which the first unit is decoded, and decodes the next block's first unit.
 
         Returns the consumer at that block. No product is in flight at the end: the assembler follows groups inside a

@@ -12,9 +12,9 @@ One FP8 ``wgmma`` takes 64 rows x 32 columns from the registers of 128 threads. 
 16 w + g and 16 w + g + 8, columns 4 q + {0..3} and 16 + 4 q + {0..3}: for each row eight codes, one 32-bit word.
 Magnitude i of the first four is at bits 4 i .. 4 i + 2, of the second four at 16 + 4 i ..; between them, the sign i of
 the first four is at bit 8 i + 7, where byte i of an E4M3 word has it, that of the second four at bit 8 i + 3. A
-thread's words of steps 0 and 1 (row g, row g + 8 of each) are 16 contiguous bytes, those of steps 2 and 3 are 2048 bytes
-further. Scales: byte s of the word at 64 w + 8 g + 4 h belongs to row 16 w + g + 8 h and columns 32 s ..: 8 (e + 8), the
-offset of a table of eight E4M3 bytes.
+thread's words of steps 0 and 1 (row g, row g + 8 of each) are 16 contiguous bytes, those of steps 2 and 3 are 2048
+bytes further. Scales: byte s of the word at 64 w + 8 g + 4 h belongs to row 16 w + g + 8 h and columns 32 s ..; it is
+8 (e + 8), the offset of a table of eight E4M3 bytes.
 
 Rows of a block have the order of ``nvfp4.layout`` (``plain_rows``, ``gate_up_rows``).
 
@@ -48,7 +48,7 @@ TABLES = _tables()
 
 
 @dataclass(frozen=True)
-class Window:
+class ScaleWindow:
     """The powers of two of a matrix's blocks.
 
     exponents: int32 [N, K/32]. used: bool [N, K/32], blocks with a code other than zero.
@@ -71,21 +71,21 @@ class Window:
 
     @property
     def fits(self) -> bool:
-        """Whether every block is an E4M3 block."""
+        """True if E4M3 holds every block."""
         return not bool((self.relative < LOWEST).any())
 
 
 TOO_WIDE = f"the block scales of a row span more than 2**{HIGHEST - LOWEST}"
 
 
-def mxfp4_window(codes: torch.Tensor, scale: torch.Tensor) -> Window | str:
+def mxfp4_window(codes: torch.Tensor, scale: torch.Tensor) -> ScaleWindow | str:
     """Reads a matrix's powers of two, or says why E4M3 cannot hold it. codes uint8 [N, K/2]; scale E8M0 [N, K/32]."""
     used = ((codes.view(torch.uint8) & 0x77) != 0).view(len(codes), -1, 16).any(dim=-1)
-    window = Window(scale.view(torch.uint8).int() - 127, used)
+    window = ScaleWindow(scale.view(torch.uint8).int() - 127, used)
     return window if window.fits else TOO_WIDE
 
 
-def nvfp4_window(codes: torch.Tensor, scale: torch.Tensor) -> Window | str:
+def nvfp4_window(codes: torch.Tensor, scale: torch.Tensor) -> ScaleWindow | str:
     """Reads a matrix's powers of two, or says why E4M3 cannot hold it. codes uint8 [N, K/2]; scale E4M3 [N, K/16]."""
     raw = (scale.view(torch.uint8) & 0x7F).int()
     live = ((codes.view(torch.uint8) & 0x77) != 0).view(len(codes), -1, 8).any(dim=-1) & (raw > 0)
@@ -100,7 +100,7 @@ def nvfp4_window(codes: torch.Tensor, scale: torch.Tensor) -> Window | str:
     if bool((live_halves.all(dim=-1) & (halves[..., 0] != halves[..., 1])).any()):
         return "a block scale changes inside a group of 32"
     is_second = live_halves[..., 1] & ~live_halves[..., 0]
-    window = Window(torch.where(is_second, halves[..., 1], halves[..., 0]), live_halves.any(dim=-1))
+    window = ScaleWindow(torch.where(is_second, halves[..., 1], halves[..., 0]), live_halves.any(dim=-1))
     return window if window.fits else TOO_WIDE
 
 

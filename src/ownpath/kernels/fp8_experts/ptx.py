@@ -81,3 +81,23 @@ def pin(values: list[Value], *, loc: Site = None, ip: Site = None) -> list[Float
     constraints = ",".join(["=f"] * count + [str(idx) for idx in range(count)])
     held = asm("", constraints, struct, operands, False, loc, ip)
     return [Float32(llvm.extractvalue(T.f32(), held, [idx], loc=loc, ip=ip)) for idx in range(count)]
+
+
+@dsl_user_op
+def widen_e4m3(word: Value, *, loc: Site = None, ip: Site = None) -> list[Float32]:
+    """Returns the four E4M3 of a word as float32, exactly."""
+    struct = llvm.StructType.get_literal([T.f32()] * 4)
+    text = (
+        "{ .reg .b16 low, high, a, b, c, d; .reg .b32 first, second; mov.b32 {low, high}, $4; "
+        "cvt.rn.f16x2.e4m3x2 first, low; cvt.rn.f16x2.e4m3x2 second, high; "
+        "mov.b32 {a, b}, first; mov.b32 {c, d}, second; "
+        "cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; cvt.f32.f16 $2, c; cvt.f32.f16 $3, d; }"
+    )
+    held = asm(text, "=f,=f,=f,=f,r", struct, [Uint32(word).ir_value(loc=loc, ip=ip)], True, loc, ip)
+    return [Float32(llvm.extractvalue(T.f32(), held, [idx], loc=loc, ip=ip)) for idx in range(4)]
+
+
+@dsl_user_op
+def release_writes(*, loc: Site = None, ip: Site = None) -> None:
+    """Makes this thread's writes to global memory visible to the device, whoever reads them."""
+    asm("fence.acq_rel.gpu; fence.proxy.async.global;", "", None, [], False, loc, ip)

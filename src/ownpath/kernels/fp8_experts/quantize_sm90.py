@@ -12,6 +12,7 @@ Roofline. Memory: 3.03 bytes per value of hidden rows; 2 + 1.03 times the places
 128; 16-byte aligned rows; sm_90a.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import cutlass
@@ -23,6 +24,24 @@ from ownpath.kernels.fp8.config import QuantizeConfig
 from ownpath.kernels.fp8.quantize_sm90 import Quantize
 from ownpath.kernels.fp8_experts.config import QUANTIZE_GROUPS, QuantizeRowsConfig
 from ownpath.kernels.nvfp4.schedule import Schedule, element
+
+
+@dataclass(frozen=True)
+class Target:
+    """Quantised rows [rows, width], and their blocks' scales, ``ld_scales`` floats from one K block to the next."""
+
+    out: cute.Pointer
+    scales: cute.Pointer
+    width: Int32
+    ld_scales: Int32
+
+    @cute.jit
+    def write(self, row: Int32, k_block: Int32, part: Int32, packed: tuple[Uint32, ...], scale: Float32) -> None:
+        """Writes a thread's 16 bytes of a row's block, and the scale once."""
+        place = self.out.toint() + Int64(row) * self.width + k_block * 128 + part * 16
+        ptx.store_global_vec4(place, packed)
+        if part == 0:
+            cute.make_tensor(self.scales + (Int64(k_block) * self.ld_scales + row), cute.make_layout(1))[0] = scale
 
 
 class QuantizeRows:
@@ -88,33 +107,16 @@ class QuantizeRows:
             values += [ptx.widen_bf16(word, False), ptx.widen_bf16(word, True)]
         scale, scaled = self.rounding.scale_values(largest << 16, values)
         packed = tuple(fp8_ptx.to_e4m3x4(*scaled[4 * idx : 4 * idx + 4]) for idx in range(4))
+        target = Target(out, scales, width, ld_scales)
         if inside:
             if cutlass.const_expr(self.cfg.spreads):
                 places = Schedule(schedule).sorted_rows(num_rows, slots)
                 for slot in cutlass.range(slots, unroll=2):
                     place = element(places, row * slots + slot)[0]
                     if place >= 0:
-                        self.write(out, scales, place, k_block, part, width, ld_scales, packed, scale)
+                        target.write(place, k_block, part, packed, scale)
             else:
-                self.write(out, scales, row, k_block, part, width, ld_scales, packed, scale)
-
-    @cute.jit
-    def write(
-        self,
-        out: cute.Pointer,
-        scales: cute.Pointer,
-        row: Int32,
-        k_block: Int32,
-        part: Int32,
-        width: Int32,
-        ld_scales: Int32,
-        packed: tuple[Uint32, ...],
-        scale: Float32,
-    ) -> None:
-        """Writes a thread's 16 bytes of a row, and the block's scale."""
-        ptx.store_global_vec4(out.toint() + Int64(row) * width + k_block * 128 + part * 16, packed)
-        if part == 0:
-            cute.make_tensor(scales + (Int64(k_block) * ld_scales + row), cute.make_layout(1))[0] = scale
+                target.write(row, k_block, part, packed, scale)
 
 
 def compile_quantize(config: QuantizeRowsConfig) -> Any:

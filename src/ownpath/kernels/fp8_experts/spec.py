@@ -16,7 +16,7 @@ _MXFP4 = KernelSpec(
     (MXFP4,),
     "Fp8InputsMoE",
     "packed_e4m3_64x128",
-    "W4A8 on FP8 tensor cores: codes exact in E4M3, both products' inputs in E4M3 with a power-of-two scale per 1 x 128",
+    "W4A8 on FP8 tensor cores: codes exact in E4M3, both products' inputs in E4M3, a power-of-two scale per 1 x 128",
     "fp8_experts.moe:fp8_experts",
     min_sm=90,
     end_sm=100,
@@ -26,7 +26,7 @@ _MXFP4 = KernelSpec(
     launches=(r"fp8_expertsgemm_sm90", r"moe_sm90"),
     rounding=InputRounding.E4M3_POWER_OF_TWO,
     evidence=Evidence(
-        "official_experts.ref:moe_quantized_inputs", "tests/gpu/test_fp8_experts.py", "ownpath bench moe"
+        "official_experts.ref:moe_quantized_inputs", "tests/gpu/test_fp8_experts_gpu.py", "ownpath bench moe"
     ),
 )
 _NVFP4 = replace(

@@ -23,14 +23,14 @@ class PackedMatrix(Protocol):
     def device_index(self) -> int: ...
 
 
-class PackedExperts(Protocol):
+class CalledExperts(Protocol):
     """Packed experts, of which calls are checked against the first matrix."""
 
     @property
     def w13(self) -> PackedMatrix: ...
 
 
-def call_key(x: torch.Tensor, routing: Routing, operand: PackedExperts) -> MoeCallKey:
+def call_key(x: torch.Tensor, routing: Routing, operand: CalledExperts) -> MoeCallKey:
     """Checks a call's inputs and returns the key of its launches; ``num_shared`` is checked when these are made.
 
     Errors: ValueError naming the tensor that does not fit.
@@ -61,7 +61,7 @@ def call_key(x: torch.Tensor, routing: Routing, operand: PackedExperts) -> MoeCa
     return readable[0], shape[1], num_shared, map_length, dtype is torch.int64, readable[1]
 
 
-def _refuse(x: torch.Tensor, routing: Routing, operand: PackedExperts) -> None:
+def _refuse(x: torch.Tensor, routing: Routing, operand: CalledExperts) -> None:
     """Raises ValueError naming the first tensor that the kernels cannot take."""
     require_input(x, operand.w13.num_cols, operand.w13.codes)
     require_routing(x, routing.ids, routing.weights)
@@ -78,7 +78,7 @@ def _refuse(x: torch.Tensor, routing: Routing, operand: PackedExperts) -> None:
             raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
 
 
-def check_out(out: torch.Tensor, num_tokens: int, operand: PackedExperts) -> None:
+def check_out(out: torch.Tensor, num_tokens: int, operand: CalledExperts) -> None:
     """Checks a call's output. Errors: ValueError naming what is wrong with it."""
     require_rows("out", out, operand.w13.num_cols)
     if len(out) != num_tokens or not out.is_contiguous() or out.device != operand.w13.codes.device:

@@ -11,6 +11,7 @@ A call's scratch is one buffer: schedule, then (for long prompts) the rows in th
 """
 
 from collections.abc import Callable
+from ctypes import c_void_p
 from dataclasses import dataclass, field
 from threading import Lock
 
@@ -18,7 +19,7 @@ import torch
 
 from ownpath.formats import NVFP4
 from ownpath.kernels.contract import Config, FusedExpert, Routing, StoredExperts
-from ownpath.kernels.dsl.driver import Boxes, Pointers, current_stream, num_sms
+from ownpath.kernels.dsl.driver import Boxes, Launch, Pointers, current_stream, num_sms
 from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.nvfp4.calls import call_key, check_out
@@ -70,13 +71,18 @@ class MoeOperand:
         return self.w2.num_cols
 
 
-class _MoeLaunches:
+Between = Callable[[c_void_p, int, int], Launch]
+
+
+class MoeLaunches:
     """The prepared launches for one size of call, and the offsets of the scratch's parts.
 
-    out, scratch: what a call allocates that is given none.
+    out, scratch: what a call allocates that is given none. between: makes a launch that changes the hidden rows, of
+    their address, number and width; the second product reads them without waiting for it (``handover``), so it must not
+    let the next kernel start before it has written all.
     """
 
-    def __init__(self, choice: MoeChoice, key: MoeCallKey, operand: MoeOperand) -> None:
+    def __init__(self, choice: MoeChoice, key: MoeCallKey, operand: MoeOperand, between: Between | None = None) -> None:
         num_tokens, num_choices, num_shared, map_length, wide_ids, x_pitch = key
         num_ids = map_length if map_length >= 0 else operand.num_experts - num_shared
         sizes = MoeSizes(
@@ -98,6 +104,7 @@ class _MoeLaunches:
         self.sorts = not choice.gate_up.gather
         if self.sorts:
             self._before.append(permute(sizes, (x, schedule, ordered), device_index))
+        self._between = [] if between is None else [between(hidden, pairs, operand.inter)]
         combining = CombineConfig(num_shared, choice.is_wide)
         self._combine = combine(combining, sizes, (rows, schedule, weights, out), device_index)
         source = (pairs, operand.hidden) if self.sorts else (num_tokens, x_pitch)
@@ -134,11 +141,13 @@ class _MoeLaunches:
         for one in self._before:
             one.start(stream)
         gate_up.launch.start(stream)
+        for one in self._between:
+            one.start(stream)
         down.launch.start(stream)
         self._combine.start(stream)
 
 
-_AnyLaunches = _MoeLaunches | SlicedLaunches
+_AnyLaunches = MoeLaunches | SlicedLaunches
 
 
 def _tiling(config: GemmConfig, operand: MoeOperand, tiles: int) -> Tiling:
@@ -305,7 +314,7 @@ class Nvfp4MoeKernel:
         if choice.sliced:
             weights = PackedExperts(operand.w13, operand.w2, operand.num_experts, operand.swiglu_limit)
             return SlicedLaunches(choice.sliced, key, weights)
-        return _MoeLaunches(choice, key, operand)
+        return MoeLaunches(choice, key, operand)
 
 
 def _stack(name: str, side: QuantTensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
