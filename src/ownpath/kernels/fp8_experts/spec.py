@@ -1,6 +1,7 @@
 """Routed experts on Hopper's FP8 tensor cores: 4-bit weights with power-of-two scales, E4M3 activations.
 
-Chosen only where quantised inputs are demanded (``official.Step.FP8_INPUTS``): the published code rounds them so.
+Chosen only where quantised inputs are demanded (``official.Step``: FP8_INPUTS, for NVFP4 FP8_EXPERTS): the published
+code rounds them so.
 """
 
 from dataclasses import replace
@@ -33,6 +34,7 @@ _NVFP4 = replace(
     _MXFP4,
     formats=(NVFP4,),
     why=f"for NVFP4 that was made from MXFP4: {_MXFP4.why}; refused at load where a block scale is no power of two",
+    official=frozenset({Step.FP8_EXPERTS}),
 )
 
 
