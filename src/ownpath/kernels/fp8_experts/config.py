@@ -26,19 +26,16 @@ def part_sizes(num_n: int, most: int) -> tuple[int, ...]:
 class ExpertGemmConfig(GemmConfig):
     """The shape of one compiled product: as ``GemmConfig``, always of experts, with tokens in E4M3.
 
-    parts: into how many ``wgmma`` groups of a K block a tile's tokens are cut at most. temps: groups in flight, each
-    with sums of its own; a divisor of parts.
+    parts: into how many ``wgmma`` groups of a K block a tile's tokens are cut at most; the sums of one group are beside
+    the totals in registers.
     """
 
-    parts: int = 2
-    temps: int = 2
+    parts: int = 1
     compiler: ClassVar[str] = "fp8_experts.gemm_sm90:compile_gemm"
 
     def __post_init__(self) -> None:
         if not self.grouped or self.gather or self.reduces or self.stage_k != BLOCK_K:
             raise ValueError(f"{self.name}: FP8 products are grouped, follow the schedule, and never split K")
-        if self.parts % self.temps:
-            raise ValueError(f"{self.name}: {self.temps} temporary sums do not divide {self.parts} parts")
         if self.smem_bytes > self.max_smem_bytes:
             raise ValueError(f"{self.name} needs {self.smem_bytes} bytes of shared memory, has {self.max_smem_bytes}")
 
@@ -46,7 +43,7 @@ class ExpertGemmConfig(GemmConfig):
     def name(self) -> str:
         sizes = "_".join(map(str, self.n_sizes))
         kind = ("swiglu" if self.swiglu else "plain") + ("_wide" if self.wide else "")
-        shape = f"r{self.num_m64}m{self.warpgroups_m}s{self.num_stages}h{self.parts}t{self.temps}"
+        shape = f"r{self.num_m64}m{self.warpgroups_m}s{self.num_stages}h{self.parts}"
         return f"fp8_experts_{kind}_{shape}x{self.cluster_m}p{self.per_sm}b{self.box_rows}_n{sizes}"
 
     @property

@@ -3,8 +3,8 @@
 How it works. As ``nvfp4.gemm_sm90``: y.T = W x.T, weight rows are the M of ``wgmma`` and its operand A comes from
 registers, tokens are its N. Four producer warps fill a ring of stages of 128 columns: codes, their scales, tokens
 (TMA boxes), and the tokens' scales (4-byte copies, because an expert's first row has no alignment). A consumer
-warpgroup decodes one K block ahead, keeps ``temps`` groups of products in flight, and adds a finished group to the
-float32 totals times the scale of each token's 1 x 128 block: the promotion that FP8 sums of about 14 bits need.
+warpgroup decodes one K block ahead while its products run, and adds a finished group of products to the float32 totals
+times the scale of each token's 1 x 128 block: the promotion that FP8 sums of about 14 bits need.
 
 Decode. An E2M1 code times a power of two is an E4M3 number, so a scale selects one of 16 tables of eight bytes in
 shared memory, and three bits of a code select a byte of it: ``prmt`` looks up four codes at once. The layout
@@ -13,11 +13,11 @@ byte has its own. 7 instructions per 8 weights, and 3 for the table of 8. What t
 one power of two per weight row, part of the row's multiplier.
 
 Why it is fast. A decoded weight meets up to 256 tokens; codes are half the bytes of E4M3 on their way from L2, tokens
-are multicast to a cluster's CTAs. While one warpgroup promotes, its own next group and the other warpgroup's keep the
-tensor cores busy.
+are multicast to a cluster's CTAs. While one warpgroup promotes, the other one's products may run.
 
-Roofline. Below about 280 tokens per expert: bytes, 0.53 per weight. Above: FP8 ``wgmma``, 1222 TFLOP/s measured with
-operands in memory. Limits: K a multiple of 256, rows of 64 times the tile; sm_90a only.
+Roofline. Below about 150 tokens per expert: bytes, 0.53 per weight. Above: FP8 ``wgmma``, 1222 TFLOP/s measured with
+operands in memory; 880 here (192 tokens per expert), because both warpgroups fall into step: they multiply together,
+then promote together. Limits: K a multiple of 256, rows of 64 times the tile; sm_90a only.
 """
 
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ class Ring:
 
 
 class TileWork:
-    """A warpgroup's registers for one tile: operands, totals and the sums of the groups in flight.
+    """A warpgroup's registers for one tile: operands, totals and the sums of the group in flight.
 
     buffers: decoded weights of two units (a unit is 64 rows of a K block). size: tokens of a part, a group's.
     """
@@ -61,7 +61,7 @@ class TileWork:
     def __init__(self, cfg: ExpertGemmConfig, ring: Ring, thread: Thread, num_n: int) -> None:
         self.cfg, self.ring, self.thread = cfg, ring, thread
         parts = part_sizes(num_n, cfg.parts)
-        self.num_parts, self.size, self.temps = len(parts), parts[0], min(cfg.temps, len(parts))
+        self.num_parts, self.size = len(parts), parts[0]
         self.mma = _mma(self.size)
         mine = self.mma.get_slice(thread.idx)
         self.tokens = []
@@ -71,7 +71,7 @@ class TileWork:
             self.tokens.append(mine.make_fragment_B(mine.partition_B(operand)))
         shape = mine.partition_shape_C((64, self.size))
         self.buffers = [mine.make_fragment_A(mine.partition_shape_A((64, BLOCK_K))) for _ in range(2)]
-        self.sums = [cute.make_rmem_tensor(shape, Float32) for _ in range(self.temps)]
+        self.sums = cute.make_rmem_tensor(shape, Float32)
         self.totals = [
             [cute.make_rmem_tensor(shape, Float32) for _ in range(self.num_parts)] for _ in range(cfg.num_m64)
         ]
@@ -97,12 +97,12 @@ class TileWork:
         warpgroup.fence()
         for k32 in range(4):
             a, b = self.buffers[buffer][None, None, k32], self.tokens[part][None, None, k32, slot]
-            wgmma(self.mma, a, b, self.sums[part % self.temps], k32 > 0)
+            wgmma(self.mma, a, b, self.sums, k32 > 0)
         warpgroup.commit_group()
 
     def promote(self, slot: Int32, r: int, part: int) -> None:
         """Adds a finished part's sums to its totals, times the tokens' scales."""
-        total, sums = self.totals[r][part], self.sums[part % self.temps]
+        total, sums = self.totals[r][part], self.sums
         base = self.ring.act_scales.toint() + slot * (4 * self.cfg.padded_n) + self.thread.pair * 16
         eight, end = part * self.size // 8, (part + 1) * self.size // 8
         at = 0
@@ -395,8 +395,7 @@ class ExpertGemm:
         for unit in range(num_units):
             r, slot = unit % cfg.num_m64, consumer.slot
             ends_stage, has_next = r == cfg.num_m64 - 1, not (is_last and unit == num_units - 1)
-            for part in range(work.temps):
-                work.issue(slot, part, unit % 2)
+            work.issue(slot, 0, unit % 2)
             if ends_stage:
                 consumer.advance()
             if has_next:
@@ -404,10 +403,10 @@ class ExpertGemm:
                     consumer.wait()
                 work.decode(consumer.slot, (r + 1) % cfg.num_m64, (unit + 1) % 2)
             for part in range(num_parts):
-                warpgroup.wait_group(min(work.temps, num_parts - part) - 1)
+                warpgroup.wait_group(0)
                 work.promote(slot, r, part)
-                if part + work.temps < num_parts:
-                    work.issue(slot, part + work.temps, unit % 2)
+                if part + 1 < num_parts:
+                    work.issue(slot, part + 1, unit % 2)
             if ends_stage:
                 consumer.release(slot, work.thread.idx)
         return consumer
