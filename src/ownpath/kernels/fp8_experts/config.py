@@ -3,14 +3,15 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ownpath.kernels.nvfp4.config import BLOCK_K, DSL_SOURCES, MAX_SHARED_BYTES, WG, GemmConfig
+from ownpath.kernels.nvfp4.config import BLOCK_K, DSL_SOURCES, GemmConfig
 
 BLOCK_CODE_BYTES = 64 * BLOCK_K // 2
 BLOCK_SCALE_BYTES = 64 * BLOCK_K // 32
 QUANTIZE_GROUPS = 32
 """Blocks of 1 x 128 that a CTA of the quantiser takes; eight threads each."""
 TABLE_BYTES = 16 * 8
-PARTS_UNIT = 16
+SCALES_UNIT = 16
+"""Tokens whose scales are stored in the order in which threads read them."""
 
 
 def part_sizes(num_n: int, most: int) -> tuple[int, ...]:
@@ -78,7 +79,7 @@ class ExpertGemmConfig(GemmConfig):
     @property
     def padded_n(self) -> int:
         """Token scales of a stage, with the last pair of eights complete."""
-        return -(-self.n_sizes[-1] // PARTS_UNIT) * PARTS_UNIT
+        return -(-self.n_sizes[-1] // SCALES_UNIT) * SCALES_UNIT
 
     @property
     def smem_bytes(self) -> int:
@@ -114,6 +115,3 @@ def fit(config: ExpertGemmConfig, stages: int) -> ExpertGemmConfig:
     """Returns ``config``, of one stage, with as many of the wanted stages as shared memory holds."""
     most = (config.max_smem_bytes - TABLE_BYTES) // (config.stage_bytes + 16)
     return ExpertGemmConfig(**{**vars(config), "num_stages": max(1, min(stages, most))})
-
-
-__all__ = ["MAX_SHARED_BYTES", "WG", "ExpertGemmConfig", "QuantizeRowsConfig", "fit", "part_sizes"]

@@ -16,8 +16,8 @@ Why it is fast. A decoded weight meets up to 256 tokens; codes are half the byte
 are multicast to a cluster's CTAs. While one warpgroup promotes, the other one's products may run.
 
 Roofline. Below about 150 tokens per expert: bytes, 0.53 per weight. Above: FP8 ``wgmma``, 1222 TFLOP/s measured with
-operands in memory; 880 here (192 tokens per expert), because both warpgroups fall into step: they multiply together,
-then promote together. Limits: K a multiple of 256, rows of 64 times the tile; sm_90a only.
+operands in memory; 800 to 880 here (192 tokens per expert). Nothing keeps the two warpgroups apart: where they fall
+into step, they multiply together, then promote together. Limits: K a multiple of 256, rows of the tile; sm_90a.
 """
 
 from dataclasses import dataclass
@@ -32,10 +32,10 @@ from ownpath.kernels.dsl import ptx
 from ownpath.kernels.dsl.pipeline import Consumer, Pipeline
 from ownpath.kernels.dsl.warpgroup import Thread, shared_operand, wgmma
 from ownpath.kernels.fp8_experts import ptx as own_ptx
-from ownpath.kernels.fp8_experts.config import TABLE_BYTES, WG, ExpertGemmConfig, part_sizes
+from ownpath.kernels.fp8_experts.config import TABLE_BYTES, ExpertGemmConfig, part_sizes
 from ownpath.kernels.fp8_experts.epilogue_sm90 import RowScaledEpilogue
 from ownpath.kernels.fp8_experts.layout import TABLES
-from ownpath.kernels.nvfp4.config import BLOCK_K
+from ownpath.kernels.nvfp4.config import BLOCK_K, WG
 from ownpath.kernels.nvfp4.schedule import Schedule
 from ownpath.kernels.nvfp4.tile_sm90 import Tile, TileScheduler
 
