@@ -163,11 +163,20 @@ class Fp8MoeLaunches:
         self._combine = combine(
             CombineConfig(num_shared, choice.down.wide), sizes, (rows, schedule, weights, out), device_index
         )
-        self._new_products = lambda tokens_at, rounded_at: (
-            ProductLaunch(choice.gate_up, operand, (pairs, tiles), tokens_at, (token_scales, hidden, schedule)),
-            ProductLaunch(choice.down, operand, (pairs, tiles), rounded_at, (rounded_scales, rows, schedule)),
+        self._operand, self._sizes = operand, (pairs, tiles)
+        self._shapes = (
+            (choice.gate_up, (token_scales, hidden, schedule)),
+            (choice.down, (rounded_scales, rows, schedule)),
         )
         self._products: tuple[ProductLaunch, ProductLaunch] | None = None
+
+    def _new_products(self, *addresses: int) -> tuple[ProductLaunch, ProductLaunch]:
+        """Prepares both products with their inputs at these addresses."""
+        gate_up, down = (
+            ProductLaunch(config, self._operand, self._sizes, address, pointers)
+            for (config, pointers), address in zip(self._shapes, addresses, strict=True)
+        )
+        return gate_up, down
 
     def start(self, x: int, routing: Routing, scratch: int, out: int, stream: int) -> None:
         """Launches all kernels. x, scratch, out: addresses."""
