@@ -1,15 +1,18 @@
 """The layout of the experts' FP8 kernel: round trips, its decode in integers, what E4M3 cannot hold, the twin."""
 
+import re
+
 import pytest
 import torch
 
 from ownpath.formats import MXFP4, NVFP4
-from ownpath.kernels.fp8_experts import layout
+from ownpath.kernels.fp8_experts import layout, pack
 from ownpath.kernels.fp8_experts.choose import SHAPES, choose
 from ownpath.kernels.fp8_experts.config import part_sizes
 from ownpath.kernels.nvfp4.layout import gate_up_rows, plain_rows
 from ownpath.kernels.official_experts.ref import ExpertWeights, moe_quantized_inputs
 from ownpath.numerics import decode_mxfp4_blocks, decode_nvfp4_blocks, mxfp4_scale_as_nvfp4
+from ownpath.qtensor import QuantTensor
 
 ROWS, COLS = 128, 256
 
@@ -114,3 +117,50 @@ def test_parts_and_choices() -> None:
         choice = choose(pairs, 256, 4096, 2048, False)
         assert choice.tile_rows == choice.down.n_sizes[-1] == shape.n_sizes[-1]
     assert choose(6, 256, 4096, 2048, True).down.wide
+
+
+@pytest.mark.parametrize("made", [False, True], ids=["mxfp4", "nvfp4"])
+def test_a_stack_comes_back(made: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pack, "require_packable", lambda *_: None)  # which wants a CUDA device
+    side = stack(made)
+    stored = QuantTensor(*(None if part is None else part.clone() for part in parts_of(side)), side.format)
+    assert pack.check_stack("w13", side) is None
+    packed = pack.pack_stack(side, gate_up_rows(ROWS))
+    assert packed.scales.numel() == 2 * ROWS * COLS // 32
+    for expert in range(2):
+        back = pack.restore_stack(packed, gate_up_rows(ROWS), expert)
+        assert back.format is side.format
+        for found, expected in zip(parts_of(back), parts_of(stored.of_expert(expert)), strict=True):
+            assert (found is None and expected is None) or torch.equal(as_bytes(found), as_bytes(expected))
+
+
+def test_stacks_that_do_not_fit_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pack, "require_packable", lambda *_: None)
+    wide, other = stack(made=False), stack(made=True)
+    wide.scale.view(torch.uint8)[1, 5, 2] += 16
+    assert pack.check_stack("w2", wide) == f"w2 of expert 1: {layout.TOO_WIDE}"
+    wide.scale.view(torch.uint8)[0, 0, 0] = 255
+    with pytest.raises(ValueError, match="w2_scale holds a NaN block scale"):
+        pack.check_stack("w2", wide)
+    other.scale[0] = 1.5
+    cost = re.escape(f"changes its weights by {1 / 3:.1%} (relative L2)")
+    with pytest.raises(ValueError, match=rf"w2 of expert 0 was not made from MXFP4: a block scale is no power.*{cost}"):
+        pack.check_stack("w2", other)
+
+
+def stack(made: bool) -> QuantTensor:
+    """Two experts of gate and up, as MXFP4, or as NVFP4 made of it."""
+    stacks = [mxfp4(low=-3, high=3, apart=2) for _ in range(2)]
+    codes, scale = (torch.stack(parts) for parts in zip(*stacks, strict=True))
+    if not made:
+        return QuantTensor(codes, scale, None, MXFP4)
+    narrow, factor = mxfp4_scale_as_nvfp4("w", codes, scale, None)
+    return QuantTensor(codes, narrow, factor[:, None].repeat(1, 2), NVFP4)
+
+
+def parts_of(side: QuantTensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    return side.qdata, side.scale, side.global_scale
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)

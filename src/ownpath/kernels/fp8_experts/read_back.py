@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ownpath.formats import MXFP4, NVFP4
+from ownpath.formats import MXFP4, NVFP4, Format
 from ownpath.kernels.contract import Config, FusedExpert, Routing, StoredExperts
 from ownpath.kernels.dsl.cache import load
 from ownpath.kernels.dsl.driver import Argument, Launch, Pointers, current_stream
@@ -27,10 +27,11 @@ from ownpath.qtensor import QuantTensor
 
 @dataclass(frozen=True)
 class ReadBackOperand:
-    """Experts packed for BF16 products. reason: why E4M3 cannot hold them."""
+    """Experts packed for BF16 products. reason: why E4M3 cannot hold them. stored: their format in the file."""
 
     experts: MoeOperand
     reason: str
+    stored: Format
     launches: "LaunchCache[MoeCallKey, _ReadBackLaunches]" = field(default_factory=LaunchCache, compare=False)
 
 
@@ -76,11 +77,13 @@ class ReadBackKernel:
         """Packs the experts. Errors: ScaleSpanError for MXFP4 scales that NVFP4 cannot hold either."""
         sides = (("w13_scale", stored.gate_up), ("w2_scale", stored.down))
         gate_up, down = (_as_nvfp4(name, side) for name, side in sides)
-        return ReadBackOperand(self._inner.prepare(replace(stored, gate_up=gate_up, down=down)), reason)
+        experts = self._inner.prepare(replace(stored, gate_up=gate_up, down=down))
+        return ReadBackOperand(experts, reason, stored.down.format)
 
     def restore(self, operand: ReadBackOperand, expert: int) -> FusedExpert:
-        """Reads one expert back, as NVFP4."""
-        return self._inner.restore(operand.experts, expert)
+        """Reads one expert back, in its stored format."""
+        gate_up, down = self._inner.restore(operand.experts, expert)
+        return (gate_up, down) if operand.stored is NVFP4 else (_as_mxfp4(gate_up), _as_mxfp4(down))
 
     def variant(self, x: torch.Tensor, routing: Routing, operand: ReadBackOperand) -> str:
         """Returns the names of the products that a call launches."""
@@ -137,3 +140,11 @@ def _as_nvfp4(name: str, side: QuantTensor) -> QuantTensor:
     assert side.scale is not None
     scale, factor = mxfp4_scale_as_nvfp4(name, side.qdata, side.scale, None)
     return QuantTensor(side.qdata, scale, factor[:, None].repeat(1, 2) if name == "w13_scale" else factor, NVFP4)
+
+
+def _as_mxfp4(side: QuantTensor) -> QuantTensor:
+    """Undoes ``_as_nvfp4`` for one expert."""
+    assert side.scale is not None
+    assert side.global_scale is not None
+    exponents = torch.log2(side.scale[:, ::2].float() * side.global_scale.flatten()[0]).round()
+    return QuantTensor(side.qdata, (exponents + 127).to(torch.uint8).view(torch.float8_e8m0fnu), None, MXFP4)
