@@ -13,6 +13,7 @@ class Step(StrEnum):
 
     FP8_INPUTS = "fp8_inputs"
     NVFP4_INPUTS = "nvfp4_inputs"
+    FP8_EXPERTS = "fp8_experts"
     KV = "kv"
     INDEXER = "indexer"
     Q_HEAD_NORM = "q_head_norm"
@@ -25,6 +26,7 @@ MEANING = MappingProxyType(
     {
         Step.FP8_INPUTS: "inputs of FP8 and MXFP4 weights: E4M3 with a power-of-two scale per 1 x 128",
         Step.NVFP4_INPUTS: "inputs of NVFP4 weights: E2M1 with an E4M3 scale per 1 x 16 and the file's input_scale",
+        Step.FP8_EXPERTS: "inputs of NVFP4 experts: as fp8_inputs, which the MXFP4 they were made from would have",
         Step.KV: "keys, window and compressed: E4M3 with a power-of-two scale per 64 unrotated channels",
         Step.INDEXER: "index queries and keys: Hadamard rotation, then E2M1 with a power-of-two scale per 32",
         Step.Q_HEAD_NORM: "norm of query heads: every operation rounded to the activations' dtype",
@@ -39,7 +41,8 @@ ALWAYS_OFFICIAL = frozenset({Step.COMPRESSOR, Step.HEAD})
 """Steps that plain numerics compute in the same way."""
 
 PLAIN: frozenset[Step] = frozenset()
-OFFICIAL = frozenset(Step)
+OFFICIAL = frozenset(Step) - {Step.FP8_EXPERTS}
+"""All that the published code does with what is stored; an NVFP4 file alone does not say that it was MXFP4."""
 
 
 def parse_numerics(text: str) -> frozenset[Step]:

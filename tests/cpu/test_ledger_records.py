@@ -21,7 +21,7 @@ from ownpath.kernels.nvfp4.moe_sliced import sliced_configs
 from ownpath.kernels.registry import KERNELS, SPECS, spec_of
 from ownpath.loading import load_model, plan_model
 from ownpath.model.batch import ForwardBatch
-from ownpath.official import Step
+from ownpath.official import OFFICIAL
 from ownpath.ops import OpKind
 from ownpath.plan.plan import Plan
 from ownpath.runners import (
@@ -71,7 +71,7 @@ def test_runners_tell_what_was_planned_of_them(layout: str, tmp_path: Path) -> N
 
 def test_official_runners_tell_it_too(tmp_path: Path) -> None:
     random_checkpoint(tmp_path, "full-nvfp4")
-    official = frozenset(Step)
+    official = OFFICIAL
     engine = dataclasses.replace(FOLLOWING, official=official)
     found = recorded(tmp_path, engine, [5, 6, 7, 8], [9])
     uses = {slot: (r.use.runner, r.use.kernel) for slot, (r, *_) in found.items()}

@@ -36,8 +36,8 @@ W8A8_MAX_REL_L2 = 5e-2
 values; half of that is added for a peer that rounds weights."""
 
 W4A8_MOE_MAX_REL_L2 = 8e-2
-"""An MoE whose activations and weights are rounded to E4M3 in front of both products: four times 2.6e-2 in the
-quadratic mean, 5.2e-2; half of that is added."""
+"""An MoE whose activations, perhaps weights too, are rounded to E4M3 in front of both products: four times 2.6e-2 in
+the quadratic mean, 5.2e-2; half of that is added."""
 
 W4A4_MAX_REL_L2 = 2e-1
 """Activations in E2M1: an error of at most a quarter of a value, 0.1 in the quadratic mean of random ones, in front of

@@ -1,9 +1,10 @@
 """Random valid operands, generated on the device they are used on.
 
 Codes are uniform over all 16 (or, for FP8, all finite) ones. Block scales are uniform over the E4M3 codes of 32 to
-448, where a quantiser that maps the largest value of a matrix to 6 x 448 puts almost all of them. Global scales are
-chosen so that a product with unit-variance activations has about unit variance, times a random factor of 0.5 to 2, so
-that a contender that confuses them has a wrong result.
+448, where a quantiser that maps the largest value of a matrix to 6 x 448 puts almost all of them; those of experts over
+the powers of two from 32 to 256, the same for both halves of 32 weights, as in NVFP4 that was made from MXFP4. Global
+scales are chosen so that a product with unit-variance activations has about unit variance, times a random factor of 0.5
+to 2, so that a contender that confuses them has a wrong result.
 """
 
 from dataclasses import dataclass, fields
@@ -15,6 +16,7 @@ from ownpath.bench.shapes import LinearShape, MoeShape
 from ownpath.numerics import decode_e2m1, decode_e4m3
 
 _FIRST_SCALE_CODE, _LAST_SCALE_CODE = 0x60, 0x7E  # 32 to 448 in E4M3
+_POWER_CODES = range(0x60, 0x79, 8)  # 32, 64, 128, 256
 _NUM_FP8_CODES = 0x7F  # magnitudes; 0x7F is NaN
 
 
@@ -57,8 +59,8 @@ class Fp8Operands(_Cloneable):
 def random_moe(shape: MoeShape, generator: torch.Generator) -> MoeOperands:
     """Makes one layer's routed experts."""
     experts, hidden, inter = shape.num_experts, shape.hidden, shape.inter
-    w13 = _nvfp4((experts, 2 * inter, hidden), (experts,), generator)
-    w2 = _nvfp4((experts, hidden, inter), (experts,), generator)
+    w13 = _nvfp4((experts, 2 * inter, hidden), (experts,), generator, of_mxfp4=True)
+    w2 = _nvfp4((experts, hidden, inter), (experts,), generator, of_mxfp4=True)
     return MoeOperands(*w13, *w2)
 
 
@@ -88,13 +90,18 @@ def random_activations(num_rows: int, width: int, generator: torch.Generator) ->
 
 
 def _nvfp4(
-    shape: tuple[int, ...], global_shape: tuple[int, ...], generator: torch.Generator
+    shape: tuple[int, ...], global_shape: tuple[int, ...], generator: torch.Generator, of_mxfp4: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     *lead, width = shape
     device = generator.device
     packed = _random_bytes((*lead, width // 2), 0, 255, generator)
-    scale = _random_bytes((*lead, width // 16), _FIRST_SCALE_CODE, _LAST_SCALE_CODE, generator)
-    scales = torch.arange(_FIRST_SCALE_CODE, _LAST_SCALE_CODE + 1, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    values = _POWER_CODES if of_mxfp4 else range(_FIRST_SCALE_CODE, _LAST_SCALE_CODE + 1)
+    scales = torch.tensor(values, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    if of_mxfp4:
+        scale = _random_bytes((*lead, width // 32), 0, len(_POWER_CODES) - 1, generator)
+        scale = scale.mul_(_POWER_CODES.step).add_(_POWER_CODES.start).repeat_interleave(2, dim=-1)
+    else:
+        scale = _random_bytes((*lead, width // 16), _FIRST_SCALE_CODE, _LAST_SCALE_CODE, generator)
     codes = torch.arange(16, dtype=torch.uint8)
     unit = 1 / (_rms(decode_e2m1(codes)) * _rms(decode_e4m3(scales)) * width**0.5)
     factor = 2 ** (2 * torch.rand(global_shape, generator=generator, device=device) - 1)

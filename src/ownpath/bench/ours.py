@@ -7,6 +7,7 @@ import torch
 from ownpath.bench.contender import (
     SWIGLU_LIMIT,
     W4A4_MAX_REL_L2,
+    W4A8_MOE_MAX_REL_L2,
     W4A16_MAX_REL_L2,
     W8A8_MAX_REL_L2,
     LinearCall,
@@ -18,7 +19,7 @@ from ownpath.formats import Format
 from ownpath.kernels.registry import SPECS
 from ownpath.kernels.spec import InputRounding, KernelSpec
 from ownpath.loading import device_caps
-from ownpath.official import PLAIN
+from ownpath.official import PLAIN, Step
 from ownpath.ops import OpKind
 from ownpath.plan.select import Choice, Demands, select
 from ownpath.runners import Fp8Linear, Nvfp4Linear, Nvfp4LinearW4A4, Nvfp4MoE, Nvfp4MoEW4A4
@@ -55,11 +56,12 @@ class _OwnSystem:
 
 def own_kernels(kind: OpKind, stored: Format | None, device: str) -> list[KernelSpec]:
     """Returns the kernels that run on a device with bfloat16 activations, best first: of operations on weights those of
-    plain numerics, of the others all."""
+    plain numerics, and of experts with E4M3 inputs; of the others all."""
     caps = device_caps(device)
 
     def runs(spec: KernelSpec) -> bool:
-        steps = PLAIN if stored is not None else spec.official
+        is_asked = stored is None or spec.official == {Step.FP8_EXPERTS}
+        steps = spec.official if is_asked else PLAIN
         return isinstance(select(kind, stored, caps, (spec,), Demands("bfloat16", official=steps), steps=steps), Choice)
 
     return [spec for spec in SPECS if runs(spec)]
@@ -67,6 +69,11 @@ def own_kernels(kind: OpKind, stored: Format | None, device: str) -> list[Kernel
 
 class OwnMoe(_OwnSystem):
     """``ownpath.Nvfp4MoE``, or ``Nvfp4MoEW4A4`` around a kernel that quantises activations."""
+
+    def __init__(self, kernel: KernelSpec | None = None) -> None:
+        super().__init__(kernel)
+        if kernel is not None and kernel.rounding is InputRounding.E4M3_POWER_OF_TWO:
+            self.max_rel_l2 = W4A8_MOE_MAX_REL_L2
 
     def prepare(self, operands: MoeOperands, num_tokens: Sequence[int], top_k: int) -> MoeCall:
         own = operands.clone()

@@ -118,7 +118,8 @@ class ExpertMatrices:
 class ExpertSteps:
     """The roundings inside an expert. inputs, hidden: quantisers in front of the two products.
 
-    rounds_products: gate and up are rounded to ``dtype`` before the activation.
+    rounds_products: gate and up are rounded to ``dtype`` before the activation. slack: added error of the sums, of
+    their absolute terms.
     """
 
     limit: float
@@ -126,16 +127,17 @@ class ExpertSteps:
     inputs: Callable[[Tensor], Tensor] = widen
     hidden: Callable[[Tensor], Tensor] = widen
     rounds_products: bool = False
+    slack: float = 0.0
 
 
 def expert(x_MD: Tensor, matrices: ExpertMatrices, steps: ExpertSteps) -> Exact:
     """Computes w2 swiglu(w1 x, w3 x), not rounded. x: activations in the engine's dtype."""
     rows = steps.inputs(x_MD)
-    gate, up = product(rows, matrices.w1), product(rows, matrices.w3)
+    gate, up = (product(rows, matrix, steps.slack) for matrix in (matrices.w1, matrices.w3))
     if steps.rounds_products:
         gate, up = _round(gate, steps.dtype), _round(up, steps.dtype)
     middle, error = _quantize_hidden(_activate(gate, up, steps.limit), steps)
-    down = product(middle, matrices.w2)
+    down = product(middle, matrices.w2, steps.slack)
     return down.plus(independent_error(error, matrices.w2))
 
 

@@ -121,6 +121,8 @@ class OracleRun:
         if encoding.format is NVFP4:
             assert global_scale is not None
             if input_scale is None:
+                if Step.FP8_EXPERTS in self.arithmetic.official and ".experts." in module:
+                    x = fp8(x, _INPUT_BLOCK).to(x.dtype)
                 return (x @ weight.T) * global_scale.to(x.dtype)
             codes = nvfp4_without_global(x.flatten(0, -2), input_scale).to(x.dtype)
             y = (codes @ weight.T) * (input_scale * global_scale).to(x.dtype)

@@ -194,7 +194,9 @@ def steps_of(spec: OpSpec | CompanionSpec, stored: Format | None) -> frozenset[S
         return PLAIN
     inputs = {FP8_BLOCK: Step.FP8_INPUTS, MXFP4: Step.FP8_INPUTS, MXFP8: Step.FP8_INPUTS, NVFP4: Step.NVFP4_INPUTS}
     steps = {inputs[stored]} if stored in inputs else set()
-    return frozenset(steps | ({Step.ROUTING_WEIGHT} if spec.kind is OpKind.MOE else set()))
+    if spec.kind is OpKind.MOE:
+        steps |= {Step.ROUTING_WEIGHT} | ({Step.FP8_EXPERTS} if stored is NVFP4 else set())
+    return frozenset(steps)
 
 
 def _linear(slot: str, *modules: tuple[str, int, int], is_wide: bool = False, joins: str = "") -> OpSpec:

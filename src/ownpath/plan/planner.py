@@ -197,7 +197,7 @@ class Planner:
     def decided(self, spec: OpSpec, encoding: Encoding, no_input_scale: str = "") -> PlannedOp:
         """Plans one op of a known encoding. no_input_scale: the state of its input's scale, where it has none."""
         regions = regions_of(self.config, spec.modules, encoding, self.parallel)
-        if Step.FP8_INPUTS in steps_of(spec, encoding.format) & self.demands.official:
+        if {Step.FP8_INPUTS, Step.FP8_EXPERTS} & steps_of(spec, encoding.format) & self.demands.official:
             require_whole_blocks(spec.modules, regions, INPUT_BLOCK)
         # A rank's kernel meets the rank's sizes.
         local = replace(spec, modules=local_modules(spec.modules, regions)) if regions else spec

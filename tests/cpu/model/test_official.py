@@ -24,7 +24,12 @@ TOLERANCE = 2**16 * torch.finfo(torch.float64).eps
 NUM_TOKENS = 400
 LAYOUTS = ("modelopt-experts-only", "full-nvfp4", "compressed-tensors", "deepseek-native", "fp8-experts", "bf16")
 CHOICES = {"plain": PLAIN, "official": OFFICIAL} | {step: frozenset({step}) for step in Step}
-BY_STORAGE = {Step.NVFP4_INPUTS: LAYOUTS[:3], Step.FP8_INPUTS: LAYOUTS[:5], Step.ROUTING_WEIGHT: LAYOUTS}
+BY_STORAGE = {
+    Step.NVFP4_INPUTS: LAYOUTS[:3],
+    Step.FP8_EXPERTS: LAYOUTS[:3],
+    Step.FP8_INPUTS: LAYOUTS[:5],
+    Step.ROUTING_WEIGHT: LAYOUTS,
+}
 """Steps whose kernels depend on how weights are stored. Each other one is tried alone once, and with all everywhere."""
 CASES = [(layout, choice) for choice in ("plain", "official") for layout in LAYOUTS]
 CASES += [(layout, step) for step in Step for layout in BY_STORAGE.get(step, ("deepseek-native",))]

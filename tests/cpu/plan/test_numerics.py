@@ -10,12 +10,13 @@ from support.pages import plan_text
 from ownpath.cli import main
 from ownpath.loading import plan_model
 from ownpath.official import ALWAYS_OFFICIAL, OFFICIAL, PLAIN, Step, numerics_name, parse_numerics
+from ownpath.ops import OpKind
 from ownpath.plan.show import plan_dict
 
 
 def test_texts_and_steps() -> None:
     assert parse_numerics("plain") == PLAIN == frozenset()
-    assert parse_numerics("official") == OFFICIAL == set(Step)
+    assert parse_numerics("official") == OFFICIAL == set(Step) - {Step.FP8_EXPERTS}
     assert parse_numerics("indexer,kv") == {Step.KV, Step.INDEXER}
     for official in (PLAIN, OFFICIAL, frozenset({Step.KV, Step.FP8_INPUTS})):
         assert parse_numerics(numerics_name(official)) == official
@@ -70,3 +71,16 @@ def test_official_plans_leave_no_step_out(layout: str, device: str, tmp_path: Pa
     if device == "sm_90":
         runners = {op.choice.kernel.runner: op.choice.kernel.name for op in plan.ops}
         assert runners.get("QuantizedFp8Linear", "cute.fp8_linear_sm90") == "cute.fp8_linear_sm90"
+
+
+@pytest.mark.parametrize(
+    ("layout", "step"), [("modelopt-experts-only", "fp8_experts"), ("deepseek-native", "fp8_inputs")]
+)
+def test_quantised_inputs_bring_experts_to_fp8_tensor_cores(layout: str, step: str, tmp_path: Path) -> None:
+    random_checkpoint(tmp_path, layout, hidden_size=256, moe_intermediate_size=256, q_lora_rank=128, head_dim=128)
+    for device, expected in (("sm_90", "cute.fp8_experts"), ("cpu", "ref.moe_"), ("sm_100", "ref.moe_")):
+        plan = plan_model(tmp_path, device, official=parse_numerics(step))
+        chosen = {op.choice.kernel.name for op in plan.ops if op.spec.kind is OpKind.MOE}
+        assert all(name.startswith(expected) for name in chosen), (device, chosen)
+    plan = plan_model(tmp_path, "sm_90")
+    assert "cute.nvfp4_moe" in {op.choice.kernel.name for op in plan.ops if op.spec.kind is OpKind.MOE}

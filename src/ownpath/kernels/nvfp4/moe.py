@@ -11,17 +11,18 @@ A call's scratch is one buffer: schedule, then (for long prompts) the rows in th
 """
 
 from collections.abc import Callable
+from ctypes import c_void_p
 from dataclasses import dataclass, field
 from threading import Lock
 
 import torch
 
 from ownpath.formats import NVFP4
-from ownpath.kernels.checks import readable_rows, require_input, require_routing
 from ownpath.kernels.contract import Config, FusedExpert, Routing, StoredExperts
-from ownpath.kernels.dsl.driver import Boxes, Pointers, current_stream, num_sms
+from ownpath.kernels.dsl.driver import Boxes, Launch, Pointers, current_stream, num_sms
 from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.launch_cache import LaunchCache
+from ownpath.kernels.nvfp4.calls import call_key, check_out
 from ownpath.kernels.nvfp4.choose import WIDE_PAIRS, MoeChoice, choose_moe, moe_choice, moe_table
 from ownpath.kernels.nvfp4.config import ALIGN_THREADS, CombineConfig, GemmConfig, PermuteConfig
 from ownpath.kernels.nvfp4.launch import (
@@ -39,7 +40,7 @@ from ownpath.kernels.nvfp4.launch import (
     permute,
 )
 from ownpath.kernels.nvfp4.layout import check_scales, gate_up_rows, pack_weight_, plain_rows, unpack_weight
-from ownpath.kernels.nvfp4.linear import require_packable, require_rows
+from ownpath.kernels.nvfp4.linear import require_packable
 from ownpath.kernels.nvfp4.moe_sliced import PackedExperts, SlicedLaunches, sliced_bytes, sliced_configs
 from ownpath.kernels.nvfp4.moe_sliced_config import MAX_SLICED_PAIRS
 from ownpath.qtensor import QuantTensor
@@ -70,13 +71,18 @@ class MoeOperand:
         return self.w2.num_cols
 
 
-class _MoeLaunches:
+Between = Callable[[c_void_p, int, int], Launch]
+
+
+class MoeLaunches:
     """The prepared launches for one size of call, and the offsets of the scratch's parts.
 
-    out, scratch: what a call allocates that is given none.
+    out, scratch: what a call allocates that is given none. between: makes a launch that changes the hidden rows, of
+    their address, number and width; the second product reads them without waiting for it (``handover``), so it must not
+    let the next kernel start before it has written all.
     """
 
-    def __init__(self, choice: MoeChoice, key: MoeCallKey, operand: MoeOperand) -> None:
+    def __init__(self, choice: MoeChoice, key: MoeCallKey, operand: MoeOperand, between: Between | None = None) -> None:
         num_tokens, num_choices, num_shared, map_length, wide_ids, x_pitch = key
         num_ids = map_length if map_length >= 0 else operand.num_experts - num_shared
         sizes = MoeSizes(
@@ -98,6 +104,7 @@ class _MoeLaunches:
         self.sorts = not choice.gate_up.gather
         if self.sorts:
             self._before.append(permute(sizes, (x, schedule, ordered), device_index))
+        self._between = [] if between is None else [between(hidden, pairs, operand.inter)]
         combining = CombineConfig(num_shared, choice.is_wide)
         self._combine = combine(combining, sizes, (rows, schedule, weights, out), device_index)
         source = (pairs, operand.hidden) if self.sorts else (num_tokens, x_pitch)
@@ -134,11 +141,13 @@ class _MoeLaunches:
         for one in self._before:
             one.start(stream)
         gate_up.launch.start(stream)
+        for one in self._between:
+            one.start(stream)
         down.launch.start(stream)
         self._combine.start(stream)
 
 
-_AnyLaunches = _MoeLaunches | SlicedLaunches
+_AnyLaunches = MoeLaunches | SlicedLaunches
 
 
 def _tiling(config: GemmConfig, operand: MoeOperand, tiles: int) -> Tiling:
@@ -276,10 +285,10 @@ class Nvfp4MoeKernel:
         Shapes: x bfloat16 [T, D]; routing as ``Routing``; y bfloat16 [T, D], ``out`` if given.
         Errors: ValueError naming a tensor the kernels cannot take. Ids outside the experts contribute nothing.
         """
-        key = _call_key(x, routing, operand)
+        key = call_key(x, routing, operand)
         num_tokens = key[0]
         if out is not None:
-            _check_out(out, num_tokens, operand)
+            check_out(out, num_tokens, operand)
         if not num_tokens:
             return torch.empty_like(x) if out is None else out
         with operand.lock:
@@ -305,7 +314,7 @@ class Nvfp4MoeKernel:
         if choice.sliced:
             weights = PackedExperts(operand.w13, operand.w2, operand.num_experts, operand.swiglu_limit)
             return SlicedLaunches(choice.sliced, key, weights)
-        return _MoeLaunches(choice, key, operand)
+        return MoeLaunches(choice, key, operand)
 
 
 def _stack(name: str, side: QuantTensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -322,60 +331,6 @@ def _restore_stack(weight: PackedWeight, rows: torch.Tensor, num_experts: int, e
     codes, scales = (part.view(num_experts, -1)[expert] for part in (weight.codes, weight.scales))
     unpacked = unpack_weight(codes, scales, rows.to(codes.device), weight.num_cols)
     return QuantTensor(*unpacked, weight.global_scale[expert], NVFP4)
-
-
-def _call_key(x: torch.Tensor, routing: Routing, operand: MoeOperand) -> MoeCallKey:
-    """Checks a call's inputs and returns the key of its launches; ``num_shared`` is checked when these are made.
-
-    Errors: ValueError naming the tensor that does not fit.
-    """
-    (ids, weights, num_shared, expert_map), device_index = routing, operand.w13.device_index
-    readable, shape, dtype = readable_rows(x, operand.w13.num_cols, device_index), ids.shape, ids.dtype
-    fits = (
-        readable is not None
-        and len(shape) == 2
-        and shape[0] == readable[0]
-        and weights.shape == shape
-        and (dtype is torch.int64 or dtype is torch.int32)
-        and weights.dtype is torch.float32
-        and ids.is_contiguous()
-        and weights.is_contiguous()
-        and ids.get_device() == device_index
-        and weights.get_device() == device_index
-    )
-    if not fits or readable is None:
-        _refuse(x, routing, operand)
-    assert readable is not None
-    map_length = -1
-    if expert_map is not None:
-        if expert_map.dtype is not torch.int32 or expert_map.device != x.device:
-            found = f"{expert_map.dtype} on {expert_map.device}"
-            raise ValueError(f"expert_map must be torch.int32 on {x.device}, found {found}")
-        map_length = expert_map.shape[0]
-    return readable[0], shape[1], num_shared, map_length, dtype is torch.int64, readable[1]
-
-
-def _refuse(x: torch.Tensor, routing: Routing, operand: MoeOperand) -> None:
-    """Raises ValueError naming the first tensor that the kernels cannot take."""
-    require_input(x, operand.hidden, operand.w13.codes)
-    require_routing(x, routing.ids, routing.weights)
-    require_rows("x", x, operand.hidden)
-    for name, tensor, dtypes in (
-        ("topk_ids", routing.ids, (torch.int32, torch.int64)),
-        ("topk_weights", routing.weights, (torch.float32,)),
-    ):
-        if tensor.dtype not in dtypes or not tensor.is_contiguous():
-            wanted = " or ".join(map(str, dtypes))
-            routed = [len(x), routing.ids.shape[1]]
-            raise ValueError(f"{name} must be contiguous {wanted} {routed}, found {tensor.dtype} {list(tensor.shape)}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
-
-
-def _check_out(out: torch.Tensor, num_tokens: int, operand: MoeOperand) -> None:
-    require_rows("out", out, operand.hidden)
-    if len(out) != num_tokens or not out.is_contiguous() or out.device != operand.w13.codes.device:
-        raise ValueError(f"out must be contiguous [{num_tokens}, {operand.hidden}] on {operand.w13.codes.device}")
 
 
 nvfp4_moe = Nvfp4MoeKernel(is_batch_invariant=False)

@@ -5,7 +5,7 @@ a matrix.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -163,14 +163,19 @@ MoeFunction = Callable[
 
 
 class OfficialExperts(ExpertsReference):
-    """Experts that may read the calibrated scales of their inputs."""
+    """Experts that may read the calibrated scales of their inputs. has_fp8_inputs: they do not, whatever the weights.
 
-    def __init__(self, function: MoeFunction) -> None:
+    (Without such a scale, inputs are quantised to E4M3.)
+    """
+
+    def __init__(self, function: MoeFunction, has_fp8_inputs: bool = False) -> None:
         super().__init__(self._run)
-        self._function = function
+        self._function, self._has_fp8_inputs = function, has_fp8_inputs
 
     def prepare(self, stored: StoredExperts) -> StoredExperts:
         """Returns the stored experts. Errors: ValueError naming an input scale of a wrong shape or dtype."""
+        if self._has_fp8_inputs:
+            return replace(stored, gate_up_input_scale=None, down_input_scale=None)
         for name, scale in (("w13", stored.gate_up_input_scale), ("w2", stored.down_input_scale)):
             if scale is not None:
                 require(f"{name}_input_scale", scale, (torch.float32,), (stored.num_experts,))
@@ -189,3 +194,5 @@ class OfficialExperts(ExpertsReference):
 MOE_QUANTIZED_INPUTS = OfficialExperts(moe_quantized_inputs)
 MOE_WEIGHT_FIRST = OfficialExperts(moe_weight_first)
 MOE_OFFICIAL = OfficialExperts(moe_official)
+MOE_FP8_INPUTS = OfficialExperts(moe_quantized_inputs, has_fp8_inputs=True)
+MOE_FP8_OFFICIAL = OfficialExperts(moe_official, has_fp8_inputs=True)

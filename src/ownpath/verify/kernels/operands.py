@@ -95,5 +95,5 @@ def steps_of(op: PlannedOp, stored: StoredWeights, expert: str, limit: float, dt
         h_scale = largest_input_scale(op, [f"{expert}.w2"], stored)
         return ExpertSteps(limit, dtype, lambda x: nvfp4(x, x_scale), lambda x: nvfp4(x, h_scale), first)
     if kernel.rounding is not InputRounding.EXACT:
-        return ExpertSteps(limit, dtype, _fp8_inputs, _fp8_inputs, first)
+        return ExpertSteps(limit, dtype, _fp8_inputs, _fp8_inputs, first, 0.0 if kernel.is_torch else FP8_TENSOR_CORE)
     return ExpertSteps(limit, dtype, rounds_products=first)
