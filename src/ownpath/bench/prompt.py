@@ -13,7 +13,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 
@@ -90,6 +90,7 @@ class PromptBench:
         start = time.perf_counter()
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         engine = EngineConfig(device, dtype, most_tokens, max_num_seqs=1, cache_format=options.cache_format)
+        engine = replace(engine, official=options.numerics)
         config, num_sets = step_config(shape, options), options.expert_sets or ONE_RANK_SETS
         made = make_model(config, engine, options.export, num_sets)
         blocks = tuple(ClockedBlock.of(block) for block in made.model.blocks)
@@ -114,6 +115,7 @@ class PromptBench:
             "export": options.export,
             "expert_sets": options.expert_sets or ONE_RANK_SETS,
             "cache_format": str(options.cache_format),
+            "numerics": ",".join(sorted(options.numerics)) or "plain",
         }
         facts |= self._host_facts(chunk) | self._launch_facts(num_tokens, chunk) | self.setup
         case = Case("prompt", f"{self.shape}, chunks of {chunk}", {"chunk": chunk}, num_tokens, 0, 0, None)

@@ -9,6 +9,7 @@ from ownpath.bench.measure import Settings
 from ownpath.config import ONE_RANK, Parallel
 from ownpath.formats import CacheFormat
 from ownpath.loading import WindowOpener
+from ownpath.official import PLAIN, Step
 from ownpath.ranks.peers import Alone, Peers
 
 
@@ -17,11 +18,11 @@ class StepOptions:
     """Options of ``bench step``, ``prompt`` and ``drafts``. context: tokens that a row's caches hold. layers: the first
     ones only.
 
-    export: "nvidia" has FP8 outside the experts, "full" NVFP4. expert_sets: sets of experts that the layers share;
-    ``None``: 24, or of several ranks as many as there are layers. by_gate: experts are chosen by the gate of random
-    weights, not uniformly. slots: time each kind of slot, too. chunks: most tokens of a prompt in a step, each of them
-    measured. cache_format: of a prompt's keys. accepted: the share of guesses that ``bench drafts`` accepts by force;
-    ``None``: its own.
+    export: "nvidia" has FP8 outside the experts, "full" NVFP4; "native" FP8, and MXFP4 experts. expert_sets: sets of
+    experts that the layers share; ``None``: 24, or of several ranks as many as there are layers. by_gate: experts are
+    chosen by the gate of random weights, not uniformly. slots: time each kind of slot, too. chunks: most tokens of a
+    prompt in a step, each of them measured. cache_format: of a prompt's keys. numerics: the official steps of a prompt.
+    accepted: the share of guesses that ``bench drafts`` accepts by force; ``None``: its own.
     """
 
     context: int = 1024
@@ -32,6 +33,7 @@ class StepOptions:
     slots: bool = False
     chunks: tuple[int, ...] = (8192,)
     cache_format: CacheFormat = CacheFormat.BF16
+    numerics: frozenset[Step] = PLAIN
     accepted: float | None = None
 
 

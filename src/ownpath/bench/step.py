@@ -122,7 +122,7 @@ def make_model(
     index = drawn_checkpoint(config, export, with_drafts=engine.loads_draft)
     num_sets = num_sets or config.num_hidden_layers
     dtype = str(engine.dtype).removeprefix("torch.")
-    demands = Demands(dtype, engine.is_batch_invariant, cache_format=engine.cache_format)
+    demands = Demands(dtype, engine.is_batch_invariant, engine.official, cache_format=engine.cache_format)
     caps, drafts = device_caps(engine.device), engine.loads_draft
     plan = make_plan(config, index, caps, demands, loads_draft=drafts, parallel=engine.parallel)
     own = replace(plan, ops=tuple(op for op in plan.ops if not _is_alias(op, num_sets)))

@@ -95,7 +95,7 @@ def add_plan_arguments(parser: OptionHolder, *, any_gpu: bool = False) -> None:
     )
     parser.add_argument(
         "--numerics",
-        type=_numerics,
+        type=numerics_of,
         default=PLAIN,
         metavar="plain|official|STEP,...",
         help="round nowhere but in the kernels, or where DeepSeek's published code does (default: plain); steps: "
@@ -138,7 +138,8 @@ def cache_format_of(text: str) -> CacheFormat:
     raise argparse.ArgumentTypeError(f"{quoted(text)} is none of {', '.join(CacheFormat)}")
 
 
-def _numerics(text: str) -> frozenset[Step]:
+def numerics_of(text: str) -> frozenset[Step]:
+    """Parses ``--numerics``. Errors: ArgumentTypeError naming a word that is not a step."""
     try:
         return parse_numerics(text)
     except ValueError as error:

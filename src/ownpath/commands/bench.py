@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ownpath.bench.benches import BENCHES
-from ownpath.commands.arguments import cache_format_of, device_here, file_to_write, number, whole_number
+from ownpath.commands.arguments import cache_format_of, device_here, file_to_write, number, numerics_of, whole_number
 from ownpath.commands.rank_options import add_ranks_arguments, parallel_of
 from ownpath.commands.ranks import beside, rank_of
 from ownpath.commands.start import starting
@@ -31,7 +31,7 @@ _STARTS_RANKS = "parallel"
 _SHARED_OPTIONS = ("layers", "export", "expert_sets")
 _OWN_OPTIONS = {
     "step": ("context", *_SHARED_OPTIONS, "by_gate", "slots"),
-    "prompt": (*_SHARED_OPTIONS, "by_gate", "slots", "chunks", "cache_format"),
+    "prompt": (*_SHARED_OPTIONS, "by_gate", "slots", "chunks", "cache_format", "numerics"),
     "drafts": ("context", *_SHARED_OPTIONS, "accepted"),
 }
 _STEP_OPTIONS = tuple(dict.fromkeys(name for names in _OWN_OPTIONS.values() for name in names))
@@ -82,7 +82,11 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
 def _add_step_options(group: "argparse._ArgumentGroup") -> None:
     group.add_argument("--context", type=whole_number(1), metavar="N", help="step: tokens in each row's caches (1024)")
     group.add_argument("--layers", type=whole_number(1), metavar="N", help="the first layers only (default: all)")
-    group.add_argument("--export", choices=("nvidia", "full"), help="dense weights: FP8 (nvidia) or NVFP4 (full)")
+    group.add_argument(
+        "--export",
+        choices=("nvidia", "full", "native"),
+        help="experts and dense weights: NVFP4 and FP8 (nvidia), NVFP4 both (full), MXFP4 and FP8 (native)",
+    )
     group.add_argument(
         "--expert-sets",
         type=whole_number(1),
@@ -101,6 +105,12 @@ def _add_step_options(group: "argparse._ArgumentGroup") -> None:
     group.add_argument("--chunks", type=_counts, metavar="N,N,...", help="prompt: most tokens of a step (8192)")
     names = "|".join(CacheFormat)
     group.add_argument("--cache-format", type=cache_format_of, metavar=names, help="prompt: of the keys (bf16)")
+    group.add_argument(
+        "--numerics",
+        type=numerics_of,
+        metavar="plain|official|STEP,...",
+        help="prompt: official steps, such as fp8_inputs, which products on FP8 tensor cores need (plain)",
+    )
     group.add_argument(
         "--accepted",
         type=number(0, 1),

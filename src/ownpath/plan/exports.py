@@ -7,27 +7,29 @@ from types import MappingProxyType
 from ownpath.checkpoint.drawn import DrawnValues
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.names import draft_params, model_params
-from ownpath.checkpoint.schema import MODELOPT_NVFP4, NATIVE_FP8, PLAIN_BF16, Encoding
+from ownpath.checkpoint.schema import MODELOPT_NVFP4, NATIVE_FP8, NATIVE_MXFP4, PLAIN_BF16, Encoding
 from ownpath.checkpoint.tensor_info import TensorInfo
 from ownpath.config import ModelConfig
 from ownpath.plan.opspec import draft_ops, model_ops
 
-EXPORTS = ("nvidia", "full")
-"""Dense weights in FP8, as NVIDIA's export leaves them; in NVFP4 too, but for the indexer's and ``wo_a``."""
+EXPORTS = ("nvidia", "full", "native")
+"""Experts in NVFP4 and dense weights in FP8, as NVIDIA exports them; dense weights in NVFP4 too, but for the indexer's
+and ``wo_a``; experts in MXFP4 and dense weights in FP8, as DeepSeek stores them."""
 _PROJECTIONS = ("wq_a", "wq_b", "wkv", "wo_a", "wo_b", "e_proj", "h_proj")
 DRAWN = "drawn"
 """The name of the folder and, with the suffix, of the file of tensors that are stored nowhere."""
 
 
 def encoding_of(module: str, export: str) -> Encoding:
-    """Returns an export's encoding of a module: "nvidia" has FP8 outside the experts, "full" has NVFP4 there too."""
+    """Returns an export's encoding of a module: "nvidia" has FP8 outside the experts, "full" NVFP4 there too; "native"
+    has FP8 there, and MXFP4 experts."""
     leaf = module.rsplit(".", 1)[-1]
     if ".ffn.experts." in module:
-        return MODELOPT_NVFP4
+        return NATIVE_MXFP4 if export == "native" else MODELOPT_NVFP4
     is_projection = leaf in _PROJECTIONS and "compressor" not in module
     if not is_projection and ".shared_experts." not in module:
         return PLAIN_BF16
-    if export == "nvidia" or ".indexer." in module:
+    if export in ("nvidia", "native") or ".indexer." in module:
         return NATIVE_FP8
     return PLAIN_BF16 if leaf == "wo_a" else MODELOPT_NVFP4
 

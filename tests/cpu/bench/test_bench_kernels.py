@@ -29,11 +29,15 @@ from ownpath.bench.step_ranks import group_of, with_slots
 from ownpath.cache.pools import CachePool, CacheSpec
 from ownpath.cli import main
 from ownpath.config import Parallel
+from ownpath.inspect.memory import KINDS
 from ownpath.kernels.attend.cases import CASES
 from ownpath.kernels.registry import SPECS
 from ownpath.kernels.scores.types import PagedRows
+from ownpath.official import Step
 from ownpath.ops import OpKind
 from ownpath.plan.exports import drawn_checkpoint, headers
+from ownpath.plan.plan import make_plan
+from ownpath.plan.select import Demands
 from ownpath.ranks.virtual import VirtualPeers, run_virtual
 from ownpath.splits import AttentionSplit, ExpertSplit
 from ownpath.trace.launches import DeviceLaunch
@@ -323,6 +327,15 @@ def test_the_command_writes_a_line_for_a_prompt_of_each_length_and_chunk(tmp_pat
         assert one["tokens_per_s"] == pytest.approx(1e6 * one["tokens"] / one["us"], abs=1)
         assert [*one["host_layer_us"]] == ["ratio 0", "ratio 4"]
     assert records[0]["command"].endswith("--layers 3 --expert-sets 1 --chunks 8,512")
+
+
+def test_a_prompts_fp8_path_is_one_of_mxfp4_experts_and_fp8_products() -> None:
+    index = headers(step_config("flash", StepOptions(layers=1)), "native")
+    demands = Demands("bfloat16", official=frozenset({Step.FP8_INPUTS}))
+    plan = make_plan(step_config("flash", StepOptions(layers=1)), index, KINDS[1], demands)
+    kernels = {op.spec.slot: op.choice.kernel.name for op in plan.ops}
+    assert kernels["layers.0.ffn.experts"] == "cute.fp8_experts"
+    assert kernels["layers.0.attn.wo_b"] == "cute.fp8_linear_sm90"
 
 
 def test_the_floor_of_v4_flashs_step_is_the_known_one() -> None:

@@ -203,6 +203,8 @@ def test_a_run_that_ends_early_keeps_what_it_measured(monkeypatch: pytest.Monkey
         (["step", "--device", "cpu", "--contenders", "vllm"], "bench step has none but ownpath"),
         (["moe", "--device", "cpu", "--context", "8"], "--context: an option of bench step"),
         (["step", "--device", "cpu", "--chunks", "8"], "--chunks: an option of bench prompt"),
+        (["step", "--device", "cpu", "--numerics", "fp8_inputs"], "--numerics: an option of bench prompt"),
+        (["prompt", "--numerics", "fp8"], "'fp8' is none of plain, official"),
         (["moe", "--device", "cpu", "--layers", "8"], "--layers: an option of bench step and bench prompt"),
         (["moe", "--device", "cpu", "--library", "vllm"], "vllm: not SYSTEM=FILE"),
         (["moe", "--device", "cpu", "--shape", "tiny", "--tokens", "0"], "at least 1"),
