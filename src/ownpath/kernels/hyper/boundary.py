@@ -28,8 +28,9 @@ def _new_stream(x0, x1, x2, x3, y, post, comb, t, in_t, k, HAS_POST: tl.constexp
         c2 = tl.load(comb + t * 16 + 8 + k, mask=in_t, other=0.0)
         c3 = tl.load(comb + t * 16 + 12 + k, mask=in_t, other=0.0)
         mixed = c0[:, None] * x0.to(tl.float32) + c1[:, None] * x1.to(tl.float32)
-        mixed += c2[:, None] * x2.to(tl.float32) + c3[:, None] * x3.to(tl.float32)
-        return (p[:, None] * y.to(tl.float32) + mixed).to(tl.bfloat16)
+        mixed = mixed + c2[:, None] * x2.to(tl.float32)
+        mixed = mixed + c3[:, None] * x3.to(tl.float32)
+        return (mixed + p[:, None] * y.to(tl.float32)).to(tl.bfloat16)
     else:  # noqa: RET505
         return tl.where(k < 2, tl.where(k == 0, x0, x1), tl.where(k == 2, x2, x3))
 
@@ -108,12 +109,19 @@ def spread_few(
 
 
 @triton.jit
+def _cut(value):
+    """Returns a float32's first 8 significant bits, as bfloat16, and the rest. Both are exact; no conversion is needed."""
+    bits = value.to(tl.int32, bitcast=True)
+    term = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return term, value - (bits & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _add_products(acc, squares, n, fn):
-    """Returns acc + n fnᵀ, with fn as three bfloat16 terms, smallest first, and squares + n²."""
-    high = fn.to(tl.bfloat16)
-    rest = fn - high.to(tl.float32)
-    middle = rest.to(tl.bfloat16)
-    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    """Returns acc + n fnᵀ, with fn as three bfloat16 terms of 8 bits, smallest first, and squares + n²."""
+    high, rest = _cut(fn)
+    middle, rest = _cut(rest)
+    low, _ = _cut(rest)
     acc = tl.dot(n, tl.trans(low), acc)
     acc = tl.dot(n, tl.trans(middle), acc)
     acc = tl.dot(n, tl.trans(high), acc)

@@ -21,7 +21,7 @@ class BoundaryTiles:
 ONE_TILES = BoundaryTiles(32, 1, False, 4, 1, 1)
 FEW_TILES = BoundaryTiles(64, 1, False, 4, 1, 1)
 INVARIANT_TILES = BoundaryTiles(32, 16, True, 2, 3, 1)
-MANY_TILES = BoundaryTiles(128, 16, True, 1, 3, 4)
+MANY_TILES = BoundaryTiles(128, 32, True, 2, 3, 4)
 
 
 def choose_tiles(num_tokens: int, invariant: bool) -> BoundaryTiles:
