@@ -7,19 +7,25 @@
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from ownpath.config import EngineConfig
 from ownpath.conformance.attend import make_attend_inputs
+from ownpath.conformance.chunks import make_chunk_inputs
 from ownpath.conformance.quant_weights import DenseWeight, ExpertStacks, RoutedTokens, draw_rows, draw_weights
 from ownpath.engine.decoder import Decoder
 from ownpath.engine.rows import DecodeRow, StepRows
+from ownpath.formats import MXFP4
 from ownpath.kernels.attend.cases import CASES as ATTEND_CASES
+from ownpath.kernels.chunks.cases import CASES as CHUNK_CASES
+from ownpath.kernels.contract import Routing, StoredExperts
 from ownpath.kernels.fp8.cases import Fp8Case
 from ownpath.kernels.registry import KERNELS
 from ownpath.loading import default_model_dir, load_model
 from ownpath.model.batch import ForwardBatch
+from ownpath.qtensor import QuantTensor
 from ownpath.runners import Fp8Linear, Nvfp4Linear, Nvfp4MoE
 
 CUDA = torch.device("cuda")
@@ -47,6 +53,26 @@ def experts() -> Iterator[tuple[str, torch.Tensor]]:
             yield f"{name} {num_tokens} tokens", moe(routed.x, routed.ids, routed.weights)
 
 
+def fp8_experts() -> Iterator[tuple[str, torch.Tensor]]:
+    num_experts, hidden, inter = 8, 256, 512
+    for name in ("cute.fp8_experts", "cute.fp8_experts_invariant"):
+        w13, w2 = mxfp4(num_experts, 2 * inter, hidden), mxfp4(num_experts, hidden, inter)
+        operand = KERNELS[name].prepare(StoredExperts(w13, w2, 10.0))
+        for num_tokens in (1, 33, 300):
+            routed = RoutedTokens.draw(num_tokens, hidden, num_experts, TOP_K, CUDA)
+            yield (
+                f"{name} {num_tokens} tokens",
+                KERNELS[name].run(routed.x, Routing(routed.ids, routed.weights), operand),
+            )
+
+
+def mxfp4(num_experts: int, rows: int, cols: int) -> QuantTensor:
+    """Draws the weights of some experts, of scales from 1/4096 to 1/512."""
+    codes = torch.randint(0, 256, (num_experts, rows, cols // 2), dtype=torch.uint8, device=CUDA)
+    exponents = torch.randint(115, 119, (num_experts, rows, cols // 32), dtype=torch.uint8, device=CUDA)
+    return QuantTensor(codes, exponents.view(torch.float8_e8m0fnu), None, MXFP4)
+
+
 def fp8() -> Iterator[tuple[str, torch.Tensor]]:
     linear = Fp8Linear(*draw_weights(Fp8Case("small", (320,), 512, "e8m0"), 0, CUDA))
     for num_tokens in (1, 40, 300):
@@ -60,6 +86,16 @@ def attention() -> Iterator[tuple[str, torch.Tensor]]:
             for num_rows, group in ((1, 1), (9, 1), (9, 4)):
                 inputs = make_attend_inputs(case, num_rows, CUDA, group=group)
                 yield f"{name} {case.label} {num_rows} rows, {group} a request", KERNELS[name](*inputs.arguments)
+
+
+def attention_of_prompts() -> Iterator[tuple[str, torch.Tensor]]:
+    """Memory of no request is NaN."""
+    for case in CHUNK_CASES:
+        if case.tiny or case.label.endswith((", mixed", ", mixed, fp8")):
+            small = replace(case, rows=tuple(min(count, 9) for count in case.rows))
+            inputs = make_chunk_inputs(small, CUDA)
+            for name in ("gluon.attend_chunk", "triton.attend_chunk"):
+                yield f"{name} {case.label}", KERNELS[name](*inputs.arguments)
 
 
 def decode_steps() -> Iterator[tuple[str, torch.Tensor]]:
@@ -91,7 +127,8 @@ def several_rows() -> Iterator[tuple[str, torch.Tensor]]:
 
 def main() -> None:
     torch.manual_seed(0)
-    for part in (linears, experts, fp8, attention, decode_steps, several_rows):
+    parts = linears, experts, fp8_experts, fp8, attention, attention_of_prompts, decode_steps, several_rows
+    for part in parts:
         for name, y in part():
             torch.cuda.synchronize()
             assert torch.isfinite(y).all(), name
