@@ -38,6 +38,14 @@ class Residual:
         other_RD = None if self.other_TD is None else self.other_TD[ids_R]
         return Residual(self.x_TSD[ids_R], self.y_TD[ids_R], self.mix.rows(ids_R), other_RD)
 
+    def first(self, num_rows: int) -> "Residual":
+        """Returns the residual of the first tokens, as views."""
+        assert self.y_TD is not None
+        assert self.mix is not None
+        other_TD = None if self.other_TD is None else self.other_TD[:num_rows]
+        mix = Mix(*(part[:num_rows] for part in self.mix))
+        return Residual(self.x_TSD[:num_rows], self.y_TD[:num_rows], mix, other_TD)
+
     def enter(self, boundary: HyperBoundary) -> HyperOut:
         """Passes the boundary behind the last sublayer."""
         return boundary(self.x_TSD, self.y_TD, self.mix, self.other_TD)

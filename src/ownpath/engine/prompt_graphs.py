@@ -1,0 +1,207 @@
+"""Steps that read prompts as captured graphs: a family of sizes, each for contexts up to a length.
+
+Eagerly the host launches some 28 kernels a layer, one after the other, and a step of a thousand tokens waits for it. A
+graph is one launch. Its arrays lie in fixed places and have a fixed size (``fixed_chunks``), so a step runs in the
+smallest graph that holds it, with padded rows behind its own. The backbone is captured; what follows it, logits of some
+rows or a draft's module, runs eagerly on its results.
+
+Steps that run eagerly, by ``Model.forward``: of more requests than a graph holds; that take snapshots on their way; of
+so many tokens that the padded rows would cost more than the launches; and those whose requests have no more rows than
+a decode step has.
+
+Captured once, when the engine starts, so that no request waits for a capture. Without a graph of its shape a step runs
+eagerly on the same arrays, with the same bits.
+
+Legend: T rows of a step, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from ownpath.cache.chunks import ChunkTables
+from ownpath.cache.fixed_chunks import ChunkShape, FixedChunks
+from ownpath.cache.pools import CachePool
+from ownpath.cache.tables import StepTables
+from ownpath.cache.transfer import Staging
+from ownpath.config import EngineConfig
+from ownpath.engine.graphs import no_graph_of
+from ownpath.kernels.dsl.compilations import COMPILATIONS
+from ownpath.model.batch import ForwardBatch
+from ownpath.model.block import Hidden, Residual
+from ownpath.model.model import Model
+from ownpath.terminal.console import tell
+from ownpath.terminal.progress import Progress
+from ownpath.terminal.text import size_text
+from ownpath.trace import Ledger
+from ownpath.trace.ledger import CapturedCalls
+
+SIZES = (128, 256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+"""Rows of the graphs, up to the most tokens that a step reads."""
+FIRST_BLOCKS, GROWTH = 32, 4
+"""Blocks of a request's table in the graphs of the shortest contexts; of longer ones so many times as many each."""
+MOST_REQUESTS = 16
+"""Requests of a graph's step. Each brings 127 near keys, which a layer copies whether there are such or not."""
+MOST_PADDED, PADDED_SHARE = 512, 8
+"""Padded rows of a step: so many at most, or one for so many rows of its own. Beyond 2,048 rows the host is done
+launching before the device has run, so that padded rows are all that a graph changes."""
+
+
+class ReadingModel(Protocol):
+    """The model as far as graphs of prompts go."""
+
+    @property
+    def caches(self) -> CachePool: ...
+
+    @property
+    def ledger(self) -> Ledger: ...
+
+    def read(self, token_ids_T: torch.Tensor, tables: ChunkTables) -> Residual: ...
+
+    def logits_behind(self, residual: Residual, ids_R: torch.Tensor) -> torch.Tensor: ...
+
+    def hidden_behind(self, residual: Residual) -> Hidden: ...
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor: ...
+
+    def forward_drafting(self, batch: ForwardBatch) -> tuple[torch.Tensor, Hidden]: ...
+
+    def draft_forward(
+        self, hidden: Hidden, next_ids_T: torch.Tensor, batch: ForwardBatch, rows_R: torch.Tensor
+    ) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class CapturedRead:
+    """A shape's graph, what it leaves, and the calls that a replay makes."""
+
+    graph: torch.cuda.CUDAGraph
+    residual: Residual
+    calls: CapturedCalls
+
+
+class PromptGraphs:
+    """Reads prompts as ``Model`` does, in graphs where a step fits one. most_tokens: that a step reads."""
+
+    def __init__(self, model: ReadingModel, most_tokens: int) -> None:
+        self._model, self.pool = model, model.caches
+        self.shapes = tuple(shapes_of(most_tokens, self.pool))
+        self._fixed: dict[ChunkShape, FixedChunks] = {}
+        self._graphs: dict[ChunkShape, CapturedRead] = {}
+        largest = FixedChunks(self.pool, ChunkShape(*map(max, zip(*self.shapes, strict=True))))
+        self._staging = Staging(largest.num_words, self.pool.spec.device)
+        self.num_replays = 0
+        """Steps that a graph ran."""
+
+    def shape_of(self, tables: StepTables) -> ChunkShape | None:
+        """Returns the shape that a step runs in; ``None``: it runs as it is."""
+        counts = [rows.stop - rows.start for rows in tables.rows]
+        if tables.passed or max(counts) <= self.pool.spec.rows_per_request:
+            return None
+        num_rows = tables.row_ends[-1]
+        fitting = next((shape for shape in self.shapes if shape.holds(tables)), None)
+        most = num_rows + max(MOST_PADDED, num_rows // PADDED_SHARE)
+        return fitting if fitting is not None and fitting.num_rows <= most else None
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """See ``Model.forward``."""
+        residual = self._read(batch)
+        if residual is None:
+            return self._model.forward(batch)
+        return self._model.logits_behind(residual, batch.logits_ids)
+
+    def forward_drafting(self, batch: ForwardBatch) -> tuple[torch.Tensor, Hidden]:
+        """See ``Model.forward_drafting``."""
+        residual = self._read(batch)
+        if residual is None:
+            return self._model.forward_drafting(batch)
+        return self._model.logits_behind(residual, batch.logits_ids), self._model.hidden_behind(residual)
+
+    def draft_forward(
+        self, hidden: Hidden, next_ids_T: torch.Tensor, batch: ForwardBatch, rows_R: torch.Tensor
+    ) -> torch.Tensor:
+        """See ``Model.draft_forward``."""
+        return self._model.draft_forward(hidden, next_ids_T, batch, rows_R)
+
+    def capture(self, progress: Callable[[int, int, str], None]) -> None:
+        """Captures every shape, the largest first, so that the others fit its memory. Call once, before any step.
+
+        Each first runs eagerly, so that nothing compiles while a graph is captured.
+        """
+        memory = torch.cuda.graph_pool_handle()
+        for done, shape in enumerate(sorted(self.shapes, reverse=True)):
+            progress(done, len(self.shapes), f"{shape.num_rows} tokens")
+            self._graphs[shape] = self._capture(self._fixed_of(shape), memory)
+
+    @torch.inference_mode()
+    def _read(self, batch: ForwardBatch) -> Residual | None:
+        """Runs the backbone on a batch that fits a shape, and counts its tokens in. Valid until the next call."""
+        shape = self.shape_of(batch.tables)
+        if shape is None:
+            return None
+        fixed, num_rows = self._fixed_of(shape), batch.tables.row_ends[-1]
+        fixed.send(batch.tables, batch.token_ids_T, self._staging)
+        residual = self._launch(fixed)
+        batch.tables.flags_LT.copy_(fixed.tables.flags_LT[:, :num_rows])
+        batch.tables.extend()
+        return residual.first(num_rows)
+
+    def _launch(self, fixed: FixedChunks) -> Residual:
+        captured = self._graphs.get(fixed.shape)
+        if captured is None:
+            return self._model.read(fixed.token_ids_T, fixed.tables)
+        captured.graph.replay()
+        self.num_replays += 1
+        captured.calls.num_replays += 1
+        return captured.residual
+
+    def _capture(self, fixed: FixedChunks, memory: Any) -> CapturedRead:
+        ledger, run = self._model.ledger, lambda: self._model.read(fixed.token_ids_T, fixed.tables)
+        with ledger.counting_apart():
+            run()
+        torch.cuda.synchronize(self.pool.spec.device)
+        graph = torch.cuda.CUDAGraph()
+        with ledger.counting_apart() as calls, torch.cuda.graph(graph, pool=memory):
+            residual = run()
+        COMPILATIONS.num_captured += 1
+        return CapturedRead(graph, residual, ledger.captured(calls))
+
+    def _fixed_of(self, shape: ChunkShape) -> FixedChunks:
+        if shape not in self._fixed:
+            self._fixed[shape] = FixedChunks(self.pool, shape)
+        return self._fixed[shape]
+
+
+def shapes_of(most_tokens: int, pool: CachePool) -> Iterator[ChunkShape]:
+    """Yields the shapes of steps that read up to so many tokens, the smallest first."""
+    largest = min(most_tokens, pool.spec.max_tokens)
+    widths, width = list[int](), FIRST_BLOCKS
+    while width < pool.blocks_per_sequence:
+        widths.append(width)
+        width *= GROWTH
+    for num_rows in (*(size for size in SIZES if size < largest), largest):
+        for num_blocks in (*widths, pool.blocks_per_sequence):
+            yield ChunkShape(num_rows, min(MOST_REQUESTS, pool.spec.max_sequences), num_blocks)
+
+
+def make_prompt_graphs(model: Model, engine: EngineConfig) -> PromptGraphs | None:
+    """Makes the graphs of a model that one process runs on a GPU, ready for the first step, and says what memory they
+    take.
+
+    ``None`` where the engine wants none, where steps with chunks have no line of kernels or one that waits for the
+    host, and on a CPU.
+    """
+    device = torch.device(engine.device)
+    if device.type != "cuda" or not engine.graphs or model.paged is None or not model.paged.has_chunks:
+        return None
+    if no_graph_of(model.ledger) is not None:
+        return None
+    graphs, before = PromptGraphs(model, engine.max_prefill_tokens), torch.cuda.mem_get_info(device)[0]
+    with Progress("capturing graphs of prompts") as progress, torch.inference_mode():
+        graphs.capture(progress)
+    torch.cuda.empty_cache()
+    taken = before - torch.cuda.mem_get_info(device)[0]
+    tell("prompts", f": {len(graphs.shapes)} graphs take {size_text(max(0, taken))}")
+    return graphs
