@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from ownpath.cache.layout import BLOCK_TOKENS, aligned_rows
+from ownpath.cache.layout import aligned_rows
 from ownpath.cache.pools import CachePool
 from ownpath.cache.tables import PassedEnd, StepTables
 from ownpath.cache.transfer import upload

@@ -18,6 +18,7 @@ from ownpath.engine.load import DraftCounts, EngineCounts, EngineLoad, Usage
 from ownpath.engine.memory import RequestMemory
 from ownpath.engine.places import WaitingPlaces
 from ownpath.engine.prefix import PrefixCache
+from ownpath.engine.prompt_graphs import PromptGraphs
 from ownpath.engine.reports import Reporter
 from ownpath.engine.request import ROOM_AHEAD, FinishReason, Request, RequestError, StepOutput
 from ownpath.engine.retry import chunks_alone
@@ -46,6 +47,7 @@ class Engine:
     decoder: runs the steps in which every request has one row; ``None``: the model's ``forward`` runs all steps.
     prefix: what the model's caches hold of earlier requests; ``None``: every request computes its whole prompt.
     drafts: runs steps with drafts, and the policy that says which; ``None``: none has any.
+    prompts: reads prompts in graphs; ``None``: the model's ``forward`` does.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Engine:
         decoder: Decoder | None = None,
         prefix: PrefixCache | None = None,
         drafts: Drafts | None = None,
+        prompts: PromptGraphs | None = None,
     ) -> None:
         if not 0 < num_vocab <= model.config.vocab_size:
             raise ValueError(f"{num_vocab} tokens do not fit the model's vocab_size {model.config.vocab_size}")
@@ -68,9 +71,12 @@ class Engine:
         self._decoder = decoder
         self._places = WaitingPlaces(config.max_num_seqs, max_num_queued)
         self._reporter = Reporter(self.end_token_ids, self._close)
+        self._prompts = prompts
+        if drafts is not None and prompts is not None:
+            drafts = drafts._replace(model=prompts)
         self._drafting = None if drafts is None else Drafting(drafts, self._reporter, config.device)
         run = config.device, num_vocab, self._adjuster, self._reporter, self._drafting
-        self._runner = StepRunner(model, decoder, *run)
+        self._runner = StepRunner(model if prompts is None else prompts, decoder, *run)
         room_ahead = ROOM_AHEAD if drafts is None else MOST_AHEAD
         self._memory = RequestMemory(model, self._runner.release, prefix, room_ahead)
         self._scheduler = Scheduler(config.max_num_seqs, config.max_prefill_tokens, self._memory)
@@ -143,8 +149,8 @@ class Engine:
         taken = Usage(slots.num_slots - slots.num_free_slots, slots.num_slots)
         compiled, captured = self._made_before
         drafting = self._drafting
-        replays = 0 if self._decoder is None else self._decoder.num_replays
-        replays += 0 if drafting is None else drafting.decoder.num_replays
+        graphs = self._decoder, self._prompts, None if drafting is None else drafting.decoder
+        replays = sum(one.num_replays for one in graphs if one is not None)
         made = COMPILATIONS.count - compiled, COMPILATIONS.num_captured - captured, replays
         waiting, counts = self._scheduler.num_waiting, self.counts
         drafts = DraftCounts() if drafting is None else drafting.counts

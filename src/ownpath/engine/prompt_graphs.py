@@ -15,7 +15,7 @@ eagerly on the same arrays, with the same bits.
 Legend: T rows of a step, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -83,11 +83,12 @@ class CapturedRead:
 
 
 class PromptGraphs:
-    """Reads prompts as ``Model`` does, in graphs where a step fits one. most_tokens: that a step reads."""
+    """Reads prompts as ``Model`` does, in graphs where a step fits one. most_tokens: that a step reads. sizes: rows of
+    the graphs below it."""
 
-    def __init__(self, model: ReadingModel, most_tokens: int) -> None:
+    def __init__(self, model: ReadingModel, most_tokens: int, sizes: Sequence[int] = SIZES) -> None:
         self._model, self.pool = model, model.caches
-        self.shapes = tuple(shapes_of(most_tokens, self.pool))
+        self.shapes = tuple(shapes_of(most_tokens, self.pool, sizes))
         self._fixed: dict[ChunkShape, FixedChunks] = {}
         self._graphs: dict[ChunkShape, CapturedRead] = {}
         largest = FixedChunks(self.pool, ChunkShape(*map(max, zip(*self.shapes, strict=True))))
@@ -174,14 +175,14 @@ class PromptGraphs:
         return self._fixed[shape]
 
 
-def shapes_of(most_tokens: int, pool: CachePool) -> Iterator[ChunkShape]:
-    """Yields the shapes of steps that read up to so many tokens, the smallest first."""
+def shapes_of(most_tokens: int, pool: CachePool, sizes: Sequence[int]) -> Iterator[ChunkShape]:
+    """Yields the shapes of steps that read up to so many tokens, the smallest first. sizes: ascending."""
     largest = min(most_tokens, pool.spec.max_tokens)
     widths, width = list[int](), FIRST_BLOCKS
     while width < pool.blocks_per_sequence:
         widths.append(width)
         width *= GROWTH
-    for num_rows in (*(size for size in SIZES if size < largest), largest):
+    for num_rows in (*(size for size in sizes if size < largest), largest):
         for num_blocks in (*widths, pool.blocks_per_sequence):
             yield ChunkShape(num_rows, min(MOST_REQUESTS, pool.spec.max_sequences), num_blocks)
 

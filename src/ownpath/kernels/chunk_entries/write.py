@@ -108,8 +108,7 @@ def chunk_entries_kernel(
     INDEX_FORM: tl.constexpr,
     INDEX_KEYS: tl.constexpr,
 ):
-    """Writes a part of a main entry, or an index entry, or, behind all of these, a near key. Where an end is -1 there is
-    none.
+    """Writes a part of a main entry, or an index entry, or, behind all of these, a near key. An end of -1 is none.
 
     WINDOW: rows of a slot's ring of keys. RATIO is 0 in a layer without compressors.
     """
