@@ -155,8 +155,16 @@ def _alone(loaded: LoadedModel, prefix: PrefixSettings | None) -> tuple[Engine, 
     kept = None if prefix is None else PrefixCache(model.caches, prefix, _prefix_root(loaded))
     ends = loaded.end_tokens.ids
     drafts, prompts = make_drafts(model, loaded.config, num_tokens), make_prompt_graphs(model, loaded.config)
-    made = {"decoder": decoder, "prefix": kept, "drafts": drafts, "prompts": prompts}
-    return Engine(model, loaded.config, num_tokens, end_token_ids=ends, **made), None
+    return Engine(
+        model,
+        loaded.config,
+        num_tokens,
+        end_token_ids=ends,
+        decoder=decoder,
+        prefix=kept,
+        drafts=drafts,
+        prompts=prompts,
+    ), None
 
 
 def _led(

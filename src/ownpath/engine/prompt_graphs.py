@@ -159,13 +159,13 @@ class PromptGraphs:
         return captured.residual
 
     def _capture(self, fixed: FixedChunks, memory: Any) -> CapturedRead:
-        ledger, run = self._model.ledger, lambda: self._model.read(fixed.token_ids_T, fixed.tables)
+        ledger = self._model.ledger
         with ledger.counting_apart():
-            run()
+            self._model.read(fixed.token_ids_T, fixed.tables)
         torch.cuda.synchronize(self.pool.spec.device)
         graph = torch.cuda.CUDAGraph()
         with ledger.counting_apart() as calls, torch.cuda.graph(graph, pool=memory):
-            residual = run()
+            residual = self._model.read(fixed.token_ids_T, fixed.tables)
         COMPILATIONS.num_captured += 1
         return CapturedRead(graph, residual, ledger.captured(calls))
 
