@@ -154,17 +154,11 @@ def _alone(loaded: LoadedModel, prefix: PrefixSettings | None) -> tuple[Engine, 
     decoder = make_decoder(model, loaded.config, num_tokens)
     kept = None if prefix is None else PrefixCache(model.caches, prefix, _prefix_root(loaded))
     ends = loaded.end_tokens.ids
-    drafts, prompts = make_drafts(model, loaded.config, num_tokens), make_prompt_graphs(model, loaded.config)
-    return Engine(
-        model,
-        loaded.config,
-        num_tokens,
-        end_token_ids=ends,
-        decoder=decoder,
-        prefix=kept,
-        drafts=drafts,
-        prompts=prompts,
-    ), None
+    drafts, config = make_drafts(model, loaded.config, num_tokens), loaded.config
+    reader = make_prompt_graphs(model, config) or model
+    if drafts is not None:
+        drafts = drafts._replace(model=reader)
+    return Engine(reader, config, num_tokens, end_token_ids=ends, decoder=decoder, prefix=kept, drafts=drafts), None
 
 
 def _led(

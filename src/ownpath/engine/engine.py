@@ -18,7 +18,7 @@ from ownpath.engine.load import DraftCounts, EngineCounts, EngineLoad, Usage
 from ownpath.engine.memory import RequestMemory
 from ownpath.engine.places import WaitingPlaces
 from ownpath.engine.prefix import PrefixCache
-from ownpath.engine.prompt_graphs import PromptGraphs
+from ownpath.engine.prompt_graphs import prompts_of
 from ownpath.engine.reports import Reporter
 from ownpath.engine.request import ROOM_AHEAD, FinishReason, Request, RequestError, StepOutput
 from ownpath.engine.retry import chunks_alone
@@ -41,13 +41,13 @@ class EngineStopped(RuntimeError):
 class Engine:
     """Runs requests together, each with its own parameters, random stream and reports.
 
+    model: runs steps by its ``forward``; one in ``PromptGraphs`` reads prompts in graphs.
     num_vocab: ids below it are tokens; embedding rows from there on are padding, never chosen or scored.
     max_num_queued: requests of a client that may wait beyond those that run, if no other client's do (``places``).
     end_token_ids: tokens that end an answer; ``None``: those of the model's config.json alone.
     decoder: runs the steps in which every request has one row; ``None``: the model's ``forward`` runs all steps.
     prefix: what the model's caches hold of earlier requests; ``None``: every request computes its whole prompt.
     drafts: runs steps with drafts, and the policy that says which; ``None``: none has any.
-    prompts: reads prompts in graphs; ``None``: the model's ``forward`` does.
     """
 
     def __init__(
@@ -60,7 +60,6 @@ class Engine:
         decoder: Decoder | None = None,
         prefix: PrefixCache | None = None,
         drafts: Drafts | None = None,
-        prompts: PromptGraphs | None = None,
     ) -> None:
         if not 0 < num_vocab <= model.config.vocab_size:
             raise ValueError(f"{num_vocab} tokens do not fit the model's vocab_size {model.config.vocab_size}")
@@ -71,12 +70,10 @@ class Engine:
         self._decoder = decoder
         self._places = WaitingPlaces(config.max_num_seqs, max_num_queued)
         self._reporter = Reporter(self.end_token_ids, self._close)
-        self._prompts = prompts
-        if drafts is not None and prompts is not None:
-            drafts = drafts._replace(model=prompts)
         self._drafting = None if drafts is None else Drafting(drafts, self._reporter, config.device)
+        self._graphs = decoder, None if drafts is None else drafts.decoder, prompts_of(model)
         run = config.device, num_vocab, self._adjuster, self._reporter, self._drafting
-        self._runner = StepRunner(model if prompts is None else prompts, decoder, *run)
+        self._runner = StepRunner(model, decoder, *run)
         room_ahead = ROOM_AHEAD if drafts is None else MOST_AHEAD
         self._memory = RequestMemory(model, self._runner.release, prefix, room_ahead)
         self._scheduler = Scheduler(config.max_num_seqs, config.max_prefill_tokens, self._memory)
@@ -149,8 +146,7 @@ class Engine:
         taken = Usage(slots.num_slots - slots.num_free_slots, slots.num_slots)
         compiled, captured = self._made_before
         drafting = self._drafting
-        graphs = self._decoder, self._prompts, None if drafting is None else drafting.decoder
-        replays = sum(one.num_replays for one in graphs if one is not None)
+        replays = sum(one.num_replays for one in self._graphs if one is not None)
         made = COMPILATIONS.count - compiled, COMPILATIONS.num_captured - captured, replays
         waiting, counts = self._scheduler.num_waiting, self.counts
         drafts = DraftCounts() if drafting is None else drafting.counts

@@ -23,10 +23,10 @@ import torch
 
 from ownpath.cache.chunks import ChunkTables
 from ownpath.cache.fixed_chunks import ChunkShape, FixedChunks
-from ownpath.cache.pools import CachePool
+from ownpath.cache.pools import CachePool, SequenceCache
 from ownpath.cache.tables import StepTables
 from ownpath.cache.transfer import Staging
-from ownpath.config import EngineConfig
+from ownpath.config import EngineConfig, ModelConfig
 from ownpath.engine.graphs import no_graph_of
 from ownpath.kernels.dsl.compilations import COMPILATIONS
 from ownpath.model.batch import ForwardBatch
@@ -53,10 +53,15 @@ class ReadingModel(Protocol):
     """The model as far as graphs of prompts go."""
 
     @property
+    def config(self) -> ModelConfig: ...
+
+    @property
     def caches(self) -> CachePool: ...
 
     @property
     def ledger(self) -> Ledger: ...
+
+    def new_cache(self, num_tokens: int | None = None) -> SequenceCache: ...
 
     def read(self, token_ids_T: torch.Tensor, tables: ChunkTables) -> Residual: ...
 
@@ -83,23 +88,34 @@ class CapturedRead:
 
 
 class PromptGraphs:
-    """Reads prompts as ``Model`` does, in graphs where a step fits one. most_tokens: that a step reads. sizes: rows of
-    the graphs below it."""
+    """A model that reads prompts in graphs where a step fits one; see ``steps.LanguageModel``.
+
+    most_tokens: that a step reads. sizes: rows of the graphs below it, ascending.
+    """
 
     def __init__(self, model: ReadingModel, most_tokens: int, sizes: Sequence[int] = SIZES) -> None:
-        self._model, self.pool = model, model.caches
-        self.shapes = tuple(shapes_of(most_tokens, self.pool, sizes))
+        self._model, self.caches = model, model.caches
+        self.shapes = tuple(shapes_of(most_tokens, self.caches, sizes))
         self._fixed: dict[ChunkShape, FixedChunks] = {}
         self._graphs: dict[ChunkShape, CapturedRead] = {}
-        largest = FixedChunks(self.pool, ChunkShape(*map(max, zip(*self.shapes, strict=True))))
-        self._staging = Staging(largest.num_words, self.pool.spec.device)
+        largest = FixedChunks(self.caches, ChunkShape(*map(max, zip(*self.shapes, strict=True))))
+        self._staging = Staging(largest.num_words, self.caches.spec.device)
         self.num_replays = 0
         """Steps that a graph ran."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's configuration."""
+        return self._model.config
+
+    def new_cache(self, num_tokens: int | None = None) -> SequenceCache:
+        """See ``Model.new_cache``."""
+        return self._model.new_cache(num_tokens)
 
     def shape_of(self, tables: StepTables) -> ChunkShape | None:
         """Returns the shape that a step runs in; ``None``: it runs as it is."""
         counts = [rows.stop - rows.start for rows in tables.rows]
-        if tables.passed or max(counts) <= self.pool.spec.rows_per_request:
+        if tables.passed or max(counts) <= self.caches.spec.rows_per_request:
             return None
         num_rows = tables.row_ends[-1]
         fitting = next((shape for shape in self.shapes if shape.holds(tables)), None)
@@ -162,7 +178,7 @@ class PromptGraphs:
         ledger = self._model.ledger
         with ledger.counting_apart():
             self._model.read(fixed.token_ids_T, fixed.tables)
-        torch.cuda.synchronize(self.pool.spec.device)
+        torch.cuda.synchronize(self.caches.spec.device)
         graph = torch.cuda.CUDAGraph()
         with ledger.counting_apart() as calls, torch.cuda.graph(graph, pool=memory):
             residual = self._model.read(fixed.token_ids_T, fixed.tables)
@@ -171,7 +187,7 @@ class PromptGraphs:
 
     def _fixed_of(self, shape: ChunkShape) -> FixedChunks:
         if shape not in self._fixed:
-            self._fixed[shape] = FixedChunks(self.pool, shape)
+            self._fixed[shape] = FixedChunks(self.caches, shape)
         return self._fixed[shape]
 
 
@@ -185,6 +201,11 @@ def shapes_of(most_tokens: int, pool: CachePool, sizes: Sequence[int]) -> Iterat
     for num_rows in (*(size for size in sizes if size < largest), largest):
         for num_blocks in (*widths, pool.blocks_per_sequence):
             yield ChunkShape(num_rows, min(MOST_REQUESTS, pool.spec.max_sequences), num_blocks)
+
+
+def prompts_of(model: object) -> PromptGraphs | None:
+    """Returns a model's graphs of prompts; ``None``: it has none."""
+    return model if isinstance(model, PromptGraphs) else None
 
 
 def make_prompt_graphs(model: Model, engine: EngineConfig) -> PromptGraphs | None:

@@ -60,17 +60,13 @@ On an H200 a graph of the embedded model takes 0.25 ms, whatever its rows. A ``f
 AnyFlight = TypeVar("AnyFlight", Flight, DraftedFlight)
 
 
-class Forward(Protocol):
-    """A model as far as steps of rows go: itself, or its graphs."""
-
-    def forward(self, batch: ForwardBatch) -> torch.Tensor: ...
-
-
-class LanguageModel(CachingModel, Forward, Protocol):
+class LanguageModel(CachingModel, Protocol):
     """The model as the engine uses it."""
 
     @property
     def config(self) -> ModelConfig: ...
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor: ...
 
 
 def wanted_tops(rows: Iterable[tuple[int, Request]]) -> dict[int, int]:
@@ -84,7 +80,7 @@ class StepRunner:
 
     def __init__(
         self,
-        model: Forward,
+        model: LanguageModel,
         decoder: Decoder | None,
         device: str,
         num_vocab: int,

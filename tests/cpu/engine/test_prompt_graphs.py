@@ -112,7 +112,7 @@ class Shapes:
     """The model as far as the choice of shapes goes: contexts of 100,000 tokens."""
 
     def __init__(self, model: Model) -> None:
-        self.ledger, spec = model.ledger, model.cache_spec
+        spec = model.cache_spec
         settings = {"max_tokens": 100_000, "max_sequences": 20, "cache_blocks": 2}
         self.caches = CachePool(type(spec)(**vars(spec) | settings))
 
@@ -121,7 +121,7 @@ def test_which_steps_have_a_shape(model: Model) -> None:
     graphs = PromptGraphs(Shapes(model), 8192)  # type: ignore[arg-type]  # nothing runs
 
     def shape(*parts: tuple[int, int], passed: bool = False) -> tuple[int, int] | None:
-        found = graphs.shape_of(tables_of(graphs.pool, parts, passed))
+        found = graphs.shape_of(tables_of(graphs.caches, parts, passed))
         assert found is None or isinstance(found, ChunkShape)
         return None if found is None else (found.num_rows, found.num_blocks)
 

@@ -138,11 +138,9 @@ def test_an_engine_reads_prompts_in_graphs(model: Model) -> None:
     decoder, prompts = make_decoder(model, engine, model.config.vocab_size), make_prompt_graphs(model, engine)
     assert prompts is not None
     asked, answers = [(ids(count, count), 20) for count in (700, 3, 90, 1400, 260, 40, 515, 2000)], []
-    for reader in (prompts, None):
+    for reader in (prompts, model):
         prefix = PrefixCache(model.caches, PrefixSettings(16, num_tails=4))
-        runs = Engine(
-            model, engine, model.config.vocab_size, end_token_ids=(), decoder=decoder, prefix=prefix, prompts=reader
-        )
+        runs = Engine(reader, engine, model.config.vocab_size, end_token_ids=(), decoder=decoder, prefix=prefix)
         runs.start()
         try:
             tokens_of(runs, [(ids(3000, 1), 50)] * 3 + asked[:1], num_aborted=3)
