@@ -39,7 +39,7 @@ NUM_PROMPTS = 3
 HOST_LAYERS = 8
 """Layers whose launches fit the device's queue."""
 NAME_LENGTH = 72
-Reader: TypeAlias = Model | PromptGraphs
+PromptReader: TypeAlias = Model | PromptGraphs
 
 
 def measured(asked: BenchRequest) -> Iterator[Row]:
@@ -110,12 +110,12 @@ class PromptBench:
         return cls(asked, shape, made, clocked, made.model.new_cache(), graphs, setup, generator)
 
     @property
-    def readers(self) -> tuple[Reader, ...]:
-        """What reads prompts: graphs, and the model."""
+    def readers(self) -> tuple[PromptReader, ...]:
+        """The readers of prompts: graphs, and the model."""
         return (self.made.model,) if self.graphs is None else (self.graphs, self.made.model)
 
     @torch.inference_mode()
-    def row(self, num_tokens: int, chunk: int, reader: Reader) -> Row:
+    def row(self, num_tokens: int, chunk: int, reader: PromptReader) -> Row:
         """Measures prompts of one length, in chunks of one size."""
         config, options, is_eager = self.made.model.config, self.asked.step, reader is self.made.model
         logits_RV = self._read(reader, self._drawn(num_tokens), chunk)
@@ -148,17 +148,17 @@ class PromptBench:
         ).tolist()
         return ids
 
-    def _read(self, reader: Reader, ids: list[int], chunk: int) -> torch.Tensor:
+    def _read(self, reader: PromptReader, ids: list[int], chunk: int) -> torch.Tensor:
         """Reads a prompt; returns the last row's logits."""
         self.cache.num_tokens = 0
         for start in range(0, len(ids), chunk):
             logits_RV = self._step(reader, ids[start : start + chunk])
         return logits_RV
 
-    def _step(self, reader: Reader, ids: list[int]) -> torch.Tensor:
+    def _step(self, reader: PromptReader, ids: list[int]) -> torch.Tensor:
         return reader.forward(ForwardBatch.of([(ids, self.cache)], self.asked.settings.device))
 
-    def _time(self, num_tokens: int, chunk: int, reader: Reader) -> tuple[float, float]:
+    def _time(self, num_tokens: int, chunk: int, reader: PromptReader) -> tuple[float, float]:
         """Returns microseconds of a prompt on the device, and those until the host has launched it."""
         ids = self._drawn(num_tokens)
         if not self.is_on_gpu:

@@ -21,7 +21,7 @@ from ownpath.cache.chunks import ALIGNED, ChunkTables, HostChunks
 from ownpath.cache.layout import NOBODY
 from ownpath.cache.pools import CachePool
 from ownpath.cache.tables import StepTables, new_flags
-from ownpath.cache.transfer import Staging
+from ownpath.cache.transfer import StepStaging
 
 PADDED = -1
 """The token of a padded row, and an end that does not happen."""
@@ -69,7 +69,7 @@ class FixedChunks:
         """Integers of the buffer."""
         return len(self._padded)
 
-    def send(self, tables: StepTables, token_ids_T: torch.Tensor, staging: Staging) -> None:
+    def send(self, tables: StepTables, token_ids_T: torch.Tensor, staging: StepStaging) -> None:
         """Has the device take up a step that fits. Does not wait."""
         host = HostChunks.of(tables)
         staging.send(lambda words: self._fill(words, host), self._device)

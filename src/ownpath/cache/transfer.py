@@ -24,7 +24,7 @@ def uploaded_ids(values: Sequence[int], device: torch.device | str) -> torch.Ten
     return upload(torch.tensor(values, dtype=torch.int64), device)
 
 
-class Staging:
+class StepStaging:
     """Memory of the host in which arrays of int32 are made that go to a device. num_words: of the largest."""
 
     def __init__(self, num_words: int, device: torch.device) -> None:

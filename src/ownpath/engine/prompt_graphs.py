@@ -25,7 +25,7 @@ from ownpath.cache.chunks import ChunkTables
 from ownpath.cache.fixed_chunks import ChunkShape, FixedChunks
 from ownpath.cache.pools import CachePool, SequenceCache
 from ownpath.cache.tables import StepTables
-from ownpath.cache.transfer import Staging
+from ownpath.cache.transfer import StepStaging
 from ownpath.config import EngineConfig, ModelConfig
 from ownpath.engine.graphs import no_graph_of
 from ownpath.kernels.dsl.compilations import COMPILATIONS
@@ -99,7 +99,7 @@ class PromptGraphs:
         self._fixed: dict[ChunkShape, FixedChunks] = {}
         self._graphs: dict[ChunkShape, CapturedRead] = {}
         largest = FixedChunks(self.caches, ChunkShape(*map(max, zip(*self.shapes, strict=True))))
-        self._staging = Staging(largest.num_words, self.caches.spec.device)
+        self._staging = StepStaging(largest.num_words, self.caches.spec.device)
         self.num_replays = 0
         """Steps that a graph ran."""
 
