@@ -80,10 +80,9 @@ class ReadingModel(Protocol):
 
 @dataclass(frozen=True)
 class CapturedRead:
-    """A shape's graph, what it leaves, and the calls that a replay makes."""
+    """A shape's graph, and the calls that a replay makes."""
 
     graph: torch.cuda.CUDAGraph
-    residual: Residual
     calls: CapturedCalls
 
 
@@ -98,6 +97,7 @@ class PromptGraphs:
         self.shapes = tuple(shapes_of(most_tokens, self.caches, sizes))
         self._fixed: dict[ChunkShape, FixedChunks] = {}
         self._graphs: dict[ChunkShape, CapturedRead] = {}
+        self._left: Residual | None = None  # of the graph that ran last
         largest = FixedChunks(self.caches, ChunkShape(*map(max, zip(*self.shapes, strict=True))))
         self._staging = StepStaging(largest.num_words, self.caches.spec.device)
         self.num_replays = 0
@@ -172,18 +172,23 @@ class PromptGraphs:
         captured.graph.replay()
         self.num_replays += 1
         captured.calls.num_replays += 1
-        return captured.residual
+        assert self._left is not None
+        return self._left
 
     def _capture(self, fixed: FixedChunks, memory: Any) -> CapturedRead:
         ledger = self._model.ledger
         with ledger.counting_apart():
-            self._model.read(fixed.token_ids_T, fixed.tables)
+            residual = self._model.read(fixed.token_ids_T, fixed.tables)
+        if self._left is None:  # one for all graphs: each of its own would keep its memory from the others
+            self._left = Residual.of_parts([torch.empty_like(part) for part in residual.parts])
+        left = self._left.first(fixed.shape.num_rows)
         torch.cuda.synchronize(self.caches.spec.device)
         graph = torch.cuda.CUDAGraph()
         with ledger.counting_apart() as calls, torch.cuda.graph(graph, pool=memory):
             residual = self._model.read(fixed.token_ids_T, fixed.tables)
+            torch._foreach_copy_(left.parts, residual.parts)
         COMPILATIONS.num_captured += 1
-        return CapturedRead(graph, residual, ledger.captured(calls))
+        return CapturedRead(graph, ledger.captured(calls))
 
     def _fixed_of(self, shape: ChunkShape) -> FixedChunks:
         if shape not in self._fixed:
@@ -220,6 +225,7 @@ def make_prompt_graphs(model: Model, engine: EngineConfig) -> PromptGraphs | Non
         return None
     if no_graph_of(model.ledger) is not None:
         return None
+    torch.cuda.empty_cache()  # as a capture does
     graphs, before = PromptGraphs(model, engine.max_prefill_tokens), torch.cuda.mem_get_info(device)[0]
     with Progress("capturing graphs of prompts") as progress, torch.inference_mode():
         graphs.capture(progress)
