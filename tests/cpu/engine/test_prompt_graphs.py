@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from cpu.engine.served import VOCAB, Served
 from support.checkpoints import random_checkpoint
 
 from ownpath.cache.fixed_chunks import ChunkShape
@@ -12,6 +13,8 @@ from ownpath.cache.pools import CachePool, SequenceCache
 from ownpath.cache.snapshot import PassedSnapshot
 from ownpath.cache.tables import StepTables
 from ownpath.config import EngineConfig
+from ownpath.engine.decoder import Decoder
+from ownpath.engine.prefix import PrefixSettings
 from ownpath.engine.prompt_graphs import PromptGraphs
 from ownpath.loading import load_model
 from ownpath.model.batch import ForwardBatch
@@ -58,13 +61,12 @@ def run(model: Model, reader: Model | PromptGraphs, fill: int = 0) -> list[torch
     return [torch.cat(parts) for parts in found]
 
 
-@pytest.mark.parametrize("fill", [0, NAN_BYTE])
-def test_padded_steps_equal_forward(model: Model, fill: int) -> None:
-    """Whatever the caches held that no row of a request has written."""
+def test_padded_steps_equal_forward(model: Model) -> None:
+    """In caches of which everything is NaN that no row of a request has written."""
     graphs = PromptGraphs(model, 200, (128, 256))
     assert {shape.num_rows for shape in graphs.shapes} == {128, 200}
     expected = run(model, model)
-    for one, other in zip(run(model, graphs, fill), expected, strict=True):
+    for one, other in zip(run(model, graphs, NAN_BYTE), expected, strict=True):
         assert (one - other).abs().max() < FLOAT64_TOLERANCE
 
 
@@ -140,3 +142,29 @@ def test_which_steps_have_a_shape(model: Model) -> None:
     assert shape((0, 300), passed=True) is None, "it takes a snapshot on its way"
     assert shape(*[(0, 20)] * 16) == (512, 32)
     assert shape(*[(0, 20)] * 17) is None
+
+
+def test_an_engine_answers_as_without(model: Model) -> None:
+    """Prompts together, one aborted in the middle, and sent again: hits. Nothing of them is left."""
+    prompts, graphs = [ids(count, count) for count in (270, 40, 130)], PromptGraphs(model, 128)
+    steps, answers = list[bool](), list[list[list[int]]]()
+
+    def noted(tables: StepTables) -> ChunkShape | None:
+        found = PromptGraphs.shape_of(graphs, tables)
+        steps.append(found is not None)
+        return found
+
+    graphs.shape_of = noted  # type: ignore[method-assign]
+    for reader in (graphs, model):
+        decoder = Decoder(model, 4, VOCAB)
+        with Served(reader, PrefixSettings(8, num_tails=2), 128, decoder=decoder) as served:
+            assert served.prefix is not None
+            served.prefix.cuts = True
+            dropped = served.submit(ids(400, 1), 8)
+            asked = [served.submit(prompt, 3) for prompt in prompts]
+            asked[0].next()
+            served.engine.abort(dropped.request)
+            answers.append([one.tokens() for one in asked])
+            answers.append([served.answer(prompt, 3)[0] for prompt in prompts])
+    assert answers[:2] == answers[2:]
+    assert any(steps)
