@@ -50,9 +50,9 @@ def measured(asked: BenchRequest) -> Iterator[Row]:
         lengths = asked.tokens or LENGTHS
         bench = PromptBench.of(asked, shape, max(lengths))
         for num_tokens in lengths:
-            for chunk in asked.step.chunks:
+            for chunk in dict.fromkeys(min(chunk, num_tokens) for chunk in asked.step.chunks):
                 for reader in bench.readers:
-                    yield bench.row(num_tokens, min(chunk, num_tokens), reader)
+                    yield bench.row(num_tokens, chunk, reader)
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,10 @@ class PromptGraphs:
         most = num_rows + max(MOST_PADDED, num_rows // PADDED_SHARE)
         return fitting if fitting is not None and fitting.num_rows <= most else None
 
+    def takes(self, num_requests: int) -> bool:
+        """Returns True if a graph reads short prompts of so many requests in a step."""
+        return bool(self._graphs) and num_requests <= self.shapes[0].num_requests
+
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """See ``Model.forward``."""
         residual = self._read(batch)
