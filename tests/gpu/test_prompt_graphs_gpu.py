@@ -13,7 +13,7 @@ from ownpath.config import EngineConfig
 from ownpath.engine.decoder import make_decoder
 from ownpath.engine.engine import Engine
 from ownpath.engine.prefix import PrefixCache, PrefixSettings
-from ownpath.engine.prompt_graphs import PromptGraphs, make_prompt_graphs
+from ownpath.engine.prompt_graphs import PromptGraphs, with_prompt_graphs
 from ownpath.engine.request import FinishReason, Request, SamplingParams, StepOutput
 from ownpath.kernels.dsl.cache import Config
 from ownpath.loading import default_model_dir, load_model
@@ -135,8 +135,8 @@ def test_an_engine_reads_prompts_in_graphs(model: Model) -> None:
     """Answers of prompts of all lengths, some aborted, some resent, in caches that are too small for all at once: the
     tokens of an engine without graphs of prompts, where rows' bits do not depend on neighbours; nothing leaks."""
     engine = EngineConfig(str(model.cache_spec.device), torch.bfloat16, 16384, MAX_SEQS, LARGEST)
-    decoder, prompts = make_decoder(model, engine, model.config.vocab_size), make_prompt_graphs(model, engine)
-    assert prompts is not None
+    decoder, prompts = make_decoder(model, engine, model.config.vocab_size), with_prompt_graphs(model, engine)
+    assert isinstance(prompts, PromptGraphs)
     asked, answers = [(ids(count, count), 20) for count in (700, 3, 90, 1400, 260, 40, 515, 2000)], []
     for reader in (prompts, model):
         prefix = PrefixCache(model.caches, PrefixSettings(16, num_tails=4))

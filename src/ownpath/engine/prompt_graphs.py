@@ -217,18 +217,17 @@ def prompts_of(model: object) -> PromptGraphs | None:
     return model if isinstance(model, PromptGraphs) else None
 
 
-def make_prompt_graphs(model: Model, engine: EngineConfig) -> PromptGraphs | None:
-    """Makes the graphs of a model that one process runs on a GPU, ready for the first step, and says what memory they
-    take.
+def with_prompt_graphs(model: Model, engine: EngineConfig) -> "Model | PromptGraphs":
+    """Captures the graphs of a model that one process runs on a GPU, and says what memory they take.
 
-    ``None`` where the engine wants none, where steps with chunks have no line of kernels or one that waits for the
-    host, and on a CPU.
+    Returns the model as it is where the engine wants no graphs, where steps with chunks have no line of kernels or one
+    that waits for the host, and on a CPU.
     """
     device = torch.device(engine.device)
     if device.type != "cuda" or not engine.graphs or model.paged is None or not model.paged.has_chunks:
-        return None
+        return model
     if no_graph_of(model.ledger) is not None:
-        return None
+        return model
     torch.cuda.empty_cache()  # as a capture does
     graphs, before = PromptGraphs(model, engine.max_prefill_tokens), torch.cuda.mem_get_info(device)[0]
     with Progress("capturing graphs of prompts") as progress, torch.inference_mode():
