@@ -27,6 +27,7 @@ from ownpath.chat.tokenizer import Tokenizer
 from ownpath.config import EngineConfig
 from ownpath.engine.decoder import make_decoder
 from ownpath.engine.engine import Engine
+from ownpath.engine.prompt_graphs import with_prompt_graphs
 from ownpath.engine.request import Request, SamplingParams, StepOutput
 from ownpath.loading import default_model_dir, load_model
 from ownpath.startup import warm_up
@@ -217,7 +218,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, object]]:
     if args.device != "cpu":
         warm_up(model, config)
     decoder = make_decoder(model, config, tokenizer.num_tokens)
-    engine = Engine(model, config, tokenizer.num_tokens, end_token_ids=(), decoder=decoder)
+    engine = Engine(with_prompt_graphs(model, config), config, tokenizer.num_tokens, end_token_ids=(), decoder=decoder)
     server = Server(args.device, folder, max_len)
     engine.start()
     try:

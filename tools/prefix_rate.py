@@ -27,6 +27,7 @@ from ownpath.bench.step import make_model, step_config
 from ownpath.config import EngineConfig
 from ownpath.engine.engine import Engine
 from ownpath.engine.prefix import PrefixCache, PrefixSettings
+from ownpath.engine.prompt_graphs import with_prompt_graphs
 from ownpath.engine.request import Request, SamplingParams, StepOutput
 from ownpath.formats import CacheFormat
 
@@ -94,7 +95,7 @@ def running_engine(args: argparse.Namespace) -> tuple[Engine, PrefixCache]:
     )
     model = make_model(step_config(args.shape, options), config, options.export, options.expert_sets).model
     prefix = PrefixCache(model.caches, PrefixSettings(32, num_tails=args.tails), "random weights")
-    engine = Engine(model, config, model.config.vocab_size, end_token_ids=(), prefix=prefix)
+    engine = Engine(with_prompt_graphs(model, config), config, model.config.vocab_size, end_token_ids=(), prefix=prefix)
     engine.start()
     return engine, prefix
 

@@ -26,6 +26,7 @@ from ownpath.bench.record import append_lines, provenance
 from ownpath.config import EngineConfig
 from ownpath.engine.decoder import make_decoder
 from ownpath.engine.engine import Engine
+from ownpath.engine.prompt_graphs import with_prompt_graphs
 from ownpath.engine.request import Request, SamplingParams, StepOutput
 from ownpath.loading import default_model_dir, load_model
 from ownpath.startup import warm_up
@@ -65,7 +66,13 @@ def engine_rates(device: str, counts: Sequence[int], num_tokens: int) -> Iterato
     if device != "cpu":
         warm_up(model, config)
     num_vocab = model.config.vocab_size
-    engine = Engine(model, config, num_vocab, end_token_ids=(), decoder=make_decoder(model, config, num_vocab))
+    engine = Engine(
+        with_prompt_graphs(model, config),
+        config,
+        num_vocab,
+        end_token_ids=(),
+        decoder=make_decoder(model, config, num_vocab),
+    )
     engine.start()
     try:
         for count in counts:

@@ -12,6 +12,7 @@ from ownpath.bench.step import make_model, step_config
 from ownpath.commands.session import engine_config_of
 from ownpath.engine.decoder import Decoder
 from ownpath.engine.engine import Engine
+from ownpath.engine.prompt_graphs import with_prompt_graphs
 
 _LETTERS, _DIGITS = b"etaoinshrdlucmfwypvbgkjqxzETAOINS", b"0123456789"
 _MARKS = (b'", "', b'": "', b'"}, {"', b".", b",", b":", b"\n  ")
@@ -35,7 +36,7 @@ def shaped_engine(args: argparse.Namespace, max_num_seqs: int, row_counts: Colle
         decoder.buckets = tuple(sorted({*row_counts, max_num_seqs}))
         with torch.inference_mode():
             (decoder.capture if config.graphs else decoder.warm_up)(lambda *_: None)
-    return Engine(model, config, num_vocab, end_token_ids=(), decoder=decoder)
+    return Engine(with_prompt_graphs(model, config), config, num_vocab, end_token_ids=(), decoder=decoder)
 
 
 def made_up_tokens(known: list[bytes], count: int) -> list[bytes]:

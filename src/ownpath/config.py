@@ -232,7 +232,8 @@ class EngineConfig:
     cache_format: the format of keys in the caches.
     rows_per_request: the most rows that a request may have in a decode step, up to 9: rings of the caches are made for
         it. An engine that drafts has two rows of each; callers of the model may bring more.
-    graphs: capture decode steps as CUDA graphs; without, they run eagerly, with the same bits.
+    graphs: capture decode steps as CUDA graphs, and steps that read prompts in sizes of their own; without, they run
+        eagerly, decode steps with the same bits.
     parallel: this process's rank among those that run one model together.
     num_cache_blocks: blocks of 256 tokens that all sequences share; ``None``: as many as ``max_num_seqs`` sequences of
         ``max_model_len`` tokens fill.

@@ -6,7 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ownpath.conformance.chunk_entries import ChunkWritingStep, draw_chunks, judge_entries, judge_near, with_key_pages
+from ownpath.conformance.chunk_entries import (
+    ChunkWritingStep,
+    draw_chunks,
+    judge_entries,
+    judge_near,
+    with_absent_ends,
+    with_key_pages,
+)
 from ownpath.conformance.entries import judge_rounded
 from ownpath.kernels.chunk_entries.cases import CASES, ChunkEntriesCase
 from ownpath.kernels.chunk_entries.launch import CHUNK_ENTRIES
@@ -29,6 +36,14 @@ def test_what_is_written(name: str, case: ChunkEntriesCase) -> None:
         written = step.copy()
         judge_near(KERNELS[name](*written.arguments), step)
         judge_entries(step, written)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ends_that_do_not_happen_write_nothing(name: str) -> None:
+    step = draw_chunks(TINY["csa narrow"], CPU)
+    written = step.copy()
+    judge_near(KERNELS[name](*with_absent_ends(written).arguments), step)
+    judge_entries(step, written)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -21,7 +21,6 @@ from ownpath.attention.writes import pools_of, write_passed
 from ownpath.cache.chunks import ChunkTables
 from ownpath.cache.layout import BLOCK_TOKENS
 from ownpath.cache.pools import EntryCache
-from ownpath.cache.tables import StepTables
 from ownpath.runners.decode import (
     ChunkKeys,
     ChunkPlaces,
@@ -83,12 +82,11 @@ class ChunkLayer:
         return found[0] if len(found) == 1 else [torch.cat(parts) for parts in zip(*found, strict=True)]
 
 
-def prepare_chunks(tables: StepTables, angles: Callable[[torch.Tensor], StepAngles]) -> ChunkStep:
-    """Prepares what all layers of a step with chunks share. angles: of positions int32 [T], as decode steps have
-    them."""
-    chunks = ChunkTables.of(tables)
+def prepare_chunks(tables: ChunkTables, angles: Callable[[torch.Tensor], StepAngles]) -> ChunkStep:
+    """Prepares what all layers of a step with chunks share, from arrays on the device alone. angles: of positions int32
+    [T], as decode steps have them."""
     ends = {}
-    for ratio, rows_E in chunks.ends.items():
-        of_ends = angles(chunks.positions_T[rows_E.long()]).of(ratio)
+    for ratio, rows_E in tables.ends.items():
+        of_ends = angles(tables.positions_T[rows_E.long()]).of(ratio)
         ends[ratio] = EndingRows(rows_E, of_ends.first_cos_TF, of_ends.first_sin_TF)
-    return ChunkStep(tables, chunks, ends, Rotation.none(len(tables.positions_T), tables.positions_T.device))
+    return ChunkStep(tables, ends, Rotation.none(len(tables.positions_T), tables.positions_T.device))

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import torch
 
 from ownpath.attention.chunks import prepare_chunks
-from ownpath.attention.interface import DecodeStep, PreparedStep, Products
+from ownpath.attention.interface import ChunkStep, DecodeStep, PreparedStep, Products
 from ownpath.attention.reference import ReferenceAttention
 from ownpath.attention.rope import Rotation
 from ownpath.attention.writes import pools_of
+from ownpath.cache.chunks import ChunkTables
 from ownpath.cache.layout import BLOCK_TOKENS
 from ownpath.cache.pools import LayerCache
 from ownpath.cache.tables import DecodeTables, StepTables
@@ -99,6 +100,10 @@ class PagedAttention:
 
     def prepare_chunks(self, tables: StepTables) -> PreparedStep:
         """Prepares a step for the chunks' line."""
+        return self.prepare_fixed(ChunkTables.of(tables))
+
+    def prepare_fixed(self, tables: ChunkTables) -> ChunkStep:
+        """Prepares a step for the chunks' line. Reads nothing back from the device."""
         return prepare_chunks(tables, self.step_angles)
 
     def prepare_decode(self, tables: DecodeTables) -> DecodeStep:

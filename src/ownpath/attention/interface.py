@@ -114,40 +114,39 @@ class DecodeStep:
 class ChunkStep:
     """The part of a step with chunks that all layers share.
 
-    ends: the rows that end a window, by compress ratio. undone: the rotation that attention's output
-    is left with, which is none.
+    tables: arrays on the device, so that nothing depends on the host's values but sizes. ends: the rows that end a
+    window, by compress ratio. undone: the rotation that attention's output is left with, which is none.
     """
 
-    tables: StepTables
-    chunks: ChunkTables
+    tables: ChunkTables
     ends: Mapping[int, EndingRows]
     undone: Rotation
 
     @property
     def num_blocks(self) -> int:
         """Blocks of a request's table."""
-        return self.chunks.blocks_RB.shape[1]
+        return self.tables.blocks_RB.shape[1]
 
     @cached_property
     def pieces(self) -> tuple[tuple[slice, PagedRows], ...]:
         """Runs of rows whose index scores of all entries fit the workspace, and their block tables: the same in every
         layer that scores."""
-        chunks = self.chunks
-        blocks_TB = chunks.blocks_RB[chunks.requests_T.long()]
-        runs = chunks.pieces(BLOCK_TOKENS // CSA_RATIO)
-        return tuple((of, PagedRows(chunks.positions_T[of], blocks_TB[of])) for of in runs)
+        tables = self.tables
+        blocks_TB = tables.blocks_RB[tables.requests_T.long()]
+        runs = tables.pieces(BLOCK_TOKENS // CSA_RATIO)
+        return tuple((of, PagedRows(tables.positions_T[of], blocks_TB[of])) for of in runs)
 
     @property
     def places(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of each row its position, its place among near keys and its request; and all block tables."""
-        chunks = self.chunks
-        return chunks.positions_T, chunks.places_T, chunks.requests_T, chunks.blocks_RB
+        tables = self.tables
+        return tables.positions_T, tables.places_T, tables.requests_T, tables.blocks_RB
 
     @property
     def sources(self) -> ChunkPlaces:
         """Of each row its position and request, of each request its slot and block table; where near keys are."""
-        chunks = self.chunks
-        return ChunkPlaces(chunks.positions_T, chunks.requests_T, chunks.slots_R, chunks.blocks_RB, chunks.sources_W)
+        tables = self.tables
+        return ChunkPlaces(tables.positions_T, tables.requests_T, tables.slots_R, tables.blocks_RB, tables.sources_W)
 
 
 PreparedStep: TypeAlias = AttentionStep | DecodeStep | ChunkStep

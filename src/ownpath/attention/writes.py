@@ -10,8 +10,9 @@ import torch
 
 from ownpath.attention.compress import Compressor
 from ownpath.attention.interface import Projected
+from ownpath.cache.chunks import ChunkTables
 from ownpath.cache.finished import EntryWrites
-from ownpath.cache.pools import EntryCache, LayerCache
+from ownpath.cache.pools import CachePool, EntryCache, LayerCache
 from ownpath.cache.tables import StepTables, Writes
 from ownpath.runners.decode import LayerPools
 
@@ -43,18 +44,18 @@ def write_rows(tables: StepTables, layer_idx: int, rows: Projected) -> None:
     Before that the rings are what they are at each block's end whose snapshot is to be taken.
     """
     write_passed(tables, layer_idx, rows)
-    _write_rows(tables, layer_idx, rows, slice(None), tables.writes)
+    _write_rows(tables.pool, layer_idx, rows, slice(None), tables.writes)
 
 
-def write_passed(tables: StepTables, layer_idx: int, rows: Projected) -> None:
+def write_passed(tables: StepTables | ChunkTables, layer_idx: int, rows: Projected) -> None:
     """Makes a layer's rings what they are at each block's end whose snapshot is to be taken, and takes it."""
     for end in tables.passed:
-        _write_rows(tables, layer_idx, rows, end.rows, end.writes)
+        _write_rows(tables.pool, layer_idx, rows, end.rows, end.writes)
         end.snapshot.take(layer_idx)
 
 
-def _write_rows(tables: StepTables, layer_idx: int, rows: Projected, of: slice, writes: Writes) -> None:
-    caches = tables.pool.layers[layer_idx]
+def _write_rows(pool: CachePool, layer_idx: int, rows: Projected, of: slice, writes: Writes) -> None:
+    caches = pool.layers[layer_idx]
     caches.keys.write(writes.window_T, rows.kv_TH[of])
     for cache, raw in ((caches.compressor, rows.compressor_rows), (caches.indexer, rows.indexer_rows)):
         if cache is not None and raw is not None:

@@ -3,7 +3,8 @@
 The model is made as in ``ownpath bench step``: all layers, sets of experts that layers share, experts drawn uniformly.
 A prompt is random ids, read from its first token on by ``Model.forward``, a chunk at a time, as the engine does. The
 time is the device's, from before the first chunk to behind the last; the host prepares each chunk while the device
-computes the one before. The longest prompt's last chunk has its slots and kernels timed by the profiler.
+computes the one before. On a GPU twice: in graphs, as an engine reads prompts (``engine/prompt_graphs``), and eagerly;
+then the prompt's last chunk has its slots and kernels timed by the profiler, too.
 
 The host's time of a layer is of the first layers of a chunk, behind an idle device: later launches wait for the device
 once its queue is full.
@@ -14,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
+from typing import TypeAlias
 
 import torch
 
@@ -25,6 +27,7 @@ from ownpath.bench.step import ONE_RANK_SETS, StepModel, kind_of, largest_first,
 from ownpath.bench.step_ranks import group_of
 from ownpath.cache.pools import SequenceCache
 from ownpath.config import EngineConfig
+from ownpath.engine.prompt_graphs import PromptGraphs
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.block import Block, Residual
 from ownpath.model.model import Model
@@ -36,6 +39,7 @@ NUM_PROMPTS = 3
 HOST_LAYERS = 8
 """Layers whose launches fit the device's queue."""
 NAME_LENGTH = 72
+PromptReader: TypeAlias = Model | PromptGraphs
 
 
 def measured(asked: BenchRequest) -> Iterator[Row]:
@@ -46,8 +50,9 @@ def measured(asked: BenchRequest) -> Iterator[Row]:
         lengths = asked.tokens or LENGTHS
         bench = PromptBench.of(asked, shape, max(lengths))
         for num_tokens in lengths:
-            for chunk in asked.step.chunks:
-                yield bench.row(num_tokens, min(chunk, num_tokens))
+            for chunk in dict.fromkeys(min(chunk, num_tokens) for chunk in asked.step.chunks):
+                for reader in bench.readers:
+                    yield bench.row(num_tokens, chunk, reader)
 
 
 @dataclass(frozen=True)
@@ -73,13 +78,14 @@ class ClockedBlock(Block):
 
 @dataclass(frozen=True)
 class PromptBench:
-    """A model, and the cache of its one request."""
+    """A model, and the cache of its one request. graphs: of its steps; ``None`` on a CPU."""
 
     asked: BenchRequest
     shape: str
     made: StepModel
     clocked: Model
     cache: SequenceCache
+    graphs: PromptGraphs | None
     setup: dict[str, float]
     generator: torch.Generator
 
@@ -96,17 +102,27 @@ class PromptBench:
         blocks = tuple(ClockedBlock.of(block) for block in made.model.blocks)
         clocked = Model(**{one.name: getattr(made.model, one.name) for one in fields(Model)} | {"blocks": blocks})
         setup = {"setup_s": round(time.perf_counter() - start, 1)}
+        graphs = None
+        if torch.device(device).type == "cuda":
+            sizes = sorted({min(size, most) for size in options.chunks for most in asked.tokens or LENGTHS})
+            graphs = PromptGraphs(made.model, sizes[-1], sizes)
+            setup |= captured(graphs)
         generator = torch.Generator().manual_seed(asked.settings.seed + 5)
-        return cls(asked, shape, made, clocked, made.model.new_cache(), setup, generator)
+        return cls(asked, shape, made, clocked, made.model.new_cache(), graphs, setup, generator)
+
+    @property
+    def readers(self) -> tuple[PromptReader, ...]:
+        """The readers of prompts: graphs, and the model."""
+        return (self.made.model,) if self.graphs is None else (self.graphs, self.made.model)
 
     @torch.inference_mode()
-    def row(self, num_tokens: int, chunk: int) -> Row:
+    def row(self, num_tokens: int, chunk: int, reader: PromptReader) -> Row:
         """Measures prompts of one length, in chunks of one size."""
-        config, options = self.made.model.config, self.asked.step
-        logits_RV = self._read(self.made.model, self._drawn(num_tokens), chunk)
+        config, options, is_eager = self.made.model.config, self.asked.step, reader is self.made.model
+        logits_RV = self._read(reader, self._drawn(num_tokens), chunk)
         if not logits_RV.isfinite().all():
             raise ValueError("the logits of a prompt are not finite")
-        times, host = zip(*(self._time(num_tokens, chunk) for _ in range(NUM_PROMPTS)), strict=True)
+        times, host = zip(*(self._time(num_tokens, chunk, reader) for _ in range(NUM_PROMPTS)), strict=True)
         us = statistics.median(times)
         facts: dict[str, object] = {
             "tokens_per_s": round(1e6 * num_tokens / us),
@@ -117,10 +133,12 @@ class PromptBench:
             "cache_format": str(options.cache_format),
             "numerics": ",".join(sorted(options.numerics)) or "plain",
         }
-        facts |= self._host_facts(chunk) | self._launch_facts(num_tokens, chunk) | self.setup
+        if is_eager:
+            facts |= self._host_facts(chunk) | self._launch_facts(num_tokens, chunk)
+        facts |= self.setup
         case = Case("prompt", f"{self.shape}, chunks of {chunk}", {"chunk": chunk}, num_tokens, 0, 0, None)
         timing = Timing(us, min(times), max(times), 1, len(times))
-        return Row(case, "ownpath", False, "ok", "", timing, None, facts)
+        return Row(case, "ownpath, eager" if is_eager else "ownpath", False, "ok", "", timing, None, facts)
 
     @property
     def is_on_gpu(self) -> bool:
@@ -132,28 +150,28 @@ class PromptBench:
         ).tolist()
         return ids
 
-    def _read(self, model: Model, ids: list[int], chunk: int) -> torch.Tensor:
+    def _read(self, reader: PromptReader, ids: list[int], chunk: int) -> torch.Tensor:
         """Reads a prompt; returns the last row's logits."""
         self.cache.num_tokens = 0
         for start in range(0, len(ids), chunk):
-            logits_RV = self._step(model, ids[start : start + chunk])
+            logits_RV = self._step(reader, ids[start : start + chunk])
         return logits_RV
 
-    def _step(self, model: Model, ids: list[int]) -> torch.Tensor:
-        return model.forward(ForwardBatch.of([(ids, self.cache)], self.asked.settings.device))
+    def _step(self, reader: PromptReader, ids: list[int]) -> torch.Tensor:
+        return reader.forward(ForwardBatch.of([(ids, self.cache)], self.asked.settings.device))
 
-    def _time(self, num_tokens: int, chunk: int) -> tuple[float, float]:
+    def _time(self, num_tokens: int, chunk: int, reader: PromptReader) -> tuple[float, float]:
         """Returns microseconds of a prompt on the device, and those until the host has launched it."""
         ids = self._drawn(num_tokens)
         if not self.is_on_gpu:
             start = time.perf_counter()
-            self._read(self.made.model, ids, chunk)
+            self._read(reader, ids, chunk)
             return (1e6 * (time.perf_counter() - start),) * 2
         torch.cuda.synchronize()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         start = time.perf_counter()
         events[0].record()
-        self._read(self.made.model, ids, chunk)
+        self._read(reader, ids, chunk)
         events[1].record()
         host_us = 1e6 * (time.perf_counter() - start)
         torch.cuda.synchronize()
@@ -200,6 +218,17 @@ class PromptBench:
             "group_us": largest_first(groups),
             "glue_us": _kernel_times([one for one in launches if one.slot is None]),
         }
+
+
+def captured(graphs: PromptGraphs) -> dict[str, float]:
+    """Captures graphs; returns how many, seconds and bytes that it took."""
+    torch.cuda.empty_cache()
+    start, before = time.perf_counter(), torch.cuda.mem_get_info()[0]
+    with torch.inference_mode():
+        graphs.capture(lambda *_: None)
+    torch.cuda.empty_cache()
+    taken = {"graph_bytes": before - torch.cuda.mem_get_info()[0], "capture_s": round(time.perf_counter() - start, 1)}
+    return {"graphs": len(graphs.shapes)} | taken
 
 
 def _busy_and_span(launches: list[DeviceLaunch]) -> tuple[float, float]:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ownpath.cache.layout import BLOCK_TOKENS, MOST_DECODE_ROWS, NOBODY, aligned_rows
+from ownpath.cache.layout import BLOCK_TOKENS, MOST_DECODE_ROWS, NOBODY, aligned_rows, num_blocks
 from ownpath.cache.pools import CachePool, PlacedSequence, SequenceCache
 from ownpath.cache.snapshot import PassedSnapshot
 from ownpath.cache.transfer import upload
@@ -83,21 +83,15 @@ class DecodeTables:
 
 @dataclass(frozen=True)
 class StepTables:
-    """The arrays of one step: on the pool's device for kernels, on the host for Python code.
+    """The arrays of one step: on the host for Python code, and on the pool's device, once somebody asks, for kernels.
 
-    Device: positions_T int64 [T], each row's position in its sequence; cu_rows int64 [R + 1], the rows of request r are
-    [cu_rows[r], cu_rows[r + 1]); slots_R int64 [R]; blocks_RB int64 [R, B], block tables; flags_LT int32 [L, T], 1 in
-    rows whose index scores are not finite in layer l.
-    Host: places, of rows; row_ends, the same as cu_rows without its 0; starts, the position of each request's first
+    Device: positions_T int64 [T], each row's position in its sequence; slots_R int64 [R]; blocks_RB int64 [R, B], block
+    tables; flags_LT int32 [L, T], 1 in rows whose index scores are not finite in layer l.
+    Host: places, of rows; row_ends, where each request's rows end; starts, the position of each request's first
     row; slots; passed, the snapshots to be taken on the way, of each request from the first on.
     """
 
     pool: CachePool
-    positions_T: torch.Tensor
-    cu_rows: torch.Tensor
-    slots_R: torch.Tensor
-    blocks_RB: torch.Tensor
-    flags_LT: torch.Tensor
     places: "HostPlaces"
     row_ends: tuple[int, ...]
     starts: tuple[int, ...]
@@ -105,9 +99,31 @@ class StepTables:
     passed: tuple[PassedEnd, ...] = ()
 
     @cached_property
+    def positions_T(self) -> torch.Tensor:
+        return upload(self.places.positions_T, self.pool.spec.device)
+
+    @cached_property
+    def slots_R(self) -> torch.Tensor:
+        return upload(torch.tensor(self.slots), self.pool.spec.device)
+
+    @cached_property
+    def blocks_RB(self) -> torch.Tensor:
+        return upload(self.places.blocks_RB, self.pool.spec.device)
+
+    @cached_property
+    def flags_LT(self) -> torch.Tensor:
+        return new_flags(self.pool, self.row_ends[-1])
+
+    @cached_property
     def rows(self) -> tuple[slice, ...]:
         """The rows of each request."""
         return tuple(slice(*pair) for pair in zip((0, *self.row_ends), self.row_ends, strict=False))
+
+    @cached_property
+    def num_blocks(self) -> int:
+        """Blocks of the longest request behind the step."""
+        ends = (start + rows.stop - rows.start for start, rows in zip(self.starts, self.rows, strict=True))
+        return num_blocks(max(ends))
 
     @cached_property
     def writes(self) -> Writes:
@@ -123,8 +139,7 @@ class StepTables:
         counts = [rows.stop - rows.start for rows in self.rows]
         if max(counts) > self.pool.spec.rows_per_request or self.row_ends[-1] > MOST_DECODE_ROWS:
             return None
-        needed = max(start + count - 1 for start, count in zip(self.starts, counts, strict=True)) // BLOCK_TOKENS + 1
-        slots_T, blocks_TB = self.slots_R, self.blocks_RB[:, :needed]
+        slots_T, blocks_TB = self.slots_R, self.blocks_RB[:, : self.num_blocks]
         if max(counts) > 1:
             request_T = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(slots_T.device)
             slots_T, blocks_TB = slots_T[request_T], blocks_TB[request_T]
@@ -156,24 +171,11 @@ class StepTables:
         row_ends = tuple(accumulate(num_rows))
         starts_R, num_rows_R, slots_R = (torch.tensor(values) for values in (starts, tuple(num_rows), slots))
         blocks_RB = tables_of([cache.blocks for cache in caches], pool.blocks_per_sequence)
-        cu_rows = torch.tensor((0, *row_ends))
+        first_R = torch.tensor((0, *row_ends[:-1]))
         request_T = torch.arange(len(slots)).repeat_interleave(num_rows_R)
-        positions_T = torch.arange(row_ends[-1]) + (starts_R - cu_rows[:-1])[request_T]
+        positions_T = torch.arange(row_ends[-1]) + (starts_R - first_R)[request_T]
         places = HostPlaces(positions_T, (starts_R + num_rows_R)[request_T], slots_R[request_T], request_T, blocks_RB)
-        device = pool.spec.device
-        return cls(
-            pool,
-            upload(positions_T, device),
-            upload(cu_rows, device),
-            upload(slots_R, device),
-            upload(blocks_RB, device),
-            new_flags(pool, row_ends[-1]),
-            places,
-            row_ends,
-            starts,
-            slots,
-            tuple(map(places.passed_end, passed)),
-        )
+        return cls(pool, places, row_ends, starts, slots, tuple(map(places.passed_end, passed)))
 
 
 def tables_of(blocks: Sequence[Sequence[int]], width: int) -> torch.Tensor:

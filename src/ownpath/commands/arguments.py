@@ -65,7 +65,7 @@ def add_engine_arguments(parser: OptionHolder, limits: OptionHolder | None = Non
     parser.add_argument(
         "--no-graphs",
         action="store_true",
-        help="run decode steps eagerly on a GPU, without CUDA graphs; the bits are the same",
+        help="run all steps eagerly on a GPU, without CUDA graphs; the bits of decode steps are the same",
     )
 
 

@@ -22,6 +22,7 @@ from ownpath.engine.drafting import make_drafts
 from ownpath.engine.engine import Engine
 from ownpath.engine.leading import LeadingModel, LeadingStore
 from ownpath.engine.prefix import PrefixCache, PrefixSettings
+from ownpath.engine.prompt_graphs import with_prompt_graphs
 from ownpath.engine.sampler import warm_up_sampler
 from ownpath.loading import default_model_dir, device_caps, leave_a_core, load_model
 from ownpath.model.build import ALONE
@@ -153,9 +154,11 @@ def _alone(loaded: LoadedModel, prefix: PrefixSettings | None) -> tuple[Engine, 
     decoder = make_decoder(model, loaded.config, num_tokens)
     kept = None if prefix is None else PrefixCache(model.caches, prefix, _prefix_root(loaded))
     ends = loaded.end_tokens.ids
-    drafts = make_drafts(model, loaded.config, num_tokens)
-    config = loaded.config
-    return Engine(model, config, num_tokens, end_token_ids=ends, decoder=decoder, prefix=kept, drafts=drafts), None
+    drafts, config = make_drafts(model, loaded.config, num_tokens), loaded.config
+    reader = with_prompt_graphs(model, config)
+    if drafts is not None:
+        drafts = drafts._replace(model=reader)
+    return Engine(reader, config, num_tokens, end_token_ids=ends, decoder=decoder, prefix=kept, drafts=drafts), None
 
 
 def _led(

@@ -121,6 +121,19 @@ def _rings(pools: LayerPools, old: RowPlaces, weights: EntriesWeights, g: torch.
     return pools._replace(window=window, main_state=states[0], index_state=states[1])
 
 
+def with_absent_ends(step: ChunkWritingStep) -> ChunkWritingStep:
+    """Returns the step with an end that is none in front of the others and two behind, as steps of a fixed size have
+    them. Their angles are NaN."""
+    if step.ends.rows_E is None:
+        return step
+    widened = (
+        torch.cat([one.new_full((1, *one.shape[1:]), fill), one, one.new_full((2, *one.shape[1:]), fill)])
+        for one, fill in zip(step.ends, (-1, torch.nan, torch.nan), strict=True)
+        if one is not None
+    )
+    return replace(step, ends=EndingRows(*widened))
+
+
 def with_key_pages(step: ChunkWritingStep) -> ChunkWritingStep:
     """Returns the step on FP8 pages of keys and main entries, the window's with the keys that it has, else NaN."""
     pools, weights = step.of_decode.pools, step.of_decode.weights

@@ -18,6 +18,7 @@ from ownpath.engine.load import DraftCounts, EngineCounts, EngineLoad, Usage
 from ownpath.engine.memory import RequestMemory
 from ownpath.engine.places import WaitingPlaces
 from ownpath.engine.prefix import PrefixCache
+from ownpath.engine.prompt_graphs import prompts_of
 from ownpath.engine.reports import Reporter
 from ownpath.engine.request import ROOM_AHEAD, FinishReason, Request, RequestError, StepOutput
 from ownpath.engine.retry import chunks_alone
@@ -40,6 +41,7 @@ class EngineStopped(RuntimeError):
 class Engine:
     """Runs requests together, each with its own parameters, random stream and reports.
 
+    model: runs steps by its ``forward``; one in ``PromptGraphs`` reads prompts in graphs.
     num_vocab: ids below it are tokens; embedding rows from there on are padding, never chosen or scored.
     max_num_queued: requests of a client that may wait beyond those that run, if no other client's do (``places``).
     end_token_ids: tokens that end an answer; ``None``: those of the model's config.json alone.
@@ -69,6 +71,7 @@ class Engine:
         self._places = WaitingPlaces(config.max_num_seqs, max_num_queued)
         self._reporter = Reporter(self.end_token_ids, self._close)
         self._drafting = None if drafts is None else Drafting(drafts, self._reporter, config.device)
+        self._graphs = decoder, None if drafts is None else drafts.decoder, prompts_of(model)
         run = config.device, num_vocab, self._adjuster, self._reporter, self._drafting
         self._runner = StepRunner(model, decoder, *run)
         room_ahead = ROOM_AHEAD if drafts is None else MOST_AHEAD
@@ -143,8 +146,7 @@ class Engine:
         taken = Usage(slots.num_slots - slots.num_free_slots, slots.num_slots)
         compiled, captured = self._made_before
         drafting = self._drafting
-        replays = 0 if self._decoder is None else self._decoder.num_replays
-        replays += 0 if drafting is None else drafting.decoder.num_replays
+        replays = sum(one.num_replays for one in self._graphs if one is not None)
         made = COMPILATIONS.count - compiled, COMPILATIONS.num_captured - captured, replays
         waiting, counts = self._scheduler.num_waiting, self.counts
         drafts = DraftCounts() if drafting is None else drafting.counts

@@ -34,6 +34,7 @@ from ownpath.engine.flags import IndexFlags, tell_flagged
 from ownpath.engine.flight import Flight, NextRows, release_left
 from ownpath.engine.load import StepTimes
 from ownpath.engine.memory import CachingModel
+from ownpath.engine.prompt_graphs import prompts_of
 from ownpath.engine.reports import Reporter
 from ownpath.engine.request import Request, ScoredToken, StepOutput, plain_output
 from ownpath.engine.sampler import (
@@ -55,6 +56,8 @@ MOST_ALONE, MOST_BESIDE = 16, 64
 On an H200 a graph of the embedded model takes 0.25 ms, whatever its rows. A ``forward`` takes 8 ms with a short prompt,
 27 with 8 and 100 with 64, and answers beside them wait as long.
 """
+MOST_ALONE_OF_GRAPHS, MOST_BESIDE_OF_GRAPHS = 4, 16
+"""The same where prompts are read in graphs, which take as long as a few steps of a token."""
 
 
 AnyFlight = TypeVar("AnyFlight", Flight, DraftedFlight)
@@ -88,7 +91,7 @@ class StepRunner:
         reporter: Reporter,
         drafting: Drafting | None = None,
     ) -> None:
-        self._drafting = drafting
+        self._drafting, self._prompts = drafting, prompts_of(model)
         self._model, self._decoder, self._device, self._num_vocab = model, decoder, device, num_vocab
         self._adjuster, self._reporter = adjuster, reporter
         self._flags = IndexFlags()
@@ -189,10 +192,16 @@ class StepRunner:
             return chunks
         if self._drafting is not None and self._drafting.pays(len(chunks)):
             return chunks  # the module reads what ``forward`` does
-        most = MOST_ALONE if all(chunk.request.is_reading for chunk in chunks) else MOST_BESIDE
+        most = self._most_in_rows(len(longer), is_alone=all(chunk.request.is_reading for chunk in chunks))
         if any(one.request.num_pending > most or one.request.params.prompt_logprobs is not None for one in longer):
             return chunks
         return [chunk if chunk.num_tokens == 1 else chunk._replace(num_tokens=1) for chunk in chunks]
+
+    def _most_in_rows(self, num_requests: int, is_alone: bool) -> int:
+        """Returns the most tokens of a prompt that are read a token a step. num_requests: that have more to read."""
+        if self._prompts is not None and self._prompts.takes(num_requests):
+            return MOST_ALONE_OF_GRAPHS if is_alone else MOST_BESIDE_OF_GRAPHS
+        return MOST_ALONE if is_alone else MOST_BESIDE
 
     def settle(self) -> None:
         """Reads the steps that are launched and reports them: every request is then where its cache is."""

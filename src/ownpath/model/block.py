@@ -1,5 +1,6 @@
 """One decoder layer: attention, then the mixture of experts, each behind a boundary of the hyper-connections."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,23 @@ class Residual:
         assert self.mix is not None
         other_RD = None if self.other_TD is None else self.other_TD[ids_R]
         return Residual(self.x_TSD[ids_R], self.y_TD[ids_R], self.mix.rows(ids_R), other_RD)
+
+    @property
+    def parts(self) -> list[torch.Tensor]:
+        """All tensors, behind a sublayer."""
+        assert self.y_TD is not None
+        assert self.mix is not None
+        return [self.x_TSD, self.y_TD, *self.mix, *([] if self.other_TD is None else [self.other_TD])]
+
+    @classmethod
+    def of_parts(cls, parts: Sequence[torch.Tensor]) -> "Residual":
+        """Makes one of such tensors."""
+        x_TSD, y_TD, post_TS, comb_TSS, *other = parts
+        return cls(x_TSD, y_TD, Mix(post_TS, comb_TSS), *other)
+
+    def first(self, num_rows: int) -> "Residual":
+        """Returns the residual of the first tokens, as views."""
+        return Residual.of_parts([part[:num_rows] for part in self.parts])
 
     def enter(self, boundary: HyperBoundary) -> HyperOut:
         """Passes the boundary behind the last sublayer."""

@@ -11,6 +11,7 @@ import torch
 from ownpath.attention.decode import PagedAttention
 from ownpath.attention.interface import DecodeStep, PreparedStep
 from ownpath.attention.rope import Rope
+from ownpath.cache.chunks import ChunkTables
 from ownpath.cache.pools import CachePool, CacheSpec, SequenceCache
 from ownpath.cache.tables import DecodeTables
 from ownpath.config import ModelConfig
@@ -83,8 +84,29 @@ class Model:
 
         Extends every sequence's caches by its rows.
         """
-        wanted = self._extend(batch).rows(batch.logits_ids)
-        return self.head(wanted.enter(self.hc_head).h_TD)
+        return self.logits_behind(self._extend(batch), batch.logits_ids)
+
+    @torch.inference_mode()
+    def read(self, token_ids_T: torch.Tensor, tables: ChunkTables) -> Residual:
+        """Runs the backbone on a step with chunks from arrays on the device alone; ``logits_behind`` follows.
+
+        The same kernels as ``forward``, but the token counts of sequences are the caller's to keep. Reads nothing back
+        from the device, so it can be captured in a graph. A negative token id marks a padded row, as of ``decode``.
+        """
+        assert self.paged is not None, "no step with chunks is planned"
+        assert self.paged.has_chunks, "no step with chunks is planned"
+        return self._backbone(token_ids_T.long(), tables.positions_T, self.paged.prepare_fixed(tables))
+
+    @torch.inference_mode()
+    def logits_behind(self, residual: Residual, ids_R: torch.Tensor) -> torch.Tensor:
+        """Computes logits, at least float32, of some rows behind the backbone: [R, vocab]."""
+        return self.head(residual.rows(ids_R).enter(self.hc_head).h_TD)
+
+    @torch.inference_mode()
+    def hidden_behind(self, residual: Residual) -> Hidden:
+        """Computes every row's hidden behind the backbone."""
+        at = residual.enter(self.hc_head)
+        return Hidden(at.x_TSD, at.h_TD)
 
     @torch.inference_mode()
     def decode(self, token_ids_T: torch.Tensor, tables: DecodeTables) -> torch.Tensor:
@@ -118,8 +140,7 @@ class Model:
     def forward_drafting(self, batch: ForwardBatch) -> tuple[torch.Tensor, Hidden]:
         """Runs one step and returns what ``forward`` does, and every row's hidden."""
         residual = self._extend(batch)
-        at = residual.enter(self.hc_head)
-        return self.head(residual.rows(batch.logits_ids).enter(self.hc_head).h_TD), Hidden(at.x_TSD, at.h_TD)
+        return self.logits_behind(residual, batch.logits_ids), self.hidden_behind(residual)
 
     @torch.inference_mode()
     def draft_forward(
@@ -137,9 +158,7 @@ class Model:
 
         ``logits`` of it equal those of ``forward`` up to the order of sums.
         """
-        residual = self._extend(batch)
-        at = residual.enter(self.hc_head)
-        return Hidden(at.x_TSD, at.h_TD)
+        return self.hidden_behind(self._extend(batch))
 
     @torch.inference_mode()
     def hidden_and_targets(self, batch: ForwardBatch) -> tuple[Hidden, torch.Tensor]:

@@ -45,7 +45,7 @@ def test_rows_go_where_the_layout_says(rows_per_request: int, spare: int, device
         starts = [cache.num_tokens for cache in caches]
         tables = StepTables.of(caches, num_rows)
         assert tables.starts == tuple(starts)
-        assert tables.cu_rows.tolist() == [0, num_rows[0], sum(num_rows)]
+        assert tables.row_ends == (num_rows[0], sum(num_rows))
         assert tables.slots_R.tolist() == [cache.slot for cache in caches]
         assert tables.blocks_RB.tolist() == [list(cache.blocks) for cache in caches]
         expected = [

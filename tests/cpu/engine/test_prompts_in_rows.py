@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from cpu.engine.test_overlap import PLAIN, Served, alone, ids_of, served
 
+from ownpath.engine import steps
 from ownpath.engine.request import SamplingParams
-from ownpath.engine.steps import MOST_ALONE, MOST_BESIDE
+from ownpath.engine.steps import MOST_ALONE, MOST_ALONE_OF_GRAPHS, MOST_BESIDE
 
 NUM_TOKENS = 5
 
@@ -53,6 +54,30 @@ def test_a_prompt_beside_an_answer(count: int, num_forwards: int) -> None:
         assert asked.all() == alone(*asked_for)
         assert sizes == [count] * num_forwards, "the answer beside it has its row in a graph"
         assert len(first.all()) == params.max_tokens - 1, "the first output was taken"
+
+
+class Graphs:
+    """Graphs of prompts, of up to two requests."""
+
+    def takes(self, num_requests: int) -> bool:
+        return num_requests <= 2
+
+
+def test_graphs_of_prompts_read_all_but_the_shortest(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [(count, count > MOST_ALONE_OF_GRAPHS) for count in (MOST_ALONE_OF_GRAPHS, MOST_ALONE_OF_GRAPHS + 1)]
+    monkeypatch.setattr(steps, "prompts_of", lambda model: Graphs())
+    for count, is_read_at_once in wanted:
+        with served(max_prefill_tokens=64) as running:
+            sizes = count_forwards(running)
+            asked_for = prompt_of(count), SamplingParams(NUM_TOKENS, temperature=0)
+            (asked,) = running.start(asked_for)
+            assert asked.all() == alone(*asked_for)
+            assert sizes == [count] * is_read_at_once
+    with served(max_prefill_tokens=64) as running:
+        sizes = count_forwards(running)
+        for asked in running.start(*[asked_for] * 3):
+            assert asked.all() == alone(*asked_for)
+        assert sizes == [], "three requests at a time fit no graph"
 
 
 def test_a_prompt_that_fails_leaves_the_answer_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:

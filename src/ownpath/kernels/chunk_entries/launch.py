@@ -40,15 +40,17 @@ ChunkEntriesKey = tuple[object, ...]
 @dataclass
 class SharedEntries:
     """Scratch of entries that several programs share. pooled: bfloat16 [E, H]; arrivals: int32 [E], zeros between
-    calls. Both grow with the calls."""
+    calls. Both grow with the calls; outgrown ones are kept, as captured graphs refer to them."""
 
     pooled: torch.Tensor
     arrivals: torch.Tensor
+    outgrown: list[torch.Tensor] = field(default_factory=list)
 
     def grow(self, num_ends: int) -> None:
         """Makes room for so many entries."""
         if num_ends > len(self.arrivals):
             count = 1 << (num_ends - 1).bit_length()
+            self.outgrown += [self.pooled, self.arrivals]
             self.pooled = self.pooled.new_empty((count, self.pooled.shape[1]))
             self.arrivals = self.arrivals.new_zeros(count)
 

@@ -31,7 +31,9 @@ def write_chunk_entries(
             assert rows_E is not None
             assert cos_EF is not None
             assert sin_EF is not None
-            sizes, ends_E = (one.num_rows, weights.state_rows(one), one.num_rows - 1), rows_E.long()
+            is_there_E = rows_E >= 0
+            cos_EF, sin_EF, ends_E = cos_EF[is_there_E], sin_EF[is_there_E], rows_E[is_there_E].long()
+            sizes = one.num_rows, weights.state_rows(one), one.num_rows - 1
             found_ELP2 = found_rows(raw_TP2, rows, ends_E, state, sizes)
             form = KeyForm(rounding, 2 * cos_EF.shape[-1], dtype, is_index=one is weights.index)
             write_finished(found_ELP2, rows, ends_E, (cos_EF, sin_EF), entries, one, form)

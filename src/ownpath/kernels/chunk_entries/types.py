@@ -15,8 +15,8 @@ from ownpath.kernels.entries.types import EntriesWeights, LayerPools, RawRows
 
 
 class EndingRows(NamedTuple):
-    """The rows that end a window of the layer's ratio, ascending, int32; float32 cos and sin [E, F] of the first
-    position of each window. ``None`` in layers without a compressor."""
+    """The rows that end a window of the layer's ratio, ascending, int32, or -1 where there is none; float32 cos and sin
+    [E, F] of the first position of each window. ``None`` in layers without a compressor."""
 
     rows_E: Tensor | None = None
     cos_EF: Tensor | None = None

@@ -108,7 +108,7 @@ def chunk_entries_kernel(
     INDEX_FORM: tl.constexpr,
     INDEX_KEYS: tl.constexpr,
 ):
-    """Writes a part of a main entry, or an index entry, or, behind all of these, a near key.
+    """Writes a part of a main entry, or an index entry, or, behind all of these, a near key. An end of -1 is none.
 
     WINDOW: rows of a slot's ring of keys. RATIO is 0 in a layer without compressors.
     """
@@ -123,32 +123,33 @@ def chunk_entries_kernel(
     elif RATIO > 0:
         e, role = (number // ROLES).to(tl.int64), number % ROLES
         t = tl.load(ends_ptr + e).to(tl.int64)
-        p, request = tl.load(positions_ptr + t), tl.load(requests_ptr + t).to(tl.int64)
-        slot = tl.load(slots_ptr + request).to(tl.int64)
-        entry = p // RATIO
-        row = entry % PER_BLOCK
-        block = tl.load(blocks_ptr + request * num_blocks + entry // PER_BLOCK).to(tl.int64)
-        cos, sin = cos_ptr + e * F, sin_ptr + e * F
-        if role < PARTS:
-            raw = main_ptr + t * main_stride
-            ring = main_state_ptr + slot * (ROWS * 2 * WINDOWS * H)
-            # fmt: off
-            write_entry(
-                raw, main_stride, ring, main_ape_ptr, main_weight_ptr, cos, sin, positions_ptr, requests_ptr,
-                main_entries_ptr, pooled_ptr + e * H, arrivals_ptr + e, t, p, block, row, role, main_eps,
-                H, LOG_H, F, RATIO, WINDOWS, SPARE, OWN, SLICE, PARTS, PER_BLOCK, FORM, KEYS,
-            )
-            # fmt: on
-        elif HAS_INDEX:
-            raw = index_ptr + t * index_stride
-            ring = index_state_ptr + slot * (ROWS * 2 * WINDOWS * HI)
-            # fmt: off
-            write_entry(
-                raw, index_stride, ring, index_ape_ptr, index_weight_ptr, cos, sin, positions_ptr, requests_ptr,
-                index_entries_ptr, pooled_ptr, arrivals_ptr, t, p, block, row, role, index_eps,
-                HI, LOG_HI, F, RATIO, WINDOWS, SPARE, OWN, HI, 1, PER_BLOCK, INDEX_FORM, INDEX_KEYS,
-            )
-            # fmt: on
+        if t >= 0:
+            p, request = tl.load(positions_ptr + t), tl.load(requests_ptr + t).to(tl.int64)
+            slot = tl.load(slots_ptr + request).to(tl.int64)
+            entry = p // RATIO
+            row = entry % PER_BLOCK
+            block = tl.load(blocks_ptr + request * num_blocks + entry // PER_BLOCK).to(tl.int64)
+            cos, sin = cos_ptr + e * F, sin_ptr + e * F
+            if role < PARTS:
+                raw = main_ptr + t * main_stride
+                ring = main_state_ptr + slot * (ROWS * 2 * WINDOWS * H)
+                # fmt: off
+                write_entry(
+                    raw, main_stride, ring, main_ape_ptr, main_weight_ptr, cos, sin, positions_ptr, requests_ptr,
+                    main_entries_ptr, pooled_ptr + e * H, arrivals_ptr + e, t, p, block, row, role, main_eps,
+                    H, LOG_H, F, RATIO, WINDOWS, SPARE, OWN, SLICE, PARTS, PER_BLOCK, FORM, KEYS,
+                )
+                # fmt: on
+            elif HAS_INDEX:
+                raw = index_ptr + t * index_stride
+                ring = index_state_ptr + slot * (ROWS * 2 * WINDOWS * HI)
+                # fmt: off
+                write_entry(
+                    raw, index_stride, ring, index_ape_ptr, index_weight_ptr, cos, sin, positions_ptr, requests_ptr,
+                    index_entries_ptr, pooled_ptr, arrivals_ptr, t, p, block, row, role, index_eps,
+                    HI, LOG_HI, F, RATIO, WINDOWS, SPARE, OWN, HI, 1, PER_BLOCK, INDEX_FORM, INDEX_KEYS,
+                )
+                # fmt: on
 
 
 @triton.jit

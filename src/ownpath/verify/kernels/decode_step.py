@@ -149,13 +149,12 @@ def _scattered(pool: CachePool, positions: Sequence[int], is_padded: bool, each:
     for cache, position in zip(caches, positions, strict=True):
         cache.num_tokens = position
     tables = StepTables.of(caches, [each] * len(positions))
-    blocks_RB, slots_R = tables.blocks_RB, tables.slots_R.clone()
-    generator = torch.Generator().manual_seed(len(positions))
-    order = torch.randperm(blocks_RB.numel(), generator=generator).to(blocks_RB.device)
+    blocks_RB, slots = tables.places.blocks_RB, tables.slots
+    order = torch.randperm(blocks_RB.numel(), generator=torch.Generator().manual_seed(len(positions)))
     blocks_RB = blocks_RB.flatten()[order].view_as(blocks_RB)
     if is_padded:
-        blocks_RB[-1], slots_R[-1] = NOBODY, NOBODY
-    return replace(tables, blocks_RB=blocks_RB, slots_R=slots_R)
+        blocks_RB[-1], slots = NOBODY, (*slots[:-1], NOBODY)
+    return replace(tables, places=replace(tables.places, blocks_RB=blocks_RB), slots=slots)
 
 
 def _compressors(probe: Probe, pool: CachePool) -> Iterator[StoredCompressor]:
