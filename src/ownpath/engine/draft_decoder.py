@@ -206,7 +206,7 @@ class DraftDecoder(StepGraphs):
         self._sampler.run(logits_TV, self._rows.sample_rows(num_rows), self._sampler_operand, out=drawn)
         accepted_R = results.on_device[_ACCEPTED, :count]
         self._judge(drawn.token_T.view(count, ROWS)[:, 0], tokens_RG[:, 1], accepted_R)
-        self._guessing.count_up(columns.counts[:, :num_rows], accepted_R)
+        moved_R = self._guessing.moved(accepted_R)
         next_ids_T = drawn.token_T | pads_T
         rows_R = self._guessing.first_rows[:count] + accepted_R
         guess_RV = self._model.guess(verified, next_ids_T, rows_R)[:, : self.num_vocab].float()
@@ -214,6 +214,8 @@ class DraftDecoder(StepGraphs):
         self._sampler.run(guess_RV, self._guessing.sample_rows(count), self._sampler_operand, out=guessed)
         tokens_RG[:, 0] = next_ids_T.index_select(0, rows_R)
         torch.bitwise_or(guessed.token_T, pads_RG[:, 1], out=tokens_RG[:, 1])
+        # Last: the module writes its keys at the positions of the step's rows.
+        columns.counts[:, :num_rows].view(2, count, ROWS).add_(moved_R.unsqueeze(-1))
         return logits_TV
 
 
@@ -257,13 +259,13 @@ class _GuessRows:
         self._seeds[:count] = columns.seeds[some]
         self._integers[0, :count] += 1  # 1 for a request, 0 where padded
 
-    def count_up(self, counts_2T: torch.Tensor, accepted_R: torch.Tensor) -> None:
-        """Counts positions and drawn tokens up by the tokens that count, but in padded rows."""
+    def moved(self, accepted_R: torch.Tensor) -> torch.Tensor:
+        """Returns how many tokens count of each request, 0 where padded, and counts its drawn ones up by them."""
         count = len(accepted_R)
         are_there_R = self._integers[0, :count]
         moved_R = torch.addcmul(are_there_R, accepted_R, are_there_R)
-        counts_2T.view(2, count, ROWS).add_(moved_R.unsqueeze(-1))
         self._integers[1, :count] += moved_R
+        return moved_R
 
     def sample_rows(self, count: int) -> SampleRows:
         """Returns how the guesses of the first requests are drawn: each as its target is in the next step."""
