@@ -39,13 +39,15 @@ def model(tmp_path_factory: pytest.TempPathFactory, config: EngineConfig) -> Mod
 
 
 class Watched(DraftDecoder):
-    """Notes what was guessed of one request: position -> token."""
+    """Notes what was guessed of one request: position -> token, and how many tokens counted before."""
 
     guessed: dict[int, int]
+    num_kept: list[int]
 
     def finish(self, begun: DraftBegun) -> DraftedTokens:
         found = super().finish(begun)
         self.guessed[begun.held.positions[0] + 1] = found.guesses[0]
+        self.num_kept.append(len(found.token_ids[0]))
         return found
 
 
@@ -107,7 +109,7 @@ def test_guesses_are_those_of_one_forward(
         return drawn_from[-1]
 
     monkeypatch.setattr(Model, "guess", guess)
-    decoder.guessed = {}
+    decoder.guessed, decoder.num_kept = {}, []
     prompt = [(7 * n * n + n) % VOCAB for n in range(120)]
     (answer,), _ = answers(
         model, config, [(prompt, SamplingParams(16, temperature=0))], Drafts(model, decoder, Always())
@@ -121,8 +123,8 @@ def test_guesses_are_those_of_one_forward(
     guessed = {at: token_id for at, token_id in decoder.guessed.items() if at - 2 < len(expected)}
     assert len(guessed) > 6
     assert guessed == {at: expected[at - 2] for at in guessed}
-    for at, found in zip(guessed, drawn_from, strict=False):
-        torch.testing.assert_close(found[0], logits[at - 2], rtol=0, atol=1e-9)
+    for at, num_kept, found in zip(guessed, decoder.num_kept, drawn_from, strict=False):
+        torch.testing.assert_close(found[num_kept - 1], logits[at - 2], rtol=0, atol=1e-9)
 
 
 def test_an_engine_is_given_drafts_where_they_are_loaded(model: Model, config: EngineConfig) -> None:
