@@ -88,7 +88,7 @@ def rates(args: argparse.Namespace, model: Model, config: EngineConfig) -> Itera
     captured(plain, counts, args.device)
     engines = {"plain": Engine(model, config, num_vocab, end_token_ids=(), decoder=plain)}
     for share in args.accepted:
-        decoder = DraftDecoder(model, max(counts), num_vocab, accept_by_chance(share))
+        decoder = DraftDecoder(model, max(counts), num_vocab, accept_by_chance(share, args.device))
         captured(decoder, counts, args.device)
         drafts = Drafts(model, decoder, DraftPolicy())
         name = f"drafts, {share:g} accepted by force"

@@ -3,10 +3,14 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import torch
+
 from ownpath.attention.rope import Rope
+from ownpath.cache.layout import MOST_DECODE_ROWS
 from ownpath.model.dspark import DSpark
 from ownpath.model.mtp import Mtp
 from ownpath.model.ranks import Product
+from ownpath.runners import Mix
 
 if TYPE_CHECKING:
     from ownpath.model.build import Builder
@@ -28,7 +32,16 @@ def mtp_modules(builder: "Builder", sliding: Rope, compress: Rope) -> Iterator[M
             block=builder.block(config.num_hidden_layers + draft_idx, compress),
             hc_head=builder._boundary(f"{name}.hc_head", f"{name}.norm"),
             rope=sliding,
+            adding=_adding(config.hc_mult, params["embed.weight"].device, builder.engine.dtype),
         )
+
+
+def _adding(num_streams: int, device: torch.device, dtype: torch.dtype) -> Mix:
+    """Makes the mix that adds an output to every stream, and mixes none."""
+    wide = torch.promote_types(dtype, torch.float32)
+    one_SS = torch.eye(num_streams, dtype=wide, device=device)
+    post_TS = torch.ones(MOST_DECODE_ROWS, num_streams, dtype=wide, device=device)
+    return Mix(post_TS, one_SS.repeat(MOST_DECODE_ROWS, 1, 1))
 
 
 def dspark(builder: "Builder", head: Product, sliding: Rope, compress: Rope) -> DSpark | None:
