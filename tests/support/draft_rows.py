@@ -6,8 +6,8 @@ from ownpath.kernels.drafts.types import ACCEPTED, GUESS, DraftRows
 
 
 def draft_rows(count: int, num_fields: int, device: torch.device | None = None, width: int = 96) -> DraftRows:
-    """Rows of ``count`` requests behind the sampler, of which about half have a right guess and the last is padded; what
-    no request of the step has is marked."""
+    """Rows of ``count`` requests behind the sampler, of which about half have a right guess and the last is padded.
+    What no request of the step has is marked."""
     device = device or torch.device("cpu")
     g = torch.Generator().manual_seed(count)
 

@@ -22,8 +22,7 @@ from ownpath.cache.pools import SequenceCache
 from ownpath.config import EngineConfig
 from ownpath.engine.decoder import Decoder
 from ownpath.engine.draft_decoder import ROWS, AcceptGuesses, DraftDecoder
-from ownpath.engine.draft_policy import MOST_DRAFTED
-from ownpath.engine.graphs import StepGraphs, no_graph_of
+from ownpath.engine.graphs import BUCKETS, StepGraphs, no_graph_of
 from ownpath.engine.rows import DecodeRow, StepRows
 
 ACCEPTED = 0.8
@@ -51,7 +50,7 @@ def accept_by_chance(share: float, device: torch.device | str) -> AcceptGuesses:
     """
     g = torch.Generator().manual_seed(1)
     accepted = (torch.rand(NUM_JUDGED, generator=g) < share).to(device, torch.int32)
-    at_R = torch.randint(0, NUM_JUDGED // 2, (MOST_DRAFTED,), generator=g, dtype=torch.int32).to(device)
+    at_R = torch.randint(0, NUM_JUDGED // 2, (BUCKETS[-1],), generator=g, dtype=torch.int32).to(device)
 
     def judge(drawn_R: torch.Tensor, guesses_R: torch.Tensor, out_R: torch.Tensor) -> None:
         now_R = at_R[: len(out_R)]

@@ -97,9 +97,7 @@ def test_answers_are_those_without_drafts(model: Model, config: EngineConfig) ->
     assert counts.num_steps > 5
 
 
-def test_guesses_are_those_of_one_forward(
-    model: Model, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_guesses_are_those_of_one_forward(model: Model, config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Past the window's end, whether guesses were right or not: the module has seen what it would of the whole text,
     at the same positions. A key at another one would move these logits by 1e-3."""
     decoder, drawn_from, right = Watched(model, MAX_ROWS, VOCAB), list[torch.Tensor](), Model.guess
