@@ -39,11 +39,11 @@ def reference_draft_logits(plan: Plan, stored: StoredWeights, token_ids_T: Tenso
 
 
 def reference_draft_entry(
-    plan: Plan, stored: StoredWeights, streams_TSD: Tensor, following_T: Tensor, arithmetic: Arithmetic, draft: int = 0
+    plan: Plan, stored: StoredWeights, streams_TSD: Tensor, following_T: Tensor, arithmetic: Arithmetic
 ) -> LayerTrace:
-    """Computes what enters the layer of a draft module, from the streams of the forward before it and the token behind
-    each of theirs. Values: the module's norms and products, by their names."""
-    name = f"mtp.{draft}"
+    """Computes what enters the layer of ``mtp.0``, from the backbone's last streams and the token behind each row.
+    Values: the module's norms and products, by their names."""
+    name = "mtp.0"
     run = OracleRun.of(stored, plan, arithmetic, f"{name}.")
     e_TD = run.norm(f"{name}.enorm", stored.rows("embed.weight", following_T), f"{name}.enorm.weight")
     h_TSD = run.norm(f"{name}.hnorm", streams_TSD, f"{name}.hnorm.weight")
