@@ -40,7 +40,7 @@ StageItem = Finding | Measurement
 def layer_stage(
     subject: Subject, progress: StageProgress | None = None, work: Path | None = None
 ) -> Iterator[StageItem]:
-    """Runs V01 to V10 on the chosen layers, in their order; yields each layer's measurements before its findings.
+    """Runs V01 to V12 on the chosen layers, in their order; yields each layer's measurements before its findings.
 
     progress: called with (layers done, layers, the next one). work: a folder for the state behind each layer, where a
     later call with the same checkpoint, plan, selection and text continues.
@@ -84,6 +84,8 @@ class _Stage:
         self.progress(total, total, "the head and the whole model")
         yield check_growth(state.measurements)
         yield from _end(oracle, state)
+        if not self.subject.module_ids:
+            yield from _no_module(self.subject)
         for layer_idx in self.subject.module_ids:
             self.progress(total, total, self.subject.name_of(layer_idx))
             yield from _module(oracle, state, layer_idx)
@@ -182,6 +184,14 @@ def _check_keys(compared: LayerComparison, layer: str, subject: Subject) -> Find
     message = f"rounding moves the keys by {number:.1e}, relative"
     remedy = "the key quantiser: its scale per block, which channels it rounds"
     return Finding.judged("V10", layer, 0 < number <= E4M3_ROUNDING, message, number, words, remedy)
+
+
+def _no_module(subject: Subject) -> Iterator[Finding]:
+    """Says why no module of drafts was looked at."""
+    reason = "no MTP module is planned: --draft plans it"
+    if subject.plan.draft.num_modules:
+        reason = "DSpark's drafter, which the engine does not run" if subject.config.dspark else "not chosen"
+    yield from (Finding(check, "mtp", Verdict.SKIPPED, reason) for check in ("V11", "V12"))
 
 
 @torch.inference_mode()

@@ -29,7 +29,7 @@ from ownpath.model.model import Model, Verified
 from ownpath.verify.layers.measure import ROW_FACTOR, row_distances
 from ownpath.verify.layers.module import Module
 
-PROMPTS, ANSWERS, CHUNK = (139, 61), (30, 41), 64
+PROMPTS, ANSWERS, CHUNK = (139, 61), (24, 30), 64
 """Tokens of each request's prompt and answer, and the most that one step reads: the first one's window is full."""
 WAIT_S = 600
 _REMEDY = "engine/draft_decoder, its kernels (kernels/drafts), or the module's window in the caches"
@@ -117,7 +117,9 @@ class ScriptedTarget:
     ) -> torch.Tensor:
         """See ``Model.draft_forward``."""
         logits_RV = self.model.draft_forward(hidden, next_ids_T, batch, rows_R)
-        slots = [slot for slot, rows in zip(batch.tables.slots, batch.tables.rows, strict=True) for _ in batch_rows(rows)]
+        slots = [
+            slot for slot, rows in zip(batch.tables.slots, batch.tables.rows, strict=True) for _ in batch_rows(rows)
+        ]
         guesses = dict(zip(rows_R.tolist(), logits_RV.argmax(-1).tolist(), strict=True))
         self._keep(slots, batch.positions_T, batch.token_ids_T, next_ids_T, guesses)
         return logits_RV
@@ -170,6 +172,14 @@ def batch_rows(rows: slice) -> range:
     return range(rows.start, rows.stop)
 
 
+class Ahead(DraftDecoder):
+    """A decoder whose steps follow each other from what the device has, as graphs do, though each runs eagerly."""
+
+    def has_graph(self, num_requests: int) -> bool:
+        """Returns True: a step may be launched before the one before is read."""
+        return True
+
+
 class Always(DraftPolicy):
     """Drafts in every step that may."""
 
@@ -196,7 +206,7 @@ def drafted_run(module: Module, model: Model) -> DraftedRun:
     config = EngineConfig(str(device), dtype, model.cache_spec.max_tokens, len(PROMPTS), max_prefill_tokens=CHUNK)
     config = replace(config, graphs=False, loads_draft=True, rows_per_request=ROWS)
     served: Any = target
-    drafts = Drafts(served, DraftDecoder(served, len(PROMPTS), vocab), Always())
+    drafts = Drafts(served, Ahead(served, len(PROMPTS), vocab), Always())
     engine = Engine(served, config, vocab, end_token_ids=(), drafts=drafts)
     prompts = [[(3 + 7 * n + 11 * at * at) % vocab for at in range(count)] for n, count in enumerate(PROMPTS)]
     engine.start()

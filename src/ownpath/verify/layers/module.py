@@ -97,7 +97,9 @@ class Module:
         words = f"an error of 1 budget over all rows and of {ROW_FACTOR:g} budgets in a single one, and finite values"
         for one in bad[:1]:
             where, message = f"{self.name}.{one.slot}", f"the first beyond its budget: relative error {one.rel_l2:.1e}"
-            remedy = _PLACES.get(one.slot, "hc_head's collapse, the module's norm, or the head, which is the backbone's")
+            remedy = _PLACES.get(
+                one.slot, "hc_head's collapse, the module's norm, or the head, which is the backbone's"
+            )
             yield Finding("V11", where, Verdict.FAIL, message, one.excess, words, remedy)
         if not bad:
             worst = max(measured, key=lambda one: one.excess)
