@@ -143,7 +143,7 @@ def captured(decoder: StepGraphs, counts: Sequence[int], device: str) -> None:
 
 def engines_of(args: argparse.Namespace, model: Model, config: EngineConfig) -> dict[str, Engine]:
     """Makes an engine for each way to run; all share the model."""
-    counts, num_vocab, ends = args.requests, model.config.vocab_size, ()
+    counts, num_vocab, ends = args.requests, model.config.vocab_size, frozenset[int]()
     if args.shape == "trained":
         ends = read_end_tokens(default_model_dir(), model.config).ids
     plain = Decoder(model, max(counts), num_vocab)
@@ -172,23 +172,26 @@ def rates(args: argparse.Namespace, model: Model, config: EngineConfig) -> Itera
             engine.stop()
 
 
+def counts_of(engine: Engine) -> tuple[int, int, int]:
+    """Returns its steps with drafts, guesses, and guesses that were right."""
+    counts = engine.load().drafts
+    return counts.num_steps, counts.num_guesses, counts.num_right
+
+
 def measured(
     args: argparse.Namespace, engines: dict[str, Engine], asked: Asked, facts: dict[str, Any]
 ) -> Iterator[dict[str, object]]:
     """Yields a row for each way to run one thing."""
     found: dict[str, list[Round]] = {name: [] for name in engines}
-    before = {name: engine.load().drafts for name, engine in engines.items()}
-    before = {name: (one.num_steps, one.num_guesses, one.num_right) for name, one in before.items()}
+    before = {name: counts_of(engine) for name, engine in engines.items()}
     for _ in range(1 + args.rounds):
         for name, engine in engines.items():
             found[name].append(round_of(engine, asked, facts["requests"]))
     of_plain = statistics.median(one.rate for one in found["plain"][1:])
     for name, engine in engines.items():
-        now, rounds = engine.load().drafts, found[name][1:]
+        rounds = found[name][1:]
         rate, whole = statistics.median(one.rate for one in rounds), statistics.median(one.whole_s for one in rounds)
-        steps, guesses, right = (
-            new - old for new, old in zip((now.num_steps, now.num_guesses, now.num_right), before[name], strict=True)
-        )
+        steps, guesses, right = (now - then for now, then in zip(counts_of(engine), before[name], strict=True))
         same = sum(one == other for one, other in zip(rounds[-1].ids, found["plain"][-1].ids, strict=True))
         yield {
             "how": name,

@@ -2,7 +2,10 @@
 
 import torch
 
+from ownpath.bench.draft_ends import copied
 from ownpath.kernels.drafts.types import ACCEPTED, GUESS, DraftRows
+
+__all__ = ["assert_same", "copied", "draft_rows", "ended"]
 
 
 def draft_rows(count: int, num_fields: int, device: torch.device | None = None, width: int = 96) -> DraftRows:
@@ -22,13 +25,6 @@ def draft_rows(count: int, num_fields: int, device: torch.device | None = None, 
     shared = torch.full((2, num_fields, width), -9, dtype=torch.int32, pin_memory=device.type == "cuda")
     marked = (torch.full((size,), -9, dtype=torch.int32, device=device) for size in (width, width // 2, width // 2))
     return DraftRows(*(one.to(device) for one in (token, pad, counts, turn, results)), shared, *marked)
-
-
-def copied(rows: DraftRows) -> DraftRows:
-    """A copy, whose shared results are where the first one's are."""
-    shared = rows.shared_2NW
-    copies = DraftRows(*(one.clone() for one in rows))
-    return copies._replace(shared_2NW=shared.clone().pin_memory() if shared.is_pinned() else shared.clone())
 
 
 def ended(rows: DraftRows, count: int, is_judged: bool = False) -> DraftRows:

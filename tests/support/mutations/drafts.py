@@ -16,19 +16,18 @@ from support.mutations.interference import Interference
 from support.mutations.mutation import Mutation, on_part, on_slot, on_weights
 
 MODULE = "mtp.0"
+OPTIONS: dict[str, Any] = {"stages": ("layers",), "model": "drafting", "drafts": True}
 
 
 def of_module(what: str, where: str, interference: Interference) -> Mutation:
     """What V11 names."""
-    return Mutation(
-        what, "V11", f"{MODULE}.{where}", None, interference, stages=("layers",), model="drafting", drafts=True
-    )
+    return Mutation(what, "V11", f"{MODULE}.{where}", None, interference, **OPTIONS)
 
 
 def of_step(what: str, owner: Any, name: str, made: Callable[[Any], Any]) -> Mutation:
     """What V12 sees: something that runs, with another in its place."""
     changed = Interference(replaced=((owner, name, made),))
-    return Mutation(what, "V12", MODULE, None, changed, stages=("layers",), model="drafting", drafts=True)
+    return Mutation(what, "V12", MODULE, None, changed, **OPTIONS)
 
 
 def norms_exchanged(weights: LoadedWeights) -> None:

@@ -115,7 +115,7 @@ class DraftOperand:
         kernel: "JITFunction[Any]",
         rows: DraftRows,
         num_requests: int,
-        args: Sequence[torch.Tensor | int],
+        args: Sequence[Any],
         constants: Mapping[str, object],
     ) -> None:
         """Launches a program for each request. args: the kernel's, in order."""

@@ -90,7 +90,7 @@ class ScriptedTarget:
     @classmethod
     def of(cls, model: Model, streams_TSD: torch.Tensor) -> "ScriptedTarget":
         """Puts the model's module behind a script."""
-        heard = Heard(model.drafts[0])
+        heard: Any = Heard(model.drafts[0])
         return cls(replace(model, drafts=(heard,)), heard, streams_TSD)
 
     def __getattr__(self, name: str) -> Any:
@@ -117,9 +117,8 @@ class ScriptedTarget:
     ) -> torch.Tensor:
         """See ``Model.draft_forward``."""
         logits_RV = self.model.draft_forward(hidden, next_ids_T, batch, rows_R)
-        slots = [
-            slot for slot, rows in zip(batch.tables.slots, batch.tables.rows, strict=True) for _ in batch_rows(rows)
-        ]
+        pairs = zip(batch.tables.slots, batch.tables.rows, strict=True)
+        slots = [slot for slot, rows in pairs for _ in range(rows.start, rows.stop)]
         guesses = dict(zip(rows_R.tolist(), logits_RV.argmax(-1).tolist(), strict=True))
         self._keep(slots, batch.positions_T, batch.token_ids_T, next_ids_T, guesses)
         return logits_RV
@@ -162,14 +161,9 @@ class ScriptedTarget:
     ) -> None:
         assert self.heard.last is not None
         columns = positions_T.tolist(), token_ids_T.tolist(), next_ids_T.tolist(), self.heard.last.streams_TSD
-        for row, (slot, *one) in enumerate(zip(slots, *columns, strict=True)):
-            if one[1] >= 0:
-                self.module_rows.append(ModuleRow(slot, *one, guesses.get(row)))
-
-
-def batch_rows(rows: slice) -> range:
-    """Returns the rows of a slice."""
-    return range(rows.start, rows.stop)
+        for row, (slot, at, token_id, next_id, streams_SD) in enumerate(zip(slots, *columns, strict=True)):
+            if token_id >= 0:
+                self.module_rows.append(ModuleRow(slot, at, token_id, next_id, streams_SD, guesses.get(row)))
 
 
 class Ahead(DraftDecoder):
@@ -250,9 +244,9 @@ def check_drafting(module: Module, model: Model) -> Finding:
 def _wrong_rows(run: DraftedRun) -> Iterator[str]:
     """Rows that read another token than the answer has there: a step went on from a wrong place."""
     for row in run.target.target_rows:
-        text = run.texts[row.slot]
-        if row.is_first and row.position < len(text) and row.token_id != text[row.position]:
-            yield f"a step reads token {row.token_id} at position {row.position}, where the answer has {text[row.position]}"
+        text, at = run.texts[row.slot], row.position
+        if row.is_first and at < len(text) and row.token_id != text[at]:
+            yield f"a step reads token {row.token_id} at position {at}, where the answer has {text[at]}"
     for slot, text in run.texts.items():
         read = {row.position for row in run.target.module_rows if row.slot == slot}
         missing = [at for at in range(len(text) - 1) if at not in read]

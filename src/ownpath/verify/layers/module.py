@@ -35,6 +35,7 @@ _PLACES = {
     "hnorm": "hnorm's weight, or the streams that the module is given",
     "h_proj": "h_proj, or e_proj in its place",
     "hc_attn.x": "the sum of both, for each stream",
+    "head": "hc_head's collapse, the module's norm, or the head, which is the backbone's",
 }
 _ROWS = 256
 """Rows whose logits are computed at once."""
@@ -78,8 +79,8 @@ class Module:
         part = load_part(subject, lambda name: is_end(name) or is_module(name))
         model = part.builder.without_backbone()
         num_tokens = len(self.oracle.token_ids)
-        layers, most = frozenset({self.layer_idx}), {"max_tokens": num_tokens, "max_sequences": MAX_SEQUENCES}
-        return replace(model, cache_spec=replace(model.cache_spec, layer_ids=layers, **most))
+        spec = replace(model.cache_spec, max_tokens=num_tokens, max_sequences=MAX_SEQUENCES)
+        return replace(model, cache_spec=replace(spec, layer_ids=frozenset({self.layer_idx})))
 
     def findings(self, model: Model, out_TSD: torch.Tensor) -> Iterator[Finding | Measurement]:
         """V11: what enters the layer, in a forward of the text, and the logits of the reference's streams behind the
@@ -97,10 +98,7 @@ class Module:
         words = f"an error of 1 budget over all rows and of {ROW_FACTOR:g} budgets in a single one, and finite values"
         for one in bad[:1]:
             where, message = f"{self.name}.{one.slot}", f"the first beyond its budget: relative error {one.rel_l2:.1e}"
-            remedy = _PLACES.get(
-                one.slot, "hc_head's collapse, the module's norm, or the head, which is the backbone's"
-            )
-            yield Finding("V11", where, Verdict.FAIL, message, one.excess, words, remedy)
+            yield Finding("V11", where, Verdict.FAIL, message, one.excess, words, _PLACES[one.slot])
         if not bad:
             worst = max(measured, key=lambda one: one.excess)
             message = f"{len(measured)} values of {len(ids_T)} rows; nearest to its budget {worst.slot}"
