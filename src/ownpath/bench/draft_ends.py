@@ -78,7 +78,8 @@ def draft_rows(count: int, num_fields: int, g: torch.Generator) -> DraftRows:
     token_W, pad_W, turn_W, following_W = drawn(2, width), *torch.zeros(3, width, dtype=torch.int32, device=device)
     shared = torch.zeros(2, num_fields, width, dtype=torch.int32, pin_memory=device.type == "cuda")
     place_R, index_R = drawn(1, 2, width)
-    first = token_W, pad_W, drawn(900, 2, width), turn_W, drawn(2, num_fields, width)
+    known_W = torch.where(drawn(4, width) > 0, -1, 5)
+    first = token_W, pad_W, known_W.int(), drawn(900, 2, width), turn_W, drawn(2, num_fields, width)
     return DraftRows(*first, shared, following_W, place_R, index_R)
 
 

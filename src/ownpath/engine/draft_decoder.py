@@ -25,7 +25,7 @@ from ownpath.cache.tables import DecodeTables
 from ownpath.engine.decoder import NOTHING
 from ownpath.engine.draft_rows import DraftArrays, DraftedTokens, end_kernels_of
 from ownpath.engine.graphs import GraphModel, StepGraphs
-from ownpath.engine.rows import NO_ROWS, NUM_TURNS, GroupedRows, RowArrays, Staged, StepRows
+from ownpath.engine.rows import NO_ROWS, NUM_TURNS, PADDED, GroupedRows, RowArrays, Staged, StepRows
 from ownpath.engine.sampler import sampler_of
 from ownpath.engine.tops import PendingTops, read_tops, start_tops
 from ownpath.kernels.drafts.types import ROWS
@@ -35,6 +35,8 @@ __all__ = ["ROWS", "DraftDecoder", "DraftedTokens"]
 
 MOST_AHEAD = ROWS * NUM_TURNS
 """Positions behind the last known one that launched steps may write."""
+UNKNOWN = PADDED, PADDED
+"""The tokens behind both rows of a request that answers."""
 AcceptGuesses = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 """Is given the tokens drawn and the guesses of requests, and writes 1 for each guess that counts as right, else 0."""
 
@@ -118,14 +120,21 @@ class DraftDecoder(StepGraphs):
     def warm_up_rest(self, logits_TV: torch.Tensor) -> None:
         """Does nothing: nothing else follows a step."""
 
-    def begin(self, rows: StepRows, guesses: Sequence[int], tops: Mapping[int, int] = NOTHING) -> DraftBegun:
+    def begin(
+        self,
+        rows: StepRows,
+        guesses: Sequence[int],
+        tops: Mapping[int, int] = NOTHING,
+        known: Sequence[tuple[int, int]] = (),
+    ) -> DraftBegun:
         """Launches a step of other requests, a row and a guess for each. Does not wait. No step may be unread.
 
-        tops: row -> number of its likeliest tokens that the results are to have.
+        tops: row -> number of its likeliest tokens that the results are to have. known: of each request the tokens
+        behind both rows, -1 where they are to be drawn; a request whose guess is known has both tokens count.
         """
         assert not self._num_unread, "what is unread decides where rows begin"
         self._held, turn = None, self._take_turn()
-        staged = self._rows.stage(_in_pairs(rows, guesses, self.pool), turn)
+        staged = self._rows.stage(_in_pairs(rows, guesses, known or [UNKNOWN] * rows.num_rows, self.pool), turn)
         return self._begin(DraftBegun(HeldDrafts.of(rows.caches), turn, tops), staged)
 
     @property
@@ -193,7 +202,9 @@ class DraftDecoder(StepGraphs):
         return logits_TV
 
 
-def _in_pairs(rows: StepRows, guesses: Sequence[int], pool: CachePool) -> GroupedRows:
+def _in_pairs(
+    rows: StepRows, guesses: Sequence[int], known: Sequence[tuple[int, int]], pool: CachePool
+) -> GroupedRows:
     """Returns two rows for each: of its token, and of the guess behind it."""
     pairs = zip(rows.token_ids, guesses, strict=True)
     return GroupedRows(
@@ -206,4 +217,5 @@ def _in_pairs(rows: StepRows, guesses: Sequence[int], pool: CachePool) -> Groupe
         [one for one in rows.params for _ in range(ROWS)],
         [seed for seed in rows.seeds for _ in range(ROWS)],
         [count + ahead for count in rows.num_drawn for ahead in range(ROWS)],
+        [token_id for pair in known for token_id in pair],
     )

@@ -55,7 +55,7 @@ class DraftArrays:
         results_NW = torch.zeros(num_fields, width, dtype=torch.int32, device=device)
         shared_2NW = torch.zeros(NUM_TURNS, *results_NW.shape, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._integers = shared_2NW.numpy()
-        first = columns.tokens, columns.pads, columns.counts, columns.turns
+        first = columns.tokens, columns.pads, columns.known, columns.counts, columns.turns
         self.rows = DraftRows(*first, results_NW, shared_2NW, following_W, place_R, index_R)
         self.drawn_W = results_NW[0]
         """The tokens that the last step drew, int32 [W]."""
@@ -63,8 +63,7 @@ class DraftArrays:
     def take(self) -> None:
         """Takes the parameters of each request's first row, which has just been sent: by them its guesses are drawn."""
         columns, count, some = self._columns, self._max_requests, slice(0, ROWS * self._max_requests, ROWS)
-        for place, column in zip(self._floats, (columns.temperatures, columns.top_p, columns.min_p), strict=True):
-            place[:count] = column[some]
+        self._floats[:, :count] = columns.floats[:, some]
         self._seeds[:count] = columns.seeds[some]
         self._top_k[:count] = columns.top_k[some]
 

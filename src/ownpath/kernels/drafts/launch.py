@@ -34,6 +34,7 @@ MAX_FIELDS = 128
 def accept_kernel(
     token_ptr,
     pad_ptr,
+    known_ptr,
     counts_ptr,
     results_ptr,
     following_ptr,
@@ -51,11 +52,13 @@ def accept_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     first, second = tl.load(results_ptr + t), tl.load(results_ptr + t + 1)
     pad, drawn = tl.load(pad_ptr + t), tl.load(counts_ptr + width + t)
+    known, known_next = tl.load(known_ptr + t), tl.load(known_ptr + t + 1)
     if IS_JUDGED:
         accepted = tl.load(results_ptr + RIGHT * width + t)
     else:
         accepted = (first == tl.load(token_ptr + t + 1)).to(tl.int32)
-    accepted = accepted & (pad + 1)
+    accepted = tl.where(known >= 0, 1, accepted) & (pad + 1)
+    first, second = tl.where(known >= 0, known, first), tl.where(known_next >= 0, known_next, second)
     tl.debug_barrier()  # one thread writes below what all have read above
     tl.store(results_ptr + RIGHT * width + t, accepted)
     tl.store(following_ptr + t, first | pad)
@@ -157,8 +160,8 @@ class TritonAcceptDrafts(_DraftKernel):
 
     def run(self, rows: DraftRows, num_requests: int, operand: DraftOperand, *, is_judged: bool = False) -> None:
         """Computes ``ref.accept_drafts``. See ``AcceptKernel``."""
-        token_W, pad_W, counts_2W, _, results_NW, _, *made = rows
-        args = (token_W, pad_W, counts_2W, results_NW, *made, len(token_W))
+        token_W, pad_W, known_W, counts_2W, _, results_NW, _, *made = rows
+        args = (token_W, pad_W, known_W, counts_2W, results_NW, *made, len(token_W))
         operand.run(accept_kernel, rows, num_requests, args, {"IS_JUDGED": is_judged})
 
 
@@ -168,7 +171,8 @@ class TritonGoOnDrafting(_DraftKernel):
     def run(self, rows: DraftRows, num_requests: int, operand: DraftOperand) -> None:
         """Computes ``ref.go_on_drafting``. See ``GoOnKernel``."""
         num_fields, width = rows.results_NW.shape
-        args = (*rows[:-1], width, num_fields)
+        token_W, pad_W, _, *others = rows[:-1]
+        args = (token_W, pad_W, *others, width, num_fields)
         constants = {"FIELDS": triton.next_power_of_2(num_fields)}
         operand.run(go_on_kernel, rows, num_requests, args, constants)
 
@@ -181,7 +185,7 @@ def _check(rows: DraftRows, num_requests: int) -> None:
         raise ValueError(f"results_NW must have {GUESS + 1} to {MAX_FIELDS} rows, found {num_fields}")
     if width < ROWS * num_requests or num_places < num_requests:
         raise ValueError(f"token_W and place_R must have room for {num_requests} requests")
-    shapes = (width,), (width,), (2, width), (width,), (num_fields, width)
+    shapes = (width,), (width,), (width,), (2, width), (width,), (num_fields, width)
     for name, one, shape in zip(rows._fields, rows, shapes, strict=False):
         check(name, one, (torch.int32,), shape, device)
     check("following_W", rows.following_W, (torch.int32,), (width,), device)

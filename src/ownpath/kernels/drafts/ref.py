@@ -12,12 +12,12 @@ from ownpath.kernels.reference import Reference
 def accept_drafts(rows: DraftRows, num_requests: int, *, is_judged: bool = False) -> None:
     """Compares each request's guess with the token drawn before it. See ``AcceptKernel``."""
     num_rows = ROWS * num_requests
-    drawn_T, pad_T = rows.results_NW[0, :num_rows], rows.pad_W[:num_rows]
+    drawn_T, pad_T, known_T = rows.results_NW[0, :num_rows], rows.pad_W[:num_rows], rows.known_W[:num_rows]
     is_there_R, accepted_R = pad_T[::ROWS] + 1, rows.results_NW[ACCEPTED, :num_rows:ROWS]
-    right_R = accepted_R.clone() if is_judged else (drawn_T[::ROWS] == rows.token_W[1:num_rows:ROWS]).int()
-    right_R *= is_there_R
+    right_R = accepted_R.bool() if is_judged else drawn_T[::ROWS] == rows.token_W[1:num_rows:ROWS]
+    right_R = (right_R | (known_T[::ROWS] >= 0)) * is_there_R
     accepted_R.copy_(right_R)
-    torch.bitwise_or(drawn_T, pad_T, out=rows.following_W[:num_rows])
+    torch.bitwise_or(torch.where(known_T >= 0, known_T, drawn_T), pad_T, out=rows.following_W[:num_rows])
     rows.place_R[:num_requests] = right_R + ROWS * torch.arange(num_requests, device=right_R.device)
     rows.index_R[:num_requests] = (rows.counts_2W[1, :num_rows:ROWS] + 1 + right_R) * is_there_R
 

@@ -21,7 +21,8 @@ and in the column of its last token that counts the guess behind it."""
 class DraftRows(NamedTuple):
     """The arrays in which a step with drafts goes on, all int32.
 
-    Shapes: token_W, the token that each row reads, -1 in a padded row. pad_W: -1 in a padded row, else 0. counts_2W:
+    Shapes: token_W, the token that each row reads, -1 in a padded row. pad_W: -1 in a padded row, else 0. known_W:
+        the token that follows the row where it is known, as in a prompt, else -1: then it is drawn. counts_2W:
         the row's position and the number of tokens drawn before it. turn_W, 0 or 1: the copy of the results that this
         step writes. results_NW: token, fault and log-prob of each row, what ``ACCEPTED`` and ``GUESS`` name, then what
         other kernels of the step have written. shared_2NW: two copies of the results, in memory that the host reads
@@ -32,6 +33,7 @@ class DraftRows(NamedTuple):
 
     token_W: Tensor
     pad_W: Tensor
+    known_W: Tensor
     counts_2W: Tensor
     turn_W: Tensor
     results_NW: Tensor
@@ -52,8 +54,8 @@ class AcceptKernel(Kernel[Operand], Protocol[Operand]):
 
     def run(self, rows: DraftRows, num_requests: int, operand: Operand, *, is_judged: bool = False) -> None:
         """Writes ``ACCEPTED``, following_W, place_R and index_R of the first requests, behind the sampler of their
-            rows. A padded request has no right guess and index 0. Tokens and counts stay: the module of drafts reads
-            them.
+            rows. A padded request has no right guess and index 0; where the token behind a request's first row is
+            known, the second row has it. Tokens and counts stay: the module of drafts reads them.
 
         is_judged: ``ACCEPTED`` is there already, 1 or 0 by another judgement.
         Errors: ValueError naming an array that does not fit.

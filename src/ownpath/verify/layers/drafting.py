@@ -35,7 +35,7 @@ WAIT_S = 600
 _REMEDY = "engine/draft_decoder, its kernels (kernels/drafts), or the module's window in the caches"
 
 
-class ModuleRow(NamedTuple):
+class GuessedRow(NamedTuple):
     """A row that the module has run. token_id: of the row; next_id: behind it. guess: the likeliest by its logits,
     ``None`` where none were computed."""
 
@@ -47,7 +47,7 @@ class ModuleRow(NamedTuple):
     guess: int | None
 
 
-class TargetRow(NamedTuple):
+class VerifiedRow(NamedTuple):
     """A row that the target has run in a step with drafts. drawn: its token; guess: the request's in this step."""
 
     slot: int
@@ -83,8 +83,8 @@ class ScriptedTarget:
     model: Model
     heard: Heard
     streams_TSD: torch.Tensor
-    module_rows: list[ModuleRow] = field(default_factory=list)
-    target_rows: list[TargetRow] = field(default_factory=list)
+    module_rows: list[GuessedRow] = field(default_factory=list)
+    target_rows: list[VerifiedRow] = field(default_factory=list)
     first_ids: dict[int, int] = field(default_factory=dict)
 
     @classmethod
@@ -132,7 +132,7 @@ class ScriptedTarget:
             is_first, guess = row % ROWS == 0, max(tokens[row - row % ROWS + 1], 0)
             drawn.append(self.drawn_at(at + 1, guess if is_first else at))
             if token_id >= 0:
-                self.target_rows.append(TargetRow(slot, at, token_id, drawn[-1], guess, is_first))
+                self.target_rows.append(VerifiedRow(slot, at, token_id, drawn[-1], guess, is_first))
         self._read = slots, torch.tensor(positions), torch.tensor(tokens)
         return Verified(self._one_hot(drawn), self._hidden(tables.positions_T), step)
 
@@ -163,7 +163,7 @@ class ScriptedTarget:
         columns = positions_T.tolist(), token_ids_T.tolist(), next_ids_T.tolist(), self.heard.last.streams_TSD
         for row, (slot, at, token_id, next_id, streams_SD) in enumerate(zip(slots, *columns, strict=True)):
             if token_id >= 0:
-                self.module_rows.append(ModuleRow(slot, at, token_id, next_id, streams_SD, guesses.get(row)))
+                self.module_rows.append(GuessedRow(slot, at, token_id, next_id, streams_SD, guesses.get(row)))
 
 
 class Ahead(DraftDecoder):
@@ -297,7 +297,7 @@ def _check_streams(module: Module, model: Model, run: DraftedRun) -> Finding:
     return Finding.judged("V12", module.name, worst <= allowed, message, worst, words, _REMEDY)
 
 
-def _counts(row: ModuleRow, text: Sequence[int]) -> bool:
+def _counts(row: GuessedRow, text: Sequence[int]) -> bool:
     return row.position + 1 < len(text) and [row.token_id, row.next_id] == [*text[row.position : row.position + 2]]
 
 
