@@ -202,9 +202,7 @@ class DraftDecoder(StepGraphs):
         return logits_TV
 
 
-def _in_pairs(
-    rows: StepRows, guesses: Sequence[int], known: Sequence[tuple[int, int]], pool: CachePool
-) -> GroupedRows:
+def _in_pairs(rows: StepRows, guesses: Sequence[int], known: Sequence[tuple[int, int]], pool: CachePool) -> GroupedRows:
     """Returns two rows for each: of its token, and of the guess behind it."""
     pairs = zip(rows.token_ids, guesses, strict=True)
     return GroupedRows(
