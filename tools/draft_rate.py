@@ -1,27 +1,38 @@
-"""Measures an engine's tokens per second with drafts beside without, guesses being accepted by force.
+"""Measures an engine's tokens per second with drafts beside without.
 
+    PYTHONPATH=src python tools/draft_rate.py --shape trained --requests 1,8,32 --out draft_rate.jsonl
     PYTHONPATH=src python tools/draft_rate.py --shape embedded --requests 1,8,32 --out draft_rate.jsonl
 
-A model of random weights with an MTP module. Random weights guess nothing right, so guesses are accepted by chance, at
-each of the rates of ``--accepted``: forced, for measuring alone, and tokens are no answer of the model's. The policy
-decides as in a server. Rates are of all tokens, from the first one of any request to the last.
+``trained``: the embedded model with its trained module, asked ``--questions`` chat questions of its examination, greedy
+and at temperature 1, as many at a time as requests; guesses are right as often as they are.
+Other shapes: a model of random weights with a module. Random weights guess nothing right, so guesses are accepted by
+chance, at each of the rates of ``--accepted``: forced, for measuring alone, and tokens are no answer of the model's.
+
+The policy decides as in a server. Rates are of all tokens, from the first one of any request of a round to the last;
+``with_prompts`` from the first request on.
 """
 
 import argparse
+import random
 import statistics
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from tiny.batches import Encoder
+from tiny.exam import questions
+from tokenizers import Tokenizer
 
 from ownpath.bench.drafts import accept_by_chance
 from ownpath.bench.record import append_lines, provenance
 from ownpath.bench.request import StepOptions
 from ownpath.bench.step import ONE_RANK_SETS, make_model, step_config
 from ownpath.config import EngineConfig, ModelConfig
+from ownpath.end_tokens import read_end_tokens
 from ownpath.engine.decoder import Decoder
 from ownpath.engine.draft_decoder import ROWS, DraftDecoder
 from ownpath.engine.draft_policy import DraftPolicy
@@ -29,22 +40,24 @@ from ownpath.engine.drafting import Drafts
 from ownpath.engine.engine import Engine
 from ownpath.engine.graphs import StepGraphs
 from ownpath.engine.request import Request, SamplingParams, StepOutput
-from ownpath.loading import default_model_dir
+from ownpath.loading import default_model_dir, load_model
 from ownpath.model.model import Model
 
-LIMIT_S = 120.0
+LIMIT_S, EXAM_SEED = 120.0, 20261122
 
 
 class Heard:
-    """The times of a request's tokens."""
+    """The tokens of a request and their times."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
+        self.ids: list[int] = []
         self._ended = threading.Event()
 
     def __call__(self, output: StepOutput) -> None:
         if output.token is not None:
             self.times.append(time.perf_counter())
+            self.ids.append(output.token.token_id)
         if output.finish_reason is not None:
             self._ended.set()
 
@@ -54,14 +67,61 @@ class Heard:
         return self.times
 
 
-def rate_of(engine: Engine, count: int, num_tokens: int) -> float:
-    """Returns tokens per second of a round of requests, prompts not counted."""
-    heard = [Heard() for _ in range(count)]
-    params = SamplingParams(num_tokens, temperature=0.0)
-    engine.submit([Request([3 + idx, 5, 7, 9], params, one) for idx, one in enumerate(heard)])
-    times = [one.wait() for one in heard]
-    begin, end = min(own[0] for own in times), max(own[-1] for own in times)
-    return sum(map(len, times)) / (end - begin)
+class Asked(NamedTuple):
+    """What is asked for in a round, so many requests at a time."""
+
+    prompts: list[list[int]]
+    params: SamplingParams
+
+
+class Round(NamedTuple):
+    """num_tokens: of all answers. seconds: from each group's first token to its last; whole_s: with prompts. ids: the
+    answers."""
+
+    num_tokens: int
+    seconds: float
+    whole_s: float
+    ids: list[list[int]]
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second behind the first ones."""
+        return self.num_tokens / self.seconds
+
+
+def round_of(engine: Engine, asked: Asked, count: int) -> Round:
+    """Asks everything, ``count`` requests at a time."""
+    num_tokens, seconds, whole_s, ids = 0, 0.0, 0.0, []
+    for start in range(0, len(asked.prompts), count):
+        heard = [Heard() for _ in asked.prompts[start : start + count]]
+        begin = time.perf_counter()
+        pairs = zip(asked.prompts[start : start + count], heard, strict=True)
+        engine.submit(
+            [Request(one, replace(asked.params, seed=start + idx), own) for idx, (one, own) in enumerate(pairs)]
+        )
+        times = [one.wait() for one in heard]
+        first, last = min(own[0] for own in times), max(own[-1] for own in times)
+        # Of several requests the first token of each is in the time; of one it is not.
+        num_tokens += sum(map(len, times)) - 1
+        seconds, whole_s = seconds + last - first, whole_s + last - begin
+        ids += [one.ids for one in heard]
+    return Round(num_tokens, seconds, whole_s, ids)
+
+
+def made_up(args: argparse.Namespace, count: int) -> Iterator[tuple[str, Asked]]:
+    """Yields short prompts, none of which ends before it has all its tokens."""
+    prompts = [[3 + idx, 5, 7, 9] for idx in range(count)]
+    yield "greedy", Asked(prompts, SamplingParams(args.tokens, temperature=0.0))
+
+
+def exam(args: argparse.Namespace, count: int) -> Iterator[tuple[str, Asked]]:
+    """Yields chat questions of the embedded model's examination, of all its kinds."""
+    encoder = Encoder(Tokenizer.from_file(str(default_model_dir() / "tokenizer.json")))
+    chats = [one for one in questions(EXAM_SEED) if "/chat" in one.group]
+    some = random.Random(5).sample(chats, max(args.questions, count))
+    prompts = [encoder.encode(one.prompt)[0] for one in some]
+    for name, temperature in (("greedy", 0.0), ("drawn", 1.0)):
+        yield name, Asked(prompts, SamplingParams(args.tokens, temperature=temperature))
 
 
 def config_of(shape: str) -> ModelConfig:
@@ -81,45 +141,81 @@ def captured(decoder: StepGraphs, counts: Sequence[int], device: str) -> None:
         (decoder.warm_up if device == "cpu" else decoder.capture)(lambda *_: None)
 
 
-def rates(args: argparse.Namespace, model: Model, config: EngineConfig) -> Iterator[dict[str, object]]:
-    """Yields a row for each way to run and number of requests, in turns of rounds."""
-    counts, num_vocab = args.requests, model.config.vocab_size
+def engines_of(args: argparse.Namespace, model: Model, config: EngineConfig) -> dict[str, Engine]:
+    """Makes an engine for each way to run; all share the model."""
+    counts, num_vocab, ends = args.requests, model.config.vocab_size, frozenset[int]()
+    if args.shape == "trained":
+        ends = read_end_tokens(default_model_dir(), model.config).ids
     plain = Decoder(model, max(counts), num_vocab)
     captured(plain, counts, args.device)
-    engines = {"plain": Engine(model, config, num_vocab, end_token_ids=(), decoder=plain)}
-    for share in args.accepted:
-        decoder = DraftDecoder(model, max(counts), num_vocab, accept_by_chance(share))
+    found = {"plain": Engine(model, config, num_vocab, end_token_ids=ends, decoder=plain)}
+    judges = {f"drafts, {share:g} accepted by force": accept_by_chance(share, args.device) for share in args.accepted}
+    for name, judge in {"drafts": None}.items() if args.shape == "trained" else judges.items():
+        decoder = DraftDecoder(model, max(counts), num_vocab, judge)
         captured(decoder, counts, args.device)
         drafts = Drafts(model, decoder, DraftPolicy())
-        name = f"drafts, {share:g} accepted by force"
-        engines[name] = Engine(model, config, num_vocab, end_token_ids=(), decoder=plain, drafts=drafts)
+        found[name] = Engine(model, config, num_vocab, end_token_ids=ends, decoder=plain, drafts=drafts)
+    return found
+
+
+def rates(args: argparse.Namespace, model: Model, config: EngineConfig) -> Iterator[dict[str, object]]:
+    """Yields a row for each way to run and number of requests, in turns of rounds."""
+    engines = engines_of(args, model, config)
     for engine in engines.values():
         engine.start()
     try:
-        for count in counts:
-            found: dict[str, list[float]] = {name: [] for name in engines}
-            for _ in range(1 + args.rounds):
-                for name, engine in engines.items():
-                    found[name].append(rate_of(engine, count, args.tokens))
-            of_plain = statistics.median(found["plain"][1:])
-            for name, engine in engines.items():
-                rate, drafts_of = statistics.median(found[name][1:]), engine.load().drafts
-                facts = {"steps_with_drafts": drafts_of.num_steps, "guesses_right": drafts_of.num_right}
-                row = {"how": name, "requests": count, "tokens_per_s": round(rate, 1)}
-                yield row | {"over_plain": round(rate / of_plain, 3)} | facts
+        for count in args.requests:
+            for how, asked in (exam if args.shape == "trained" else made_up)(args, count):
+                yield from measured(args, engines, asked, {"requests": count, "drawn": how})
     finally:
         for engine in engines.values():
             engine.stop()
+
+
+def counts_of(engine: Engine) -> tuple[int, int, int]:
+    """Returns its steps with drafts, guesses, and guesses that were right."""
+    counts = engine.load().drafts
+    return counts.num_steps, counts.num_guesses, counts.num_right
+
+
+def measured(
+    args: argparse.Namespace, engines: dict[str, Engine], asked: Asked, facts: dict[str, Any]
+) -> Iterator[dict[str, object]]:
+    """Yields a row for each way to run one thing."""
+    found: dict[str, list[Round]] = {name: [] for name in engines}
+    before = {name: counts_of(engine) for name, engine in engines.items()}
+    for _ in range(1 + args.rounds):
+        for name, engine in engines.items():
+            found[name].append(round_of(engine, asked, facts["requests"]))
+    of_plain = statistics.median(one.rate for one in found["plain"][1:])
+    for name, engine in engines.items():
+        rounds = found[name][1:]
+        rate, whole = statistics.median(one.rate for one in rounds), statistics.median(one.whole_s for one in rounds)
+        steps, guesses, right = (now - then for now, then in zip(counts_of(engine), before[name], strict=True))
+        same = sum(one == other for one, other in zip(rounds[-1].ids, found["plain"][-1].ids, strict=True))
+        yield {
+            "how": name,
+            **facts,
+            "tokens_per_s": round(rate, 1),
+            "over_plain": round(rate / of_plain, 3),
+            "rates": [round(one.rate, 1) for one in rounds],
+            "with_prompts": round(rounds[-1].num_tokens / whole, 1),
+            "steps_with_drafts": steps,
+            "guesses": guesses,
+            "guesses_right": right,
+            "answers_as_plain": f"{same} of {len(asked.prompts)}",
+        }
 
 
 def main() -> None:
     """Prints a line for each measurement and appends it to ``--out``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--shape", choices=("embedded", "small", "flash"), default="embedded")
+    parser.add_argument("--shape", choices=("trained", "embedded", "small", "flash"), default="embedded")
     parser.add_argument("--requests", type=lambda text: [*map(int, text.split(","))], default=[1, 8, 32])
     parser.add_argument("--accepted", type=lambda text: [*map(float, text.split(","))], default=[0.8, 0.0])
-    parser.add_argument("--tokens", type=int, default=400, help="tokens of each request")
+    parser.add_argument("--tokens", type=int, default=400, help="tokens of each request, the most of an answer")
+    parser.add_argument("--questions", type=int, default=32, help="of trained: as many as requests at least")
     parser.add_argument("--rounds", type=int, default=5, help="that count; one more comes before")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default="unknown")
@@ -127,7 +223,10 @@ def main() -> None:
     config = replace(EngineConfig.for_device(args.device, 1024), max_num_seqs=max(args.requests))
     config = replace(config, loads_draft=True, rows_per_request=ROWS)
     sets = ONE_RANK_SETS if args.shape == "flash" else None
-    model = make_model(config_of(args.shape), config, "nvidia", sets).model
+    if args.shape == "trained":
+        model = load_model(default_model_dir(), config)
+    else:
+        model = make_model(config_of(args.shape), config, "nvidia", sets).model
     command = f"python tools/draft_rate.py --shape {args.shape} --requests {','.join(map(str, args.requests))}"
     origin = provenance(args.device, args.commit, command, "wall clock") | {"shape": args.shape}
     for row in rates(args, model, config):

@@ -46,6 +46,10 @@ class OpKind(StrEnum):
     """Attention of the rows of chunks over near keys, each other's among them, and entries in the pool's memory."""
     SAMPLE = "sample"
     """The next token from a row of logits."""
+    ACCEPT_DRAFTS = "accept_drafts"
+    """Which guesses of a step are the tokens drawn, and the row from which each request goes on."""
+    GO_ON_DRAFTING = "go_on_drafting"
+    """The rows of the next step with drafts, and what the host reads of this one."""
 
     REDUCE = "all_reduce"
     """The sum of all ranks' parts, on every rank."""

@@ -30,6 +30,7 @@ NONE = {
     "test_attend_chunk",
     "test_chunk_entries",
     "test_chunk_rings",
+    "test_draft_ends",
     "test_entries",
     "test_exchange_gpus",
     "test_exchange_one_gpu",

@@ -65,6 +65,18 @@ BENCHES = {
         OpKind.CHUNK_RINGS,
     ),
     "sample": Bench("sample:measured", "the sampler", partial(family_cases, "sample"), OpKind.SAMPLE),
+    "accept_drafts": Bench(
+        "draft_ends:measured_accept",
+        "which guesses of a step are right",
+        partial(family_cases, "drafts"),
+        OpKind.ACCEPT_DRAFTS,
+    ),
+    "go_on_drafting": Bench(
+        "draft_ends:measured_go_on",
+        "the end of a step with drafts",
+        partial(family_cases, "drafts"),
+        OpKind.GO_ON_DRAFTING,
+    ),
     "step": Bench(
         "step:measured", "a decode step of a whole model of random weights", model_shape, kinds=(OpKind.TURN,)
     ),

@@ -22,11 +22,13 @@ from ownpath.cache.pools import SequenceCache
 from ownpath.config import EngineConfig
 from ownpath.engine.decoder import Decoder
 from ownpath.engine.draft_decoder import ROWS, AcceptGuesses, DraftDecoder
-from ownpath.engine.graphs import StepGraphs, no_graph_of
+from ownpath.engine.graphs import BUCKETS, StepGraphs, no_graph_of
 from ownpath.engine.rows import DecodeRow, StepRows
 
 ACCEPTED = 0.8
 """The share of guesses that are accepted, if nothing else is asked for."""
+NUM_JUDGED = 1 << 22
+"""Judgements that are drawn ahead: an hour of steps."""
 NUM_CHAINED, NUM_CHAINS = 60, 5
 """Steps in a row, and how often they are measured."""
 
@@ -40,11 +42,20 @@ def measured(asked: BenchRequest) -> Iterator[Row]:
         yield from DraftBench.of(asked, shape, max(counts)).measured(counts)
 
 
-def accept_by_chance(share: float) -> AcceptGuesses:
-    """Returns a judge that accepts a guess with this probability, whatever was guessed: forced, for measuring."""
+def accept_by_chance(share: float, device: torch.device | str) -> AcceptGuesses:
+    """Returns a judge that accepts a guess with this probability, whatever was guessed: forced, for measuring.
+
+    What is accepted was drawn before: numbers drawn in a graph would cost each replay two kernels and their launches.
+    Of each request's next ones two kernels of about 1 us are the cost of the switch.
+    """
+    g = torch.Generator().manual_seed(1)
+    accepted = (torch.rand(NUM_JUDGED, generator=g) < share).to(device, torch.int32)
+    at_R = torch.randint(0, NUM_JUDGED // 2, (BUCKETS[-1],), generator=g, dtype=torch.int32).to(device)
 
     def judge(drawn_R: torch.Tensor, guesses_R: torch.Tensor, out_R: torch.Tensor) -> None:
-        out_R.copy_(torch.rand(len(out_R), device=out_R.device) < share)
+        now_R = at_R[: len(out_R)]
+        torch.index_select(accepted, 0, now_R, out=out_R)
+        now_R.add_(1)
 
     return judge
 
@@ -78,7 +89,7 @@ class DraftBench:
             shape,
             made,
             Decoder(made.model, most, config.vocab_size),
-            DraftDecoder(made.model, most, config.vocab_size, accept_by_chance(share)),
+            DraftDecoder(made.model, most, config.vocab_size, accept_by_chance(share, device)),
             [made.model.new_cache() for _ in range(most)],
             torch.Generator().manual_seed(asked.settings.seed + 4),
         )

@@ -47,6 +47,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
         "--stages", type=_stages, metavar="NAME,...", help=f"some of {', '.join(STAGE_NAMES)} (default: all of them)"
     )
     parser.add_argument("--layers", type=_layers, metavar="0,3-5", help="only these layers (default: all)")
+    parser.add_argument("--draft", action="store_true", help="verify the MTP module too, and steps that draft with it")
     parser.add_argument("--experts", type=whole_number(1), metavar="N", help="a sample of each layer's (default: all)")
     parser.add_argument(
         "--seed", type=whole_number(0, 2**63 - 1), default=0, metavar="S", help="of that sample (default: 0)"
@@ -113,6 +114,8 @@ def run(args: argparse.Namespace) -> int:
         reference=frozenset(args.reference),
         cache_format=args.cache_format,
         draws_weights=args.random_weights,
+        loads_draft=args.draft,
+        rows_per_request=2 if args.draft else 1,
     )
     written = None if args.ledger is None else read_plan_file(args.ledger)
     job = VerifyJob(folder, engine, Selection(args.layers, args.experts, args.seed), args.source, args.work, written)
@@ -122,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
     return _show(result, args, reports) if rank == 0 else 0
 
 
-_NOT_VLLM = ("stages", "experts", "source", "ledger", "keep_going", "batch_invariant", "numerics", "reference")
+_NOT_VLLM = ("stages", "draft", "experts", "source", "ledger", "keep_going", "batch_invariant", "numerics", "reference")
 """Options of our own engine's verification."""
 
 

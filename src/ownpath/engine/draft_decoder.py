@@ -15,30 +15,30 @@ Legend: T rows of a step, R requests, V vocabulary, L layers; T = 2 R.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-import numpy as np
 import torch
 
-from ownpath.cache.layout import BLOCK_TOKENS, aligned_rows
+from ownpath.cache.layout import BLOCK_TOKENS
 from ownpath.cache.pools import CachePool, PlacedSequence, SequenceCache
-from ownpath.cache.tables import DecodeTables, first_flagged, new_flags
+from ownpath.cache.tables import DecodeTables
 from ownpath.engine.decoder import NOTHING
+from ownpath.engine.draft_rows import DraftArrays, DraftedTokens, end_kernels_of
 from ownpath.engine.graphs import GraphModel, StepGraphs
-from ownpath.engine.rows import NO_ROWS, NUM_TURNS, GroupedRows, RowArrays, Staged, StepRows
-from ownpath.engine.sampler import NUM_SAMPLED, sampled_views, sampler_of
-from ownpath.engine.tops import PendingTops, Top, read_tops, start_tops
-from ownpath.kernels.sample.types import FilterRows, Sampled, SampleRows
+from ownpath.engine.rows import NO_ROWS, NUM_TURNS, PADDED, GroupedRows, RowArrays, Staged, StepRows
+from ownpath.engine.sampler import sampler_of
+from ownpath.engine.tops import PendingTops, read_tops, start_tops
+from ownpath.kernels.drafts.types import ROWS
 from ownpath.model.model import Verified
 
-ROWS = 2
-"""Rows of a request: its last token, and one guess."""
+__all__ = ["ROWS", "DraftDecoder", "DraftedTokens"]
+
 MOST_AHEAD = ROWS * NUM_TURNS
 """Positions behind the last known one that launched steps may write."""
-_ACCEPTED, _GUESSES, _FLAGS = NUM_SAMPLED, NUM_SAMPLED + 1, NUM_SAMPLED + 2
-"""Rows of a step's results behind the sampler's: by request, whether its guess was right, and the next one; then the
-flags of the layers, by row."""
+UNKNOWN = PADDED, PADDED
+"""The tokens behind both rows of a request that answers."""
 AcceptGuesses = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Is given the tokens drawn and the guesses of requests, and writes 1 for each guess that counts as right, else 0."""
 
 
 class VerifyingModel(GraphModel, Protocol):
@@ -46,24 +46,7 @@ class VerifyingModel(GraphModel, Protocol):
 
     def verify(self, token_ids_T: torch.Tensor, tables: DecodeTables) -> Verified: ...
 
-    def guess(self, verified: Verified, next_ids_T: torch.Tensor, rows_R: torch.Tensor) -> torch.Tensor: ...
-
-
-def accept_equal(drawn_R: torch.Tensor, guesses_R: torch.Tensor, out_R: torch.Tensor) -> None:
-    """Accepts the guesses that are the tokens drawn: writes 1 or 0."""
-    torch.eq(drawn_R, guesses_R, out=out_R)
-
-
-class DraftedTokens(NamedTuple):
-    """A step's results by request. token_ids: the tokens that count, one or two; ``None`` where a logit is not finite.
-    logprobs: theirs. guesses: of the token behind them. flagged, tops: as of ``StepTokens``, by row; request r has
-    rows 2 r and 2 r + 1."""
-
-    token_ids: list[list[int | None]]
-    logprobs: list[list[float]]
-    guesses: list[int]
-    flagged: dict[int, int]
-    tops: Mapping[int, Top]
+    def guess(self, verified: Verified, next_ids_T: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass
@@ -113,19 +96,19 @@ class DraftBegun:
 
 
 class DraftDecoder(StepGraphs):
-    """Runs steps with drafts of up to ``max_requests`` requests. judge: writes 1 for each guess that is accepted; any
-    but ``accept_equal`` is for measuring, and gives wrong answers."""
+    """Runs steps with drafts of up to ``max_requests`` requests. judge: decides which guesses are right in place of the
+    tokens drawn, for measuring: answers are wrong then."""
 
     def __init__(
-        self, model: VerifyingModel, max_requests: int, num_vocab: int, judge: AcceptGuesses = accept_equal
+        self, model: VerifyingModel, max_requests: int, num_vocab: int, judge: AcceptGuesses | None = None
     ) -> None:
         super().__init__(model, max_requests, num_vocab)
         assert self.pool.spec.rows_per_request >= ROWS, "the rings of the caches have no spare rows"
         self._model, self._judge, device = model, judge, self.pool.spec.device
         self._rows = RowArrays(ROWS * max_requests, self.pool.blocks_per_sequence, device)
         self._sampler, self._sampler_operand = sampler_of(device)
-        self._results = _Results(self.pool, max_requests)
-        self._guessing = _GuessRows(max_requests, device)
+        self._ends = end_kernels_of(device)
+        self._arrays = DraftArrays(self.pool, self._rows, max_requests)
         self._held: HeldDrafts | None = None
 
     def pad(self) -> None:
@@ -137,14 +120,21 @@ class DraftDecoder(StepGraphs):
     def warm_up_rest(self, logits_TV: torch.Tensor) -> None:
         """Does nothing: nothing else follows a step."""
 
-    def begin(self, rows: StepRows, guesses: Sequence[int], tops: Mapping[int, int] = NOTHING) -> DraftBegun:
+    def begin(
+        self,
+        rows: StepRows,
+        guesses: Sequence[int],
+        tops: Mapping[int, int] = NOTHING,
+        known: Sequence[tuple[int, int]] = (),
+    ) -> DraftBegun:
         """Launches a step of other requests, a row and a guess for each. Does not wait. No step may be unread.
 
-        tops: row -> number of its likeliest tokens that the results are to have.
+        tops: row -> number of its likeliest tokens that the results are to have. known: of each request the tokens
+        behind both rows, -1 where they are to be drawn; a request whose guess is known has both tokens count.
         """
         assert not self._num_unread, "what is unread decides where rows begin"
         self._held, turn = None, self._take_turn()
-        staged = self._rows.stage(_in_pairs(rows, guesses, self.pool), turn)
+        staged = self._rows.stage(_in_pairs(rows, guesses, known or [UNKNOWN] * rows.num_rows, self.pool), turn)
         return self._begin(DraftBegun(HeldDrafts.of(rows.caches), turn, tops), staged)
 
     @property
@@ -170,7 +160,7 @@ class DraftDecoder(StepGraphs):
         self._marks[begun.turn].wait()
         self._num_unread -= 1
         tops = {} if begun.tops is None else read_tops(begun.tops)
-        held, found = begun.held, self._results.read(begun.turn, len(begun.held.slots), tops)
+        held, found = begun.held, self._arrays.read(begun.turn, len(begun.held.slots), tops)
         lengths = self.pool.slots.lengths
         for n, (slot, tokens) in enumerate(zip(held.slots, found.token_ids, strict=True)):
             held.positions[n] += len(tokens)
@@ -183,41 +173,36 @@ class DraftDecoder(StepGraphs):
         self._rows.forget()
 
     def _launch_whole(self, begun: DraftBegun, staged: Staged | None) -> None:
-        """Launches a step: upload, bucket, likeliest tokens, and the copy of its results."""
+        """Launches a step: upload, bucket, and likeliest tokens."""
         if staged is not None:
             self._send(staged)
         logits_TV = self.launch(self._bucket_of(len(begun.held.slots)))
         if begun.num_tops:
             begun.tops = start_tops(logits_TV, begun.num_tops)
-        self._results.send(begun.turn)
 
     def _send(self, staged: Staged) -> None:
-        self._rows.send(staged, self._results.on_device[0])
-        self._guessing.take(self._rows)
+        self._rows.send(staged, self._arrays.drawn_W)
+        self._arrays.take()
 
     def run(self, count: int) -> torch.Tensor:
         """See ``StepGraphs``. count: requests."""
-        num_rows, columns, results = ROWS * count, self._rows.columns, self._results
-        tokens_T, pads_T = columns.tokens[:num_rows], columns.pads[:num_rows]
-        tokens_RG, pads_RG = tokens_T.view(count, ROWS), pads_T.view(count, ROWS)
-        verified = self._model.verify(tokens_T, self._rows.tables(self.pool, num_rows, results.flags(num_rows)))
+        num_rows, columns, arrays, (accept, go_on) = ROWS * count, self._rows.columns, self._arrays, self._ends
+        tokens_T, rows = columns.tokens[:num_rows], arrays.rows
+        verified = self._model.verify(tokens_T, self._rows.tables(self.pool, num_rows, arrays.flags(num_rows)))
         logits_TV = verified.logits_TV[:, : self.num_vocab].float()
-        drawn = sampled_views(results.on_device, num_rows)
+        drawn = arrays.sampled(num_rows)
         self._sampler.run(logits_TV, self._rows.sample_rows(num_rows), self._sampler_operand, out=drawn)
-        accepted_R = results.on_device[_ACCEPTED, :count]
-        self._judge(drawn.token_T.view(count, ROWS)[:, 0], tokens_RG[:, 1], accepted_R)
-        self._guessing.count_up(columns.counts[:, :num_rows], accepted_R)
-        next_ids_T = drawn.token_T | pads_T
-        rows_R = self._guessing.first_rows[:count] + accepted_R
-        guess_RV = self._model.guess(verified, next_ids_T, rows_R)[:, : self.num_vocab].float()
-        guessed = self._guessing.sampled(results.on_device[_GUESSES, :count])
-        self._sampler.run(guess_RV, self._guessing.sample_rows(count), self._sampler_operand, out=guessed)
-        tokens_RG[:, 0] = next_ids_T.index_select(0, rows_R)
-        torch.bitwise_or(guessed.token_T, pads_RG[:, 1], out=tokens_RG[:, 1])
+        if self._judge is not None:
+            self._judge(drawn.token_T[::ROWS], tokens_T[1::ROWS], arrays.accepted(count))
+        accept.run(rows, count, is_judged=self._judge is not None)
+        # The module writes its keys at the positions of the step's rows, which move behind it.
+        guess_TV = self._model.guess(verified, rows.following_W[:num_rows])[:, : self.num_vocab].float()
+        self._sampler.run(guess_TV, arrays.guessing(count), self._sampler_operand, out=arrays.guessed(num_rows))
+        go_on.run(rows, count)
         return logits_TV
 
 
-def _in_pairs(rows: StepRows, guesses: Sequence[int], pool: CachePool) -> GroupedRows:
+def _in_pairs(rows: StepRows, guesses: Sequence[int], known: Sequence[tuple[int, int]], pool: CachePool) -> GroupedRows:
     """Returns two rows for each: of its token, and of the guess behind it."""
     pairs = zip(rows.token_ids, guesses, strict=True)
     return GroupedRows(
@@ -230,83 +215,5 @@ def _in_pairs(rows: StepRows, guesses: Sequence[int], pool: CachePool) -> Groupe
         [one for one in rows.params for _ in range(ROWS)],
         [seed for seed in rows.seeds for _ in range(ROWS)],
         [count + ahead for count in rows.num_drawn for ahead in range(ROWS)],
+        [token_id for pair in known for token_id in pair],
     )
-
-
-class _GuessRows:
-    """The parameters by which guesses are drawn, of one upload. first_rows: those of the requests, int32 [R]."""
-
-    def __init__(self, max_requests: int, device: torch.device) -> None:
-        count = aligned_rows(max_requests)
-        self.first_rows = torch.arange(count, dtype=torch.int32, device=device) * ROWS
-        self._integers, self._floats = (
-            torch.zeros(3, count, dtype=dtype, device=device) for dtype in (torch.int32, torch.float32)
-        )
-        self._seeds = torch.zeros(count, dtype=torch.int64, device=device)
-        self._unread = torch.zeros(NUM_SAMPLED, count, dtype=torch.int32, device=device)
-        self._max_requests = max_requests
-
-    def take(self, rows: RowArrays) -> None:
-        """Takes the parameters of each request's first row, which has just been sent."""
-        columns, count = rows.columns, self._max_requests
-        whole, some = (columns.pads, columns.drawn, columns.top_k), slice(0, ROWS * count, ROWS)
-        for place, column in zip(self._integers, whole, strict=True):
-            place[:count] = column[some]
-        for place, column in zip(self._floats, (columns.temperatures, columns.top_p, columns.min_p), strict=True):
-            place[:count] = column[some]
-        self._seeds[:count] = columns.seeds[some]
-        self._integers[0, :count] += 1  # 1 for a request, 0 where padded
-
-    def count_up(self, counts_2T: torch.Tensor, accepted_R: torch.Tensor) -> None:
-        """Counts positions and drawn tokens up by the tokens that count, but in padded rows."""
-        count = len(accepted_R)
-        are_there_R = self._integers[0, :count]
-        moved_R = torch.addcmul(are_there_R, accepted_R, are_there_R)
-        counts_2T.view(2, count, ROWS).add_(moved_R.unsqueeze(-1))
-        self._integers[1, :count] += moved_R
-
-    def sample_rows(self, count: int) -> SampleRows:
-        """Returns how the guesses of the first requests are drawn: each as its target is in the next step."""
-        _, drawn, top_k = self._integers[:, :count]
-        temperatures, top_p, min_p = self._floats[:, :count]
-        return SampleRows(temperatures, self._seeds[:count], drawn, FilterRows(top_k, top_p, min_p))
-
-    def sampled(self, guesses_R: torch.Tensor) -> Sampled:
-        """Returns where the sampler writes: the tokens there, and what nobody reads elsewhere."""
-        return sampled_views(self._unread, len(guesses_R))._replace(token_T=guesses_R)
-
-
-class _Results:
-    """The results of a step, int32 [5 + L, T], on the device and in two copies that the host reads in turn."""
-
-    def __init__(self, pool: CachePool, max_requests: int) -> None:
-        device, num_rows = pool.spec.device, ROWS * max_requests
-        shape = _FLAGS + len(new_flags(pool, num_rows)), aligned_rows(num_rows)
-        self.on_device = torch.zeros(shape, dtype=torch.int32, device=device)
-        self._shared = torch.zeros(NUM_TURNS, *shape, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._integers = self._shared.numpy()
-
-    def flags(self, num_rows: int) -> torch.Tensor:
-        """Returns where selections write: int32 [L, num_rows]."""
-        return self.on_device[_FLAGS:, :num_rows]
-
-    def send(self, turn: int) -> None:
-        """Copies the results to the host. Does not wait."""
-        self._shared[turn].copy_(self.on_device, non_blocking=True)
-
-    def read(self, turn: int, count: int, tops: Mapping[int, Top]) -> DraftedTokens:
-        """Returns the results of so many requests."""
-        integers, num_rows = self._integers[turn], ROWS * count
-        tokens, faults = integers[:2, :num_rows].reshape(2, count, ROWS).tolist()
-        logprobs = integers[2, :num_rows].view(np.float32).reshape(count, ROWS).tolist()
-        accepted, guesses = integers[_ACCEPTED : _GUESSES + 1, :count].tolist()
-        kept = [
-            [None if fault else token for token, fault in zip(*pair, strict=True)][: 1 + more]
-            for *pair, more in zip(tokens, faults, accepted, strict=True)
-        ]
-        flagged = {
-            row: layer_idx
-            for row, layer_idx in first_flagged(integers[_FLAGS:, :num_rows]).items()
-            if row % ROWS <= accepted[row // ROWS]
-        }
-        return DraftedTokens(kept, logprobs, guesses, flagged, tops)

@@ -1,8 +1,12 @@
 """Steps with drafts in the engine: which steps draft, what is launched, and what requests are told of it.
 
-A step drafts if each of its requests goes on from its last known token, none changes its logits before a token is drawn
-(penalties, bias, a minimum, a grammar) or scores its prompt, all have room for what two launched steps may write, and
-the policy says that it pays. Any other step runs without drafts, and the answers are the same.
+A step drafts if each of its requests goes on from its last known token or reads a short prompt, none changes its
+logits before a token is drawn (penalties, bias, a minimum, a grammar) or scores its prompt, all have room for what two
+launched steps may write, and the policy says that it pays. Any other step runs without drafts, and the answers are the
+same.
+
+A short prompt is read two tokens a step, beside answers: its next token stands where a guess would, and counts. The
+host knows the tokens, so that such a step is read before the next one is launched.
 
 The first module reads what ``forward`` does, and what steps with drafts do. Its window in the caches misses the tokens
 of other steps: guesses are worse until it has moved past them, and cost no answer anything.
@@ -21,6 +25,7 @@ from ownpath.engine.decoder import DecodingModel, prepared
 from ownpath.engine.draft_decoder import (
     MOST_AHEAD,
     ROWS,
+    UNKNOWN,
     DraftBegun,
     DraftDecoder,
     DraftedTokens,
@@ -33,6 +38,7 @@ from ownpath.engine.flight import LaunchedStep
 from ownpath.engine.load import DraftCounts, StepTimes
 from ownpath.engine.reports import Reporter
 from ownpath.engine.request import Request, ScoredToken, StepOutput, plain_output
+from ownpath.engine.request_prefix import NO_TAIL
 from ownpath.engine.rows import StepRows
 from ownpath.engine.sampler import (
     Drawn,
@@ -68,19 +74,25 @@ class Drafts(NamedTuple):
 
 class DraftedFlight(NamedTuple):
     """A launched step with drafts that is not read. caches: the requests' when it was launched. are_known: whether each
-    one's guess was the module's, not made up."""
+    one's guess was the module's, not made up. num_read: rows of each that read a known token and draw none."""
 
     chunks: Sequence[ScheduledChunk]
     requests: Sequence[Request]
     caches: Sequence[SequenceCache]
     are_known: Sequence[bool]
+    num_read: Sequence[int]
     begun: DraftBegun
     begun_at: float
+
+    @property
+    def reads(self) -> bool:
+        """True if a row reads a known token: the host knows what follows."""
+        return any(self.num_read)
 
     def goes_on(self, chunks: Sequence[ScheduledChunk], num_unread: int) -> bool:
         """Returns True if these chunks are one more step of the same requests, none of which has had its last token.
         num_unread: launched steps of them that are not read, each of which gives a token at least."""
-        if self.chunks != chunks or [one.cache for one in self.requests] != [*self.caches]:
+        if self.reads or self.chunks != chunks or [one.cache for one in self.requests] != [*self.caches]:
             return False
         return all(len(one.output_ids) + num_unread < one.params.max_tokens for one in self.requests)
 
@@ -100,6 +112,13 @@ class Drafting:
         """Returns True if the next step of so many requests drafts, provided that all of them may."""
         return 0 < num_requests <= self.decoder.buckets[-1] and self._policy.drafts(num_requests)
 
+    def in_pairs(self, chunks: list[ScheduledChunk], most_steps: int) -> list[ScheduledChunk]:
+        """Returns the chunks with two tokens each at most, if a step with drafts runs them and none of their requests
+        has more to read than so many steps do; otherwise as they are: ``forward`` has the module read along."""
+        pairs = [chunk._replace(num_tokens=min(chunk.num_tokens, ROWS)) for chunk in chunks]
+        is_short = all(chunk.request.num_pending <= ROWS * most_steps for chunk in chunks)
+        return pairs if is_short and all(map(_may_draft, pairs)) else chunks
+
     def goes_on(self, flights: Sequence[LaunchedStep], chunks: Sequence[ScheduledChunk]) -> bool:
         """Returns True if the next step is one more of the requests of the last one, with drafts."""
         last = flights[-1] if flights else None
@@ -110,18 +129,26 @@ class Drafting:
     def begin(self, chunks: Sequence[ScheduledChunk], at: float) -> DraftedFlight:
         """Launches a step of requests. Every launched step must have been read. at: the time."""
         requests = [chunk.request for chunk in chunks]
+        reading = [one.num_pending > 1 for one in requests]
         rows = StepRows(
             [one.caches for one in requests],
-            [one.id_at(one.num_tokens - 1) for one in requests],
+            [one.id_at(one.num_computed) for one in requests],
             [one.params for one in requests],
             [one.seed for one in requests],
-            [len(one.output_ids) for one in requests],
+            # The second row of one that reads draws the token that its first one would.
+            [len(one.output_ids) - reads for one, reads in zip(requests, reading, strict=True)],
         )
-        known = [one.known_guess for one in requests]
-        guesses = [last if guess is None else guess for guess, last in zip(known, rows.token_ids, strict=True)]
+        expected = [None if reads else one.known_guess for one, reads in zip(requests, reading, strict=True)]
+        known = [_known_behind(one) for one in requests]
+        guesses = [
+            next(one for one in (behind, guess, last) if one is not None and one >= 0)
+            for (behind, _), guess, last in zip(known, expected, rows.token_ids, strict=True)
+        ]
         wanted = {2 * n + ahead: one.params.num_logprobs for n, one in enumerate(requests) for ahead in range(2)}
-        begun = self.decoder.begin(rows, guesses, {row: count for row, count in wanted.items() if count})
-        return DraftedFlight(chunks, requests, rows.caches, [guess is not None for guess in known], begun, at)
+        begun = self.decoder.begin(rows, guesses, {row: count for row, count in wanted.items() if count}, known)
+        num_read = [sum(one >= 0 for one in pair) for pair in known]
+        are_known = [guess is not None for guess in expected]
+        return DraftedFlight(chunks, requests, rows.caches, are_known, num_read, begun, at)
 
     def repeat(self, last: DraftedFlight, at: float) -> DraftedFlight:
         """Launches one more step of the same requests."""
@@ -135,21 +162,24 @@ class Drafting:
         pairs = zip(flight.are_known, found.token_ids, strict=True)
         guesses = sum(flight.are_known), sum(len(tokens) - 1 for is_known, tokens in pairs if is_known)
         self.counts.add(*guesses)
-        self._policy.note_drafted(len(flight.requests), seconds, *guesses)
+        if not flight.reads:  # which nothing overlaps
+            self._policy.note_drafted(len(flight.requests), seconds, *guesses)
         if found.flagged:
             tell_flagged({row // 2: layer_idx for row, layer_idx in found.flagged.items()}, flight.requests)
         for n, (request, cache) in enumerate(zip(flight.requests, flight.caches, strict=True)):
             if request.cache is cache:
-                self._tell(request, n, found)
+                self._tell(request, n, found, flight.num_read[n])
 
     def note_plain(self, num_requests: int, seconds: float) -> None:
         """Takes up the time of a step without drafts."""
         self._policy.note_plain(num_requests, seconds)
 
-    def _tell(self, request: Request, n: int, found: DraftedTokens) -> None:
-        """Reports the tokens of one request, until its answer ends."""
+    def _tell(self, request: Request, n: int, found: DraftedTokens, num_read: int) -> None:
+        """Reports the tokens of one request, until its answer ends. num_read: rows that have read known ones."""
         cache = request.cache
-        for ahead, (token_id, logprob) in enumerate(zip(found.token_ids[n], found.logprobs[n], strict=False)):
+        request.num_computed += num_read
+        columns = zip(found.token_ids[n], found.logprobs[n], strict=False)
+        for ahead, (token_id, logprob) in [*enumerate(columns)][num_read:]:
             drawn = Drawn(token_id, logprob, found.tops.get(2 * n + ahead, ()))
             try:
                 output = advanced(request, drawn)
@@ -159,7 +189,8 @@ class Drafting:
                 self._reporter.tell(request, output)
             if request.cache is not cache:
                 return
-        request.guess = request.num_tokens, found.guesses[n]
+        if request.num_pending == 1:
+            request.guess = request.num_tokens, found.guesses[n]
 
     def forward(self, batch: ForwardBatch) -> tuple[torch.Tensor, Hidden]:
         """Runs a step of the backbone as ``Model.forward`` does; ``read`` follows."""
@@ -229,11 +260,21 @@ def living(chunks: Iterable[ScheduledChunk]) -> list[ScheduledChunk]:
 
 
 def _may_draft(chunk: ScheduledChunk) -> bool:
-    request = chunk.request
-    if request.num_pending != 1 or request.adjusts or request.scores_prompt or not request.params.max_tokens:
+    request, prefix = chunk.request, chunk.request.prefix
+    if chunk.num_tokens > ROWS or request.adjusts or request.scores_prompt or not request.params.max_tokens:
         return False
+    if request.num_pending > 1 and prefix is not None and prefix.tail_end != NO_TAIL:
+        return False  # steps of two tokens may pass where its tail is to be taken
     cache = request.caches
     return room_behind(cache.blocks, request.num_computed, cache.pool) >= MOST_AHEAD
+
+
+def _known_behind(request: Request) -> tuple[int, int]:
+    """Returns the tokens behind the next two, of a request that reads; -1 where they are to be drawn."""
+    first = request.num_computed + 1
+    ids = request.ids_between(first, min(first + ROWS, request.num_tokens))
+    one, other = (*ids, *UNKNOWN)[:ROWS]
+    return one, other
 
 
 def _following(share: LogitsShare, drawn: Drawn) -> list[int]:

@@ -24,10 +24,10 @@ NUM_TURNS = 2
 """Steps that may be under way at a time: each has buffers of its own on the host."""
 PADDED = -1
 """The token id of a padded row."""
-_PADDED_INTEGERS = np.array([[PADDED], [NOBODY], [0], [0], [0], [-1], [0], [0], [0]])
+_PADDED_INTEGERS = np.array([[PADDED], [NOBODY], [0], [0], [0], [-1], [0], [0], [0], [PADDED]])
 _PADDED_FLOATS = np.array([[0.0], [1.0], [0.0]])
-"""A padded row's token, slot, position, drawn tokens, turn, pad, top_k, source and carry; its temperature, top_p and
-min_p."""
+"""A padded row's token, slot, position, drawn tokens, turn, pad, top_k, source, carry and known token; its temperature,
+top_p and min_p."""
 GREEDY = SampleRow(SamplingParams(1, temperature=0.0), seed=0, num_drawn=0)
 """Takes the likeliest token."""
 
@@ -79,13 +79,14 @@ class StepRows(NamedTuple):
 
 class GroupedRows(NamedTuple):
     """The rows of a step of which some requests have several, in columns as ``StepRows``. caches: where each row
-    lies, and how many tokens are before it."""
+    lies, and how many tokens are before it. known: the token that follows each row, -1 where it is to be drawn."""
 
     caches: list[PlacedSequence]
     token_ids: list[int]
     params: list[SamplingParams]
     seeds: list[int]
     num_drawn: list[int]
+    known: list[int]
 
     @property
     def num_rows(self) -> int:
@@ -123,14 +124,14 @@ class RowArrays:
     """The rows' arrays in one buffer of int32: seeds (two words a row), tokens, slots, positions, numbers of drawn
     tokens, turns (whose copy of the results the step writes), pads (0 for a row, -1 where padded), top_k, sources (the
     row of the step before whose token a row goes on with) and carries (1 where it does, 0 where the host knows the
-    token), temperatures, top_p, min_p [R]; block tables [R, B].
+    token), known tokens behind rows of drafts, temperatures, top_p, min_p [R]; block tables [R, B].
 
     ``stage`` writes them in host memory, one of two buffers in turn, as the other may still be on its way. ``send``
     transfers them. Both touch only block tables that change: with a context of a million tokens a table has 4,096
     words, and a request changes it once in 256 tokens.
     """
 
-    WORDS = 14
+    WORDS = 15
 
     def __init__(self, max_rows: int, num_blocks: int, device: torch.device) -> None:
         num_rows = aligned_rows(max_rows)
@@ -154,7 +155,8 @@ class RowArrays:
 
     def stage(self, rows: StepRows | GroupedRows, turn: int) -> Staged:
         """Writes these rows into a buffer that nothing reads any more, and pads the others. turn: the step's."""
-        caches, tokens, params, seeds, drawn = rows
+        caches, tokens, params, seeds, drawn = rows[:5]
+        known = rows.known if isinstance(rows, GroupedRows) else PADDED
         count, host = rows.num_rows, self._hosts[turn]
         host.integers[:, count:], host.floats[:, count:] = _PADDED_INTEGERS, _PADDED_FLOATS
         host.integers[4] = turn
@@ -163,6 +165,7 @@ class RowArrays:
             columns = (
                 *(np.maximum(named, 0), [cache.slot for cache in caches], [cache.num_tokens for cache in caches]),
                 *(drawn, turn, 0, [one.top_k for one in params], np.maximum(PADDED - 1 - named, 0), named < PADDED),
+                known,
             )
             for integers, values in zip(host.integers, columns, strict=True):
                 integers[:count] = values
@@ -232,13 +235,14 @@ class _HostArrays(NamedTuple):
     def of(cls, num_rows: int, size: int, device: torch.device) -> "_HostArrays":
         buffer = torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")
         heads = buffer.numpy()[: RowArrays.WORDS * num_rows].reshape(RowArrays.WORDS, num_rows)
-        seeds, floats = heads[:2].reshape(-1).view(np.int64), heads[11:].view(np.float32)
+        seeds, floats = heads[:2].reshape(-1).view(np.int64), heads[12:].view(np.float32)
         blocks = _Columns.of(buffer, num_rows).blocks
-        return cls(buffer, seeds, heads[2:11], floats, blocks, blocks.numpy(), [None] * num_rows)
+        return cls(buffer, seeds, heads[2:12], floats, blocks, blocks.numpy(), [None] * num_rows)
 
 
 class _Columns(NamedTuple):
-    """Views of the buffer of ``RowArrays``. counts: positions and drawn [2, R], which a step counts up."""
+    """Views of the buffer of ``RowArrays``. counts: positions and drawn [2, R], which a step counts up. floats:
+    temperatures, top_p and min_p [3, R]."""
 
     seeds: torch.Tensor
     tokens: torch.Tensor
@@ -254,18 +258,22 @@ class _Columns(NamedTuple):
     min_p: torch.Tensor
     sources: torch.Tensor
     carries: torch.Tensor
+    known: torch.Tensor
     counts: torch.Tensor
+    floats: torch.Tensor
 
     @classmethod
     def of(cls, buffer: torch.Tensor, num_rows: int) -> "_Columns":
         heads = buffer[: RowArrays.WORDS * num_rows].view(RowArrays.WORDS, num_rows)
-        seeds, (temperatures, top_p, min_p) = heads[:2].flatten().view(torch.int64), heads[11:].view(torch.float32)
-        tokens, slots, positions, drawn, turns, pads, top_k, sources, carries = heads[2:11]
+        seeds, floats = heads[:2].flatten().view(torch.int64), heads[12:].view(torch.float32)
+        tokens, slots, positions, drawn, turns, pads, top_k, sources, carries, known = heads[2:12]
+        temperatures, top_p, min_p = floats
         blocks = buffer[RowArrays.WORDS * num_rows :].view(num_rows, -1)
         return cls(
             *(seeds, tokens, slots, positions, drawn, turns, pads, temperatures, top_p),
-            *(blocks, top_k, min_p, sources, carries),
+            *(blocks, top_k, min_p, sources, carries, known),
             counts=heads[4:6],
+            floats=floats,
         )
 
 

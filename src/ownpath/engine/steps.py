@@ -185,14 +185,14 @@ class StepRunner:
         return self._adjuster.may_change(chunk.request for chunk in chunks)
 
     def in_rows(self, chunks: list[ScheduledChunk]) -> list[ScheduledChunk]:
-        """Returns the chunks with one token each if a graph runs such a step and no request has many tokens to read;
-        otherwise as they are."""
+        """Returns the chunks with one token each, or two where the step drafts, if a graph runs such a step and no
+        request has many tokens to read; otherwise as they are."""
         longer = [chunk for chunk in chunks if chunk.num_tokens > 1]
         if self._decoder is None or not longer or not self._decoder.has_graph(len(chunks)):
             return chunks
-        if self._drafting is not None and self._drafting.pays(len(chunks)):
-            return chunks  # the module reads what ``forward`` does
         most = self._most_in_rows(len(longer), is_alone=all(chunk.request.is_reading for chunk in chunks))
+        if self._drafting is not None and self._drafting.pays(len(chunks)):
+            return self._drafting.in_pairs(chunks, most)
         if any(one.request.num_pending > most or one.request.params.prompt_logprobs is not None for one in longer):
             return chunks
         return [chunk if chunk.num_tokens == 1 else chunk._replace(num_tokens=1) for chunk in chunks]

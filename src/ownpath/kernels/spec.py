@@ -119,6 +119,7 @@ _HOST_READERS = frozenset(
         OpKind.ATTEND,
         OpKind.ATTEND_CHUNK,
         OpKind.SAMPLE,
+        OpKind.GO_ON_DRAFTING,
     }
 )
 _QUANTIZER_WHY = {

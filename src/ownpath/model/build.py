@@ -107,13 +107,20 @@ class Builder:
 
     def model(self) -> Model:
         """Builds the model; the ledger watches every runner and companion."""
+        return self._model(self.config.num_hidden_layers)
+
+    def without_backbone(self) -> Model:
+        """Builds a model of its ends and drafts alone: another's hidden goes into these."""
+        return self._model(0)
+
+    def _model(self, num_layers: int) -> Model:
         config, device = self.config, torch.device(self.engine.device)
         sliding, compress = (Rope.for_layer(config, compressing=one, device=device) for one in (False, True))
         hc_head, head = self.ends()
         return Model(
             config=config,
             embed_VD=self.params["embed.weight"],
-            blocks=tuple(self.block(layer_idx, compress) for layer_idx in range(config.num_hidden_layers)),
+            blocks=tuple(self.block(layer_idx, compress) for layer_idx in range(num_layers)),
             hc_head=hc_head,
             head=head,
             sliding_rope=sliding,

@@ -3,13 +3,20 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import torch
+
 from ownpath.attention.rope import Rope
+from ownpath.cache.layout import MOST_DECODE_ROWS
 from ownpath.model.dspark import DSpark
 from ownpath.model.mtp import Mtp
 from ownpath.model.ranks import Product
+from ownpath.runners import HyperBoundary, Mix, RMSNorm
 
 if TYPE_CHECKING:
     from ownpath.model.build import Builder
+
+NORMS = ("enorm", "hnorm")
+"""Of a module's input: the next token's embedding, and the streams."""
 
 
 def mtp_modules(builder: "Builder", sliding: Rope, compress: Rope) -> Iterator[Mtp]:
@@ -19,16 +26,32 @@ def mtp_modules(builder: "Builder", sliding: Rope, compress: Rope) -> Iterator[M
         return
     for draft_idx, layer in enumerate(config.draft_layers()):
         name = layer.name
+        enorm, hnorm, hc_head = module_companions(builder, name)
         yield Mtp(
             embed_VD=params["embed.weight"],
-            enorm=builder._norm(f"{name}.enorm", params[f"{name}.enorm.weight"]),
-            hnorm=builder._norm(f"{name}.hnorm", params[f"{name}.hnorm.weight"]),
+            enorm=enorm,
+            hnorm=hnorm,
             e_proj=builder._runner(f"{name}.e_proj"),
             h_proj=builder._runner(f"{name}.h_proj"),
             block=builder.block(config.num_hidden_layers + draft_idx, compress),
-            hc_head=builder._boundary(f"{name}.hc_head", f"{name}.norm"),
+            hc_head=hc_head,
             rope=sliding,
+            adding=_adding(config.hc_mult, params["embed.weight"].device, builder.engine.dtype),
         )
+
+
+def module_companions(builder: "Builder", name: str) -> tuple[RMSNorm, RMSNorm, HyperBoundary]:
+    """Builds the companions of an MTP module around its layer: ``enorm``, ``hnorm`` and ``hc_head``."""
+    enorm, hnorm = (builder._norm(f"{name}.{norm}", builder.params[f"{name}.{norm}.weight"]) for norm in NORMS)
+    return enorm, hnorm, builder._boundary(f"{name}.hc_head", f"{name}.norm")
+
+
+def _adding(num_streams: int, device: torch.device, dtype: torch.dtype) -> Mix:
+    """Makes the mix that adds an output to every stream, and mixes none."""
+    wide = torch.promote_types(dtype, torch.float32)
+    one_SS = torch.eye(num_streams, dtype=wide, device=device)
+    post_TS = torch.ones(MOST_DECODE_ROWS, num_streams, dtype=wide, device=device)
+    return Mix(post_TS, one_SS.repeat(MOST_DECODE_ROWS, 1, 1))
 
 
 def dspark(builder: "Builder", head: Product, sliding: Rope, compress: Rope) -> DSpark | None:

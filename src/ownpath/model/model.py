@@ -130,11 +130,10 @@ class Model:
         return Verified(self.head(at.h_TD), Hidden(at.x_TSD, at.h_TD), step)
 
     @torch.inference_mode()
-    def guess(self, verified: Verified, next_ids_T: torch.Tensor, rows_R: torch.Tensor) -> torch.Tensor:
-        """Runs the first draft behind ``verify`` and returns the logits [R, vocab] of some rows: of the token after
+    def guess(self, verified: Verified, next_ids_T: torch.Tensor) -> torch.Tensor:
+        """Runs the first draft behind ``verify`` and returns every row's logits [T, vocab]: of the token after
         ``next_ids_T``, int32 [T], which follow each row's own and are negative in padded rows."""
-        hidden = self.drafts[0].decode(verified.hidden, next_ids_T, verified.step)
-        return self.head(hidden.h_TD.index_select(0, rows_R))
+        return self.head(self.drafts[0].decode(verified.hidden, next_ids_T, verified.step).h_TD)
 
     @torch.inference_mode()
     def forward_drafting(self, batch: ForwardBatch) -> tuple[torch.Tensor, Hidden]:

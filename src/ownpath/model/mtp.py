@@ -21,12 +21,16 @@ from ownpath.attention.interface import DecodeStep, PreparedStep
 from ownpath.attention.rope import Rope, Rotation
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.block import Block, Hidden, Residual
-from ownpath.runners import HyperBoundary, Linear, RMSNorm
+from ownpath.runners import HyperBoundary, Linear, Mix, RMSNorm
 
 
 @dataclass(frozen=True)
 class Mtp:
-    """One module. e_proj, h_proj: [D, D]. embed_VD and rope (the one without YaRN) are the backbone's."""
+    """One module. e_proj, h_proj: [D, D]. embed_VD and rope (the one without YaRN) are the backbone's.
+
+    adding: the mix by which the first boundary adds the token's part to every stream, of as many rows as decode steps
+    have: ones, and identities.
+    """
 
     embed_VD: torch.Tensor
     enorm: RMSNorm
@@ -36,6 +40,7 @@ class Mtp:
     block: Block
     hc_head: HyperBoundary
     rope: Rope
+    adding: Mix
 
     @torch.inference_mode()
     def hidden(self, before: Hidden, next_ids_T: torch.Tensor, batch: ForwardBatch) -> Hidden:
@@ -60,7 +65,12 @@ class Mtp:
         streams_TSD = before.streams_TSD
         e_TD = self.e_proj(self.enorm(self.embed_VD[next_ids_T].to(streams_TSD.dtype)))
         h_TSD = self.h_proj(self.hnorm(streams_TSD).flatten(0, 1)).unflatten(0, streams_TSD.shape[:2])
-        residual = Residual(e_TD.unsqueeze(1) + h_TSD)
-        residual = self.block(residual, rotation, next_ids_T, step)
+        residual = self.block(Residual(h_TSD, e_TD, self._adding(len(e_TD))), rotation, next_ids_T, step)
         at = residual.enter(self.hc_head)
         return Hidden(at.x_TSD, at.h_TD)
+
+    def _adding(self, count: int) -> Mix:
+        post_TS, comb_TSS = self.adding
+        if count <= len(post_TS):
+            return Mix(post_TS[:count], comb_TSS[:count])
+        return Mix(post_TS[:1].expand(count, -1).contiguous(), comb_TSS[:1].expand(count, -1, -1).contiguous())

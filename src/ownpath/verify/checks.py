@@ -49,6 +49,8 @@ TITLES = MappingProxyType(
         "V08": "a second run has the same bits",
         "V09": "in a batch as alone",
         "V10": "keys survive their cache's format",
+        "V11": "the module of drafts: what enters its layer, and its logits",
+        "V12": "steps that draft: their tokens, their guesses, the module's window",
         "LG01": "the plan is the one that was written down",
         "LG02": "every planned slot ran, and no other",
         "LG03": "runners and kernels are the planned ones",
@@ -112,6 +114,11 @@ FAILS_ON = MappingProxyType(
         "V08": "one bit, in caches that were filled with NaN",
         "V09": "as V05; one bit with --batch-invariant",
         "V10": "with official numerics: keys that do not move, or by more than half a step of E4M3",
+        "V11": "with --draft: norms and products of the next token and of the streams, their sum, or the logits beyond "
+        "their budgets",
+        "V12": "with --draft: an answer that is not what the target drew, a step that goes on from another place, a "
+        "guess that counts and is wrong or is right and does not, a guess that is not the module's, a row of the "
+        "module more than 2 x 8 budgets from one forward over the text",
         "LG01": "another checkpoint's plan or device; a slot that the file lacks",
         "LG02": "a slot that was never called; a layer that could not be loaded or run",
         "LG03": "a runner or kernel put in another's place after planning; a call that is not planned",

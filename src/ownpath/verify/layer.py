@@ -64,8 +64,10 @@ class LoadedLayer(LoadedPart):
 
 
 def parts_of(subject: Subject) -> dict[str, int | None]:
-    """Names the parts to check, with their layers: the chosen ones, and ``ENDS`` if every layer is chosen."""
-    parts: dict[str, int | None] = {f"layers.{layer_idx}": layer_idx for layer_idx in subject.layer_ids}
+    """Names the parts to check, with their layers: the chosen ones, planned modules of drafts among them, and ``ENDS``
+    if every layer is chosen."""
+    chosen = (*subject.layer_ids, *subject.module_ids)
+    parts: dict[str, int | None] = {subject.name_of(layer_idx): layer_idx for layer_idx in chosen}
     return parts | ({ENDS: None} if subject.selection.layer_ids is None else {})
 
 
@@ -98,16 +100,16 @@ def add_runners(subject: Subject, plan: Plan, weights: LoadedWeights) -> LoadedP
 
 
 def load_layer(subject: Subject, layer_idx: int) -> LoadedLayer:
-    """Loads one decoder layer of the backbone. Errors: as ``load_weights``."""
-    layer = tuple(subject.config.backbone_layers())[layer_idx]
-    return layer_of(load_part(subject, in_layer(layer.name)), layer_idx)
+    """Loads one decoder layer, or a whole module of drafts without what it shares. Errors: as ``load_weights``."""
+    return layer_of(load_part(subject, in_layer(subject.name_of(layer_idx))), layer_idx)
 
 
 def layer_of(part: LoadedPart, layer_idx: int) -> LoadedLayer:
     """Puts a layer's slots together as the model does."""
     config, device = part.plan.config, torch.device(part.builder.engine.device)
     sliding, compress = (Rope.for_layer(config, compressing, device) for compressing in (False, True))
-    rope = compress if config.compress_ratios[layer_idx] else sliding
+    layer = (*config.backbone_layers(), *config.draft_layers())[layer_idx]
+    rope = compress if layer.ratio else sliding
     block = part.builder.block(layer_idx, compress)
     return LoadedLayer(part.plan, part.weights, part.builder, layer_idx, block, rope)
 

@@ -16,7 +16,9 @@ from ownpath.official import Step
 from ownpath.verify.layer import load_layer
 from ownpath.verify.layers import end_to_end
 from ownpath.verify.layers.batching import Batching
+from ownpath.verify.layers.drafting import check_drafting
 from ownpath.verify.layers.measure import Measurement, dtype_name
+from ownpath.verify.layers.module import Module
 from ownpath.verify.layers.oracle import Oracle
 from ownpath.verify.layers.single_layer import SequenceRows, SingleLayer
 from ownpath.verify.layers.state import State, key_of, restore, save
@@ -38,7 +40,7 @@ StageItem = Finding | Measurement
 def layer_stage(
     subject: Subject, progress: StageProgress | None = None, work: Path | None = None
 ) -> Iterator[StageItem]:
-    """Runs V01 to V10 on the chosen layers, in their order; yields each layer's measurements before its findings.
+    """Runs V01 to V12 on the chosen layers, in their order; yields each layer's measurements before its findings.
 
     progress: called with (layers done, layers, the next one). work: a folder for the state behind each layer, where a
     later call with the same checkpoint, plan, selection and text continues.
@@ -57,6 +59,8 @@ class _Stage:
         oracle = Oracle.of(self.subject, self.text.token_ids)
         layer_ids = self.subject.layer_ids
         total = max(layer_ids, default=-1) + 1
+        if self.subject.module_ids:  # which go on from the backbone's last streams
+            total = self.subject.config.num_hidden_layers
         key = key_of(self.subject, self.text)
         try:
             state = self._restore(work, key, total) or _begin(oracle)
@@ -80,6 +84,11 @@ class _Stage:
         self.progress(total, total, "the head and the whole model")
         yield check_growth(state.measurements)
         yield from _end(oracle, state)
+        if not self.subject.module_ids:
+            yield from _no_module(self.subject)
+        for layer_idx in self.subject.module_ids:
+            self.progress(total, total, self.subject.name_of(layer_idx))
+            yield from _module(oracle, state, layer_idx)
 
     def _progress_text(self, layer_idx: int) -> str:
         chosen = layer_idx in self.subject.layer_ids
@@ -175,6 +184,34 @@ def _check_keys(compared: LayerComparison, layer: str, subject: Subject) -> Find
     message = f"rounding moves the keys by {number:.1e}, relative"
     remedy = "the key quantiser: its scale per block, which channels it rounds"
     return Finding.judged("V10", layer, 0 < number <= E4M3_ROUNDING, message, number, words, remedy)
+
+
+def _no_module(subject: Subject) -> Iterator[Finding]:
+    """Says why no module of drafts was looked at."""
+    reason = "no MTP module is planned: --draft plans it"
+    if subject.plan.draft.num_modules:
+        reason = "DSpark's drafter, which the engine does not run" if subject.config.dspark else "not chosen"
+    yield from (Finding(check, "mtp", Verdict.SKIPPED, reason) for check in ("V11", "V12"))
+
+
+@torch.inference_mode()
+def _module(oracle: Oracle, state: State, layer_idx: int) -> Iterator[StageItem]:
+    """Checks a module of drafts: its layer as any other, V11 and V12. The engine drafts with the first alone."""
+    name = oracle.subject.name_of(layer_idx)
+    module = Module(oracle, state.reference_TSD)
+    if layer_idx != module.layer_idx:
+        yield Finding("V11", name, Verdict.SKIPPED, "the engine drafts with the first module")
+        return
+    try:
+        entering = State(layer_idx, module.entry.streams_TSD, None)
+        compared, findings, _ = _layer(module.following, entering, layer_idx)
+        yield from compared.measurements
+        yield from findings
+        model = module.load()
+        yield from module.findings(model, compared.streams_TSD)
+        yield check_drafting(module, model)
+    except Exception as error:
+        yield _layer_failure(name, error)
 
 
 @torch.inference_mode()

@@ -69,7 +69,7 @@ class Subject:
         """
         plan, index = planned(folder, engine)
         selection = selection or Selection()
-        num_layers = plan.config.num_hidden_layers
+        num_layers = plan.config.num_hidden_layers + plan.draft.num_modules
         for layer_idx in sorted(selection.layer_ids or ()):
             if not 0 <= layer_idx < num_layers:
                 raise ValueError(f"layer {layer_idx}: the model has layers 0 to {num_layers - 1}")
@@ -89,6 +89,17 @@ class Subject:
         """The chosen layers, in order."""
         chosen = self.selection.layer_ids
         return tuple(idx for idx in range(self.config.num_hidden_layers) if chosen is None or idx in chosen)
+
+    @property
+    def module_ids(self) -> tuple[int, ...]:
+        """The chosen MTP modules of the plan, as layers: they come after the backbone's."""
+        chosen, first = self.selection.layer_ids, self.config.num_hidden_layers
+        modules = 0 if self.config.dspark else self.plan.draft.num_modules
+        return tuple(idx for idx in range(first, first + modules) if chosen is None or idx in chosen)
+
+    def name_of(self, layer_idx: int) -> str:
+        """Returns a layer's name, a module's among them."""
+        return (*self.config.backbone_layers(), *self.config.draft_layers())[layer_idx].name
 
     def expert_ids(self, layer_idx: int) -> tuple[int, ...]:
         """Returns the chosen experts of a layer, in order: the same for the same seed, others in other layers."""

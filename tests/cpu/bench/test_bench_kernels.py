@@ -50,6 +50,8 @@ SHAPES = {
     "angles": "tiny",
     "entries": "tiny csa narrow",
     "sample": "tiny",
+    "accept_drafts": "tiny",
+    "go_on_drafting": "tiny",
 }
 
 

@@ -60,9 +60,8 @@ class DraftingPagedModel(PagedModel):
         histories = [() if token_id == PADDED else next(seen) for token_id in token_ids_T.tolist()]
         return Seen(logits_TV, [partial(self._guess, history) for history in histories])
 
-    def guess(self, verified: Seen, next_ids_T: torch.Tensor, rows_R: torch.Tensor) -> torch.Tensor:
-        next_ids = next_ids_T.tolist()
-        return torch.stack([verified.guesses[row](next_ids[row]) for row in rows_R.tolist()])
+    def guess(self, verified: Seen, next_ids_T: torch.Tensor) -> torch.Tensor:
+        return torch.stack([guess(one) for guess, one in zip(verified.guesses, next_ids_T.tolist(), strict=True)])
 
     def forward_drafting(self, batch: ForwardBatch) -> tuple[torch.Tensor, Any]:
         self.device.put(lambda: None).wait()  # which notes what it sees as well
@@ -103,9 +102,8 @@ class DraftingStampModel(LateStampModel):
         guesses = [partial(self._guess, slot, blocks, at + 1) for _, slot, at, blocks in zip(*rows, strict=True)]
         return Seen(logits_TV, guesses)
 
-    def guess(self, verified: Seen, next_ids_T: torch.Tensor, rows_R: torch.Tensor) -> torch.Tensor:
-        next_ids = next_ids_T.tolist()
-        return torch.stack([verified.guesses[row](next_ids[row]) for row in rows_R.tolist()])
+    def guess(self, verified: Seen, next_ids_T: torch.Tensor) -> torch.Tensor:
+        return torch.stack([guess(one) for guess, one in zip(verified.guesses, next_ids_T.tolist(), strict=True)])
 
     def forward_drafting(self, batch: ForwardBatch) -> tuple[torch.Tensor, Any]:
         return self.forward(batch), None

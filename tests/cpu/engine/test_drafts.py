@@ -32,7 +32,7 @@ from ownpath.engine.draft_policy import DraftPolicy
 from ownpath.engine.drafting import Drafts
 from ownpath.engine.engine import Engine
 from ownpath.engine.load import DraftCounts
-from ownpath.engine.request import NonFinite, SamplingParams
+from ownpath.engine.request import NonFinite, SamplingParams, StepOutput
 
 
 class Never(DraftPolicy):
@@ -116,20 +116,20 @@ def test_answers_are_those_without_drafts(share: float, kinds: Sequence[dict[str
         counts = running.counts
         if kinds is PLAIN:
             assert counts.num_steps > 10, "else this tests little"
-            assert running.decoder.num_behind > counts.num_steps / 4, "else this tests little"
             assert 0.5 * share <= counts.num_right / counts.num_guesses <= 0.2 + share
 
 
 def test_a_guess_that_is_right_spares_a_step() -> None:
-    """All right: an answer of 41 tokens has its first from the prompt, and 20 steps of two."""
+    """All right: an answer of 41 tokens has its first from the step that reads the prompt, and 20 steps of two."""
     for share, num_steps in ((1.0, 20), (0.0, 40)):
         with served(share, ENDLESS) as running:
             (asked,) = running.start(([5, 6], SamplingParams(41, temperature=0)))
             assert len(ids_of(asked.all())) == 41
             until(lambda: not running.engine.is_stepping)
             assert running.decoder.num_uploads <= 3
+            assert running.decoder.num_behind > num_steps / 2, "steps are launched before the ones before are read"
             # One step more may be launched before the last is read.
-            assert num_steps <= running.counts.num_steps <= num_steps + 1
+            assert 1 + num_steps <= running.counts.num_steps <= 2 + num_steps
             assert running.counts.num_right >= (20 if share else 0)
 
 
@@ -195,11 +195,40 @@ def test_a_policy_that_declines_leaves_plain_steps() -> None:
         assert len(running.model.rows) >= 29
 
 
-@pytest.mark.parametrize(("policy", "reads"), [(Never(), False), (Always(), True)], ids=["plain", "drafts"])
-def test_short_prompts_are_read_by_graphs_while_nobody_drafts(policy: DraftPolicy, reads: bool) -> None:
-    """Else the module reads them with the model's ``forward``. Answers are the same."""
-    wanted = [9, 8, 7, 6], SamplingParams(20, seed=3)
-    with served(0.5, policy=policy) as running:
+def expected(prompt: list[int], params: SamplingParams) -> list[StepOutput]:
+    """The answer by plain steps, of a model that ends none."""
+    with served(0.0, ENDLESS, policy=DraftPolicy(most_requests=0)) as running:
+        (asked,) = running.start((prompt, params))
+        return asked.all()
+
+
+@pytest.mark.parametrize("policy", [Never(), Always()], ids=["plain", "drafts"])
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 7, 40])
+def test_short_prompts_are_read_by_graphs(policy: DraftPolicy, length: int) -> None:
+    """Two tokens a step where steps draft; long ones by the model's ``forward``, and by the module with it. Answers
+    are the same."""
+    wanted = [9 + n for n in range(length)], SamplingParams(20, seed=3)
+    with served(1.0, ENDLESS, policy=policy) as running:
         (asked,) = running.start(wanted)
-        assert asked.all() == alone(*wanted)
-        assert running.model.has_read is reads
+        assert asked.all() == expected(*wanted)
+        drafts = isinstance(policy, Always)
+        assert running.model.has_read is (length > 32)
+        if drafts and length <= 32:
+            until(lambda: not running.engine.is_stepping)
+            # All guesses are right, the first of them if a whole step has read the prompt's last token but one.
+            num_reading, num_left = divmod(length, 2)
+            num_answering = (20 - (not num_left) - (length == 1) + 1) // 2
+            assert running.counts.num_steps - num_reading - num_answering in (0, 1)
+
+
+def test_prompts_are_read_beside_answers_that_draft() -> None:
+    """Steps go on with two rows of each request; what is read is known, and counts for no guess."""
+    long, short = ([5, 6], SamplingParams(60, seed=1)), ([7, *range(20, 33)], SamplingParams(20, seed=2))
+    with served(1.0, ENDLESS) as running:
+        (first,) = running.start(long)
+        until(lambda: running.counts.num_steps > 3)
+        (second,) = running.start(short)
+        assert second.all() == expected(*short)
+        assert first.all() == expected(*long)
+        assert not running.model.has_read
+        assert running.counts.num_guesses == running.counts.num_right

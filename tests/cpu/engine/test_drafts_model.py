@@ -3,6 +3,7 @@
 import queue
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,13 +39,15 @@ def model(tmp_path_factory: pytest.TempPathFactory, config: EngineConfig) -> Mod
 
 
 class Watched(DraftDecoder):
-    """Notes what was guessed of one request: position -> token."""
+    """Notes what was guessed of one request: position -> token, and how many tokens counted before."""
 
     guessed: dict[int, int]
+    num_kept: list[int]
 
     def finish(self, begun: DraftBegun) -> DraftedTokens:
         found = super().finish(begun)
         self.guessed[begun.held.positions[0] + 1] = found.guesses[0]
+        self.num_kept.append(len(found.token_ids[0]))
         return found
 
 
@@ -94,10 +97,17 @@ def test_answers_are_those_without_drafts(model: Model, config: EngineConfig) ->
     assert counts.num_steps > 5
 
 
-def test_guesses_are_those_of_one_forward(model: Model, config: EngineConfig) -> None:
-    """Past the window's end, whether guesses were right or not: the module has seen what it would of the whole text."""
-    decoder = Watched(model, MAX_ROWS, VOCAB)
-    decoder.guessed = {}
+def test_guesses_are_those_of_one_forward(model: Model, config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past the window's end, whether guesses were right or not: the module has seen what it would of the whole text,
+    at the same positions. A key at another one would move these logits by 1e-3."""
+    decoder, drawn_from, right = Watched(model, MAX_ROWS, VOCAB), list[torch.Tensor](), Model.guess
+
+    def guess(*args: Any) -> torch.Tensor:
+        drawn_from.append(right(*args))
+        return drawn_from[-1]
+
+    monkeypatch.setattr(Model, "guess", guess)
+    decoder.guessed, decoder.num_kept = {}, []
     prompt = [(7 * n * n + n) % VOCAB for n in range(120)]
     (answer,), _ = answers(
         model, config, [(prompt, SamplingParams(16, temperature=0))], Drafts(model, decoder, Always())
@@ -111,6 +121,8 @@ def test_guesses_are_those_of_one_forward(model: Model, config: EngineConfig) ->
     guessed = {at: token_id for at, token_id in decoder.guessed.items() if at - 2 < len(expected)}
     assert len(guessed) > 6
     assert guessed == {at: expected[at - 2] for at in guessed}
+    for at, num_kept, found in zip(guessed, decoder.num_kept, drawn_from, strict=False):
+        torch.testing.assert_close(found[num_kept - 1], logits[at - 2], rtol=0, atol=1e-9)
 
 
 def test_an_engine_is_given_drafts_where_they_are_loaded(model: Model, config: EngineConfig) -> None:

@@ -2,7 +2,7 @@
 
 from types import MappingProxyType
 
-from support.mutations import decode, exports, files, layers, loading, outputs, plans, scales, told
+from support.mutations import decode, drafts, exports, files, layers, loading, outputs, plans, scales, told
 from support.mutations.mutation import Mutation
 
 GROUPS: MappingProxyType[str, dict[str, Mutation]] = MappingProxyType(
@@ -13,6 +13,7 @@ GROUPS: MappingProxyType[str, dict[str, Mutation]] = MappingProxyType(
         "What loading makes of them": loading.MUTATIONS,
         "Loaded layers": layers.MUTATIONS,
         "Decode steps": decode.MUTATIONS,
+        "Drafts": drafts.MUTATIONS,
         "Kernels and their memory": outputs.MUTATIONS,
         "Plans and official numerics": plans.MUTATIONS,
         "Told as a warning, and not failed": told.MUTATIONS,

@@ -20,11 +20,15 @@ def _as_loaded(loaded: Loaded) -> Loaded:
 
 @dataclass(frozen=True)
 class Interference:
-    """weights: as the file filled them, before kernels repack. part: in its runners. layer: put together."""
+    """weights: as the file filled them, before kernels repack. part: in its runners. layer: put together.
+
+    replaced: what runs, not what is loaded: owner, attribute, and what takes its place, made from the right one.
+    """
 
     weights: Callable[[LoadedWeights], LoadedWeights] = _as_loaded
     part: Callable[[LoadedPart], LoadedPart] = _as_loaded
     layer: Callable[[LoadedLayer], LoadedLayer] = _as_loaded
+    replaced: tuple[tuple[Any, str, Callable[[Any], Any]], ...] = ()
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -37,6 +41,8 @@ class Interference:
         with ExitStack() as stack:
             for name, change in changes.items():
                 stack.enter_context(patch.object(layer, name, _followed(getattr(layer, name), change)))
+            for owner, name, made in self.replaced:
+                stack.enter_context(patch.object(owner, name, made(getattr(owner, name))))
             yield
 
 

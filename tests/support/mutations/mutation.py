@@ -23,6 +23,8 @@ LAYERS = ("layers", "ledger")
 
 
 NO_INTERFERENCE = Interference()
+MODULE_IDX = 1
+"""The MTP module of the model "drafting", as a layer."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Mutation:
     empty: all. source: whether another export is given (``--source``). device: whose plan is loaded.
     model: which intact one is corrupted, by its name in ``runs.write_models``. is_official: ``--numerics official``.
     is_warning: it is told as a warning, and nothing fails: the answer here is right all the same.
-    cache_format: of keys (``--cache-format``).
+    cache_format: of keys (``--cache-format``). drafts: whether the MTP module alone is verified (``--draft``).
     in_plan: done to what `ownpath plan --json` wrote before (``--ledger``).
     """
 
@@ -52,6 +54,7 @@ class Mutation:
     is_warning: bool = False
     in_plan: Callable[[dict[str, Any]], object] | None = None
     cache_format: CacheFormat = CacheFormat.BF16
+    drafts: bool = False
 
     @property
     def options(self) -> str:
@@ -61,6 +64,7 @@ class Mutation:
         options += ["--source DIR"] if self.source else []
         options += ["--numerics official"] if self.is_official else []
         options += [f"--cache-format {self.cache_format}"] if self.cache_format is not CacheFormat.BF16 else []
+        options += [f"--draft --layers {MODULE_IDX}"] if self.drafts else []
         options += ["--ledger PLAN"] if self.in_plan is not None else []
         return " ".join(options)
 

@@ -5,10 +5,12 @@ import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cpu.chat.small_tokenizer import NUM_TOKENS, tokenizer_spec
 
 from ownpath.config import EngineConfig
+from ownpath.engine.draft_decoder import ROWS
 from ownpath.finding import Finding, failed, warned
 from ownpath.loading import default_model_dir
 from ownpath.official import OFFICIAL, PLAIN
@@ -17,16 +19,20 @@ from ownpath.verify.run import STAGES, Verification, VerifyJob, verify
 from ownpath.verify.subject import Selection
 from support.checkpoints import random_checkpoint
 from support.hopper_layouts import subject_on
-from support.mutations.mutation import Mutation
+from support.mutations.mutation import MODULE_IDX, Mutation
 
 WIDE = {"hidden_size": 128, "moe_intermediate_size": 128, "q_lora_rank": 136}
 SHAPE = {"num_hidden_layers": 3, "compress_ratios": [0, 4, 128], "vocab_size": NUM_TOKENS + 7}
 """One layer of each kind; the first looks its experts up by token."""
+DRAFTING_TOKENS = 240
+"""Of the text beside which a module is looked at: past the window."""
 
 
-def write_model(folder: Path, layout: str = "full-nvfp4", seed: int = 3, **changes: int) -> Path:
-    """A small checkpoint with a tokenizer, with nothing wrong in it."""
-    random_checkpoint(folder, layout, seed, **SHAPE, **changes)
+def write_model(
+    folder: Path, layout: str = "full-nvfp4", seed: int = 3, draft: str | None = None, **changes: Any
+) -> Path:
+    """A small checkpoint with a tokenizer, with nothing wrong in it. draft: the layout of its MTP module."""
+    random_checkpoint(folder, layout, seed, draft=draft, **SHAPE | changes)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_spec()), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text('{"add_bos_token": false}', encoding="utf-8")
     return folder
@@ -39,6 +45,9 @@ def write_models(folder: Path) -> dict[str, Path]:
         "source": write_model(folder / "source", "bf16"),
         "native": write_model(folder / "native", "deepseek-native", **WIDE),
         "embedded": default_model_dir(),
+        "drafting": write_model(
+            folder / "drafting", draft="deepseek-native", num_hidden_layers=MODULE_IDX, compress_ratios=[0]
+        ),
     }
 
 
@@ -49,8 +58,11 @@ def verified(mutation: Mutation, models: dict[str, Path], scratch: Path) -> Veri
         folder = Path(shutil.copytree(intact, scratch / "model"))
         mutation.on_disk(folder)
     layer_ids = None if mutation.layer_idx is None else frozenset({mutation.layer_idx})
+    layer_ids = frozenset({MODULE_IDX}) if mutation.drafts else layer_ids
     official = OFFICIAL if mutation.is_official else PLAIN
     engine = EngineConfig(official=official, cache_format=mutation.cache_format)
+    if mutation.drafts:
+        engine = replace(engine, loads_draft=True, rows_per_request=ROWS, max_model_len=DRAFTING_TOKENS)
     job = VerifyJob(folder, engine, Selection(layer_ids))
     job.source = models["source"] if mutation.source else None
     if mutation.in_plan is not None:

@@ -95,7 +95,7 @@ def _check_window(probe: Probe, slot: str, core: Any) -> Deviations:
     config, layer_idx = probe.config, probe.layer.layer_idx
     if isinstance(core, AttentionCore):
         core = replace(core, layer=replace(core.layer, compressor=None, index_compressor=None, selector=None))
-    elif config.compress_ratios[layer_idx] != SLIDING:
+    elif (*config.backbone_layers(), *config.draft_layers())[layer_idx].ratio != SLIDING:
         return
     window = config.sliding_window
     num_tokens = 2 * window + 9

@@ -11,6 +11,7 @@ from torch import Tensor
 from ownpath.assembly import LoadedPart
 from ownpath.config import ModelConfig
 from ownpath.conformance.params import Draw
+from ownpath.model.build_drafts import module_companions
 from ownpath.ops import OpKind
 from ownpath.oracle.weights import StoredWeights
 from ownpath.plan.ops import PlannedOp
@@ -49,7 +50,9 @@ class Probe:
     def slots(self) -> dict[str, Callable[..., Any]]:
         """Every planned slot's callable, the one that the layer itself calls."""
         found: dict[str, Callable[..., Any]] = dict(self.part.runners)
-        wholes = self.part.builder.ends() if self.layer is None else (self.layer.block,)
+        wholes: tuple[object, ...] = self.part.builder.ends() if self.layer is None else (self.layer.block,)
+        if self.layer is not None and self.layer.layer_idx >= self.config.num_hidden_layers:
+            wholes += module_companions(self.part.builder, self.name)
         return found | {call.slot: call.runner for whole in wholes for call in find_watched(whole)}
 
     @cached_property

@@ -28,7 +28,8 @@ def check_rotation(probe: Probe) -> Iterator[Finding]:
     if probe.layer is None:
         return
     tally = Tally("K07", probe.name, "rotation and its inverse at positions up to a million, in float64", REMEDY)
-    ratio = tuple(probe.config.backbone_layers())[probe.layer.layer_idx].ratio
+    config = probe.config
+    ratio = (*config.backbone_layers(), *config.draft_layers())[probe.layer.layer_idx].ratio
     attn = f"{probe.name}.attn"
     for where, rope, compressing in _tables(probe, attn, compressing=bool(ratio)):
         with tally.catch_errors(where, KERNEL):

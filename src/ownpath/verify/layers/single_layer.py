@@ -47,7 +47,8 @@ class SingleLayer:
 
     @property
     def layer(self) -> Layer:
-        return tuple(self.loaded.plan.config.backbone_layers())[self.layer_idx]
+        config = self.loaded.plan.config
+        return (*config.backbone_layers(), *config.draft_layers())[self.layer_idx]
 
     @cached_property
     def specs(self) -> dict[str, OpSpec | CompanionSpec]:
