@@ -159,7 +159,7 @@ class Measurement:
         side: str,
         engine: "Engine",
         turns: Turns,
-        origin: Mapping[str, object],
+        origin: dict[str, object],
         rows: Path,
     ) -> None:
         self._args, self._side, self._engine, self._turns = args, side, engine, turns
