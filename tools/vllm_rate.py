@@ -12,10 +12,12 @@ experts' kernels of one step, with their neighbours. What runs is checked: stock
 record of our decode steps must have the planned kernels (``PlannedStep``). A JSON line for each case at once, and a
 table last. Exit code: 1 if a check fails.
 
-Each side is a process of its own; both are started at once on one device, and take turns, a case each. All cases' host
-times come first, in three visits, then device and, with ``--calls``, what the host calls (``vllm_host``). Stock
-compiles for each new class of rows, so every step that only reads prompts has 1,024 rows, or all of the prompts of a
-case in one step.
+Each side is a process of its own; both are started at once on one device, and take turns, a case each, those with the
+most prompt tokens last. All cases' host times come first, in ``--visits``, then device and, with ``--calls``, what the
+host calls (``vllm_host``). Stock compiles for each new class of rows, so every step that only reads prompts has 1,024
+rows, or all of the prompts of a case in one step. vLLM's warm-ups of sizes and of routers that no case has are left out
+on both sides. ``--seconds`` bounds a run: no visit but the first begins in the second half of the time between the
+start of measuring and the end, and nothing after the end; each host time is a row of its own (``vllm_host``) at once.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import os
 import random
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -53,6 +56,9 @@ from ownpath.trace.launches import DeviceLaunch, DeviceRecord, MarkedTime, busy_
 CHUNK = 1024
 SHORT, LONG = 16, 1024
 WARM_UPS, PROFILED, TIMED, VISITS = 3, 8, 24, 3
+NEEDLESS = ("deepseek_v4_mhc_warmup", "_warmup_ll_bf16_router_gemm")
+"""Of vLLM's warm-ups: for token counts from 1 to 1,024, with a kernel that V4's layers do not call, and for routers of
+other widths than V4-Flash's."""
 STEP = "step "
 _OF_DEVICE = ("span_us", "busy_us", "experts_us", "hyper_us", "sum_us", "experts_sum_us", "hyper_sum_us")
 _NAME_LENGTH = 120
@@ -95,10 +101,11 @@ class TimedCase:
 def main() -> int:
     """Times the sides, each in a process of its own, and prints the table."""
     args = _arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a side does not outlive this process
     if args.turns is not None:
         return run_side(args, args.sides[0])
     with tempfile.TemporaryDirectory() as folder:
-        codes = _run_sides(args.sides, Path(folder))
+        codes = _run_sides(args.sides, Path(folder), args.seconds)
         rows = [json.loads(line) for path in Path(folder).glob("rows.*") for line in path.read_text().splitlines()]
     found: dict[Case, dict[str, Timed]] = {}
     for row in sorted(rows, key=lambda row: args.sides.index(row["side"])):
@@ -109,11 +116,11 @@ def main() -> int:
     return int(any(codes))
 
 
-def _run_sides(sides: Sequence[str], folder: Path) -> list[int]:
+def _run_sides(sides: Sequence[str], folder: Path, seconds: float) -> list[int]:
     """Starts a process for each side with this one's arguments; returns their exit codes."""
-    size, children = len(sides), list[subprocess.Popen[bytes]]()
+    size, children, end = len(sides), list[subprocess.Popen[bytes]](), time.time() + seconds
     for place, side in enumerate(sides):
-        own = ["--sides", side, "--turns", str(folder), str(place), str(size)]
+        own = ["--sides", side, "--turns", str(folder), str(place), str(size), "--end", str(end)]
         children.append(subprocess.Popen([sys.executable, *sys.argv, *own]))
     try:
         while any(child.poll() is None for child in children):
@@ -136,27 +143,74 @@ def run_side(args: argparse.Namespace, side: str) -> int:
     engine = Engine(args, side)
     print(f"{side}: started in {time.perf_counter() - start:.0f} s", flush=True)
     origin = engine.facts | provenance(args.device, args.commit, shlex.join(sys.argv), "cupti kernel records")
-    cases, faults, hosts = engine.cases, [*engine.faults()], dict[Case, HostTime]()
-    for number, case in enumerate(cases * VISITS):
-        with turns.turn(number):
-            seen_host = engine.time_host(case)
-        hosts[case] = seen_host + hosts[case] if case in hosts else seen_host
-        print(side, *case, seen_host, flush=True)
-    for number, case in enumerate(cases, VISITS * len(cases)):
-        with turns.turn(number):
-            seen = engine.record(case, hosts[case].wall_us)
-            calls = engine.calls(case) if args.calls else []
-        print(side, *case, seen.timed, flush=True)
-        faults += [f"{case}: {fault}" for fault in seen.faults]
-        row = {"bench": "vllm", "side": side, "case": case[0], "requests": case[1], "context": case[2]}
-        extra = {"faults": seen.faults, "other_kernels": seen.num_others, "experts": seen.experts}
-        for path in filter(None, (Path(folder, f"rows.{side}"), args.out)):
-            append_lines(path, [row | hosts[case].numbers | vars(seen.timed) | extra | origin])
-        if args.calls:
-            append_lines(args.calls, [row | {"calls": calls}])
+    measure = Measurement(args, side, engine, turns, origin, Path(folder, f"rows.{side}"))
+    faults = [*engine.faults(), *measure.run()]
     for fault in dict.fromkeys(faults):
         print(f"FAIL {side}, {fault}", flush=True)
     return int(bool(faults))
+
+
+class Measurement:
+    """One side's measurements, in turns with the others. rows: the file of this side's rows."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        side: str,
+        engine: "Engine",
+        turns: Turns,
+        origin: dict[str, object],
+        rows: Path,
+    ) -> None:
+        self._args, self._side, self._engine, self._turns = args, side, engine, turns
+        self._origin, self._rows = origin, rows
+        self._hosts: dict[Case, HostTime] = {}
+        self._turn = 0
+
+    def run(self) -> list[str]:
+        """Times every case on the host, then on the device; returns what should not be so."""
+        with self._next():
+            pass
+        with self._next():  # every side has started
+            half = (time.time() + self._args.end) / 2
+        for visit in range(self._args.visits):
+            for case in self._engine.cases:
+                with self._next():
+                    if time.time() < (half if visit else self._args.end):
+                        self._time_host(case)
+        return [fault for case in self._engine.cases for fault in self._record(case)]
+
+    @contextmanager
+    def _next(self) -> Iterator[None]:
+        with self._turns.turn(self._turn):
+            yield
+        self._turn += 1
+
+    def _time_host(self, case: Case) -> None:
+        seen = self._engine.time_host(case)
+        self._hosts[case] = seen + self._hosts[case] if case in self._hosts else seen
+        print(self._side, *case, seen, flush=True)
+        if self._args.out:
+            append_lines(self._args.out, [self._row("vllm_host", case) | seen.numbers | self._origin])
+
+    def _record(self, case: Case) -> list[str]:
+        """Records a case; returns what should not be so."""
+        with self._next():
+            if case not in self._hosts or time.time() > self._args.end:
+                return [f"{case}: not recorded, for want of time"]
+            seen = self._engine.record(case, self._hosts[case].wall_us)
+            calls = self._engine.calls(case) if self._args.calls else []
+        print(self._side, *case, seen.timed, flush=True)
+        row = self._row("vllm", case)
+        extra = {"faults": seen.faults, "other_kernels": seen.num_others, "experts": seen.experts}
+        for path in filter(None, (self._rows, self._args.out)):
+            append_lines(path, [row | self._hosts[case].numbers | vars(seen.timed) | extra | self._origin])
+        if self._args.calls:
+            append_lines(self._args.calls, [row | {"calls": calls}])
+        return [f"{case}: {fault}" for fault in seen.faults]
+
+    def _row(self, bench: str, case: Case) -> dict[str, object]:
+        return {"bench": bench, "side": self._side, "case": case[0], "requests": case[1], "context": case[2]}
 
 
 def _arguments() -> argparse.Namespace:
@@ -166,12 +220,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--requests", nargs="+", type=int, default=[1, 8, 64, 256])
     parser.add_argument("--contexts", nargs="+", type=int, default=[SHORT, LONG], help="tokens before a decode step")
     parser.add_argument("--chunks", nargs="*", type=int, default=[1, 64], help="prompts of a chunk")
+    parser.add_argument("--visits", type=int, default=VISITS, help="to each case for the host's times")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="from the start; nothing is begun after them")
     parser.add_argument("--cache-gib", type=float, default=8.0, help="for keys, of each side")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, metavar="FILE", help="append a JSON line for each case")
     parser.add_argument("--calls", type=Path, metavar="FILE", help="append what the host calls in a step of each case")
     parser.add_argument("--commit", default="unknown", metavar="ID", help="recorded with every row")
     parser.add_argument("--turns", nargs=3, metavar=("FOLDER", "PLACE", "SIZE"), help="of a side's own process")
+    parser.add_argument("--end", type=float, help="of a side's own process")
     return parser.parse_args()
 
 
@@ -182,6 +239,7 @@ class Engine:
         os.environ[VARIABLE] = SIDES[side]
         from vllm import LLM
 
+        leave_out(NEEDLESS)
         self._args, self._side = args, side
         self._is_cuda = torch.device(args.device).type == "cuda"
         options: dict[str, Any] = {"enforce_eager": True}
@@ -229,10 +287,8 @@ class Engine:
 
     @property
     def cases(self) -> list[Case]:
-        """Every case, few requests first."""
-        counts, contexts = sorted(self._args.requests), self._args.contexts
-        decodes = [("decode", count, context) for count in counts for context in contexts]
-        return [*decodes, *(("chunk", count, 0) for count in sorted(self._args.chunks))]
+        """Every case, those with the most prompt tokens last."""
+        return all_cases(self._args.requests, self._args.contexts, self._args.chunks)
 
     def time_host(self, case: Case) -> HostTime:
         """Times steps without a profiler."""
@@ -316,6 +372,21 @@ class Engine:
         if len(answered) != num_requests:
             raise RuntimeError(f"a step of {num_requests} requests answered {len(answered)}")
         return wall_us
+
+
+def leave_out(names: Sequence[str]) -> None:
+    """Makes warm-ups of vLLM do nothing. Errors: AttributeError for a name that vLLM lacks."""
+    from vllm.model_executor.warmup import kernel_warmup
+
+    for name in names:
+        getattr(kernel_warmup, name)
+        setattr(kernel_warmup, name, lambda *_, **__: None)
+
+
+def all_cases(requests: Sequence[int], contexts: Sequence[int], chunks: Sequence[int]) -> list[Case]:
+    """Returns every case, those with the most prompt tokens last."""
+    decodes = [("decode", count, context) for context in contexts for count in requests]
+    return sorted([*decodes, *(("chunk", count, 0) for count in chunks)], key=lambda case: case[1] * case[2])
 
 
 def num_steps(num_requests: int, context: int) -> int:

@@ -1,6 +1,8 @@
 """The parts of tools/vllm_rate.py that need no device: a record's steps, and what of a step is the experts'."""
 
+import argparse
 import gc
+import json
 import sys
 import time
 from dataclasses import replace
@@ -17,7 +19,11 @@ from vllm_rate import (
     CHUNK,
     LONG,
     SHORT,
+    Case,
+    Measurement,
     Timed,
+    TimedCase,
+    all_cases,
     experts_of,
     experts_record,
     num_steps,
@@ -196,3 +202,60 @@ def test_pauses_of_the_collector_are_a_step_s() -> None:
     assert len(pauses) == with_none >= 1
     both = HostTime((1.0, 2.0, 3.0, 4.0, 5.0), 2.0) + HostTime((6.0, 7.0, 8.0, 9.0, 10.0, 11.0), 9.0)
     assert both.numbers == {"wall_us": 6.0, "wall_p10_us": 1.2, "wall_p90_us": 10.8, "gc_us": 1.0}
+
+
+class FakeEngine:
+    """An engine of three cases, which keeps what is done and when."""
+
+    def __init__(self, side: str, done: list[tuple[str, str, Case]]) -> None:
+        self.side, self.done = side, done
+        self.cases = all_cases([8, 1], [SHORT, LONG], [])[:3]
+
+    def time_host(self, case: Case) -> HostTime:
+        self.done.append((self.side, "host", case))
+        return HostTime((1.0, 2.0, 3.0), 0.0)
+
+    def record(self, case: Case, wall_us: float) -> TimedCase:
+        self.done.append((self.side, "device", case))
+        return TimedCase(Timed(wall_us, 9.0), ["a fault"] * (case[1] == 8))
+
+
+def measured(folder: Path, seconds: float) -> tuple[list[tuple[str, str, Case]], dict[str, list[str]]]:
+    """Lets two sides measure; returns what they did, in order, and the faults of each."""
+    done, faults = list[tuple[str, str, Case]](), dict[str, list[str]]()
+    args = argparse.Namespace(visits=2, end=time.time() + seconds, out=folder / "out", calls=None)
+
+    def work(place: int, side: str) -> None:
+        turns, rows = Turns(folder, place, 2), folder / f"rows.{side}"
+        faults[side] = Measurement(args, side, FakeEngine(side, done), turns, {}, rows).run()
+
+    threads = [Thread(target=work, args=pair) for pair in enumerate(["stock", "ours"])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return done, faults
+
+
+def test_every_host_time_comes_before_any_record(tmp_path: Path) -> None:
+    done, faults = measured(tmp_path, 60.0)
+    cases = [("decode", 1, SHORT), ("decode", 8, SHORT), ("decode", 1, LONG)]
+    parts = ["host", "host", "device"]
+    assert done == [(side, part, case) for part in parts for case in cases for side in ("stock", "ours")]
+    assert faults == {side: [f"{cases[1]}: a fault"] for side in ("stock", "ours")}
+    rows = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert [row["bench"] for row in rows] == ["vllm_host"] * 12 + ["vllm"] * 6
+    assert (rows[-1]["wall_us"], rows[-1]["span_us"], rows[-1]["case"]) == (2.0, 9.0, "decode")
+
+
+def test_nothing_begins_after_the_end(tmp_path: Path) -> None:
+    done, faults = measured(tmp_path, -1.0)
+    assert not done
+    assert all("want of time" in one for side in faults.values() for one in side)
+    assert [len(side) for side in faults.values()] == [3, 3]
+
+
+def test_cases_with_the_most_prompt_tokens_come_last() -> None:
+    cases = all_cases([256, 1], [LONG, SHORT], [64])
+    assert cases == [("chunk", 64, 0), ("decode", 1, SHORT), ("decode", 1, LONG), ("decode", 256, SHORT),
+                     ("decode", 256, LONG)]  # fmt: skip

@@ -115,3 +115,18 @@ def mxfp8_of(weight: torch.Tensor) -> QuantTensor:
     scale = encode_e8m0_ceil(blocks.abs().amax(-1), E4M3_MAX)
     codes = (blocks / decode_e8m0(scale)[..., None]).to(torch.float8_e4m3fn)
     return QuantTensor(codes.flatten(1), scale, None, MXFP8)
+
+
+def more_index_heads(tensors: Tensors, num_heads: int) -> Tensors:
+    """The model with further heads of zeros in each indexer: every score changes by one factor, and no choice does.
+
+    vLLM's kernels for Hopper take 32 or 64. ``index_n_heads`` of the config must be changed too.
+    """
+    changed = dict(tensors)
+    for module in modules_with(tensors, "scale", ".indexer.wq_b"):
+        proj = f"{module.removesuffix('wq_b')}weights_proj"
+        times = num_heads // tensors[f"{proj}.weight"].shape[0] - 1
+        for key, fill in ((f"{module}.weight", 0), (f"{module}.scale", 127), (f"{proj}.weight", 0)):
+            stored = tensors[key].view(torch.uint8)
+            changed[key] = torch.cat([stored, *[torch.full_like(stored, fill)] * times]).view(tensors[key].dtype)
+    return changed

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.checkpoints import LAYOUTS, SMALL, random_checkpoint
-from support.tiny_exports import tiny_tensors, write_tiny
+from support.tiny_exports import logits_of, more_index_heads, tiny_tensors, write_tiny
 
 from ownpath.assembly import load_part
 from ownpath.checkpoint.errors import CheckpointError
@@ -262,3 +262,10 @@ def test_quantised_matrices_that_vllm_keeps_whole_are_decoded(tmp_path: Path) ->
     for key, value in values.items():
         torch.testing.assert_close(rest[key], value, rtol=2**-7, atol=0)  # two roundings of one product
     assert not [key for key in rest if "scale" in key and ".indexer." in key]
+
+
+def test_more_index_heads_change_no_answer(tmp_path: Path) -> None:
+    """By which the embedded model runs on Hopper in vLLM; two of three compressed entries are chosen here."""
+    few, tensors = {"index_topk": 2}, tiny_tensors()
+    padded = write_tiny(tmp_path / "padded", more_index_heads(tensors, 32), config=few | {"index_n_heads": 32})
+    assert torch.equal(logits_of(write_tiny(tmp_path / "as it is", tensors, config=few)), logits_of(padded))
