@@ -116,6 +116,7 @@ class W8A8Config:
     cluster_n: int = 2
     cluster_k: int = 1
     ragged: bool = False
+    num_n64: ClassVar[int] = 2
     compiler: ClassVar[str] = "fp8.w8a8_sm90:compile_w8a8"
 
     def __post_init__(self) -> None:
@@ -141,7 +142,7 @@ class W8A8Config:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        return ("fp8/w8a8_sm90.py", *_SHARED_SOURCES)
+        return ("fp8/w8a8_sm90.py", "fp8/w8a8_tiles_sm90.py", *_SHARED_SOURCES)
 
     @property
     def num_threads(self) -> int:
@@ -165,15 +166,77 @@ class W8A8Config:
 
 
 @dataclass(frozen=True)
+class FusedW8A8Config:
+    """The shape of one compiled W8A8 kernel that quantises its activations itself: tiles of 128 tokens.
+
+    num_n64: 64-feature blocks of a tile, 2 or 3. cluster_n: CTAs that share activations, 1, 2 or 4. cluster_k: CTAs that
+    share a tile and split K, each cluster one tile. power_of_two: activation scales are. ragged: as ``W8A8Config``.
+    Errors: ValueError naming the field, for a shape without a kernel.
+    """
+
+    num_n64: int
+    num_stages: int
+    cluster_n: int = 1
+    cluster_k: int = 1
+    power_of_two: bool = True
+    ragged: bool = False
+    warpgroups: ClassVar[int] = 2
+    num_m64: ClassVar[int] = 1
+    m64_per_tile: ClassVar[int] = 2
+    num_threads: ClassVar[int] = 3 * WG
+    compiler: ClassVar[str] = "fp8.w8a8_fused_sm90:compile_fused_w8a8"
+
+    def __post_init__(self) -> None:
+        if self.num_n64 not in (2, 3):
+            raise ValueError(f"num_n64={self.num_n64}: 2 or 3")
+        if self.cluster_n not in (1, 2, 4):
+            raise ValueError(f"cluster_n={self.cluster_n}: 1, 2 or 4")
+        if not 1 <= self.cluster_k <= MAX_CLUSTER or self.cluster > MAX_CLUSTER:
+            raise ValueError(f"cluster_k={self.cluster_k}: clusters have 1 to {MAX_CLUSTER} CTAs")
+        stages, fewest = fused_w8a8_stages(self.num_n64), 2 if self.cluster_k == 1 else 3
+        if not fewest <= self.num_stages <= stages:
+            raise ValueError(f"num_stages={self.num_stages}: at least {fewest}, at most {stages} fit shared memory")
+
+    @property
+    def name(self) -> str:
+        shape = f"n{self.num_n64}s{self.num_stages}c{self.cluster_n}k{self.cluster_k}"
+        kinds = ("" if self.power_of_two else "_fp32") + ("_ragged" if self.ragged else "")
+        return f"fp8_w8a8_fused_{shape}{kinds}"
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return ("fp8/w8a8_fused_sm90.py", "fp8/w8a8_tiles_sm90.py", *_SHARED_SOURCES)
+
+    @property
+    def cluster(self) -> int:
+        return self.cluster_n * self.cluster_k
+
+    @property
+    def box_rows(self) -> int:
+        """Tokens that one CTA fetches of a tile."""
+        return 64 * self.m64_per_tile // self.cluster_n
+
+    def num_tiles(self, num_tokens: int, num_row_blocks: int) -> int:
+        """Returns the number of tiles, of a cluster's CTAs that share activations together one."""
+        return -(-num_tokens // (64 * self.m64_per_tile)) * -(-num_row_blocks // (self.num_n64 * self.cluster_n))
+
+    def grid(self, num_tokens: int, num_row_blocks: int, num_sms: int) -> int:
+        if self.cluster_k > 1:
+            return self.cluster * self.num_tiles(num_tokens, num_row_blocks)
+        return self.cluster_n * min(self.num_tiles(num_tokens, num_row_blocks), num_sms // self.cluster_n)
+
+
+@dataclass(frozen=True)
 class QuantizeConfig:
     """power_of_two: activation scales are powers of two (``ue8m0``); otherwise any float32."""
 
     power_of_two: bool
+    num_k: int = 1
     compiler: ClassVar[str] = "fp8.quantize_sm90:compile_quantize"
 
     @property
     def name(self) -> str:
-        return f"fp8_quantize_{'ue8m0' if self.power_of_two else 'fp32'}"
+        return f"fp8_quantize_{'ue8m0' if self.power_of_two else 'fp32'}{f'_k{self.num_k}' if self.num_k > 1 else ''}"
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -199,4 +262,9 @@ def w8a8_stages(m64_per_tile: int) -> int:
     return (MAX_SMEM - 1024) // (m64_per_tile * ACT_STRIDE + 2 * (BLOCK_BYTES + ENTRY_BYTES) + 16)
 
 
-Fp8Config = W8A16Config | W8A8Config | QuantizeConfig
+def fused_w8a8_stages(num_n64: int) -> int:
+    """Returns the number of stages that fit an SM's shared memory."""
+    return (MAX_SMEM - 1024) // (2 * BLOCK_K * BLOCK_K + num_n64 * (BLOCK_BYTES + ENTRY_BYTES) + 16)
+
+
+Fp8Config = W8A16Config | W8A8Config | FusedW8A8Config | QuantizeConfig

@@ -13,9 +13,10 @@ from ownpath.kernels.contract import StoredLinear
 from ownpath.kernels.dsl.driver import current_stream, num_sms
 from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.fp8.choose import WeightKey, w8a8_config, w8a8_configs, w8a16_config, w8a16_configs
-from ownpath.kernels.fp8.config import MAX_K_BLOCKS, Fp8Config, QuantizeConfig
+from ownpath.kernels.fp8.config import MAX_K_BLOCKS, Fp8Config, FusedW8A8Config, QuantizeConfig, W8A8Config
 from ownpath.kernels.fp8.launch import (
     ROWS_PER_WORKSPACE_BLOCK,
+    FusedW8A8Launch,
     QuantizeLaunch,
     Rows,
     W8A8Launch,
@@ -58,25 +59,56 @@ class _W8A16Pass:
         self._product.start(x, out, stream)
 
 
+class _FusedPass:
+    """A W8A8 product that quantises on the way: one launch."""
+
+    def __init__(self, config: FusedW8A8Config, weight: PackedFp8, x_address: int, rows: Rows) -> None:
+        self._product = FusedW8A8Launch(config, weight, x_address, rows)
+
+    def start(self, x: int, out: int, workspace: int, stream: int) -> None:
+        """Launches with the given addresses. workspace: not used."""
+        self._product.start(x, out, stream)
+
+
+class _QuantizedPass:
+    """A W8A8 product behind a quantiser."""
+
+    def __init__(self, config: W8A8Config, weight: PackedFp8, rows: Rows) -> None:
+        sizes = weight.in_features, weight.num_k_blocks
+        device_index = weight.blocks.get_device()
+        self._quantize = QuantizeLaunch(QuantizeConfig(weight.power_of_two), *sizes, rows, device_index)
+        self._product = W8A8Launch(config, weight, rows)
+
+    def start(self, x: int, out: int, workspace: int, stream: int) -> None:
+        """Launches with the given addresses."""
+        self._quantize.start(x, workspace, stream)
+        self._product.start(workspace, out, stream)
+
+
 class _W8A8Passes:
     """A W8A8 product in passes of ``step`` rows, which use the workspace one after the other."""
 
-    def __init__(self, weight: PackedFp8, rows: Rows, step: int) -> None:
-        key, sms = weight_key(weight), num_sms(weight.blocks.get_device())
-        config = QuantizeConfig(weight.power_of_two)
+    def __init__(self, weight: PackedFp8, x_address: int, rows: Rows, step: int) -> None:
         self._passes = []
         self.out = _new_output(weight, rows)
         for start in range(0, rows.count, step):
             part = Rows(min(step, rows.count - start), rows.x_pitch, rows.out_pitch)
-            quantize = QuantizeLaunch(config, weight.in_features, weight.num_k_blocks, part, weight.blocks.get_device())
-            product = W8A8Launch(w8a8_config(part.count, key, sms), weight, part)
-            self._passes.append((quantize, product, 2 * start * rows.x_pitch, 2 * start * rows.out_pitch))
+            x_at, out_at = 2 * start * rows.x_pitch, 2 * start * rows.out_pitch
+            self._passes.append((_w8a8_pass(weight, x_address + x_at, part), x_at, out_at))
 
     def start(self, x: int, out: int, workspace: int, stream: int) -> None:
         """Launches with the given addresses."""
-        for quantize, product, x_at, out_at in self._passes:
-            quantize.start(x + x_at, workspace, stream)
-            product.start(workspace, out + out_at, stream)
+        for one, x_at, out_at in self._passes:
+            one.start(x + x_at, out + out_at, workspace, stream)
+
+
+def _w8a8_pass(weight: PackedFp8, x_address: int, rows: Rows) -> _FusedPass | _QuantizedPass:
+    config = w8a8_config(
+        rows.count, weight_key(weight), num_sms(weight.blocks.get_device()), weight.power_of_two
+    )
+    if isinstance(config, FusedW8A8Config):
+        return _FusedPass(config, weight, x_address, rows)
+    return _QuantizedPass(config, weight, rows)
 
 
 @dataclass(frozen=True)
@@ -138,7 +170,7 @@ class Fp8LinearKernel:
         sms = num_sms(0 if device_index is None else device_index)
         found: list[Fp8Config] = [*w8a16_configs(key, sms, self.prefill_from, self.is_batch_invariant)]
         if self.prefill_from is not None:
-            found += [QuantizeConfig(power_of_two), *w8a8_configs(key)]
+            found += [QuantizeConfig(power_of_two), *w8a8_configs(key, power_of_two)]
         return list({config.name: config for config in found}.values())
 
     def variant(self, x: Tensor, operand: Fp8Operand) -> str:
@@ -149,8 +181,10 @@ class Fp8LinearKernel:
             return w8a16_config(num_rows, key, sms, self.is_batch_invariant).name
         step = rows_at_once(weight.num_k_blocks)
         counts = {min(step, num_rows - start) for start in range(0, num_rows, step)}
-        products = sorted(w8a8_config(count, key, sms).name for count in counts)
-        return " ".join([QuantizeConfig(weight.power_of_two).name, *products])
+        chosen = {w8a8_config(count, key, sms, weight.power_of_two) for count in counts}
+        quantizes = not all(isinstance(config, FusedW8A8Config) for config in chosen)
+        quantizer = [QuantizeConfig(weight.power_of_two).name] if quantizes else []
+        return " ".join([*quantizer, *sorted(config.name for config in chosen)])
 
     def workspace(self, operand: Fp8Operand, num_tokens: int) -> Tensor | None:
         """Allocates scratch for the quantised activations of W8A8; more rows are processed in several passes."""
@@ -199,7 +233,7 @@ class Fp8LinearKernel:
 
     def _new_call(self, x: Tensor, weight: PackedFp8, key: tuple[int, int, int, int]) -> _W8A16Pass | _W8A8Passes:
         rows = Rows(*key[:3])
-        return _W8A8Passes(weight, rows, key[3]) if key[3] else _W8A16Pass(self, weight, x.data_ptr(), rows)
+        return _W8A8Passes(weight, x.data_ptr(), rows, key[3]) if key[3] else _W8A16Pass(self, weight, x.data_ptr(), rows)
 
     def _scratch(self, num_rows: int, weight: PackedFp8, given: Tensor | None) -> tuple[int, int, Tensor | None]:
         """Returns rows per pass (0: nothing is quantised), the scratch's address, and the tensor that owns it."""
