@@ -236,22 +236,26 @@ class JointW8A8(W8A8):
         """Quantises chunks until none is left. One warp."""
         cute.arch.griddepcontrol_wait()
         total = source.num_groups * source.num_chunks_k
-        now = self.ask(source, own, Int32(0), total)
-        second = self.ask(source, own, Int32(1), total)
-        third = self.ask(source, own, Int32(2), total)
+        held = Int32(0)  # lane d holds the ticket of buffer d
+        for first in cutlass.range(DEPTH, unroll=1):
+            ticket = self.ask(source, own, first, total)
+            held = ticket if own.lane == first else held
         slot, phase = Int32(0), Int32(0)
+        now = cute.arch.shuffle_sync(held, slot)
         while now < total:
             cute.arch.mbarrier_wait(own.full + slot, phase)
             self.quantize_chunk(source, own, slot, now)
             cute.arch.sync_warp()
-            m64 = now % source.num_groups // GROUPS_PER_M64
             if own.lane == 0:
+                m64 = now % source.num_groups // GROUPS_PER_M64
                 add_release(source.flag(m64, now // source.num_groups), Int32(1))
-            now, second, third = second, third, self.ask(source, own, slot, total)
+            ticket = self.ask(source, own, slot, total)
+            held = ticket if own.lane == slot else held
             slot += 1
             if slot == DEPTH:
                 slot = Int32(0)
                 phase = phase ^ 1
+            now = cute.arch.shuffle_sync(held, slot)
 
     @cute.jit
     def ask(self, source: Source, own: Chunks, slot: Int32, total: Int32) -> Int32:
