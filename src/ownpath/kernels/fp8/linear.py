@@ -14,9 +14,11 @@ from ownpath.kernels.dsl.driver import current_stream, num_sms
 from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.fp8.choose import WeightKey, w8a8_config, w8a8_configs, w8a16_config, w8a16_configs
 from ownpath.kernels.fp8.config import MAX_K_BLOCKS, Fp8Config, FusedW8A8Config, QuantizeConfig, W8A8Config
+from ownpath.kernels.fp8.joint_config import JointW8A8Config, num_counters
 from ownpath.kernels.fp8.launch import (
     ROWS_PER_WORKSPACE_BLOCK,
     FusedW8A8Launch,
+    JointW8A8Launch,
     QuantizeLaunch,
     Rows,
     W8A8Launch,
@@ -70,6 +72,17 @@ class _FusedPass:
         self._product.start(x, out, stream)
 
 
+class _JointPass:
+    """A W8A8 product with its quantiser in the same launch."""
+
+    def __init__(self, config: JointW8A8Config, weight: PackedFp8, counters: Tensor, rows: Rows) -> None:
+        self._product = JointW8A8Launch(config, weight, counters, rows)
+
+    def start(self, x: int, out: int, workspace: int, stream: int) -> None:
+        """Launches with the given addresses."""
+        self._product.start(x, workspace, out, stream)
+
+
 class _QuantizedPass:
     """A W8A8 product behind a quantiser."""
 
@@ -88,13 +101,14 @@ class _QuantizedPass:
 class _W8A8Passes:
     """A W8A8 product in passes of ``step`` rows, which use the workspace one after the other."""
 
-    def __init__(self, weight: PackedFp8, x_address: int, rows: Rows, step: int) -> None:
+    def __init__(self, operand: "Fp8Operand", x_address: int, rows: Rows, step: int) -> None:
+        weight = operand.weight
         self._passes = []
         self.out = _new_output(weight, rows)
         for start in range(0, rows.count, step):
             part = Rows(min(step, rows.count - start), rows.x_pitch, rows.out_pitch)
             x_at, out_at = 2 * start * rows.x_pitch, 2 * start * rows.out_pitch
-            self._passes.append((_w8a8_pass(weight, x_address + x_at, part), x_at, out_at))
+            self._passes.append((_w8a8_pass(operand, x_address + x_at, part), x_at, out_at))
 
     def start(self, x: int, out: int, workspace: int, stream: int) -> None:
         """Launches with the given addresses."""
@@ -102,21 +116,26 @@ class _W8A8Passes:
             one.start(x + x_at, out + out_at, workspace, stream)
 
 
-def _w8a8_pass(weight: PackedFp8, x_address: int, rows: Rows) -> _FusedPass | _QuantizedPass:
-    config = w8a8_config(
-        rows.count, weight_key(weight), num_sms(weight.blocks.get_device()), weight.power_of_two
-    )
+def _w8a8_pass(operand: "Fp8Operand", x_address: int, rows: Rows) -> _FusedPass | _JointPass | _QuantizedPass:
+    weight = operand.weight
+    config = w8a8_config(rows.count, weight_key(weight), num_sms(weight.blocks.get_device()), weight.power_of_two)
     if isinstance(config, FusedW8A8Config):
         return _FusedPass(config, weight, x_address, rows)
+    if isinstance(config, JointW8A8Config):
+        return _JointPass(config, weight, operand.counters, rows)
     return _QuantizedPass(config, weight, rows)
 
 
 @dataclass(frozen=True)
 class Fp8Operand:
-    """A packed weight. shard_rows: of each fused shard. launches: by rows, pitches of x and out, and rows per pass."""
+    """A packed weight. shard_rows: of each fused shard. launches: by rows, pitches of x and out, and rows per pass.
+
+    counters: int32, zero between calls, of one call at a time.
+    """
 
     weight: PackedFp8
     shard_rows: tuple[int, ...]
+    counters: Tensor = field(compare=False)
     launches: LaunchCache[tuple[int, int, int, int], _W8A16Pass | _W8A8Passes] = field(
         default_factory=LaunchCache, compare=False
     )
@@ -143,7 +162,7 @@ class Fp8LinearKernel:
         packed = pack_fp8(codes, scales)
         # Kernels read weights before they wait for their predecessor, so packing must be complete.
         torch.cuda.synchronize(codes[0].device)
-        return Fp8Operand(packed, tuple(len(shard) for shard in codes))
+        return Fp8Operand(packed, tuple(len(shard) for shard in codes), _counters(packed))
 
     def restore(self, operand: Fp8Operand) -> tuple[QuantTensor, ...]:
         """Returns each shard's matrix and grid of float32 scales."""
@@ -182,7 +201,7 @@ class Fp8LinearKernel:
         step = rows_at_once(weight.num_k_blocks)
         counts = {min(step, num_rows - start) for start in range(0, num_rows, step)}
         chosen = {w8a8_config(count, key, sms, weight.power_of_two) for count in counts}
-        quantizes = not all(isinstance(config, FusedW8A8Config) for config in chosen)
+        quantizes = any(isinstance(config, W8A8Config) for config in chosen)
         quantizer = [QuantizeConfig(weight.power_of_two).name] if quantizes else []
         return " ".join([*quantizer, *sorted(config.name for config in chosen)])
 
@@ -221,7 +240,7 @@ class Fp8LinearKernel:
         step, address, workspace = self._scratch(num_rows, weight, workspace)
         key = num_rows, pitch, out_pitch, step
         with operand.lock:
-            call = operand.launches.get(key) or operand.launches.add(key, self._new_call(x, weight, key))
+            call = operand.launches.get(key) or operand.launches.add(key, self._new_call(x, operand, key))
             if out is None:
                 out = call.out.new()
             call.start(x_address, out.data_ptr(), address, current_stream(device_index))
@@ -231,9 +250,11 @@ class Fp8LinearKernel:
         """Refuses: this kernel does not write float32. Errors: ValueError."""
         return self.run(x.to(torch.promote_types(x.dtype, torch.float32)), operand)
 
-    def _new_call(self, x: Tensor, weight: PackedFp8, key: tuple[int, int, int, int]) -> _W8A16Pass | _W8A8Passes:
+    def _new_call(self, x: Tensor, operand: Fp8Operand, key: tuple[int, int, int, int]) -> _W8A16Pass | _W8A8Passes:
         rows = Rows(*key[:3])
-        return _W8A8Passes(weight, x.data_ptr(), rows, key[3]) if key[3] else _W8A16Pass(self, weight, x.data_ptr(), rows)
+        if key[3]:
+            return _W8A8Passes(operand, x.data_ptr(), rows, key[3])
+        return _W8A16Pass(self, operand.weight, x.data_ptr(), rows)
 
     def _scratch(self, num_rows: int, weight: PackedFp8, given: Tensor | None) -> tuple[int, int, Tensor | None]:
         """Returns rows per pass (0: nothing is quantised), the scratch's address, and the tensor that owns it."""
@@ -249,7 +270,14 @@ class Fp8LinearKernel:
             raise ValueError(f"workspace must be contiguous uint8 on {weight.blocks.device}")
         if given.numel() < needed or given.data_ptr() % 128:
             raise ValueError(f"workspace must hold {needed} bytes at a 128-byte aligned address, found {given.numel()}")
-        return workspace_rows(given.numel(), weight.num_k_blocks), given.data_ptr(), given
+        step = min(workspace_rows(given.numel(), weight.num_k_blocks), rows_at_once(weight.num_k_blocks))
+        return step, given.data_ptr(), given
+
+
+def _counters(weight: PackedFp8) -> Tensor:
+    """Makes the counters of the longest pass."""
+    count = num_counters(rows_at_once(weight.num_k_blocks), weight.num_k_blocks)
+    return torch.zeros(count, dtype=torch.int32, device=weight.blocks.device)
 
 
 def _codes_and_scales(stored: StoredLinear) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
