@@ -71,6 +71,12 @@ def order_copies(*, loc: Site = None, ip: Site = None) -> None:
     asm("fence.proxy.async.global;", "", None, [], False, loc, ip)
 
 
+@dsl_user_op
+def as_word(value: Value, *, loc: Site = None, ip: Site = None) -> Uint32:
+    """Returns the bits of a float32."""
+    return Uint32(asm("mov.b32 $0, $1;", "=r,f", T.i32(), [Float32(value).ir_value(loc=loc, ip=ip)], True, loc, ip))
+
+
 @dataclass(frozen=True)
 class Source:
     """The activations of a call, BF16 [num_tokens, ld_x], the blocks that they are rounded to, and the counters."""
@@ -290,8 +296,7 @@ class JointW8A8(W8A8):
         token = ticket % source.num_groups * GROUP_ROWS + row
         first = ticket // source.num_groups * CHUNK_BLOCKS
         line = (own.memory + (slot * CHUNK_BYTES + row * PITCH + pair * 32)).toint()
-        block = source.acts + (Int64(token // 64) * source.num_k_blocks + first) * ACT_BLOCK_BYTES
-        place = token % 64 * 128 + pair * 4
+        block = (source.acts + (Int64(token // 64) * source.num_k_blocks + first) * ACT_BLOCK_BYTES).toint()
         for k in cutlass.range(cutlass.min(source.num_k_blocks - first, CHUNK_BLOCKS), unroll=1):
             words: list[Uint32] = []
             for half in cutlass.range_constexpr(2):
@@ -299,12 +304,12 @@ class JointW8A8(W8A8):
                     words += ptx.load_shared_vec4(line + k * 256 + half * 128 + unit * 16)
             scale, codes = rounded(words)
             if token < source.num_tokens:
-                target = block + k * ACT_BLOCK_BYTES
+                place = block + (token % 64 * 128 + row * 16 + pair * 4)
                 for unit in cutlass.range_constexpr(8):
-                    ptx.store_global((target + (place + (unit ^ row) * 16)).toint(), codes[unit])
+                    ptx.store_global(place ^ (unit * 16), codes[unit])  # rows are multiples of 128 bytes
                 if pair == 0:
-                    scales = cute.recast_ptr(target + (BLOCK_BYTES + token % 64 * 4), dtype=Float32)
-                    cute.make_tensor(scales, cute.make_layout(1))[0] = scale
+                    ptx.store_global(block + (BLOCK_BYTES + token % 64 * 4), as_word(scale))
+            block += ACT_BLOCK_BYTES
 
     @cute.jit
     def finish(self, source: Source, grid: Int32, lane: Int32) -> None:
