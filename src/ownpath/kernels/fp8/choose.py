@@ -17,7 +17,6 @@ from ownpath.kernels.fp8.config import (
     MAX_K_BLOCKS,
     MAX_SMEM,
     TOKEN_TILES,
-    FusedW8A8Config,
     W8A8Config,
     W8A16Config,
     w8a8_stages,
@@ -39,13 +38,12 @@ SUM_STEPS = 8
 W8A16_KNOBS = frozenset({"num_m64", "num_n", "cluster_k", "per_sm", "consumers", "wgmma"})
 W8A8_KNOBS = frozenset({"warpgroups", "num_m64", "cluster_n", "cluster_k", "num_stages"})
 JOINT_KNOBS = W8A8_KNOBS | {"joint"}
-FUSED_KNOBS = frozenset({"num_n64", "cluster_n", "cluster_k", "num_stages"})
 
-_MARKS = (("num_n", W8A16_KNOBS), ("num_n64", FUSED_KNOBS), ("joint", JOINT_KNOBS))
+_MARKS = (("num_n", W8A16_KNOBS), ("joint", JOINT_KNOBS))
 
 WeightKey = tuple[int, int, bool, bool]
 """The properties of a weight that decide its kernels: row blocks, K blocks, folded, ragged."""
-W8A8Choice = W8A8Config | FusedW8A8Config | JointW8A8Config
+W8A8Choice = W8A8Config | JointW8A8Config
 Tuned = tuple[tuple[int, W8A16Config | W8A8Choice], ...]
 """(tokens it was measured with, kernel), ascending."""
 
@@ -103,7 +101,7 @@ def w8a8_config(num_tokens: int, key: WeightKey, sms: int, power_of_two: bool) -
 
 def _many(key: WeightKey, power_of_two: bool) -> list[tuple[int, W8A8Choice]]:
     """Returns the table's W8A8 entries for a weight."""
-    kinds = (W8A8Config, FusedW8A8Config, JointW8A8Config) if power_of_two else (W8A8Config,)
+    kinds = (W8A8Config, JointW8A8Config) if power_of_two else (W8A8Config,)
     return [(limit, config) for limit, config in tuned(key) if isinstance(config, kinds)]
 
 
@@ -180,8 +178,7 @@ def knobs_config(knobs: Mapping[str, Any], num_k_blocks: int) -> W8A16Config | W
     """Makes a kernel from a table's knobs, for scales that fold and rows that 4 divides.
 
     W8A16: num_m64, num_n, cluster_k, per_sm, consumers, wgmma; as many stages as fit. W8A8: warpgroups, num_m64,
-    cluster_n, cluster_k, num_stages; joint, true, where its quantiser is in the same launch; where it quantises on the way
-    num_n64 instead of the first two. Errors: ValueError for knobs that are no valid kernel for this number of K blocks.
+    cluster_n, cluster_k, num_stages; joint, true, where its quantiser is in the same launch. Errors: ValueError for knobs that are no valid kernel for this number of K blocks.
     """
     names = next((names for mark, names in _MARKS if mark in knobs), W8A8_KNOBS)
     if set(knobs) != names:
@@ -189,8 +186,6 @@ def knobs_config(knobs: Mapping[str, Any], num_k_blocks: int) -> W8A16Config | W
     cluster_k, most = knobs["cluster_k"], MAX_K_BLOCKS if "num_n" in knobs else num_k_blocks
     if not num_k_blocks / most <= cluster_k <= num_k_blocks:
         raise ValueError(f"cluster_k={cluster_k} does not share {num_k_blocks} blocks of K, {most} each at most")
-    if names is FUSED_KNOBS:
-        return FusedW8A8Config(**knobs)
     if names is JOINT_KNOBS:
         return JointW8A8Config(**{name: value for name, value in knobs.items() if name != "joint"})
     if names is W8A8_KNOBS:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ownpath.kernels.dsl.cache import load
 from ownpath.kernels.dsl.driver import Argument, Boxes, Launch, Pointers, current_stream, num_sms, pointer
 from ownpath.kernels.fp8.choose import WeightKey
-from ownpath.kernels.fp8.config import CHUNK_K, QUANTIZE_ROWS, FusedW8A8Config, QuantizeConfig, W8A8Config, W8A16Config
+from ownpath.kernels.fp8.config import CHUNK_K, QUANTIZE_ROWS, QuantizeConfig, W8A8Config, W8A16Config
 from ownpath.kernels.fp8.joint_config import JointW8A8Config
 from ownpath.kernels.fp8.layout import ACT_BLOCK_BYTES, PackedFp8
 
@@ -68,7 +68,7 @@ class QuantizeLaunch:
         self._pointers = Pointers(2)
         sizes = (rows.count, width, rows.x_pitch, num_k_blocks)
         args: tuple[Argument, ...] = (*self._pointers.arguments, *map(c_int, sizes))
-        grid = -(-rows.count // QUANTIZE_ROWS) * -(-num_k_blocks // config.num_k)
+        grid = -(-rows.count // QUANTIZE_ROWS) * num_k_blocks
         self._launch = Launch(load(config, device_index), (grid, 1, 1), args)
 
     def start(self, x: int, workspace: int, stream: int) -> None:
@@ -93,26 +93,6 @@ class W8A8Launch:
     def start(self, workspace: int, out: int, stream: int) -> None:
         """Launches with the given addresses."""
         self._pointers.set(workspace, out)
-        self._launch.start(stream)
-
-
-class FusedW8A8Launch:
-    """Prepared launch of out = quantised x (E4M3 x scale).T, from x as it is."""
-
-    def __init__(self, config: FusedW8A8Config, weight: PackedFp8, x_address: int, rows: Rows) -> None:
-        self.x = Boxes(x_address, (rows.count, weight.in_features), rows.x_pitch, (config.box_rows, CHUNK_K))
-        self._pointers = Pointers(1)
-        sizes = (rows.count, rows.out_pitch, weight.num_row_blocks, weight.num_k_blocks)
-        operands = map(pointer, (weight.blocks, weight.scales, weight.rows))
-        args: tuple[Argument, ...] = (self.x.argument, *operands, *self._pointers.arguments, *map(c_int, sizes))
-        device_index = weight.blocks.get_device()
-        grid = config.grid(rows.count, weight.num_row_blocks, num_sms(device_index))
-        self._launch = Launch(load(config, device_index), (grid, 1, 1), args)
-
-    def start(self, x: int, out: int, stream: int) -> None:
-        """Launches with the given addresses."""
-        self.x.point_at(x)
-        self._pointers.set(out)
         self._launch.start(stream)
 
 
@@ -157,7 +137,9 @@ def w8a8_launch(config: W8A8Config, workspace: Tensor, weight: PackedFp8, out: T
     call.start(workspace.data_ptr(), out.data_ptr(), current_stream(out.get_device()))
 
 
-def fused_w8a8_launch(config: FusedW8A8Config, x: Tensor, weight: PackedFp8, out: Tensor) -> None:
-    """Launches a product with the kernel of ``config``, which quantises x [M, K] itself."""
-    call = FusedW8A8Launch(config, weight, x.data_ptr(), Rows(len(x), x.stride(0), out.stride(0)))
-    call.start(x.data_ptr(), out.data_ptr(), current_stream(x.get_device()))
+def joint_w8a8_launch(
+    config: JointW8A8Config, x: Tensor, weight: PackedFp8, out: Tensor, workspace: Tensor, counters: Tensor
+) -> None:
+    """Launches a product with the kernel of ``config``, which quantises x [M, K] into ``workspace``."""
+    call = JointW8A8Launch(config, weight, counters, Rows(len(x), x.stride(0), out.stride(0)))
+    call.start(x.data_ptr(), workspace.data_ptr(), out.data_ptr(), current_stream(x.get_device()))

@@ -13,11 +13,10 @@ from ownpath.kernels.contract import StoredLinear
 from ownpath.kernels.dsl.driver import current_stream, num_sms
 from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.fp8.choose import WeightKey, w8a8_config, w8a8_configs, w8a16_config, w8a16_configs
-from ownpath.kernels.fp8.config import MAX_K_BLOCKS, Fp8Config, FusedW8A8Config, QuantizeConfig, W8A8Config
+from ownpath.kernels.fp8.config import MAX_K_BLOCKS, Fp8Config, QuantizeConfig, W8A8Config
 from ownpath.kernels.fp8.joint_config import JointW8A8Config, num_counters
 from ownpath.kernels.fp8.launch import (
     ROWS_PER_WORKSPACE_BLOCK,
-    FusedW8A8Launch,
     JointW8A8Launch,
     QuantizeLaunch,
     Rows,
@@ -61,17 +60,6 @@ class _W8A16Pass:
         self._product.start(x, out, stream)
 
 
-class _FusedPass:
-    """A W8A8 product that quantises on the way: one launch."""
-
-    def __init__(self, config: FusedW8A8Config, weight: PackedFp8, x_address: int, rows: Rows) -> None:
-        self._product = FusedW8A8Launch(config, weight, x_address, rows)
-
-    def start(self, x: int, out: int, workspace: int, stream: int) -> None:
-        """Launches with the given addresses. workspace: not used."""
-        self._product.start(x, out, stream)
-
-
 class _JointPass:
     """A W8A8 product with its quantiser in the same launch."""
 
@@ -101,14 +89,14 @@ class _QuantizedPass:
 class _W8A8Passes:
     """A W8A8 product in passes of ``step`` rows, which use the workspace one after the other."""
 
-    def __init__(self, operand: "Fp8Operand", x_address: int, rows: Rows, step: int) -> None:
+    def __init__(self, operand: "Fp8Operand", rows: Rows, step: int) -> None:
         weight = operand.weight
         self._passes = []
         self.out = _new_output(weight, rows)
         for start in range(0, rows.count, step):
             part = Rows(min(step, rows.count - start), rows.x_pitch, rows.out_pitch)
             x_at, out_at = 2 * start * rows.x_pitch, 2 * start * rows.out_pitch
-            self._passes.append((_w8a8_pass(operand, x_address + x_at, part), x_at, out_at))
+            self._passes.append((_w8a8_pass(operand, part), x_at, out_at))
 
     def start(self, x: int, out: int, workspace: int, stream: int) -> None:
         """Launches with the given addresses."""
@@ -116,11 +104,9 @@ class _W8A8Passes:
             one.start(x + x_at, out + out_at, workspace, stream)
 
 
-def _w8a8_pass(operand: "Fp8Operand", x_address: int, rows: Rows) -> _FusedPass | _JointPass | _QuantizedPass:
+def _w8a8_pass(operand: "Fp8Operand", rows: Rows) -> _JointPass | _QuantizedPass:
     weight = operand.weight
     config = w8a8_config(rows.count, weight_key(weight), num_sms(weight.blocks.get_device()), weight.power_of_two)
-    if isinstance(config, FusedW8A8Config):
-        return _FusedPass(config, weight, x_address, rows)
     if isinstance(config, JointW8A8Config):
         return _JointPass(config, weight, operand.counters, rows)
     return _QuantizedPass(config, weight, rows)
@@ -253,7 +239,7 @@ class Fp8LinearKernel:
     def _new_call(self, x: Tensor, operand: Fp8Operand, key: tuple[int, int, int, int]) -> _W8A16Pass | _W8A8Passes:
         rows = Rows(*key[:3])
         if key[3]:
-            return _W8A8Passes(operand, x.data_ptr(), rows, key[3])
+            return _W8A8Passes(operand, rows, key[3])
         return _W8A16Pass(self, operand.weight, x.data_ptr(), rows)
 
     def _scratch(self, num_rows: int, weight: PackedFp8, given: Tensor | None) -> tuple[int, int, Tensor | None]:

@@ -1,21 +1,10 @@
 """PTX instructions of the FP8 kernels, as typed functions."""
 
-from cutlass import Float32, Int32, Int64, Uint32
+from cutlass import Float32, Int32, Uint32
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 
 from ownpath.kernels.dsl.ptx import Site, Value, asm
-
-AMAX_FLOOR_BITS = 0x38D1B717
-"""1e-4, the least magnitude that a scale of activations is computed from, as float32 bits."""
-
-
-def scale_exponent(bits: Uint32) -> Uint32:
-    """Returns the biased exponent of 2**ceil(log2(amax / 448)). bits: of amax, float32, normal and positive.
-
-    448 = 1.75 * 2**8: the biased exponent, less 8, plus one where the mantissa is above 1.75's.
-    """
-    return ((bits + Uint32(0x1FFFFF)) >> 23) - Uint32(8)
 
 
 @dsl_user_op
@@ -87,29 +76,3 @@ def max_abs_bf16x2(a: Value, b: Value, *, loc: Site = None, ip: Site = None) -> 
     """Returns each half's larger magnitude, its sign arbitrary; NaN if either is NaN."""
     operands = [Uint32(a).ir_value(loc=loc, ip=ip), Uint32(b).ir_value(loc=loc, ip=ip)]
     return Uint32(asm("max.NaN.xorsign.abs.bf16x2 $0, $1, $2;", "=r,r,r", T.i32(), operands, True, loc, ip))
-
-
-@dsl_user_op
-def load_box_for(
-    dst: Value,
-    descriptor: Value,
-    col: Value,
-    row: Value,
-    barrier: Value,
-    peers: Value,
-    *,
-    loc: Site = None,
-    ip: Site = None,
-) -> None:
-    """Copies a TMA box as ``load_box`` to the same place of every CTA in the mask ``peers``, whose barriers count it."""
-    copy = "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
-    text = f"{{ .reg .b16 mask; cvt.u16.u32 mask, $5; {copy} [$0], [$1, {{$2, $3}}], [$4], mask; }}"
-    operands = [
-        dst.toint().ir_value(loc=loc, ip=ip),
-        Int64(descriptor).ir_value(loc=loc, ip=ip),
-        Int32(col).ir_value(loc=loc, ip=ip),
-        Int32(row).ir_value(loc=loc, ip=ip),
-        barrier.toint().ir_value(loc=loc, ip=ip),
-        Int32(peers).ir_value(loc=loc, ip=ip),
-    ]
-    asm(text, "r,l,r,r,r,r", None, operands, False, loc, ip)

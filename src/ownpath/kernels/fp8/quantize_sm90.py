@@ -59,29 +59,16 @@ class Quantize:
         cta, _, _ = cute.arch.block_idx()
         cute.arch.griddepcontrol_launch_dependents()
         part = thread % 8
-        num_groups = (num_k_blocks + self.cfg.num_k - 1) // self.cfg.num_k
-        token = cta // num_groups * QUANTIZE_ROWS + thread // 8
-        first = cta % num_groups * self.cfg.num_k
+        token = cta // num_k_blocks * QUANTIZE_ROWS + thread // 8
+        k_block = cta % num_k_blocks
         # The previous kernel may still write x, or read the blocks that this one writes.
         cute.arch.griddepcontrol_wait()
-        loaded: list[list[Uint32]] = []
-        for step in cutlass.range_constexpr(self.cfg.num_k):
-            words: list[Uint32] = []
-            for half in cutlass.range_constexpr(2):
-                column = (first + step) * 128 + part * 16 + 8 * half
-                inside = token < num_tokens and column < width
-                offset = Int64(token) * ld_x + column
-                words += fp8_ptx.load_global16_or_zero(x + (offset if inside else Int64(0)), inside)
-            loaded.append(words)
-        for step in cutlass.range_constexpr(self.cfg.num_k):
-            if first + step < num_k_blocks:
-                self.quantize(loaded[step], blocks, token, num_tokens, first + step, num_k_blocks)
-
-    @cute.jit
-    def quantize(self, words: list[Uint32], blocks: cute.Pointer, token: Int32, num_tokens: Int32, k_block: Int32, num_k_blocks: Int32) -> None:
-        """Rounds a thread's 16 values of a block."""
-        thread, _, _ = cute.arch.thread_idx()
-        part = thread % 8
+        words = [Uint32(0)] * 8
+        column = k_block * 128 + part * 16
+        for half in cutlass.range_constexpr(2):
+            inside = token < num_tokens and column + 8 * half < width
+            offset = Int64(token) * ld_x + (column + 8 * half)
+            words[4 * half : 4 * half + 4] = fp8_ptx.load_global16_or_zero(x + (offset if inside else Int64(0)), inside)
         largest = Uint32(0)
         for word in words:
             largest = fp8_ptx.max_u32(largest, word & Uint32(0x7FFF))
@@ -101,9 +88,12 @@ class Quantize:
 
     def scale_values(self, amax_bits: Uint32, values: list[Float32]) -> tuple[Float32, list[Float32]]:
         """Returns a block's scale, from the float32 bits of its largest magnitude, and its values over the scale."""
-        bits = fp8_ptx.max_u32(amax_bits, Uint32(fp8_ptx.AMAX_FLOOR_BITS))
+        floor = Uint32(0x38D1B717)  # 1e-4
+        bits = fp8_ptx.max_u32(amax_bits, floor)
         if cutlass.const_expr(self.cfg.power_of_two):
-            exponent = fp8_ptx.scale_exponent(bits)
+            # 448 = 1.75 * 2**8: the biased exponent, less 8, plus one where the mantissa is above 1.75's.
+            exponent = (bits + Uint32(0x1FFFFF)) >> 23
+            exponent = exponent - Uint32(8)
             scale = ptx.as_float(exponent << 23)
             factor = ptx.as_float((Uint32(254) - exponent) << 23)
             scaled = [value * factor for value in values]

@@ -334,7 +334,9 @@ def rounded(words: list[Uint32]) -> tuple[Float32, list[Uint32]]:
     for step in (1, 2):
         largest = fp8_ptx.max_u32(largest, cute.arch.shuffle_sync_bfly(largest, offset=step))
     amax_bits = largest << 16
-    exponent = fp8_ptx.scale_exponent(fp8_ptx.max_u32(amax_bits, Uint32(fp8_ptx.AMAX_FLOOR_BITS)))
+    # As ``quantize_sm90``: of amax, at least 1e-4, over 448 = 1.75 * 2**8, rounded up.
+    bits = fp8_ptx.max_u32(amax_bits, Uint32(0x38D1B717))
+    exponent = ((bits + Uint32(0x1FFFFF)) >> 23) - Uint32(8)
     factor = (Uint32(254) - exponent) << 7
     # Exact, but for products below 2**-126, which round to zero in E4M3 either way.
     scaled = [ptx.mul_bf16x2(word, factor | (factor << 16)) for word in words]

@@ -62,7 +62,7 @@ class W8A8(W8A8Tiles):
             grid=[grid, 1, 1],
             block=[self.cfg.num_threads, 1, 1],
             cluster=[self.cfg.cluster, 1, 1],
-            min_blocks_per_mp=1,
+            min_blocks_per_mp=self.cfg.per_sm,
         )
 
     @cute.kernel
@@ -92,13 +92,13 @@ class W8A8(W8A8Tiles):
             ptx.cluster_barrier()
         tiles = self.tiles(cta, grid, num_tokens, num_row_blocks, num_k_blocks)
         if warp_group == cfg.warpgroups:
-            cute.arch.setmaxregister_decrease(24)
+            cute.arch.setmaxregister_decrease(W8A8_REGISTERS[cfg.warpgroups][0])
             if thread == cfg.warpgroups * WG:
                 self.load_acts(acts, stages, tiles, num_tokens)
             if thread == cfg.warpgroups * WG + 32:
                 self.load_weights(blocks, scales, stages, tiles, num_row_blocks)
         else:
-            cute.arch.setmaxregister_increase(W8A8_REGISTERS[cfg.warpgroups])
+            cute.arch.setmaxregister_increase(W8A8_REGISTERS[cfg.warpgroups][1])
             output = Output(out, row_table, num_tokens, ld_out, num_row_blocks)
             self.consume(tiles, stages, output, Thread(thread % WG, warp_group))
 

@@ -6,7 +6,7 @@ weight scale. Where a cluster's CTAs split K, each puts its totals into its shar
 in the order of K. The row order of the packed weights gives each thread four neighbouring features, so results leave as
 8-byte stores without a trip through shared memory.
 
-Roofline and limits: those of the products, ``w8a8_sm90`` and ``w8a8_fused_sm90``.
+Roofline and limits: those of the products, ``w8a8_sm90`` and ``w8a8_joint_sm90``.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ from ownpath.kernels.dsl import ptx
 from ownpath.kernels.dsl.pipeline import Stages
 from ownpath.kernels.dsl.warpgroup import Thread
 from ownpath.kernels.fp8 import ptx as fp8_ptx
-from ownpath.kernels.fp8.config import ENTRY_BYTES, WG, FusedW8A8Config, W8A8Config
+from ownpath.kernels.fp8.config import ENTRY_BYTES, WG, W8A8Config
+from ownpath.kernels.fp8.joint_config import JointW8A8Config
 from ownpath.kernels.fp8.layout import BLOCK_BYTES
 from ownpath.kernels.fp8.output_sm90 import Output, RowBlock, cluster_sum
 
@@ -31,7 +32,7 @@ class CtaTiles:
     activations. k_rank: among those that split K, of which this one has ``k_iters`` blocks from ``k_start`` on. In a
     cluster those that share activations follow each other."""
 
-    cfg: W8A8Config | FusedW8A8Config
+    cfg: W8A8Config | JointW8A8Config
     rank: Int32
     worker: Int32
     num_workers: Int32
@@ -54,7 +55,7 @@ class CtaTiles:
 class W8A8Tiles:
     """The parts of a W8A8 product that do not depend on where its activations come from."""
 
-    def __init__(self, config: W8A8Config | FusedW8A8Config) -> None:
+    def __init__(self, config: W8A8Config | JointW8A8Config) -> None:
         self.cfg = config
 
     @cute.jit
