@@ -28,21 +28,30 @@ PAGE_BYTES = tl.constexpr(584)
 
 
 @gluon.jit
-def row_sizes(
-    t, positions_ptr, places_ptr, requests_ptr, blocks_ptr, selected_ptr, num_selected_ptr,
-    num_blocks, num_listed, most_entries, RATIO: tl.constexpr,
-):  # fmt: skip
+def row_facts(t, positions_ptr, places_ptr, requests_ptr, num_selected_ptr, RATIO: tl.constexpr):
+    """Loads what ``row_sizes`` needs of row t: asked for a row ahead, because nothing can begin before it is there."""
+    position, own = gl.load(positions_ptr + t), gl.load(places_ptr + t)
+    more = position
+    if RATIO == LISTED:
+        more = gl.load(num_selected_ptr + t)
+    elif RATIO > 0:
+        more = gl.load(requests_ptr + t)
+    return position, own, more
+
+
+@gluon.jit
+def row_sizes(t, facts, blocks_ptr, selected_ptr, num_blocks, num_listed, most_entries, RATIO: tl.constexpr):
     """Returns row t's first near key, how many there are, the tiles that they take, its number of entries, and where
     their list or table is."""
-    position, own = gl.load(positions_ptr + t), gl.load(places_ptr + t)
+    position, own, more = facts
     num_near = gl.minimum(position + 1, WINDOW)
     num_entries, lists = 0, selected_ptr
     if RATIO == LISTED:
-        num_entries = gl.minimum(gl.load(num_selected_ptr + t), most_entries)
+        num_entries = gl.minimum(more, most_entries)
         lists = selected_ptr + t.to(gl.int64) * num_listed
     elif RATIO > 0:
         num_entries = gl.minimum((position + 1) // RATIO, most_entries)
-        lists = blocks_ptr + gl.load(requests_ptr + t).to(gl.int64) * num_blocks
+        lists = blocks_ptr + more.to(gl.int64) * num_blocks
     return own + 1 - num_near, num_near, (num_near + TILE - 1) // TILE, num_entries, lists
 
 
@@ -94,14 +103,29 @@ def next_buffer(turn, phase):
 
 
 @gluon.jit
+def copy_near(i, sizes, near_ptr, keys, full, empty, turn, phase, FP8: tl.constexpr):
+    """Brings the i-th tile of near keys; returns the next buffer and its phase."""
+    COPY: tl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [PRODUCERS, 1], [1, 0])
+    first, num_near, _, _, _ = sizes
+    j = i * TILE + gl.arange(0, TILE, gl.SliceLayout(1, COPY))
+    row = gl.where(j < num_near, first + j, -1)
+    mbarrier.wait(empty.index(turn), phase)
+    _copy_rows(row, near_ptr, keys.index(turn), COPY)
+    async_copy.mbarrier_arrive(full.index(turn), increment_count=False)
+    if FP8:
+        mbarrier.arrive(full.index(turn), count=1)
+    return next_buffer(turn, phase)
+
+
+@gluon.jit
 def copy_keys(
     sizes, near_ptr, entries_ptr, keys, full, empty, turn, phase, RATIO: tl.constexpr, BLOCK_BITS: tl.constexpr
 ):
-    """Brings a row's tiles of BF16 keys; returns the next buffer and its phase."""
+    """Brings a row's tiles of BF16 keys, from the second on; returns the next buffer and its phase."""
     COPY: tl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [PRODUCERS, 1], [1, 0])
     first, num_near, near_tiles, num_entries, lists = sizes
-    row = _tile_rows(0, near_tiles, first, num_near, num_entries, lists, RATIO, BLOCK_BITS, COPY)
-    for i in range(near_tiles + (num_entries + TILE - 1) // TILE):
+    row = _tile_rows(1, near_tiles, first, num_near, num_entries, lists, RATIO, BLOCK_BITS, COPY)
+    for i in range(1, near_tiles + (num_entries + TILE - 1) // TILE):
         ahead = _tile_rows(i + 1, near_tiles, first, num_near, num_entries, lists, RATIO, BLOCK_BITS, COPY)
         mbarrier.wait(empty.index(turn), phase)
         source = entries_ptr
@@ -193,17 +217,12 @@ def _copy_rotary(i, num_entries, lists, entries_ptr, buffer, RATIO: tl.constexpr
 def decode_keys(
     sizes, near_ptr, entries_ptr, keys, full, empty, turn, phase, RATIO: tl.constexpr, BLOCK_BITS: tl.constexpr
 ):
-    """Brings a row's tiles of near keys and of entries in FP8 pages; returns the next buffer and its phase."""
-    COPY: tl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [PRODUCERS, 1], [1, 0])
+    """Brings a row's tiles of near keys, from the second on, and of entries in FP8 pages; returns the next buffer and
+    its phase."""
     WORDS: tl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
-    first, num_near, near_tiles, num_entries, lists = sizes
-    for i in range(near_tiles):
-        mbarrier.wait(empty.index(turn), phase)
-        j = i * TILE + gl.arange(0, TILE, gl.SliceLayout(1, COPY))
-        _copy_rows(gl.where(j < num_near, first + j, -1), near_ptr, keys.index(turn), COPY)
-        async_copy.mbarrier_arrive(full.index(turn), increment_count=False)
-        mbarrier.arrive(full.index(turn), count=1)
-        turn, phase = next_buffer(turn, phase)
+    _, _, near_tiles, num_entries, lists = sizes
+    for i in range(1, near_tiles):
+        turn, phase = copy_near(i, sizes, near_ptr, keys, full, empty, turn, phase, True)
     words0, scales0 = _load_codes(0, num_entries, lists, entries_ptr, 0, 16, RATIO, BLOCK_BITS)
     words1, scales1 = _load_codes(0, num_entries, lists, entries_ptr, 16, 8, RATIO, BLOCK_BITS)
     words2, scales2 = _load_codes(0, num_entries, lists, entries_ptr, 24, 4, RATIO, BLOCK_BITS)
