@@ -79,6 +79,12 @@ def _copy(shared: _Shared, pointer: Any, mask: Any = None) -> None:
     shared.store(tl.load(pointer, mask=mask, other=None if mask is None else 0))
 
 
+def _assembly(text: Any, *_: object, **__: object) -> None:
+    """Does nothing for a prefetch, which has no result. Errors: NotImplementedError for any other instruction."""
+    if not str(text).startswith("prefetch."):
+        raise NotImplementedError("assembly is not interpreted")
+
+
 def _warpgroup_mma(left: Any, right: _Shared, total: Any, use_acc: bool = True, is_async: bool = False) -> Any:
     import triton.language as tl
 
@@ -168,6 +174,7 @@ class _Kinds:
 _KINDS = _Kinds()
 _OWN: dict[str, Any] = {
     "allocate_shared_memory": _allocate,
+    "inline_asm_elementwise": _assembly,
     "convert_layout": lambda value, layout: value,
     "thread_barrier": lambda: None,
     "warp_specialize": _KINDS.specialize,

@@ -13,7 +13,7 @@ import torch
 from ownpath.bench.contender import Missing
 from ownpath.bench.kernel import Bound, NotApplicable
 from ownpath.bench.peers import missing_library
-from ownpath.bench.peers.flashmla import FILE, JUDGED_ROWS, LIST_MULTIPLE
+from ownpath.bench.peers.flashmla import FILE, JUDGED_ROWS
 from ownpath.conformance.attend import HEAD_DIM
 from ownpath.conformance.bounds import relative_l2
 from ownpath.conformance.chunks import ChunkInputs, exact_chunk
@@ -21,6 +21,9 @@ from ownpath.kernels.attend.ref import take_keys
 from ownpath.kernels.attend.types import WINDOW_ROWS
 from ownpath.kernels.norms.ref import rms_norm
 from ownpath.numerics import rotate_pairs
+
+LIST_MULTIPLE = 128
+"""It takes two tiles of 64 keys at a time; a list that ends before is filled with -1, whose time it pays."""
 
 
 class FlashMlaPrefill:

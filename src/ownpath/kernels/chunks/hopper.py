@@ -17,7 +17,6 @@ Legend: N heads at a time, K keys of a tile, H channels, R rotary channels, F pa
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -36,73 +35,22 @@ from ownpath.kernels.chunks.producer import (
     row_facts,
     row_sizes,
 )
-
-LOG2E = tl.constexpr(1.4426950408889634)
-N = tl.constexpr(64)
-H = tl.constexpr(512)
-R = tl.constexpr(64)
-F = tl.constexpr(32)
-COPY = tl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0]))
-ROTARY = tl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))
-SCORES = tl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16]))
-SUMS = tl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 256, 16]))
-STORE = tl.constexpr(
-    gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64], [0, 128]],
-        [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
-        [[16, 0], [32, 0], [0, 256]],
-        [],
-        [64, 512],
-    )
+from ownpath.kernels.chunks.queries import (
+    ANGLES,
+    SCORES,
+    SHARED,
+    SUMS,
+    F,
+    H,
+    N,
+    copy_queries,
+    fetch_queries,
+    fill_angles,
+    load_sink,
+    norm_queries,
+    start_scores,
+    store_row,
 )
-"""The rows and channels of each warp in SUMS, so that 4 threads exchange what makes 16 bytes a thread."""
-SHARED = tl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
-PAIRS = tl.constexpr(gl.BlockedLayout([1, 1], [1, 32], [8, 1], [1, 0]))
-ANGLES = tl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-
-
-@gluon.jit
-def _norm_queries(q_shared, cos, sin, eps, STEPWISE: tl.constexpr):
-    """Norms each head's query in shared memory and rotates its last channels, both rounded. cos, sin: shared [2, F]."""
-    x = q_shared.load(COPY).to(gl.float32)
-    if STEPWISE:
-        squares = gl.sum((x * x).to(gl.bfloat16).to(gl.float32), axis=1)
-        mean = (squares / H).to(gl.bfloat16).to(gl.float32)
-        factor = gl.rsqrt((mean + eps).to(gl.bfloat16).to(gl.float32)).to(gl.bfloat16).to(gl.float32)
-    else:
-        factor = gl.rsqrt(gl.sum(x * x, axis=1) / H + eps)
-    q_shared.store((x * factor[:, None]).to(gl.bfloat16))
-    gl.thread_barrier()
-    rotary = q_shared.slice(H - R, R, dim=1)
-    even, odd = gl.split(gl.reshape(rotary.load(ROTARY).to(gl.float32), (N, F, 2)))
-    OF_EVEN: tl.constexpr = even.type.layout
-    c, s = cos.slice(1, 1, dim=0).load(OF_EVEN), sin.slice(1, 1, dim=0).load(OF_EVEN)
-    turned = gl.join(even * c - odd * s, even * s + odd * c)
-    rotary.store(gl.convert_layout(gl.reshape(turned, (N, R)).to(gl.bfloat16), ROTARY))
-
-
-@gluon.jit
-def _turn_back(o, cos, sin):
-    """Rotates the last channels of float32 [N, H] back, in pairs. cos, sin: shared [2, F], of which the first half turns
-    by nothing: each warpgroup treats the last 64 channels of its own half."""
-    eighths = gl.permute(gl.reshape(o, (N, 2, 2, 2, R)), (0, 1, 3, 4, 2))
-    first, second = gl.split(eighths)
-    third, last = gl.split(gl.permute(second, (0, 1, 3, 2)))
-    even, odd = gl.split(gl.reshape(last, (N, 2, F, 2)))
-    OF_PAIRS: tl.constexpr = gl.SliceLayout(0, even.type.layout)
-    c, s = gl.expand_dims(cos.load(OF_PAIRS), 0), gl.expand_dims(sin.load(OF_PAIRS), 0)
-    turned = gl.reshape(gl.join(even * c + odd * s, odd * c - even * s), (N, 2, R))
-    # The layouts are the same, written in two ways.
-    second = gl.permute(gl.join(third, gl.convert_layout(turned, third.type.layout)), (0, 1, 3, 2))
-    second = gl.convert_layout(second, first.type.layout)
-    return gl.reshape(gl.permute(gl.join(first, second), (0, 1, 4, 2, 3)), (N, H))
-
-
-@gluon.jit
-def _start_scores(q_shared, buffer):
-    """Starts the product of queries and a tile's keys."""
-    zeros = gl.zeros([N, TILE], gl.float32, SCORES)
-    return warpgroup_mma(q_shared, buffer.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -143,7 +91,7 @@ def _multiply(
     last = near_tiles + (num_entries + TILE - 1) // TILE - 1
     mbarrier.wait(full.index(turn), phase)
     fence_async_shared()
-    scores = warpgroup_mma_wait(0, deps=(_start_scores(q_shared, keys.index(turn)),))
+    scores = warpgroup_mma_wait(0, deps=(start_scores(q_shared, keys.index(turn)),))
     for i in range(last):
         left = gl.where(i < near_tiles, num_near - i * TILE, num_entries - (i - near_tiles) * TILE)
         o, sums, largest = _weigh(scores, left, score_scale, p_shared, o, sums, largest, BOUNDED)
@@ -151,7 +99,7 @@ def _multiply(
         then, then_phase = next_buffer(turn, phase)
         mbarrier.wait(full.index(then), then_phase)
         fence_async_shared()
-        scores = _start_scores(q_shared, keys.index(then))
+        scores = start_scores(q_shared, keys.index(then))
         o = warpgroup_mma_wait(1, deps=(o,))
         gl.thread_barrier()
         mbarrier.arrive(empty.index(turn), count=1)
@@ -185,52 +133,17 @@ def _consume(
         sizes = row_sizes(t, facts, blocks_ptr, selected_ptr, num_blocks, num_listed, most_entries, RATIO)
         later = gl.minimum(number + gl.num_programs(0), num_parts - 1) // groups
         facts = row_facts(later, positions_ptr, places_ptr, requests_ptr, num_selected_ptr, RATIO)
-        head = first_head + gl.arange(0, N, gl.SliceLayout(1, SCORES))
-        sink = gl.load(sink_ptr + head, mask=head < num_heads, other=0.0) * LOG2E
+        sink = load_sink(sink_ptr, first_head, num_heads)
         cos, sin = angles.index(2 * q_phase), angles.index(2 * q_phase + 1)
         mbarrier.wait(q_full, q_phase)
-        _norm_queries(q_shared, cos, sin, eps, STEPWISE)
+        norm_queries(q_shared, cos, sin, eps, STEPWISE)
         fence_async_shared()
         gl.thread_barrier()
         o, total, largest, turn, phase = _multiply(
             sizes, keys, full, empty, q_shared, q_empty, p_shared, score_scale, turn, phase, BOUNDED
         )
-        factor = 1.0 / (total + gl.exp2(sink - largest))
-        o = _turn_back(o * gl.convert_layout(factor, gl.SliceLayout(1, SUMS))[:, None], cos, sin)
-        n, c = first_head + gl.arange(0, N, gl.SliceLayout(1, STORE)), gl.arange(0, H, gl.SliceLayout(0, STORE))
-        at_out = out_ptr + (t.to(gl.int64) * num_heads + n)[:, None] * H + c[None, :]
-        gl.store(at_out, gl.convert_layout(o.to(gl.bfloat16), STORE), mask=(n < num_heads)[:, None])
+        store_row(o, total, largest, sink, cos, sin, t, first_head, num_heads, out_ptr)
         q_phase ^= 1
-
-
-@gluon.jit
-def _fetch_queries(q_row, head_stride, left):
-    """Asks for a later row's queries, to be in the L2 cache when they are loaded."""
-    LINES: tl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [PRODUCERS, 1], [1, 0])
-    n = gl.arange(0, N, gl.SliceLayout(1, LINES))
-    line = gl.arange(0, 8, gl.SliceLayout(0, LINES))
-    at = q_row + gl.minimum(n, left - 1)[:, None] * head_stride + line[None, :] * 64
-    gl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def _copy_queries(q_row, head_stride, left, cos_row, sin_row, q_shared, q_full, q_empty, angles, q_phase):
-    """Brings a row's queries as they are, zeros for heads that are not there, and its angles."""
-    LAYOUT: tl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [PRODUCERS, 1], [1, 0])
-    ANGLE: tl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [PRODUCERS, 1], [1, 0])
-    f = gl.arange(0, F, gl.SliceLayout(0, ANGLE))[None, :]
-    cos, sin = gl.load(cos_row + f), gl.load(sin_row + f)
-    n, c = gl.arange(0, N, gl.SliceLayout(1, LAYOUT)), gl.arange(0, H, gl.SliceLayout(0, LAYOUT))
-    mbarrier.wait(q_empty, q_phase ^ 1)
-    at = q_row + n[:, None] * head_stride + c[None, :]
-    async_copy.async_copy_global_to_shared(q_shared, at, mask=(n < left)[:, None])
-    async_copy.mbarrier_arrive(q_full, increment_count=False)
-    angles.index(2 * q_phase).slice(1, 1, dim=0).store(cos)
-    angles.index(2 * q_phase + 1).slice(1, 1, dim=0).store(sin)
-    gl.thread_barrier()
-    mbarrier.arrive(q_full, count=1)
 
 
 @gluon.jit
@@ -254,7 +167,7 @@ def _produce(
         q_row = q_ptr + t.to(gl.int64) * row_stride + first_head * head_stride
         cos_row, sin_row = cos_ptr + t * F, sin_ptr + t * F
         # fmt: off
-        _copy_queries(
+        copy_queries(
             q_row, head_stride, num_heads - first_head, cos_row, sin_row, q_shared, q_full, q_empty, angles, q_phase
         )
         # fmt: on
@@ -262,7 +175,7 @@ def _produce(
         if later < num_parts:
             later_head = later % groups * N
             later_row = q_ptr + later_t.to(gl.int64) * row_stride + later_head * head_stride
-            _fetch_queries(later_row, head_stride, num_heads - later_head)
+            fetch_queries(later_row, head_stride, num_heads - later_head)
         if FP8:
             turn, phase = decode_keys(sizes, near_ptr, entries_ptr, keys, full, empty, turn, phase, RATIO, BLOCK_BITS)
         else:
@@ -316,9 +229,7 @@ def attend_chunk_hopper_kernel(
     q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full, count=32 * PRODUCERS + 1)
     mbarrier.init(q_empty, count=1)
-    for i in gl.static_range(4):
-        # A turn by nothing, which stays in the first half.
-        angles.index(i).store(gl.full([2, F], 1.0 - i % 2, gl.float32, PAIRS))
+    fill_angles(angles)
     for i in gl.static_range(BUFFERS):
         # Every thread's copies, and once more for codes that went through registers.
         mbarrier.init(full.index(i), count=32 * PRODUCERS + (1 if FP8 else 0))

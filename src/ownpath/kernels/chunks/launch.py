@@ -18,10 +18,11 @@ another row.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton.runtime.jit import JITFunction
 
 from ownpath.kernels.attend.checks import check_out
 from ownpath.kernels.attend.types import WINDOW_ROWS, AttendWeights
@@ -30,6 +31,7 @@ from ownpath.kernels.chunks.checks import check_call
 from ownpath.kernels.chunks.hopper import attend_chunk_hopper_kernel
 from ownpath.kernels.chunks.kernel import attend_chunk_kernel
 from ownpath.kernels.chunks.types import ChunkKeys, ChunkRows
+from ownpath.kernels.chunks.window import attend_chunk_window_kernel
 from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
@@ -198,6 +200,13 @@ class TritonAttendChunk:
         return out
 
 
+def _function(form: ChunkForm, keys: ChunkKeys) -> "JITFunction[Any]":
+    """Returns the Triton or Gluon function of a form."""
+    if not form.is_hopper:
+        return attend_chunk_kernel
+    return attend_chunk_hopper_kernel if keys.ratio else attend_chunk_window_kernel
+
+
 def _launch(
     arguments: ChunkArguments, keys: ChunkKeys, form: ChunkForm, weights: AttendWeights, out: torch.Tensor
 ) -> TritonCall | None:
@@ -206,15 +215,18 @@ def _launch(
     most_entries = widths[1] if keys.ratio == 4 else widths[0] * keys.per_block
     sizes: tuple[int, ...] = (*arguments.q_TNH.stride()[:2], *widths, most_entries, num_heads)
     block_bits = (keys.per_block or WINDOW_ROWS).bit_length() - 1
-    constants = {"RATIO": keys.ratio, "BLOCK_BITS": block_bits, "STEPWISE": weights.is_stepwise, "num_warps": WARPS}
+    constants = {"STEPWISE": weights.is_stepwise, "num_warps": WARPS}
     num_parts = triton.cdiv(num_heads, form.heads) * num_rows
     if form.is_hopper:
         sizes = *sizes, num_parts
-        constants |= {"FP8": keys.is_fp8, "BOUNDED": weights.is_bounded, "REGISTERS": REGISTERS[keys.is_fp8]}
+        constants |= {"BOUNDED": weights.is_bounded, "REGISTERS": REGISTERS[keys.is_fp8]}
+        if keys.ratio:
+            constants |= {"RATIO": keys.ratio, "BLOCK_BITS": block_bits, "FP8": keys.is_fp8}
     else:
+        constants |= {"RATIO": keys.ratio, "BLOCK_BITS": block_bits}
         constants |= {"N": form.heads, "FP8": keys.is_fp8, "TILE": form.tile, "STAGES": form.stages}
     return launch(
-        attend_chunk_hopper_kernel if form.is_hopper else attend_chunk_kernel,
+        _function(form, keys),
         (min(num_parts, NUM_SMS) if form.is_hopper else num_parts,),
         (*arguments, weights.sink_N, out, *sizes, weights.softmax_scale * LOG2E, weights.eps),
         constants,

@@ -89,7 +89,7 @@ def _tile_rows(
 
 
 @gluon.jit
-def _copy_rows(row, source, buffer, COPY: tl.constexpr):
+def copy_rows(row, source, buffer, COPY: tl.constexpr):
     """Starts the copies of a tile; keys that are not there become zeros."""
     c = gl.arange(0, H, gl.SliceLayout(0, COPY))
     at = source + gl.maximum(row, 0).to(gl.int64) * H
@@ -110,7 +110,7 @@ def copy_near(i, sizes, near_ptr, keys, full, empty, turn, phase, FP8: tl.conste
     j = i * TILE + gl.arange(0, TILE, gl.SliceLayout(1, COPY))
     row = gl.where(j < num_near, first + j, -1)
     mbarrier.wait(empty.index(turn), phase)
-    _copy_rows(row, near_ptr, keys.index(turn), COPY)
+    copy_rows(row, near_ptr, keys.index(turn), COPY)
     async_copy.mbarrier_arrive(full.index(turn), increment_count=False)
     if FP8:
         mbarrier.arrive(full.index(turn), count=1)
@@ -131,7 +131,7 @@ def copy_keys(
         source = entries_ptr
         if i < near_tiles:
             source = near_ptr
-        _copy_rows(row, source, keys.index(turn), COPY)
+        copy_rows(row, source, keys.index(turn), COPY)
         async_copy.mbarrier_arrive(full.index(turn), increment_count=False)
         row = ahead
         turn, phase = next_buffer(turn, phase)
