@@ -139,19 +139,21 @@ def copy_keys(
 
 
 @gluon.jit
-def _load_codes(
-    i, num_entries, lists, entries_ptr, FIRST: tl.constexpr, GROUPS: tl.constexpr,
-    RATIO: tl.constexpr, BLOCK_BITS: tl.constexpr,
-):  # fmt: skip
-    """Loads words int32 [K, G, 4] of 16 codes a group, from group FIRST on, of the i-th tile of entries, and their
-    scales' bytes [K, G]."""
+def _code_rows(i, num_entries, lists, GROUPS: tl.constexpr, RATIO: tl.constexpr, BLOCK_BITS: tl.constexpr):
+    """Returns the pool's rows of the i-th tile of entries, for threads that load so many groups of codes of a key."""
     CODES: tl.constexpr = gl.BlockedLayout([1, 1, 4], [32 // GROUPS, GROUPS, 1], [PRODUCERS, 1, 1], [2, 1, 0])
-    PAIR: tl.constexpr = gl.SliceLayout(2, CODES)
-    e = i * TILE + gl.arange(0, TILE, gl.SliceLayout(1, PAIR))
-    row = _entry_rows(e, num_entries, lists, RATIO, BLOCK_BITS)
+    e = i * TILE + gl.arange(0, TILE, gl.SliceLayout(1, gl.SliceLayout(2, CODES)))
+    return _entry_rows(e, num_entries, lists, RATIO, BLOCK_BITS)
+
+
+@gluon.jit
+def _load_codes(row, entries_ptr, FIRST: tl.constexpr, GROUPS: tl.constexpr, BLOCK_BITS: tl.constexpr):
+    """Loads words int32 [K, G, 4] of 16 codes a group, from group FIRST on, of a tile of entries, and their scales'
+    bytes [K, G]."""
+    CODES: tl.constexpr = gl.BlockedLayout([1, 1, 4], [32 // GROUPS, GROUPS, 1], [PRODUCERS, 1, 1], [2, 1, 0])
     there, row = row >= 0, gl.maximum(row, 0)
     block, place = (row >> BLOCK_BITS).to(gl.int64), row & ((1 << BLOCK_BITS) - 1)
-    g = FIRST + gl.arange(0, GROUPS, gl.SliceLayout(0, PAIR))
+    g = FIRST + gl.arange(0, GROUPS, gl.SliceLayout(0, gl.SliceLayout(2, CODES)))
     w = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, CODES)))
     at = block * ((PAGE_BYTES // 4) << BLOCK_BITS) + place * KEY_WORDS
     at = (at[:, None] + g[None, :] * 4)[:, :, None] + gl.expand_dims(gl.expand_dims(w, 0), 1)
@@ -198,11 +200,17 @@ def _store_codes(words, scales, buffer, FIRST: tl.constexpr, GROUPS: tl.constexp
 
 
 @gluon.jit
-def _copy_rotary(i, num_entries, lists, entries_ptr, buffer, RATIO: tl.constexpr, BLOCK_BITS: tl.constexpr):
-    """Starts the copies of the BF16 channels of the i-th tile of entries."""
+def _rotary_rows(i, num_entries, lists, RATIO: tl.constexpr, BLOCK_BITS: tl.constexpr):
+    """Returns the pool's rows of the i-th tile of entries, for threads that copy the BF16 channels."""
     ROTARY: tl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [PRODUCERS, 1], [1, 0])
     e = i * TILE + gl.arange(0, TILE, gl.SliceLayout(1, ROTARY))
-    row = _entry_rows(e, num_entries, lists, RATIO, BLOCK_BITS)
+    return _entry_rows(e, num_entries, lists, RATIO, BLOCK_BITS)
+
+
+@gluon.jit
+def _copy_rotary(row, entries_ptr, buffer, BLOCK_BITS: tl.constexpr):
+    """Starts the copies of the BF16 channels of a tile of entries."""
+    ROTARY: tl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [PRODUCERS, 1], [1, 0])
     there, row = row >= 0, gl.maximum(row, 0)
     block, place = (row >> BLOCK_BITS).to(gl.int64), row & ((1 << BLOCK_BITS) - 1)
     r = gl.arange(0, R, gl.SliceLayout(0, ROTARY))
@@ -223,13 +231,22 @@ def decode_keys(
     _, _, near_tiles, num_entries, lists = sizes
     for i in range(1, near_tiles):
         turn, phase = copy_near(i, sizes, near_ptr, keys, full, empty, turn, phase, True)
-    words0, scales0 = _load_codes(0, num_entries, lists, entries_ptr, 0, 16, RATIO, BLOCK_BITS)
-    words1, scales1 = _load_codes(0, num_entries, lists, entries_ptr, 16, 8, RATIO, BLOCK_BITS)
-    words2, scales2 = _load_codes(0, num_entries, lists, entries_ptr, 24, 4, RATIO, BLOCK_BITS)
+    rows0 = _code_rows(0, num_entries, lists, 16, RATIO, BLOCK_BITS)
+    rows1 = _code_rows(0, num_entries, lists, 8, RATIO, BLOCK_BITS)
+    rows2 = _code_rows(0, num_entries, lists, 4, RATIO, BLOCK_BITS)
+    rotary_rows = _rotary_rows(0, num_entries, lists, RATIO, BLOCK_BITS)
+    words0, scales0 = _load_codes(rows0, entries_ptr, 0, 16, BLOCK_BITS)
+    words1, scales1 = _load_codes(rows1, entries_ptr, 16, 8, BLOCK_BITS)
+    words2, scales2 = _load_codes(rows2, entries_ptr, 24, 4, BLOCK_BITS)
     for i in range((num_entries + TILE - 1) // TILE):
+        # Rows are looked up while the codes of the tile before become BF16.
+        rows0 = _code_rows(i + 1, num_entries, lists, 16, RATIO, BLOCK_BITS)
+        rows1 = _code_rows(i + 1, num_entries, lists, 8, RATIO, BLOCK_BITS)
+        rows2 = _code_rows(i + 1, num_entries, lists, 4, RATIO, BLOCK_BITS)
+        ahead = _rotary_rows(i + 1, num_entries, lists, RATIO, BLOCK_BITS)
         mbarrier.wait(empty.index(turn), phase)
         buffer = keys.index(turn)
-        _copy_rotary(i, num_entries, lists, entries_ptr, buffer, RATIO, BLOCK_BITS)
+        _copy_rotary(rotary_rows, entries_ptr, buffer, BLOCK_BITS)
         async_copy.mbarrier_arrive(full.index(turn), increment_count=False)
         as_words = buffer._reinterpret(gl.int32, [TILE, H // 2], WORDS)
         _store_codes(words0, scales0, as_words, 0, 16)
@@ -238,8 +255,9 @@ def decode_keys(
         fence_async_shared()
         gl.thread_barrier()
         mbarrier.arrive(full.index(turn), count=1)
-        words0, scales0 = _load_codes(i + 1, num_entries, lists, entries_ptr, 0, 16, RATIO, BLOCK_BITS)
-        words1, scales1 = _load_codes(i + 1, num_entries, lists, entries_ptr, 16, 8, RATIO, BLOCK_BITS)
-        words2, scales2 = _load_codes(i + 1, num_entries, lists, entries_ptr, 24, 4, RATIO, BLOCK_BITS)
+        words0, scales0 = _load_codes(rows0, entries_ptr, 0, 16, BLOCK_BITS)
+        words1, scales1 = _load_codes(rows1, entries_ptr, 16, 8, BLOCK_BITS)
+        words2, scales2 = _load_codes(rows2, entries_ptr, 24, 4, BLOCK_BITS)
+        rotary_rows = ahead
         turn, phase = next_buffer(turn, phase)
     return turn, phase
