@@ -79,10 +79,11 @@ def _copy(shared: _Shared, pointer: Any, mask: Any = None) -> None:
     shared.store(tl.load(pointer, mask=mask, other=None if mask is None else 0))
 
 
-def _assembly(text: Any, *_: object, **__: object) -> None:
-    """Does nothing for a prefetch, which has no result. Errors: NotImplementedError for any other instruction."""
-    if not str(text).startswith("prefetch."):
+def _assembly(text: Any, _: object, given: Sequence[Any], **__: object) -> Any:
+    """Returns what a move moves, and nothing for a prefetch. Errors: NotImplementedError for any other instruction."""
+    if not str(text).startswith(("prefetch.", "mov.b32 $0, $1;")):
         raise NotImplementedError("assembly is not interpreted")
+    return given[0] if str(text).startswith("mov.") else None
 
 
 def _warpgroup_mma(left: Any, right: _Shared, total: Any, use_acc: bool = True, is_async: bool = False) -> Any:

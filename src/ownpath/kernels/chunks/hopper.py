@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ownpath.kernels.chunks.producer import (
     BUFFERS,
+    PLACES,
     PRODUCERS,
     TILE,
     copy_keys,
@@ -125,15 +126,14 @@ def _consume(
     RATIO: tl.constexpr, STEPWISE: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """Multiplies: of each row that is this program's, its queries, its tiles and its result."""
-    groups = (num_heads + N - 1) // N
+    bits = (num_heads - 1) // N
     turn, phase, q_phase = 0, 0, 0
-    facts = row_facts(gl.program_id(0) // groups, positions_ptr, places_ptr, requests_ptr, num_selected_ptr, RATIO)
+    facts = row_facts(gl.program_id(0) >> bits, positions_ptr, places_ptr, requests_ptr, num_selected_ptr, RATIO)
     for number in range(gl.program_id(0), num_parts, gl.num_programs(0)):
-        t, first_head = number // groups, number % groups * N
+        t, first_head = number >> bits, (number & bits) * N
         sizes = row_sizes(t, facts, blocks_ptr, selected_ptr, num_blocks, num_listed, most_entries, RATIO)
-        later = gl.minimum(number + gl.num_programs(0), num_parts - 1) // groups
+        later = gl.minimum(number + gl.num_programs(0), num_parts - 1) >> bits
         facts = row_facts(later, positions_ptr, places_ptr, requests_ptr, num_selected_ptr, RATIO)
-        sink = load_sink(sink_ptr, first_head, num_heads)
         cos, sin = angles.index(2 * q_phase), angles.index(2 * q_phase + 1)
         mbarrier.wait(q_full, q_phase)
         norm_queries(q_shared, cos, sin, eps, STEPWISE)
@@ -142,26 +142,27 @@ def _consume(
         o, total, largest, turn, phase = _multiply(
             sizes, keys, full, empty, q_shared, q_empty, p_shared, score_scale, turn, phase, BOUNDED
         )
+        sink = load_sink(sink_ptr, first_head, num_heads)
         store_row(o, total, largest, sink, cos, sin, t, first_head, num_heads, out_ptr)
         q_phase ^= 1
 
 
 @gluon.jit
 def _produce(
-    keys, full, empty, q_shared, q_full, q_empty, angles, q_ptr, cos_ptr, sin_ptr, near_ptr, entries_ptr,
+    keys, full, empty, places, q_shared, q_full, q_empty, angles, q_ptr, cos_ptr, sin_ptr, near_ptr, entries_ptr,
     positions_ptr, places_ptr, requests_ptr, blocks_ptr, selected_ptr, num_selected_ptr,
     num_blocks, num_listed, most_entries, row_stride, head_stride, num_heads, num_parts,
     RATIO: tl.constexpr, BLOCK_BITS: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """Brings the first keys, the queries and the other keys of each row that is this program's."""
-    groups = (num_heads + N - 1) // N
+    bits = (num_heads - 1) // N
     turn, phase, q_phase = 0, 1, 0
-    facts = row_facts(gl.program_id(0) // groups, positions_ptr, places_ptr, requests_ptr, num_selected_ptr, RATIO)
+    facts = row_facts(gl.program_id(0) >> bits, positions_ptr, places_ptr, requests_ptr, num_selected_ptr, RATIO)
     for number in range(gl.program_id(0), num_parts, gl.num_programs(0)):
-        t, first_head = number // groups, number % groups * N
+        t, first_head = number >> bits, (number & bits) * N
         sizes = row_sizes(t, facts, blocks_ptr, selected_ptr, num_blocks, num_listed, most_entries, RATIO)
         later = number + gl.num_programs(0)
-        later_t = gl.minimum(later, num_parts - 1) // groups
+        later_t = gl.minimum(later, num_parts - 1) >> bits
         facts = row_facts(later_t, positions_ptr, places_ptr, requests_ptr, num_selected_ptr, RATIO)
         turn, phase = copy_near(0, sizes, near_ptr, keys, full, empty, turn, phase, FP8)
         q_row = q_ptr + t.to(gl.int64) * row_stride + first_head * head_stride
@@ -173,13 +174,17 @@ def _produce(
         # fmt: on
         q_phase ^= 1
         if later < num_parts:
-            later_head = later % groups * N
+            later_head = (later & bits) * N
             later_row = q_ptr + later_t.to(gl.int64) * row_stride + later_head * head_stride
             fetch_queries(later_row, head_stride, num_heads - later_head)
         if FP8:
-            turn, phase = decode_keys(sizes, near_ptr, entries_ptr, keys, full, empty, turn, phase, RATIO, BLOCK_BITS)
+            turn, phase = decode_keys(
+                sizes, near_ptr, entries_ptr, keys, full, empty, places, turn, phase, RATIO, BLOCK_BITS
+            )
         else:
-            turn, phase = copy_keys(sizes, near_ptr, entries_ptr, keys, full, empty, turn, phase, RATIO, BLOCK_BITS)
+            turn, phase = copy_keys(
+                sizes, near_ptr, entries_ptr, keys, full, empty, places, turn, phase, RATIO, BLOCK_BITS
+            )
 
 
 @gluon.jit(do_not_specialize=["num_blocks", "num_listed", "most_entries", "num_heads", "num_parts"])
@@ -223,6 +228,7 @@ def attend_chunk_hopper_kernel(
     q_shared = gl.allocate_shared_memory(gl.bfloat16, [N, H], SHARED)
     p_shared = gl.allocate_shared_memory(gl.bfloat16, [N, TILE], SHARED)
     angles = gl.allocate_shared_memory(gl.float32, [4, 2, F], ANGLES)
+    places = gl.allocate_shared_memory(gl.int32, [BUFFERS, TILE], PLACES)
     full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -244,7 +250,7 @@ def attend_chunk_hopper_kernel(
                 RATIO, STEPWISE, BOUNDED,
             )),
             (_produce, (
-                keys, full, empty, q_shared, q_full, q_empty, angles, q_ptr, cos_ptr, sin_ptr, near_ptr, entries_ptr,
+                keys, full, empty, places, q_shared, q_full, q_empty, angles, q_ptr, cos_ptr, sin_ptr, near_ptr, entries_ptr,
                 positions_ptr, places_ptr, requests_ptr, blocks_ptr, selected_ptr, num_selected_ptr,
                 num_blocks, num_listed, most_entries, row_stride, head_stride, num_heads, num_parts,
                 RATIO, BLOCK_BITS, FP8,

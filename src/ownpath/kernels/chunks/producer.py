@@ -18,6 +18,9 @@ TILE = tl.constexpr(64)
 BUFFERS = tl.constexpr(2)
 WINDOW = tl.constexpr(128)
 LISTED = tl.constexpr(4)
+LOOK_UP = tl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+"""One row in a thread, twice over."""
+PLACES = tl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 PRODUCERS = tl.constexpr(4)
 """Warps that bring keys."""
 KEY_WORDS = tl.constexpr(144)
@@ -69,23 +72,12 @@ def _entry_rows(e, num_entries, lists, RATIO: tl.constexpr, BLOCK_BITS: tl.const
 
 @gluon.jit
 def _tile_rows(
-    i,
-    near_tiles,
-    first,
-    num_near,
-    num_entries,
-    lists,
-    RATIO: tl.constexpr,
-    BLOCK_BITS: tl.constexpr,
-    COPY: tl.constexpr,
-):
-    """Returns the row of each key of tile i, of near or of the pool; -1 where there is none."""
-    j = i * TILE + gl.arange(0, TILE, gl.SliceLayout(1, COPY))
-    row = gl.where(j < num_near, first + j, -1)
-    if RATIO > 0:
-        found = _entry_rows(j - near_tiles * TILE, num_entries, lists, RATIO, BLOCK_BITS)
-        row = gl.where(i < near_tiles, row, found)
-    return row
+    i, near_tiles, first, num_near, num_entries, lists, RATIO: tl.constexpr, BLOCK_BITS: tl.constexpr
+):  # fmt: skip
+    """Returns the row of each key of tile i, of near or of the pool, one in a thread; -1 where there is none."""
+    j = i * TILE + gl.arange(0, TILE, LOOK_UP)
+    found = _entry_rows(j - near_tiles * TILE, num_entries, lists, RATIO, BLOCK_BITS)
+    return gl.where(i < near_tiles, gl.where(j < num_near, first + j, -1), found)
 
 
 @gluon.jit
@@ -119,38 +111,32 @@ def copy_near(i, sizes, near_ptr, keys, full, empty, turn, phase, FP8: tl.conste
 
 @gluon.jit
 def copy_keys(
-    sizes, near_ptr, entries_ptr, keys, full, empty, turn, phase, RATIO: tl.constexpr, BLOCK_BITS: tl.constexpr
-):
+    sizes, near_ptr, entries_ptr, keys, full, empty, places, turn, phase,
+    RATIO: tl.constexpr, BLOCK_BITS: tl.constexpr,
+):  # fmt: skip
     """Brings a row's tiles of BF16 keys, from the second on; returns the next buffer and its phase."""
     COPY: tl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [PRODUCERS, 1], [1, 0])
     first, num_near, near_tiles, num_entries, lists = sizes
-    row = _tile_rows(1, near_tiles, first, num_near, num_entries, lists, RATIO, BLOCK_BITS, COPY)
+    row = _tile_rows(1, near_tiles, first, num_near, num_entries, lists, RATIO, BLOCK_BITS)
     for i in range(1, near_tiles + (num_entries + TILE - 1) // TILE):
-        ahead = _tile_rows(i + 1, near_tiles, first, num_near, num_entries, lists, RATIO, BLOCK_BITS, COPY)
-        mbarrier.wait(empty.index(turn), phase)
+        places.index(turn).store(row)
+        row = _tile_rows(i + 1, near_tiles, first, num_near, num_entries, lists, RATIO, BLOCK_BITS)
         source = entries_ptr
         if i < near_tiles:
             source = near_ptr
-        copy_rows(row, source, keys.index(turn), COPY)
+        mbarrier.wait(empty.index(turn), phase)
+        copy_rows(places.index(turn).load(gl.SliceLayout(1, COPY)), source, keys.index(turn), COPY)
         async_copy.mbarrier_arrive(full.index(turn), increment_count=False)
-        row = ahead
         turn, phase = next_buffer(turn, phase)
     return turn, phase
 
 
 @gluon.jit
-def _code_rows(i, num_entries, lists, GROUPS: tl.constexpr, RATIO: tl.constexpr, BLOCK_BITS: tl.constexpr):
-    """Returns the pool's rows of the i-th tile of entries, for threads that load so many groups of codes of a key."""
-    CODES: tl.constexpr = gl.BlockedLayout([1, 1, 4], [32 // GROUPS, GROUPS, 1], [PRODUCERS, 1, 1], [2, 1, 0])
-    e = i * TILE + gl.arange(0, TILE, gl.SliceLayout(1, gl.SliceLayout(2, CODES)))
-    return _entry_rows(e, num_entries, lists, RATIO, BLOCK_BITS)
-
-
-@gluon.jit
-def _load_codes(row, entries_ptr, FIRST: tl.constexpr, GROUPS: tl.constexpr, BLOCK_BITS: tl.constexpr):
+def _load_codes(rows, entries_ptr, FIRST: tl.constexpr, GROUPS: tl.constexpr, BLOCK_BITS: tl.constexpr):
     """Loads words int32 [K, G, 4] of 16 codes a group, from group FIRST on, of a tile of entries, and their scales'
     bytes [K, G]."""
     CODES: tl.constexpr = gl.BlockedLayout([1, 1, 4], [32 // GROUPS, GROUPS, 1], [PRODUCERS, 1, 1], [2, 1, 0])
+    row = rows.load(gl.SliceLayout(1, gl.SliceLayout(2, CODES)))
     there, row = row >= 0, gl.maximum(row, 0)
     block, place = (row >> BLOCK_BITS).to(gl.int64), row & ((1 << BLOCK_BITS) - 1)
     g = FIRST + gl.arange(0, GROUPS, gl.SliceLayout(0, gl.SliceLayout(2, CODES)))
@@ -200,17 +186,10 @@ def _store_codes(words, scales, buffer, FIRST: tl.constexpr, GROUPS: tl.constexp
 
 
 @gluon.jit
-def _rotary_rows(i, num_entries, lists, RATIO: tl.constexpr, BLOCK_BITS: tl.constexpr):
-    """Returns the pool's rows of the i-th tile of entries, for threads that copy the BF16 channels."""
-    ROTARY: tl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [PRODUCERS, 1], [1, 0])
-    e = i * TILE + gl.arange(0, TILE, gl.SliceLayout(1, ROTARY))
-    return _entry_rows(e, num_entries, lists, RATIO, BLOCK_BITS)
-
-
-@gluon.jit
-def _copy_rotary(row, entries_ptr, buffer, BLOCK_BITS: tl.constexpr):
+def _copy_rotary(rows, entries_ptr, buffer, BLOCK_BITS: tl.constexpr):
     """Starts the copies of the BF16 channels of a tile of entries."""
     ROTARY: tl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [PRODUCERS, 1], [1, 0])
+    row = rows.load(gl.SliceLayout(1, ROTARY))
     there, row = row >= 0, gl.maximum(row, 0)
     block, place = (row >> BLOCK_BITS).to(gl.int64), row & ((1 << BLOCK_BITS) - 1)
     r = gl.arange(0, R, gl.SliceLayout(0, ROTARY))
@@ -223,41 +202,40 @@ def _copy_rotary(row, entries_ptr, buffer, BLOCK_BITS: tl.constexpr):
 
 @gluon.jit
 def decode_keys(
-    sizes, near_ptr, entries_ptr, keys, full, empty, turn, phase, RATIO: tl.constexpr, BLOCK_BITS: tl.constexpr
-):
+    sizes, near_ptr, entries_ptr, keys, full, empty, places, turn, phase,
+    RATIO: tl.constexpr, BLOCK_BITS: tl.constexpr,
+):  # fmt: skip
     """Brings a row's tiles of near keys, from the second on, and of entries in FP8 pages; returns the next buffer and
-    its phase."""
+    its phase. Rows are looked up two tiles ahead, codes loaded one."""
     WORDS: tl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
     _, _, near_tiles, num_entries, lists = sizes
     for i in range(1, near_tiles):
         turn, phase = copy_near(i, sizes, near_ptr, keys, full, empty, turn, phase, True)
-    rows0 = _code_rows(0, num_entries, lists, 16, RATIO, BLOCK_BITS)
-    rows1 = _code_rows(0, num_entries, lists, 8, RATIO, BLOCK_BITS)
-    rows2 = _code_rows(0, num_entries, lists, 4, RATIO, BLOCK_BITS)
-    rotary_rows = _rotary_rows(0, num_entries, lists, RATIO, BLOCK_BITS)
-    words0, scales0 = _load_codes(rows0, entries_ptr, 0, 16, BLOCK_BITS)
-    words1, scales1 = _load_codes(rows1, entries_ptr, 16, 8, BLOCK_BITS)
-    words2, scales2 = _load_codes(rows2, entries_ptr, 24, 4, BLOCK_BITS)
+    e = gl.arange(0, TILE, LOOK_UP)
+    rows = places.index(turn)
+    rows.store(_entry_rows(e, num_entries, lists, RATIO, BLOCK_BITS))
+    ahead = _entry_rows(TILE + e, num_entries, lists, RATIO, BLOCK_BITS)
+    words0, scales0 = _load_codes(rows, entries_ptr, 0, 16, BLOCK_BITS)
+    words1, scales1 = _load_codes(rows, entries_ptr, 16, 8, BLOCK_BITS)
+    words2, scales2 = _load_codes(rows, entries_ptr, 24, 4, BLOCK_BITS)
     for i in range((num_entries + TILE - 1) // TILE):
-        # Rows are looked up while the codes of the tile before become BF16.
-        rows0 = _code_rows(i + 1, num_entries, lists, 16, RATIO, BLOCK_BITS)
-        rows1 = _code_rows(i + 1, num_entries, lists, 8, RATIO, BLOCK_BITS)
-        rows2 = _code_rows(i + 1, num_entries, lists, 4, RATIO, BLOCK_BITS)
-        ahead = _rotary_rows(i + 1, num_entries, lists, RATIO, BLOCK_BITS)
         mbarrier.wait(empty.index(turn), phase)
         buffer = keys.index(turn)
-        _copy_rotary(rotary_rows, entries_ptr, buffer, BLOCK_BITS)
+        _copy_rotary(places.index(turn), entries_ptr, buffer, BLOCK_BITS)
         async_copy.mbarrier_arrive(full.index(turn), increment_count=False)
         as_words = buffer._reinterpret(gl.int32, [TILE, H // 2], WORDS)
         _store_codes(words0, scales0, as_words, 0, 16)
         _store_codes(words1, scales1, as_words, 16, 8)
         _store_codes(words2, scales2, as_words, 24, 4)
+        then, then_phase = next_buffer(turn, phase)
+        rows = places.index(then)
+        rows.store(ahead)
         fence_async_shared()
         gl.thread_barrier()
         mbarrier.arrive(full.index(turn), count=1)
-        words0, scales0 = _load_codes(rows0, entries_ptr, 0, 16, BLOCK_BITS)
-        words1, scales1 = _load_codes(rows1, entries_ptr, 16, 8, BLOCK_BITS)
-        words2, scales2 = _load_codes(rows2, entries_ptr, 24, 4, BLOCK_BITS)
-        rotary_rows = ahead
-        turn, phase = next_buffer(turn, phase)
+        words0, scales0 = _load_codes(rows, entries_ptr, 0, 16, BLOCK_BITS)
+        words1, scales1 = _load_codes(rows, entries_ptr, 16, 8, BLOCK_BITS)
+        words2, scales2 = _load_codes(rows, entries_ptr, 24, 4, BLOCK_BITS)
+        ahead = _entry_rows((i + 2) * TILE + e, num_entries, lists, RATIO, BLOCK_BITS)
+        turn, phase = then, then_phase
     return turn, phase

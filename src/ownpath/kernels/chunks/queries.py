@@ -19,7 +19,7 @@ N = tl.constexpr(64)
 H = tl.constexpr(512)
 R = tl.constexpr(64)
 F = tl.constexpr(32)
-COPY = tl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0]))
+COPY = tl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))
 ROTARY = tl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))
 SCORES = tl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16]))
 SUMS = tl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 256, 16]))
@@ -127,7 +127,11 @@ def copy_queries(q_row, head_stride, left, cos_row, sin_row, q_shared, q_full, q
     cos, sin = gl.load(cos_row + f), gl.load(sin_row + f)
     n, c = gl.arange(0, N, gl.SliceLayout(1, LAYOUT)), gl.arange(0, H, gl.SliceLayout(0, LAYOUT))
     mbarrier.wait(q_empty, q_phase ^ 1)
-    at = q_row + n[:, None] * head_stride + c[None, :]
+    # Rows' places are not kept over the loop over rows, for which there are no registers.
+    stride = gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [head_stride // 8 + n * 0], dtype=gl.int32, is_pure=False, pack=1
+    )
+    at = q_row + (n * stride * 8)[:, None] + c[None, :]
     async_copy.async_copy_global_to_shared(q_shared, at, mask=(n < left)[:, None])
     async_copy.mbarrier_arrive(q_full, increment_count=False)
     angles.index(2 * q_phase).slice(1, 1, dim=0).store(cos)

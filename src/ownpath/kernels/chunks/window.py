@@ -5,9 +5,9 @@ window's keys in shared memory, the key of position p at place p mod 128: from r
 row costs its queries and its result. Where a row does not continue the one before, all keys are brought. The order of
 a row's sums depends on its position alone.
 
-Both halves of the window are there at once, so the second product of scores runs while the first half's weights are
-made, and its weights are made while the first half is summed over values. Warps of two kinds, softmax without a maximum
-and layouts are those of ``hopper``.
+The whole window is there at once and is one tile, so that each warpgroup has 64 keys of the product of scores, which then
+is bound by the tensor cores and not by its operands' way from shared memory. Warps of two kinds, and softmax without a
+maximum, are those of ``hopper``.
 
 Legend: N heads at a time, H channels, F pairs of rotary channels.
 """
@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ownpath.kernels.chunks.producer import BUFFERS, PRODUCERS, TILE, WINDOW, copy_rows
+from ownpath.kernels.chunks.producer import PRODUCERS, TILE, WINDOW, copy_rows
 from ownpath.kernels.chunks.queries import (
     ANGLES,
     SCORES,
@@ -33,14 +33,13 @@ from ownpath.kernels.chunks.queries import (
     H,
     N,
     copy_queries,
-    fetch_queries,
     fill_angles,
     load_sink,
     norm_queries,
-    start_scores,
     store_row,
 )
 
+WINDOW_SCORES = tl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 64, 16]))
 GROUP = tl.constexpr(8)
 """Keys that are brought again with one that is replaced."""
 
@@ -53,41 +52,35 @@ def _own_parts(num_parts):
 
 
 @gluon.jit
-def _scaled(scores, number: tl.constexpr, position, score_scale):
-    """Returns the scores of half ``number`` of the window, -inf where a place has no key yet."""
-    place = number * TILE + gl.arange(0, TILE, gl.SliceLayout(0, SCORES))
-    there = ((position - place) & (WINDOW - 1)) <= position
-    return gl.where(there[None, :], scores * score_scale, float("-inf"))
+def _next_part(t, first_head, num_rows):
+    """Returns the row and the first head of the part behind one."""
+    is_last = t == num_rows - 1
+    return gl.where(is_last, 0, t + 1), gl.where(is_last, first_head + N, first_head)
 
 
 @gluon.jit
 def _multiply(position, keys, q_shared, q_empty, p_shared, score_scale, BOUNDED: tl.constexpr):
     """Attends to the window: returns the sums over values [N, H], still under way, those of weights [N], and the maximum
     [N] that was taken away (0 where scores are bounded)."""
-    first, second = start_scores(q_shared, keys.index(0)), start_scores(q_shared, keys.index(1))
-    largest = gl.zeros([N], gl.float32, gl.SliceLayout(1, SCORES))
-    if BOUNDED:
-        first = warpgroup_mma_wait(1, deps=(first,))
-        first = gl.exp2(_scaled(first, 0, position, score_scale))
-    else:
-        first, second = warpgroup_mma_wait(0, deps=(first, second))
-        first, second = _scaled(first, 0, position, score_scale), _scaled(second, 1, position, score_scale)
-        largest = gl.max(gl.maximum(first, second), axis=1)
-        first, second = gl.exp2(first - largest[:, None]), gl.exp2(second - largest[:, None])
-    p_shared.index(0).store(first.to(gl.bfloat16))
-    fence_async_shared()
-    gl.thread_barrier()
-    o = gl.zeros([N, H], gl.float32, SUMS)
-    o = warpgroup_mma(p_shared.index(0), keys.index(0), o, use_acc=False, is_async=True)
-    if BOUNDED:
-        second = warpgroup_mma_wait(1, deps=(second,))
-        second = gl.exp2(_scaled(second, 1, position, score_scale))
-    p_shared.index(1).store(second.to(gl.bfloat16))
+    scores = gl.zeros([N, WINDOW], gl.float32, WINDOW_SCORES)
+    scores = warpgroup_mma(q_shared, keys.permute((1, 0)), scores, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(0, deps=(scores,))
+    there = ((position - gl.arange(0, WINDOW, gl.SliceLayout(0, WINDOW_SCORES))) & (WINDOW - 1)) <= position
+    scores = gl.where(there[None, :], scores * score_scale, float("-inf"))
+    largest = gl.zeros([N], gl.float32, gl.SliceLayout(1, WINDOW_SCORES))
+    if not BOUNDED:
+        largest = gl.max(scores, axis=1)
+        scores = scores - largest[:, None]
+    weights = gl.exp2(scores)
+    p_shared.store(weights.to(gl.bfloat16))
     fence_async_shared()
     gl.thread_barrier()
     mbarrier.arrive(q_empty, count=1)
-    o = warpgroup_mma(p_shared.index(1), keys.index(1), o, is_async=True)
-    return o, gl.sum(first + second, axis=1), largest
+    o = gl.zeros([N, H], gl.float32, SUMS)
+    o = warpgroup_mma(p_shared, keys, o, use_acc=False, is_async=True)
+    total = gl.sum(weights, axis=1)
+    total = gl.convert_layout(total, gl.SliceLayout(1, SCORES))
+    return o, total, gl.convert_layout(largest, gl.SliceLayout(1, SCORES))
 
 
 @gluon.jit
@@ -98,11 +91,11 @@ def _consume(
     """Multiplies: of each row that is this program's, its queries, its window and its result."""
     num_rows = num_parts // ((num_heads + N - 1) // N)
     begin, end = _own_parts(num_parts)
-    phase = 0
-    position = gl.load(positions_ptr + begin % num_rows)
-    for number in range(begin, end):
-        t, first_head = number % num_rows, number // num_rows * N
-        later_position = gl.load(positions_ptr + (number + 1) % num_rows)
+    t, first_head, phase = begin % num_rows, begin // num_rows * N, 0
+    position = gl.load(positions_ptr + t)
+    for _ in range(begin, end):
+        later_t, later_head = _next_part(t, first_head, num_rows)
+        later_position = gl.load(positions_ptr + later_t)
         sink = load_sink(sink_ptr, first_head, num_heads)
         cos, sin = angles.index(2 * phase), angles.index(2 * phase + 1)
         mbarrier.wait(q_full, phase)
@@ -115,7 +108,7 @@ def _consume(
         gl.thread_barrier()
         mbarrier.arrive(empty, count=1)
         store_row(o, total, largest, sink, cos, sin, t, first_head, num_heads, out_ptr)
-        position = later_position
+        t, first_head, position = later_t, later_head, later_position
         phase ^= 1
 
 
@@ -132,14 +125,13 @@ def _copy_window(position, own, goes_on, near_ptr, keys, full, empty, phase):
     """Brings the key that the window of a row has and that of the row before had not; all, where it does not go on."""
     mbarrier.wait(empty, phase ^ 1)
     if goes_on:
-        place = position & (WINDOW - 1)
-        buffer = keys.index(place // TILE)
-        for i in gl.static_range(TILE // GROUP):
-            if place % TILE // GROUP == i:
-                _copy_places(position, own, place // GROUP * GROUP, near_ptr, buffer.slice(i * GROUP, GROUP), GROUP)
+        group = (position & (WINDOW - 1)) // GROUP
+        for i in gl.static_range(WINDOW // GROUP):
+            if group == i:
+                _copy_places(position, own, i * GROUP, near_ptr, keys.slice(i * GROUP, GROUP), GROUP)
     else:
-        for i in gl.static_range(BUFFERS):
-            _copy_places(position, own, i * TILE, near_ptr, keys.index(i), TILE)
+        for i in gl.static_range(2):
+            _copy_places(position, own, i * TILE, near_ptr, keys.slice(i * TILE, TILE), TILE)
     async_copy.mbarrier_arrive(full, increment_count=False)
 
 
@@ -151,17 +143,12 @@ def _produce(
     """Brings queries and keys of each row that is this program's."""
     num_rows = num_parts // ((num_heads + N - 1) // N)
     begin, end = _own_parts(num_parts)
-    phase = 0
-    position, own = gl.load(positions_ptr + begin % num_rows), gl.load(places_ptr + begin % num_rows)
+    t, first_head, phase = begin % num_rows, begin // num_rows * N, 0
+    position, own = gl.load(positions_ptr + t), gl.load(places_ptr + t)
     expected, expected_own = position - 1, own
-    for number in range(begin, end):
-        t, first_head = number % num_rows, number // num_rows * N
-        later_t = (number + 1) % num_rows
+    for _ in range(begin, end):
+        later_t, later_head = _next_part(t, first_head, num_rows)
         later_position, later_own = gl.load(positions_ptr + later_t), gl.load(places_ptr + later_t)
-        if number + 1 < end:
-            later_head = (number + 1) // num_rows * N
-            later_row = q_ptr + later_t.to(gl.int64) * row_stride + later_head * head_stride
-            fetch_queries(later_row, head_stride, num_heads - later_head)
         q_row = q_ptr + t.to(gl.int64) * row_stride + first_head * head_stride
         cos_row, sin_row = cos_ptr + t * F, sin_ptr + t * F
         # fmt: off
@@ -172,7 +159,7 @@ def _produce(
         goes_on = (position == expected) & (own == expected_own)
         _copy_window(position, own, goes_on, near_ptr, keys, full, empty, phase)
         expected, expected_own = position + 1, own + 1
-        position, own = later_position, later_own
+        t, first_head, position, own = later_t, later_head, later_position, later_own
         phase ^= 1
 
 
@@ -208,9 +195,9 @@ def attend_chunk_window_kernel(
 
     num_parts: rows times blocks of 64 heads; a program has neighbouring rows of one block of heads after another.
     """
-    keys = gl.allocate_shared_memory(gl.bfloat16, [BUFFERS, TILE, H], SHARED)
+    keys = gl.allocate_shared_memory(gl.bfloat16, [WINDOW, H], SHARED)
     q_shared = gl.allocate_shared_memory(gl.bfloat16, [N, H], SHARED)
-    p_shared = gl.allocate_shared_memory(gl.bfloat16, [BUFFERS, N, TILE], SHARED)
+    p_shared = gl.allocate_shared_memory(gl.bfloat16, [N, WINDOW], SHARED)
     angles = gl.allocate_shared_memory(gl.float32, [4, 2, F], ANGLES)
     full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
