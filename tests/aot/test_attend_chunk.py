@@ -15,7 +15,8 @@ from ownpath.kernels.chunks.launch import ATTEND_CHUNK_HOPPER
 
 SHARED_BYTES = 232448  # what one program may use on sm_90
 NUM_PRODUCTS = 36
-"""Of a tile, in one warpgroup: 32 of its scores, 4 of its sums over values."""
+"""Of a tile, in one warpgroup: 32 of its scores, 4 of its sums over values. A window is two tiles; a row of more has its
+first scores before the loop over tiles, and its last sums behind it."""
 TINY = [case for case in CASES if case.tiny]
 
 
@@ -34,7 +35,11 @@ def hopper(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
 
 
 def own(compiled: list[Compiled]) -> list[Compiled]:
-    return [one for one in compiled if one.launch.name == "attend_chunk_hopper_kernel"]
+    return [one for one in compiled if one.launch.name != "attend_chunk_kernel"]
+
+
+def is_window(one: Compiled) -> bool:
+    return one.launch.name == "attend_chunk_window_kernel"
 
 
 def test_one_compilation_serves_every_size(hopper: list[Compiled]) -> None:
@@ -51,11 +56,12 @@ def test_shared_memory_fits(hopper: list[Compiled]) -> None:
 def test_no_loop_over_bf16_keys_spills(hopper: list[Compiled]) -> None:
     """Some registers are spilt once a row."""
     for one in own(hopper):
-        if not dict(one.launch.constants)["FP8"]:
-            assert not re.search(r"\b(STL|LDL)\b", multiplying_loop(one.sass()))
+        if not dict(one.launch.constants).get("FP8"):
+            num_products = 2 * NUM_PRODUCTS if is_window(one) else NUM_PRODUCTS
+            assert not re.search(r"\b(STL|LDL)\b", multiplying_loop(one.sass(), num_products))
 
 
-def multiplying_loop(sass: str) -> str:
+def multiplying_loop(sass: str, num_products: int) -> str:
     """Returns the shortest loop that has all products."""
     lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass)
     at = {int(address, 16): number for number, (address, _) in enumerate(lines)}
@@ -64,16 +70,22 @@ def multiplying_loop(sass: str) -> str:
         back = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
         if back and at.get(int(back[1], 16), number) < number:
             body = "\n".join(text for _, text in lines[at[int(back[1], 16)] : number])
-            if body.count("HGMMA") == NUM_PRODUCTS:
+            if body.count("HGMMA") == num_products:
                 found.append(body)
     return min(found, key=len)
 
 
 def test_warpgroups_share_the_products(hopper: list[Compiled]) -> None:
-    """Half of a tile's keys, or half of the channels, in one instruction; no product twice."""
+    """Half of a tile's keys, or half of the channels, in one instruction; two tiles in the code."""
     for one in own(hopper):
         shapes = re.findall(r"wgmma\.mma_async\.sync\.aligned\.(m\d+n\d+k\d+)", one.ptx)
-        assert sorted(shapes) == ["m64n256k16"] * 4 + ["m64n32k16"] * 32
+        assert sorted(shapes) == ["m64n256k16"] * 8 + ["m64n32k16"] * 64
+
+
+def test_no_product_waits_for_the_one_before(hopper: list[Compiled]) -> None:
+    """The assembler adds no waits of its own: there are those of the source alone."""
+    for one in own(hopper):
+        assert one.sass().count("WARPGROUP.DEPBAR") == (3 if is_window(one) else 4)
 
 
 def test_keys_come_by_asynchronous_copies(hopper: list[Compiled]) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ownpath.conformance.chunks import ChunkInputs, judge_chunk, make_chunk_inputs
+from ownpath.kernels.chunks import launch
 from ownpath.kernels.chunks.cases import CASES, ChunkCase
 from ownpath.kernels.chunks.launch import ATTEND_CHUNK, ATTEND_CHUNK_HOPPER, HOPPER_HEADS
 from ownpath.kernels.chunks.ref import ATTEND_CHUNK as TWIN
@@ -41,4 +42,13 @@ def test_a_maximum_where_nothing_bounds_the_scores() -> None:
     assert inputs.weights.is_bounded
     inputs = replace(inputs, weights=replace(inputs.weights, largest_norm=math.inf))
     assert not inputs.weights.is_bounded
+    judge_chunk(run_poisoned(ATTEND_CHUNK_HOPPER, inputs), inputs)
+
+
+@pytest.mark.parametrize("ratio", [0, 4, 128])
+def test_a_program_takes_rows_in_turn(ratio: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One program for rows of several requests and two blocks of heads: buffers and barriers go on from row to row."""
+    monkeypatch.setattr(launch, "NUM_SMS", 1)
+    case = ChunkCase("rows in turn", 128 if ratio == 0 else 64, ratio, 130 if ratio == 0 else 300, 8, rows=(3, 1, 2))
+    inputs = make_chunk_inputs(case, CPU)
     judge_chunk(run_poisoned(ATTEND_CHUNK_HOPPER, inputs), inputs)

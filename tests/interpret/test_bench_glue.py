@@ -1,9 +1,12 @@
-"""The kernels that stand around a peer's grouped product in the benchmarks, interpreted."""
+"""The kernels that stand around peers in the benchmarks, interpreted."""
 
 import pytest
 import torch
 
 from ownpath.bench.peers.glue import align, combine, swiglu
+from ownpath.bench.peers.pages import bf16_keys
+from ownpath.conformance.attend import make_pool
+from ownpath.kernels.attend.ref import take_keys
 from ownpath.kernels.mixture import clamped_swiglu as swiglu_reference
 
 
@@ -42,3 +45,11 @@ def test_combine_is_the_weighted_sum() -> None:
     expected = (y.double().view(3, 2, 40) * weights.double()[..., None]).sum(dim=1)
     # One rounding to bfloat16 (2^-8) of a float32 sum of two terms, each as large as 4.
     torch.testing.assert_close(combine(y, weights).double(), expected, rtol=2**-8, atol=8 * 2**-22)
+
+
+def test_keys_of_pages_become_bf16_exactly() -> None:
+    rows = torch.randperm(192)[:21].int()
+    pages = make_pool(rows, 192, 64, True, torch.Generator().manual_seed(0))
+    out = torch.full((21, 512), torch.nan, dtype=torch.bfloat16)
+    bf16_keys(pages, rows, 64, out)
+    assert torch.equal(out, take_keys(pages, rows.long(), torch.bfloat16))

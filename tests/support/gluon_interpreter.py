@@ -79,6 +79,13 @@ def _copy(shared: _Shared, pointer: Any, mask: Any = None) -> None:
     shared.store(tl.load(pointer, mask=mask, other=None if mask is None else 0))
 
 
+def _assembly(text: Any, _: object, given: Sequence[Any], **__: object) -> Any:
+    """Returns what a move moves, and nothing for a prefetch. Errors: NotImplementedError for any other instruction."""
+    if not str(text).startswith(("prefetch.", "mov.b32 $0, $1;")):
+        raise NotImplementedError("assembly is not interpreted")
+    return given[0] if str(text).startswith("mov.") else None
+
+
 def _warpgroup_mma(left: Any, right: _Shared, total: Any, use_acc: bool = True, is_async: bool = False) -> Any:
     import triton.language as tl
 
@@ -168,6 +175,7 @@ class _Kinds:
 _KINDS = _Kinds()
 _OWN: dict[str, Any] = {
     "allocate_shared_memory": _allocate,
+    "inline_asm_elementwise": _assembly,
     "convert_layout": lambda value, layout: value,
     "thread_barrier": lambda: None,
     "warp_specialize": _KINDS.specialize,

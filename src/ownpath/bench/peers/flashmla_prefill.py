@@ -1,7 +1,8 @@
 """FlashMLA's sparse prefill, of the library that vLLM ships: one list of BF16 keys for each row.
 
 It takes normed, rotated queries and leaves the result rotated; both are done outside of the timed call. So is, in its
-bare form, the array of all keys that its lists point into; its users make that array in every call.
+bare form, the array of all keys that its lists point into: a bound of what it could do, for its users make that array in
+every call. Entries in FP8 pages become BF16 by a kernel of ours (``pages``): theirs is not in its library.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,8 @@ import torch
 from ownpath.bench.contender import Missing
 from ownpath.bench.kernel import Bound, NotApplicable
 from ownpath.bench.peers import missing_library
-from ownpath.bench.peers.flashmla import FILE, JUDGED_ROWS, LIST_MULTIPLE
+from ownpath.bench.peers.flashmla import FILE, JUDGED_ROWS
+from ownpath.bench.peers.pages import bf16_keys
 from ownpath.conformance.attend import HEAD_DIM
 from ownpath.conformance.bounds import relative_l2
 from ownpath.conformance.chunks import ChunkInputs, exact_chunk
@@ -21,6 +23,9 @@ from ownpath.kernels.attend.ref import take_keys
 from ownpath.kernels.attend.types import WINDOW_ROWS
 from ownpath.kernels.norms.ref import rms_norm
 from ownpath.numerics import rotate_pairs
+
+LIST_MULTIPLE = 128
+"""It takes two tiles of 64 keys at a time; a list that ends before is filled with -1, whose time it pays."""
 
 
 class FlashMlaPrefill:
@@ -40,13 +45,12 @@ class FlashMlaPrefill:
 
     def bind(self, sets: Sequence[ChunkInputs]) -> Bound:
         first = sets[0]
-        if self._gathers and first.keys.is_fp8:
-            raise NotApplicable("the kernel that makes BF16 of FP8 pages is not in its library")
         if first.q_TNH.shape[1] not in (64, 128) or len(first.rows.blocks_RB) > 1:
             raise NotApplicable("compared with 64 or 128 heads, one request")
         torch.ops.load_library(str(self._library))
         operation = torch.ops._flashmla_C.sparse_prefill_fwd
         lists, entry_rows = _lists(first)
+        entry_rows = entry_rows.int() if first.keys.is_fp8 else entry_rows
         calls = [self._call(operation, one, lists, entry_rows) for one in sets]
 
         def judge() -> None:
@@ -64,7 +68,12 @@ class FlashMlaPrefill:
         def gather() -> torch.Tensor:
             if keys.entries is None:
                 return keys.near_WH[:, None]
-            return torch.cat((keys.near_WH, take_keys(keys.entries, entry_rows, torch.bfloat16)))[:, None]
+            if not keys.is_fp8:
+                return torch.cat((keys.near_WH, take_keys(keys.entries, entry_rows, torch.bfloat16)))[:, None]
+            all_keys = keys.near_WH.new_empty(len(keys.near_WH) + len(entry_rows), 1, HEAD_DIM)
+            all_keys[: len(keys.near_WH), 0] = keys.near_WH
+            bf16_keys(keys.entries, entry_rows, keys.per_block, all_keys[len(keys.near_WH) :, 0])
+            return all_keys
 
         ready = gather()
         behind = (lists, weights.softmax_scale, HEAD_DIM, weights.sink_N)

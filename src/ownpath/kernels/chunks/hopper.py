@@ -24,177 +24,167 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ownpath.kernels.chunks.producer import BUFFERS, PRODUCERS, TILE, copy_keys, decode_keys, next_buffer, row_sizes
-
-LOG2E = tl.constexpr(1.4426950408889634)
-N = tl.constexpr(64)
-H = tl.constexpr(512)
-R = tl.constexpr(64)
-F = tl.constexpr(32)
-COPY = tl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0]))
-SMALL = tl.constexpr(gl.BlockedLayout([1, 1], [1, 32], [8, 1], [1, 0]))
-SCORES = tl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16]))
-SUMS = tl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 256, 16]))
-SHARED = tl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+from ownpath.kernels.chunks.producer import (
+    BUFFERS,
+    PLACES,
+    PRODUCERS,
+    TILE,
+    copy_keys,
+    copy_near,
+    decode_keys,
+    next_buffer,
+    row_facts,
+    row_sizes,
+)
+from ownpath.kernels.chunks.queries import (
+    ANGLES,
+    SCORES,
+    SHARED,
+    SUMS,
+    F,
+    H,
+    N,
+    copy_queries,
+    fetch_queries,
+    fill_angles,
+    load_sink,
+    norm_queries,
+    start_scores,
+    store_row,
+)
 
 
 @gluon.jit
-def _store_queries(q_row, n, head_stride, num_heads, cos_row, sin_row, eps, q_shared, STEPWISE: tl.constexpr):
-    """Norms each head's query, rotates its last channels, and stores both to shared memory, rounded."""
-    c = gl.arange(0, H, gl.SliceLayout(0, COPY))
-    inside = n < num_heads
-    x = gl.load(q_row + n[:, None] * head_stride + c[None, :], mask=inside[:, None], other=0.0).to(gl.float32)
-    if STEPWISE:
-        squares = gl.sum((x * x).to(gl.bfloat16).to(gl.float32), axis=1)
-        mean = (squares / H).to(gl.bfloat16).to(gl.float32)
-        factor = gl.rsqrt((mean + eps).to(gl.bfloat16).to(gl.float32)).to(gl.bfloat16).to(gl.float32)
+def _weigh(scores, left, score_scale, p_shared, o, sums, largest, BOUNDED: tl.constexpr):
+    """Stores the weights of a tile of which ``left`` keys are there; returns the sums over values and weights as they
+    are to be added to, and the maximum."""
+    key = gl.arange(0, TILE, gl.SliceLayout(0, SCORES))
+    scores = gl.where((key < left)[None, :], scores * score_scale, float("-inf"))
+    if BOUNDED:
+        weights = gl.exp2(scores)
+        sums += weights
     else:
-        factor = gl.rsqrt(gl.sum(x * x, axis=1) / H + eps)
-    q_shared.store((x * factor[:, None]).to(gl.bfloat16))
-    # The rotary channels again, as pairs.
-    small_n = gl.convert_layout(n, gl.SliceLayout(1, SMALL))
-    small_factor = gl.convert_layout(factor, gl.SliceLayout(1, SMALL))
-    f = gl.arange(0, F, gl.SliceLayout(0, SMALL))
-    at = q_row + small_n[:, None] * head_stride + (H - R) + 2 * f[None, :]
-    there = (small_n < num_heads)[:, None]
-    even = gl.load(at, mask=there, other=0.0).to(gl.float32) * small_factor[:, None]
-    odd = gl.load(at + 1, mask=there, other=0.0).to(gl.float32) * small_factor[:, None]
-    even, odd = even.to(gl.bfloat16).to(gl.float32), odd.to(gl.bfloat16).to(gl.float32)
-    cos, sin = gl.load(cos_row + f)[None, :], gl.load(sin_row + f)[None, :]
-    turned = gl.join(even * cos - odd * sin, even * sin + odd * cos)
+        higher = gl.maximum(largest, gl.max(scores, axis=1))
+        weights = gl.exp2(scores - higher[:, None])
+        keep = gl.exp2(largest - higher)
+        sums = sums * keep[:, None] + weights
+        largest = higher
+        o = o * gl.convert_layout(keep, gl.SliceLayout(1, SUMS))[:, None]
+    p_shared.store(weights.to(gl.bfloat16))
+    fence_async_shared()
     gl.thread_barrier()
-    q_shared.slice(H - R, R, dim=1).store(gl.reshape(turned, (N, R)).to(gl.bfloat16))
+    return o, sums, largest
 
 
 @gluon.jit
-def _turn_back(o, cos_row, sin_row):
-    """Rotates the last channels of float32 [N, H] back, in pairs; the others turn by nothing."""
-    even, odd = gl.split(gl.reshape(o, (N, H // 2, 2)))
-    PAIRS: tl.constexpr = gl.SliceLayout(0, even.type.layout)
-    pair = gl.arange(0, H // 2, PAIRS) - (H - R) // 2
-    cos = gl.load(cos_row + pair, mask=pair >= 0, other=1.0)[None, :]
-    sin = gl.load(sin_row + pair, mask=pair >= 0, other=0.0)[None, :]
-    turned = gl.join(even * cos + odd * sin, odd * cos - even * sin)
-    return gl.reshape(turned, (N, H))
-
-
-@gluon.jit
-def _multiply(sizes, keys, full, empty, q_shared, p_shared, score_scale, turn, phase, BOUNDED: tl.constexpr):
+def _multiply(
+    sizes, keys, full, empty, q_shared, q_empty, p_shared, score_scale, turn, phase, BOUNDED: tl.constexpr
+):  # fmt: skip
     """Attends to a row's tiles: returns the sums over values [N, H], those of weights [N], the maximum [N] that was
-    taken away (0 where scores are bounded), the next buffer and its phase."""
+    taken away (0 where scores are bounded), the next buffer and its phase.
+
+    The next tile's scores stand in line behind this tile's sums over values, whose end makes room for a later tile.
+    """
     _, num_near, near_tiles, num_entries, _ = sizes
     largest = gl.full([N], 0.0 if BOUNDED else float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
     sums = gl.zeros([N, TILE], gl.float32, SCORES)
     o = gl.zeros([N, H], gl.float32, SUMS)
-    key = gl.arange(0, TILE, gl.SliceLayout(0, SCORES))
-    for i in range(near_tiles + (num_entries + TILE - 1) // TILE):
-        buffer = keys.index(turn)
-        mbarrier.wait(full.index(turn), phase)
-        fence_async_shared()
-        scores = gl.zeros([N, TILE], gl.float32, SCORES)
-        scores = warpgroup_mma(q_shared, buffer.permute((1, 0)), scores, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(0, deps=(scores,))
+    last = near_tiles + (num_entries + TILE - 1) // TILE - 1
+    mbarrier.wait(full.index(turn), phase)
+    fence_async_shared()
+    scores = warpgroup_mma_wait(0, deps=(start_scores(q_shared, keys.index(turn)),))
+    for i in range(last):
         left = gl.where(i < near_tiles, num_near - i * TILE, num_entries - (i - near_tiles) * TILE)
-        scores = gl.where((key < left)[None, :], scores * score_scale, float("-inf"))
-        if BOUNDED:
-            weights = gl.exp2(scores)
-            sums += weights
-        else:
-            higher = gl.maximum(largest, gl.max(scores, axis=1))
-            weights = gl.exp2(scores - higher[:, None])
-            keep = gl.exp2(largest - higher)
-            sums = sums * keep[:, None] + weights
-            largest = higher
-            o = o * gl.convert_layout(keep, gl.SliceLayout(1, SUMS))[:, None]
-        p_shared.store(weights.to(gl.bfloat16))
+        o, sums, largest = _weigh(scores, left, score_scale, p_shared, o, sums, largest, BOUNDED)
+        o = warpgroup_mma(p_shared, keys.index(turn), o, is_async=True)
+        then, then_phase = next_buffer(turn, phase)
+        mbarrier.wait(full.index(then), then_phase)
         fence_async_shared()
-        gl.thread_barrier()
-        o = warpgroup_mma(p_shared, buffer, o, is_async=True)
-        o = warpgroup_mma_wait(0, deps=(o,))
+        scores = start_scores(q_shared, keys.index(then))
+        o = warpgroup_mma_wait(1, deps=(o,))
         gl.thread_barrier()
         mbarrier.arrive(empty.index(turn), count=1)
-        turn, phase = next_buffer(turn, phase)
-    return o, gl.sum(sums, axis=1), largest, turn, phase
+        scores = warpgroup_mma_wait(0, deps=(scores,))
+        turn, phase = then, then_phase
+    left = gl.where(last < near_tiles, num_near - last * TILE, num_entries - (last - near_tiles) * TILE)
+    o, sums, largest = _weigh(scores, left, score_scale, p_shared, o, sums, largest, BOUNDED)
+    mbarrier.arrive(q_empty, count=1)
+    o = warpgroup_mma(p_shared, keys.index(turn), o, is_async=True)
+    total = gl.sum(sums, axis=1)
+    o = warpgroup_mma_wait(0, deps=(o,))
+    gl.thread_barrier()
+    mbarrier.arrive(empty.index(turn), count=1)
+    turn, phase = next_buffer(turn, phase)
+    return o, total, largest, turn, phase
 
 
 @gluon.jit
 def _consume(
-    keys, full, empty, q_shared, p_shared, q_ptr, cos_ptr, sin_ptr, sink_ptr, out_ptr,
+    keys, full, empty, q_shared, q_full, q_empty, p_shared, angles, sink_ptr, out_ptr,
     positions_ptr, places_ptr, requests_ptr, blocks_ptr, selected_ptr, num_selected_ptr,
-    num_blocks, num_listed, most_entries, row_stride, head_stride, num_heads, num_parts, score_scale, eps,
+    num_blocks, num_listed, most_entries, num_heads, num_parts, score_scale, eps,
     RATIO: tl.constexpr, STEPWISE: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """Multiplies: of each row that is this program's, its queries, its tiles and its result."""
-    groups = (num_heads + N - 1) // N
-    c = gl.arange(0, H, gl.SliceLayout(0, COPY))
-    turn, phase = 0, 0
+    bits = (num_heads - 1) // N
+    turn, phase, q_phase = 0, 0, 0
+    facts = row_facts(gl.program_id(0) >> bits, positions_ptr, places_ptr, requests_ptr, num_selected_ptr, RATIO)
     for number in range(gl.program_id(0), num_parts, gl.num_programs(0)):
-        t, first_head = number // groups, number % groups * N
-        # fmt: off
-        sizes = row_sizes(
-            t, positions_ptr, places_ptr, requests_ptr, blocks_ptr, selected_ptr, num_selected_ptr,
-            num_blocks, num_listed, most_entries, RATIO,
-        )
-        # fmt: on
-        q_row = q_ptr + t.to(gl.int64) * row_stride
-        cos_row, sin_row = cos_ptr + t * F, sin_ptr + t * F
-        n = first_head + gl.arange(0, N, gl.SliceLayout(1, COPY))
-        gl.thread_barrier()
-        _store_queries(q_row, n, head_stride, num_heads, cos_row, sin_row, eps, q_shared, STEPWISE)
+        t, first_head = number >> bits, (number & bits) * N
+        sizes = row_sizes(t, facts, blocks_ptr, selected_ptr, num_blocks, num_listed, most_entries, RATIO)
+        later = gl.minimum(number + gl.num_programs(0), num_parts - 1) >> bits
+        facts = row_facts(later, positions_ptr, places_ptr, requests_ptr, num_selected_ptr, RATIO)
+        cos, sin = angles.index(2 * q_phase), angles.index(2 * q_phase + 1)
+        mbarrier.wait(q_full, q_phase)
+        norm_queries(q_shared, cos, sin, eps, STEPWISE)
         fence_async_shared()
         gl.thread_barrier()
         o, total, largest, turn, phase = _multiply(
-            sizes, keys, full, empty, q_shared, p_shared, score_scale, turn, phase, BOUNDED
+            sizes, keys, full, empty, q_shared, q_empty, p_shared, score_scale, turn, phase, BOUNDED
         )
-        head = first_head + gl.arange(0, N, gl.SliceLayout(1, SCORES))
-        sink = gl.load(sink_ptr + head, mask=head < num_heads, other=0.0) * LOG2E
-        factor = 1.0 / (total + gl.exp2(sink - largest))
-        o = _turn_back(o * gl.convert_layout(factor, gl.SliceLayout(1, SUMS))[:, None], cos_row, sin_row)
-        # Through shared memory, so that every thread stores 16 bytes.
-        q_shared.store(o.to(gl.bfloat16))
-        gl.thread_barrier()
-        at_out = out_ptr + (t.to(gl.int64) * num_heads + n)[:, None] * H + c[None, :]
-        gl.store(at_out, q_shared.load(COPY), mask=(n < num_heads)[:, None])
-
-
-@gluon.jit
-def _fetch_queries(q_row, head_stride, left):
-    """Asks for a later row's queries, to be in the L2 cache when they are loaded."""
-    LINES: tl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [PRODUCERS, 1], [1, 0])
-    n = gl.arange(0, N, gl.SliceLayout(1, LINES))
-    line = gl.arange(0, 8, gl.SliceLayout(0, LINES))
-    at = q_row + gl.minimum(n, left - 1)[:, None] * head_stride + line[None, :] * 64
-    gl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1
-    )
+        sink = load_sink(sink_ptr, first_head, num_heads)
+        store_row(o, total, largest, sink, cos, sin, t, first_head, num_heads, out_ptr)
+        q_phase ^= 1
 
 
 @gluon.jit
 def _produce(
-    keys, full, empty, q_ptr, near_ptr, entries_ptr,
+    keys, full, empty, places, q_shared, q_full, q_empty, angles, q_ptr, cos_ptr, sin_ptr, near_ptr, entries_ptr,
     positions_ptr, places_ptr, requests_ptr, blocks_ptr, selected_ptr, num_selected_ptr,
     num_blocks, num_listed, most_entries, row_stride, head_stride, num_heads, num_parts,
     RATIO: tl.constexpr, BLOCK_BITS: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """Brings the keys of each row that is this program's."""
-    groups = (num_heads + N - 1) // N
-    turn, phase = 0, 1
+    """Brings the first keys, the queries and the other keys of each row that is this program's."""
+    bits = (num_heads - 1) // N
+    turn, phase, q_phase = 0, 1, 0
+    facts = row_facts(gl.program_id(0) >> bits, positions_ptr, places_ptr, requests_ptr, num_selected_ptr, RATIO)
     for number in range(gl.program_id(0), num_parts, gl.num_programs(0)):
+        t, first_head = number >> bits, (number & bits) * N
+        sizes = row_sizes(t, facts, blocks_ptr, selected_ptr, num_blocks, num_listed, most_entries, RATIO)
+        later = number + gl.num_programs(0)
+        later_t = gl.minimum(later, num_parts - 1) >> bits
+        facts = row_facts(later_t, positions_ptr, places_ptr, requests_ptr, num_selected_ptr, RATIO)
+        turn, phase = copy_near(0, sizes, near_ptr, keys, full, empty, turn, phase, FP8)
+        q_row = q_ptr + t.to(gl.int64) * row_stride + first_head * head_stride
+        cos_row, sin_row = cos_ptr + t * F, sin_ptr + t * F
         # fmt: off
-        sizes = row_sizes(
-            number // groups, positions_ptr, places_ptr, requests_ptr, blocks_ptr, selected_ptr, num_selected_ptr,
-            num_blocks, num_listed, most_entries, RATIO,
+        copy_queries(
+            q_row, head_stride, num_heads - first_head, cos_row, sin_row, q_shared, q_full, q_empty, angles, q_phase
         )
         # fmt: on
-        later = number + gl.num_programs(0)
+        q_phase ^= 1
         if later < num_parts:
-            first_head = later % groups * N
-            q_row = q_ptr + (later // groups).to(gl.int64) * row_stride + first_head * head_stride
-            _fetch_queries(q_row, head_stride, num_heads - first_head)
+            later_head = (later & bits) * N
+            later_row = q_ptr + later_t.to(gl.int64) * row_stride + later_head * head_stride
+            fetch_queries(later_row, head_stride, num_heads - later_head)
         if FP8:
-            turn, phase = decode_keys(sizes, near_ptr, entries_ptr, keys, full, empty, turn, phase, RATIO, BLOCK_BITS)
+            turn, phase = decode_keys(
+                sizes, near_ptr, entries_ptr, keys, full, empty, places, turn, phase, RATIO, BLOCK_BITS
+            )
         else:
-            turn, phase = copy_keys(sizes, near_ptr, entries_ptr, keys, full, empty, turn, phase, RATIO, BLOCK_BITS)
+            turn, phase = copy_keys(
+                sizes, near_ptr, entries_ptr, keys, full, empty, places, turn, phase, RATIO, BLOCK_BITS
+            )
 
 
 @gluon.jit(do_not_specialize=["num_blocks", "num_listed", "most_entries", "num_heads", "num_parts"])
@@ -237,8 +227,15 @@ def attend_chunk_hopper_kernel(
     keys = gl.allocate_shared_memory(gl.bfloat16, [BUFFERS, TILE, H], SHARED)
     q_shared = gl.allocate_shared_memory(gl.bfloat16, [N, H], SHARED)
     p_shared = gl.allocate_shared_memory(gl.bfloat16, [N, TILE], SHARED)
+    angles = gl.allocate_shared_memory(gl.float32, [4, 2, F], ANGLES)
+    places = gl.allocate_shared_memory(gl.int32, [BUFFERS, TILE], PLACES)
     full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_full, count=32 * PRODUCERS + 1)
+    mbarrier.init(q_empty, count=1)
+    fill_angles(angles)
     for i in gl.static_range(BUFFERS):
         # Every thread's copies, and once more for codes that went through registers.
         mbarrier.init(full.index(i), count=32 * PRODUCERS + (1 if FP8 else 0))
@@ -247,13 +244,13 @@ def attend_chunk_hopper_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                keys, full, empty, q_shared, p_shared, q_ptr, cos_ptr, sin_ptr, sink_ptr, out_ptr,
+                keys, full, empty, q_shared, q_full, q_empty, p_shared, angles, sink_ptr, out_ptr,
                 positions_ptr, places_ptr, requests_ptr, blocks_ptr, selected_ptr, num_selected_ptr,
-                num_blocks, num_listed, most_entries, row_stride, head_stride, num_heads, num_parts, score_scale, eps,
+                num_blocks, num_listed, most_entries, num_heads, num_parts, score_scale, eps,
                 RATIO, STEPWISE, BOUNDED,
             )),
             (_produce, (
-                keys, full, empty, q_ptr, near_ptr, entries_ptr,
+                keys, full, empty, places, q_shared, q_full, q_empty, angles, q_ptr, cos_ptr, sin_ptr, near_ptr, entries_ptr,
                 positions_ptr, places_ptr, requests_ptr, blocks_ptr, selected_ptr, num_selected_ptr,
                 num_blocks, num_listed, most_entries, row_stride, head_stride, num_heads, num_parts,
                 RATIO, BLOCK_BITS, FP8,

@@ -18,10 +18,11 @@ another row.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton.runtime.jit import JITFunction
 
 from ownpath.kernels.attend.checks import check_out
 from ownpath.kernels.attend.types import WINDOW_ROWS, AttendWeights
@@ -30,6 +31,7 @@ from ownpath.kernels.chunks.checks import check_call
 from ownpath.kernels.chunks.hopper import attend_chunk_hopper_kernel
 from ownpath.kernels.chunks.kernel import attend_chunk_kernel
 from ownpath.kernels.chunks.types import ChunkKeys, ChunkRows
+from ownpath.kernels.chunks.window import attend_chunk_window_kernel
 from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
@@ -43,18 +45,26 @@ HOPPER_HEADS, FEW_HEADS = 64, 16
 WARPS, TILE, STAGES = 8, 64, 2
 NUM_SMS = 132
 """Of an H200: programs on Hopper, one an SM, take rows in turn."""
-REGISTERS = (72, 128)
+REGISTERS = (72, 136)
 """Of a thread that brings keys, BF16 or FP8."""
 
 
 class ChunkForm(NamedTuple):
-    """The form of a call. heads: of a program. tile, stages: keys of a tile, and tiles on their way, where Triton lays
-    them out."""
+    """The form of a call. is_window: Hopper's, for windows alone. heads: of a program. tile, stages: keys of a tile,
+    and tiles on their way, where Triton lays them out."""
 
     is_hopper: bool
+    is_window: bool
     heads: int
     tile: int = TILE
     stages: int = STAGES
+
+    @property
+    def function(self) -> "JITFunction[Any]":
+        """The Triton or Gluon function."""
+        if not self.is_hopper:
+            return attend_chunk_kernel
+        return attend_chunk_window_kernel if self.is_window else attend_chunk_hopper_kernel
 
 
 class ChunkArguments(NamedTuple):
@@ -128,8 +138,8 @@ class TritonAttendChunk:
         """Returns the form of a call, which depends on heads and formats alone."""
         num_heads = q_TNH.shape[1]
         if self._on_hopper and num_heads >= HOPPER_HEADS:
-            return ChunkForm(True, HOPPER_HEADS)
-        return ChunkForm(False, FEW_HEADS if num_heads <= FEW_HEADS else HOPPER_HEADS)
+            return ChunkForm(True, keys.ratio == 0, HOPPER_HEADS)
+        return ChunkForm(False, False, FEW_HEADS if num_heads <= FEW_HEADS else HOPPER_HEADS)
 
     def variant(self, q_TNH: torch.Tensor, keys: ChunkKeys, rows: ChunkRows, operand: ChunkOperand) -> str:
         """Returns the variant's name."""
@@ -206,18 +216,22 @@ def _launch(
     most_entries = widths[1] if keys.ratio == 4 else widths[0] * keys.per_block
     sizes: tuple[int, ...] = (*arguments.q_TNH.stride()[:2], *widths, most_entries, num_heads)
     block_bits = (keys.per_block or WINDOW_ROWS).bit_length() - 1
-    constants = {"RATIO": keys.ratio, "BLOCK_BITS": block_bits, "STEPWISE": weights.is_stepwise, "num_warps": WARPS}
     num_parts = triton.cdiv(num_heads, form.heads) * num_rows
+    constants: dict[str, int] = {"RATIO": keys.ratio, "BLOCK_BITS": block_bits}
+    if form.is_window:
+        constants = {}
+    constants |= {"STEPWISE": weights.is_stepwise}
     if form.is_hopper:
         sizes = *sizes, num_parts
-        constants |= {"FP8": keys.is_fp8, "BOUNDED": weights.is_bounded, "REGISTERS": REGISTERS[keys.is_fp8]}
+        constants |= {} if form.is_window else {"FP8": keys.is_fp8}
+        constants |= {"BOUNDED": weights.is_bounded, "REGISTERS": REGISTERS[keys.is_fp8]}
     else:
         constants |= {"N": form.heads, "FP8": keys.is_fp8, "TILE": form.tile, "STAGES": form.stages}
     return launch(
-        attend_chunk_hopper_kernel if form.is_hopper else attend_chunk_kernel,
+        form.function,
         (min(num_parts, NUM_SMS) if form.is_hopper else num_parts,),
         (*arguments, weights.sink_N, out, *sizes, weights.softmax_scale * LOG2E, weights.eps),
-        constants,
+        constants | {"num_warps": WARPS},
         moving=(*range(len(arguments)), len(arguments) + 1),
     )
 

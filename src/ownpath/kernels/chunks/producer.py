@@ -18,6 +18,9 @@ TILE = tl.constexpr(64)
 BUFFERS = tl.constexpr(2)
 WINDOW = tl.constexpr(128)
 LISTED = tl.constexpr(4)
+LOOK_UP = tl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+"""One row in a thread, twice over."""
+PLACES = tl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 PRODUCERS = tl.constexpr(4)
 """Warps that bring keys."""
 KEY_WORDS = tl.constexpr(144)
@@ -28,21 +31,30 @@ PAGE_BYTES = tl.constexpr(584)
 
 
 @gluon.jit
-def row_sizes(
-    t, positions_ptr, places_ptr, requests_ptr, blocks_ptr, selected_ptr, num_selected_ptr,
-    num_blocks, num_listed, most_entries, RATIO: tl.constexpr,
-):  # fmt: skip
+def row_facts(t, positions_ptr, places_ptr, requests_ptr, num_selected_ptr, RATIO: tl.constexpr):
+    """Loads what ``row_sizes`` needs of row t: asked for a row ahead, because nothing can begin before it is there."""
+    position, own = gl.load(positions_ptr + t), gl.load(places_ptr + t)
+    more = position
+    if RATIO == LISTED:
+        more = gl.load(num_selected_ptr + t)
+    elif RATIO > 0:
+        more = gl.load(requests_ptr + t)
+    return position, own, more
+
+
+@gluon.jit
+def row_sizes(t, facts, blocks_ptr, selected_ptr, num_blocks, num_listed, most_entries, RATIO: tl.constexpr):
     """Returns row t's first near key, how many there are, the tiles that they take, its number of entries, and where
     their list or table is."""
-    position, own = gl.load(positions_ptr + t), gl.load(places_ptr + t)
+    position, own, more = facts
     num_near = gl.minimum(position + 1, WINDOW)
     num_entries, lists = 0, selected_ptr
     if RATIO == LISTED:
-        num_entries = gl.minimum(gl.load(num_selected_ptr + t), most_entries)
+        num_entries = gl.minimum(more, most_entries)
         lists = selected_ptr + t.to(gl.int64) * num_listed
     elif RATIO > 0:
         num_entries = gl.minimum((position + 1) // RATIO, most_entries)
-        lists = blocks_ptr + gl.load(requests_ptr + t).to(gl.int64) * num_blocks
+        lists = blocks_ptr + more.to(gl.int64) * num_blocks
     return own + 1 - num_near, num_near, (num_near + TILE - 1) // TILE, num_entries, lists
 
 
@@ -60,27 +72,16 @@ def _entry_rows(e, num_entries, lists, RATIO: tl.constexpr, BLOCK_BITS: tl.const
 
 @gluon.jit
 def _tile_rows(
-    i,
-    near_tiles,
-    first,
-    num_near,
-    num_entries,
-    lists,
-    RATIO: tl.constexpr,
-    BLOCK_BITS: tl.constexpr,
-    COPY: tl.constexpr,
-):
-    """Returns the row of each key of tile i, of near or of the pool; -1 where there is none."""
-    j = i * TILE + gl.arange(0, TILE, gl.SliceLayout(1, COPY))
-    row = gl.where(j < num_near, first + j, -1)
-    if RATIO > 0:
-        found = _entry_rows(j - near_tiles * TILE, num_entries, lists, RATIO, BLOCK_BITS)
-        row = gl.where(i < near_tiles, row, found)
-    return row
+    i, near_tiles, first, num_near, num_entries, lists, RATIO: tl.constexpr, BLOCK_BITS: tl.constexpr
+):  # fmt: skip
+    """Returns the row of each key of tile i, of near or of the pool, one in a thread; -1 where there is none."""
+    j = i * TILE + gl.arange(0, TILE, LOOK_UP)
+    found = _entry_rows(j - near_tiles * TILE, num_entries, lists, RATIO, BLOCK_BITS)
+    return gl.where(i < near_tiles, gl.where(j < num_near, first + j, -1), found)
 
 
 @gluon.jit
-def _copy_rows(row, source, buffer, COPY: tl.constexpr):
+def copy_rows(row, source, buffer, COPY: tl.constexpr):
     """Starts the copies of a tile; keys that are not there become zeros."""
     c = gl.arange(0, H, gl.SliceLayout(0, COPY))
     at = source + gl.maximum(row, 0).to(gl.int64) * H
@@ -94,40 +95,51 @@ def next_buffer(turn, phase):
 
 
 @gluon.jit
+def copy_near(i, sizes, near_ptr, keys, full, empty, turn, phase, FP8: tl.constexpr):
+    """Brings the i-th tile of near keys; returns the next buffer and its phase."""
+    COPY: tl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [PRODUCERS, 1], [1, 0])
+    first, num_near, _, _, _ = sizes
+    j = i * TILE + gl.arange(0, TILE, gl.SliceLayout(1, COPY))
+    row = gl.where(j < num_near, first + j, -1)
+    mbarrier.wait(empty.index(turn), phase)
+    copy_rows(row, near_ptr, keys.index(turn), COPY)
+    async_copy.mbarrier_arrive(full.index(turn), increment_count=False)
+    if FP8:
+        mbarrier.arrive(full.index(turn), count=1)
+    return next_buffer(turn, phase)
+
+
+@gluon.jit
 def copy_keys(
-    sizes, near_ptr, entries_ptr, keys, full, empty, turn, phase, RATIO: tl.constexpr, BLOCK_BITS: tl.constexpr
-):
-    """Brings a row's tiles of BF16 keys; returns the next buffer and its phase."""
+    sizes, near_ptr, entries_ptr, keys, full, empty, places, turn, phase,
+    RATIO: tl.constexpr, BLOCK_BITS: tl.constexpr,
+):  # fmt: skip
+    """Brings a row's tiles of BF16 keys, from the second on; returns the next buffer and its phase."""
     COPY: tl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [PRODUCERS, 1], [1, 0])
     first, num_near, near_tiles, num_entries, lists = sizes
-    row = _tile_rows(0, near_tiles, first, num_near, num_entries, lists, RATIO, BLOCK_BITS, COPY)
-    for i in range(near_tiles + (num_entries + TILE - 1) // TILE):
-        ahead = _tile_rows(i + 1, near_tiles, first, num_near, num_entries, lists, RATIO, BLOCK_BITS, COPY)
-        mbarrier.wait(empty.index(turn), phase)
+    row = _tile_rows(1, near_tiles, first, num_near, num_entries, lists, RATIO, BLOCK_BITS)
+    for i in range(1, near_tiles + (num_entries + TILE - 1) // TILE):
+        places.index(turn).store(row)
+        row = _tile_rows(i + 1, near_tiles, first, num_near, num_entries, lists, RATIO, BLOCK_BITS)
         source = entries_ptr
         if i < near_tiles:
             source = near_ptr
-        _copy_rows(row, source, keys.index(turn), COPY)
+        mbarrier.wait(empty.index(turn), phase)
+        copy_rows(places.index(turn).load(gl.SliceLayout(1, COPY)), source, keys.index(turn), COPY)
         async_copy.mbarrier_arrive(full.index(turn), increment_count=False)
-        row = ahead
         turn, phase = next_buffer(turn, phase)
     return turn, phase
 
 
 @gluon.jit
-def _load_codes(
-    i, num_entries, lists, entries_ptr, FIRST: tl.constexpr, GROUPS: tl.constexpr,
-    RATIO: tl.constexpr, BLOCK_BITS: tl.constexpr,
-):  # fmt: skip
-    """Loads words int32 [K, G, 4] of 16 codes a group, from group FIRST on, of the i-th tile of entries, and their
-    scales' bytes [K, G]."""
+def _load_codes(rows, entries_ptr, FIRST: tl.constexpr, GROUPS: tl.constexpr, BLOCK_BITS: tl.constexpr):
+    """Loads words int32 [K, G, 4] of 16 codes a group, from group FIRST on, of a tile of entries, and their scales'
+    bytes [K, G]."""
     CODES: tl.constexpr = gl.BlockedLayout([1, 1, 4], [32 // GROUPS, GROUPS, 1], [PRODUCERS, 1, 1], [2, 1, 0])
-    PAIR: tl.constexpr = gl.SliceLayout(2, CODES)
-    e = i * TILE + gl.arange(0, TILE, gl.SliceLayout(1, PAIR))
-    row = _entry_rows(e, num_entries, lists, RATIO, BLOCK_BITS)
+    row = rows.load(gl.SliceLayout(1, gl.SliceLayout(2, CODES)))
     there, row = row >= 0, gl.maximum(row, 0)
     block, place = (row >> BLOCK_BITS).to(gl.int64), row & ((1 << BLOCK_BITS) - 1)
-    g = FIRST + gl.arange(0, GROUPS, gl.SliceLayout(0, PAIR))
+    g = FIRST + gl.arange(0, GROUPS, gl.SliceLayout(0, gl.SliceLayout(2, CODES)))
     w = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, CODES)))
     at = block * ((PAGE_BYTES // 4) << BLOCK_BITS) + place * KEY_WORDS
     at = (at[:, None] + g[None, :] * 4)[:, :, None] + gl.expand_dims(gl.expand_dims(w, 0), 1)
@@ -174,11 +186,10 @@ def _store_codes(words, scales, buffer, FIRST: tl.constexpr, GROUPS: tl.constexp
 
 
 @gluon.jit
-def _copy_rotary(i, num_entries, lists, entries_ptr, buffer, RATIO: tl.constexpr, BLOCK_BITS: tl.constexpr):
-    """Starts the copies of the BF16 channels of the i-th tile of entries."""
+def _copy_rotary(rows, entries_ptr, buffer, BLOCK_BITS: tl.constexpr):
+    """Starts the copies of the BF16 channels of a tile of entries."""
     ROTARY: tl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [PRODUCERS, 1], [1, 0])
-    e = i * TILE + gl.arange(0, TILE, gl.SliceLayout(1, ROTARY))
-    row = _entry_rows(e, num_entries, lists, RATIO, BLOCK_BITS)
+    row = rows.load(gl.SliceLayout(1, ROTARY))
     there, row = row >= 0, gl.maximum(row, 0)
     block, place = (row >> BLOCK_BITS).to(gl.int64), row & ((1 << BLOCK_BITS) - 1)
     r = gl.arange(0, R, gl.SliceLayout(0, ROTARY))
@@ -191,36 +202,40 @@ def _copy_rotary(i, num_entries, lists, entries_ptr, buffer, RATIO: tl.constexpr
 
 @gluon.jit
 def decode_keys(
-    sizes, near_ptr, entries_ptr, keys, full, empty, turn, phase, RATIO: tl.constexpr, BLOCK_BITS: tl.constexpr
-):
-    """Brings a row's tiles of near keys and of entries in FP8 pages; returns the next buffer and its phase."""
-    COPY: tl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [PRODUCERS, 1], [1, 0])
+    sizes, near_ptr, entries_ptr, keys, full, empty, places, turn, phase,
+    RATIO: tl.constexpr, BLOCK_BITS: tl.constexpr,
+):  # fmt: skip
+    """Brings a row's tiles of near keys, from the second on, and of entries in FP8 pages; returns the next buffer and
+    its phase. Rows are looked up two tiles ahead, codes loaded one."""
     WORDS: tl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
-    first, num_near, near_tiles, num_entries, lists = sizes
-    for i in range(near_tiles):
-        mbarrier.wait(empty.index(turn), phase)
-        j = i * TILE + gl.arange(0, TILE, gl.SliceLayout(1, COPY))
-        _copy_rows(gl.where(j < num_near, first + j, -1), near_ptr, keys.index(turn), COPY)
-        async_copy.mbarrier_arrive(full.index(turn), increment_count=False)
-        mbarrier.arrive(full.index(turn), count=1)
-        turn, phase = next_buffer(turn, phase)
-    words0, scales0 = _load_codes(0, num_entries, lists, entries_ptr, 0, 16, RATIO, BLOCK_BITS)
-    words1, scales1 = _load_codes(0, num_entries, lists, entries_ptr, 16, 8, RATIO, BLOCK_BITS)
-    words2, scales2 = _load_codes(0, num_entries, lists, entries_ptr, 24, 4, RATIO, BLOCK_BITS)
+    _, _, near_tiles, num_entries, lists = sizes
+    for i in range(1, near_tiles):
+        turn, phase = copy_near(i, sizes, near_ptr, keys, full, empty, turn, phase, True)
+    e = gl.arange(0, TILE, LOOK_UP)
+    rows = places.index(turn)
+    rows.store(_entry_rows(e, num_entries, lists, RATIO, BLOCK_BITS))
+    ahead = _entry_rows(TILE + e, num_entries, lists, RATIO, BLOCK_BITS)
+    words0, scales0 = _load_codes(rows, entries_ptr, 0, 16, BLOCK_BITS)
+    words1, scales1 = _load_codes(rows, entries_ptr, 16, 8, BLOCK_BITS)
+    words2, scales2 = _load_codes(rows, entries_ptr, 24, 4, BLOCK_BITS)
     for i in range((num_entries + TILE - 1) // TILE):
         mbarrier.wait(empty.index(turn), phase)
         buffer = keys.index(turn)
-        _copy_rotary(i, num_entries, lists, entries_ptr, buffer, RATIO, BLOCK_BITS)
+        _copy_rotary(places.index(turn), entries_ptr, buffer, BLOCK_BITS)
         async_copy.mbarrier_arrive(full.index(turn), increment_count=False)
         as_words = buffer._reinterpret(gl.int32, [TILE, H // 2], WORDS)
         _store_codes(words0, scales0, as_words, 0, 16)
         _store_codes(words1, scales1, as_words, 16, 8)
         _store_codes(words2, scales2, as_words, 24, 4)
+        then, then_phase = next_buffer(turn, phase)
+        rows = places.index(then)
+        rows.store(ahead)
         fence_async_shared()
         gl.thread_barrier()
         mbarrier.arrive(full.index(turn), count=1)
-        words0, scales0 = _load_codes(i + 1, num_entries, lists, entries_ptr, 0, 16, RATIO, BLOCK_BITS)
-        words1, scales1 = _load_codes(i + 1, num_entries, lists, entries_ptr, 16, 8, RATIO, BLOCK_BITS)
-        words2, scales2 = _load_codes(i + 1, num_entries, lists, entries_ptr, 24, 4, RATIO, BLOCK_BITS)
-        turn, phase = next_buffer(turn, phase)
+        words0, scales0 = _load_codes(rows, entries_ptr, 0, 16, BLOCK_BITS)
+        words1, scales1 = _load_codes(rows, entries_ptr, 16, 8, BLOCK_BITS)
+        words2, scales2 = _load_codes(rows, entries_ptr, 24, 4, BLOCK_BITS)
+        ahead = _entry_rows((i + 2) * TILE + e, num_entries, lists, RATIO, BLOCK_BITS)
+        turn, phase = then, then_phase
     return turn, phase

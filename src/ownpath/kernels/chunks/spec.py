@@ -26,7 +26,7 @@ def _triton(name: str, entry: str, why: str, official: frozenset[Step]) -> Kerne
         is_batch_invariant=True,
         packages=("triton",),
         official=official,
-        launches=(r"\battend_chunk_(hopper_)?kernel\b",),
+        launches=(r"\battend_chunk_((hopper|window)_)?kernel\b",),
         evidence=_EVIDENCE,
     )
 
