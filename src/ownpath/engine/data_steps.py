@@ -65,14 +65,14 @@ class RankRows:
 
     def places(self) -> list[int]:
         """Returns each row's place among the rows of all ranks, padded."""
-        return _in_order(self.ranks, self.most_rows, self.size)
+        return in_order(self.ranks, self.most_rows, self.size)
 
     def wanted_places(self) -> list[int]:
         """Returns each wanted row's place among the logits of all ranks."""
-        return _in_order([self.ranks[row] for row in self.wanted], self.most_wanted, self.size)
+        return in_order([self.ranks[row] for row in self.wanted], self.most_wanted, self.size)
 
 
-def _in_order(ranks: Sequence[int], most: int, size: int) -> list[int]:
+def in_order(ranks: Sequence[int], most: int, size: int) -> list[int]:
     """Returns the place of each of several things, where those of each rank have ``most`` places."""
     following = [most * rank for rank in range(size)]
     found = []

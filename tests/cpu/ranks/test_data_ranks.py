@@ -15,13 +15,16 @@ from support.matchers import Every
 from ownpath.cache.layout import NOBODY
 from ownpath.cache.rank_books import RankNumbers, rank_pools
 from ownpath.config import EngineConfig, Parallel
+from ownpath.engine.data_decoder import DataDecoder, FollowingDataDecoder, LeadingDataDecoder
 from ownpath.engine.data_leading import DataLeader, DataLeadingModel
 from ownpath.engine.data_steps import DataFollower, RankRows, coded_flags, flag_codes
+from ownpath.engine.decoding_ranks import DECODE, REDRAW
 from ownpath.engine.engine import Engine
 from ownpath.engine.prefix import PrefixCache, PrefixSettings
 from ownpath.engine.request import Request, SamplingParams, StepOutput
 from ownpath.loading import load_model
 from ownpath.model.model import Model
+from ownpath.ranks.control import DATA
 from ownpath.ranks.virtual import VirtualPeers, run_virtual
 from ownpath.splits import AttentionSplit, ExpertSplit
 
@@ -108,14 +111,20 @@ def engine_of(rank: int, size: int) -> EngineConfig:
     return replace(ENGINE, parallel=parallel)
 
 
-def on_ranks(folder: Path, size: int, lead: Callable[[DataLeadingModel, Model], None]) -> Told:
-    """Runs ``lead`` on rank 0, and followers on the others."""
+def on_ranks(
+    folder: Path, size: int, lead: Callable[[DataLeadingModel, Model], None], *, decodes: bool = False
+) -> Told:
+    """Runs ``lead`` on rank 0, and followers on the others. decodes: with decoders."""
     told = Told(size - 1)
 
     def work(peers: VirtualPeers) -> None:
         model = load_model(folder, engine_of(peers.rank, size), peers=peers)
         own = DataFollower(model, peers.rank, size, PLACES)
         with torch.inference_mode():
+            if peers.rank and decodes:
+                decoder = FollowingDataDecoder(model, MAX_ROWS, VOCAB, peers.rank, size)
+                decoder.warm_up(lambda *_: None)
+                own = DataFollower(model, peers.rank, size, PLACES, decoder)
             if peers.rank:
                 own.follow(told.messages[peers.rank - 1].get)
                 return
@@ -153,6 +162,30 @@ def test_ranks_with_their_own_requests_answer_as_one(size: int, folder: Path, al
     told = on_ranks(folder, size, lead)
     assert ranks == {*range(size)}
     assert {"step", "save", "load"} <= {message["kind"] for message in told.heard}
+    same_answers(found, alone)
+
+
+def test_decoders_of_ranks_with_their_own_requests_answer_as_one(
+    folder: Path, alone: list[Asked], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As graphs would run: steps ahead of the host, rows that come and go on either rank, tokens drawn again."""
+    monkeypatch.setattr(DataDecoder, "has_graph", lambda decoder, num_rows: True)
+    found = list[Asked]()
+
+    def lead(leading: DataLeadingModel, model: Model) -> None:
+        leader: Any = leading.leader.leader
+        decoder = LeadingDataDecoder(model, MAX_ROWS, VOCAB, leader, leading.caches)
+        decoder.warm_up(lambda *_: None)
+        prefixes, config = leading.prefixes(SETTINGS), engine_of(0, 2)
+        found.extend(answers(Engine(leading, config, VOCAB, end_token_ids=(), decoder=decoder, prefix=prefixes)))
+        assert [*prefixes.faults(), *leading.caches.slots.faults()] == []
+
+    told = on_ranks(folder, 2, lead, decodes=True)
+    steps = [message for message in told.heard if message["kind"] == DECODE]
+    assert len({message["rows"] for message in steps}) >= 2
+    assert any(DATA not in message for message in steps)
+    assert any(message["kind"] == REDRAW for message in told.heard)
+    assert {one.request.rank for one in found} == {0, 1}
     same_answers(found, alone)
 
 
