@@ -223,8 +223,8 @@ class EngineConfig:
     device: a torch device name.
     dtype: of activations, and of caches in BF16. Sums, norms, softmax and router scores are at least float32 anyway.
     max_model_len: tokens (prompt + answer) that one sequence may reach; caches are allocated for it once.
-    max_num_seqs: sequences that run together.
-    max_prefill_tokens: prompt tokens that one step may process, over all sequences.
+    max_num_seqs: sequences that run together; by data, on each rank.
+    max_prefill_tokens: prompt tokens that one step may process, over all sequences; by data, on each rank.
     is_batch_invariant: ask for kernels whose result for a row does not depend on the other rows of the step.
     official: steps to be computed as DeepSeek's published code does; all others are plain.
     loads_draft: load the MTP modules too, for an engine that drafts, or callers of the model that do.
@@ -235,8 +235,8 @@ class EngineConfig:
     graphs: capture decode steps as CUDA graphs, and steps that read prompts in sizes of their own; without, they run
         eagerly, decode steps with the same bits.
     parallel: this process's rank among those that run one model together.
-    num_cache_blocks: blocks of 256 tokens that all sequences share; ``None``: as many as ``max_num_seqs`` sequences of
-        ``max_model_len`` tokens fill.
+    num_cache_blocks: blocks of 256 tokens that all sequences share, by data those of a rank; ``None``: as many as
+        ``max_num_seqs`` sequences of ``max_model_len`` tokens fill.
     draws_weights: make all weights at random, in memory: no shard is read. For measuring what a model of this shape
         costs.
     """
@@ -262,6 +262,11 @@ class EngineConfig:
         """Returns a device's defaults: float32 activations on CPU (bf16 products are slow there), bfloat16 on CUDA."""
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         return cls(device=device, dtype=dtype, max_model_len=max_model_len)
+
+    @property
+    def most_running(self) -> int:
+        """Sequences that run together, on all ranks."""
+        return self.max_num_seqs * (self.parallel.size if self.parallel.attention is AttentionSplit.DATA else 1)
 
 
 def unread_fields(fields: Mapping[str, object]) -> tuple[str, ...]:

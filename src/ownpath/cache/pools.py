@@ -26,7 +26,7 @@ from ownpath.cache.layout import (
     spare_rows,
     windows_per_entry,
 )
-from ownpath.cache.slots import Slots
+from ownpath.cache.slots import Owned, Slots
 from ownpath.config import SLIDING, EngineConfig, ModelConfig
 from ownpath.formats import CacheFormat
 
@@ -182,9 +182,12 @@ class CachePool:
         ``None``: for as many as it can ever have, or the pool. shared: full blocks that it begins with; its rings are
         the caller's to fill then. Errors: CacheFull.
         """
+        return SequenceCache(self, self._taken(num_tokens, shared).slot)
+
+    def _taken(self, num_tokens: int | None, shared: Sequence[int]) -> Owned:
         most = min(self.blocks_per_sequence, self.slots.num_blocks)
         wanted = most if num_tokens is None else num_blocks(num_tokens)
-        return SequenceCache(self, self.slots.take(wanted - len(shared), shared).slot)
+        return self.slots.take(wanted - len(shared), shared)
 
     def _allocate(self, member: CacheTensor) -> torch.Tensor:
         spec, group = self.spec, member.group

@@ -2,6 +2,9 @@
 
 A slot has one owner. A block may have several holders, once it is full: sequences that begin with the same tokens, and
 whoever keeps it for later ones. It is free again when the last holder lets go.
+
+Where several ranks have requests of their own, the books of all of them are kept together, in parts, one for each rank:
+numbers go on from part to part, so that a slot's number says whose it is.
 """
 
 from collections import Counter
@@ -23,24 +26,33 @@ class Owned:
     blocks: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Sequences:
+    """Running sequences. owned: slot -> its sequence's blocks; another tuple once the sequence has grown. lengths:
+    slot -> tokens that its sequence holds."""
+
+    owned: dict[int, tuple[int, ...]]
+    lengths: list[int]
+
+
 class Slots:
     """Free lists of ``num_slots`` slots and ``num_blocks`` blocks, ``NOBODY`` excepted, and the holders of each.
 
-    owned: slot -> its sequence's blocks; another tuple once the sequence has grown. lengths: slot -> tokens that its
-    sequence holds.
+    owned, lengths: see ``Sequences``. part: behind so many parts of the same sizes; numbers go on from there.
+    sequences: of all parts; ``None``: there is one.
     """
 
-    def __init__(self, num_slots: int, num_blocks: int) -> None:
+    def __init__(self, num_slots: int, num_blocks: int, part: int = 0, sequences: Sequences | None = None) -> None:
         self.num_slots, self.num_blocks = num_slots, num_blocks
-        self._free_slots = list(range(num_slots, NOBODY, -1))
-        self._free_blocks = list(range(num_blocks, NOBODY, -1))
-        self._num_holders = [0] * (num_blocks + 1)
+        self._slots, self._blocks = _numbers(part, num_slots), _numbers(part, num_blocks)
+        self._free_slots, self._free_blocks = list(reversed(self._slots)), list(reversed(self._blocks))
+        self._num_holders = [0] * self._blocks.stop
         self._kept: Counter[int] = Counter()
         self._num_idle = 0
         self.reclaim: Callable[[int], None] = _reclaim_none
         """Called when so many more blocks are wanted than are free; may ``drop`` some that nobody else holds."""
-        self.owned: dict[int, tuple[int, ...]] = {}
-        self.lengths = [0] * (num_slots + 1)
+        self._is_all, running = sequences is None, sequences or Sequences({}, [0] * self._slots.stop)
+        self.owned, self.lengths = running.owned, running.lengths
 
     @property
     def num_free_slots(self) -> int:
@@ -106,8 +118,8 @@ class Slots:
         is free, once, or has as many holders as are counted; tables are as long as their tokens need; and no sequence
         would write to a block that another holder reads."""
         return [
-            *_find_miscounts("slot", [*self._free_slots, *self.owned], self.num_slots),
-            *_find_miscounts("block", [*self._free_blocks, *self._held()], self.num_blocks),
+            *_find_miscounts("slot", [*self._free_slots, *self._own()], self._slots),
+            *_find_miscounts("block", [*self._free_blocks, *self._held()], self._blocks),
             *self._find_wrong_counts(),
             *self._find_wrong_tables(),
         ]
@@ -135,11 +147,15 @@ class Slots:
             if not self._num_holders[block]:
                 self._free_blocks.append(block)
 
+    def _own(self) -> dict[int, tuple[int, ...]]:
+        """Returns the slots of this part that are owned, with their blocks."""
+        return {slot: blocks for slot, blocks in self.owned.items() if self._is_all or slot in self._slots}
+
     def _held(self) -> set[int]:
-        return {block for blocks in self.owned.values() for block in blocks} | {*self._kept}
+        return {block for blocks in self._own().values() for block in blocks} | {*self._kept}
 
     def _find_wrong_counts(self) -> Iterator[str]:
-        found = Counter(block for blocks in self.owned.values() for block in blocks) + self._kept
+        found = Counter(block for blocks in self._own().values() for block in blocks) + self._kept
         for block, counted in enumerate(self._num_holders):
             if found[block] != counted:
                 yield f"block {block} has {found[block]} holders, and {counted} are counted"
@@ -148,14 +164,14 @@ class Slots:
             yield f"{num_idle} blocks are only kept, and {self._num_idle} are counted"
 
     def _find_wrong_tables(self) -> Iterator[str]:
-        for slot, blocks in self.owned.items():
+        for slot, blocks in self._own().items():
             length = self.lengths[slot]
             if len({*blocks}) < len(blocks):
                 yield f"slot {slot} has a block twice"
             if not 0 <= length <= BLOCK_TOKENS * len(blocks):
                 yield f"slot {slot} holds {length} tokens in {len(blocks)} blocks"
             for block in blocks[length // BLOCK_TOKENS :]:
-                if NOBODY < block <= self.num_blocks and self._num_holders[block] > 1:
+                if block in self._blocks and self._num_holders[block] > 1:
                     yield f"slot {slot} writes to block {block}, which has {self._num_holders[block]} holders"
 
 
@@ -163,9 +179,14 @@ def _reclaim_none(count: int) -> None:
     """Nobody keeps blocks."""
 
 
-def _find_miscounts(name: str, found: list[int], count: int) -> list[str]:
-    """Lists the numbers from 1 to ``count`` that do not occur exactly once."""
+def _numbers(part: int, count: int) -> range:
+    """Returns the numbers of a part."""
+    return range(NOBODY + 1 + part * count, NOBODY + 1 + (part + 1) * count)
+
+
+def _find_miscounts(name: str, found: list[int], numbers: range) -> list[str]:
+    """Lists the numbers that do not occur exactly once."""
     counts = Counter(found)
-    faults = [f"{name} {number} is missing" for number in range(NOBODY + 1, count + 1) if not counts[number]]
+    faults = [f"{name} {number} is missing" for number in numbers if not counts[number]]
     faults += [f"{name} {number} is there {times} times" for number, times in counts.items() if times > 1]
-    return faults + [f"{name} {number} does not exist" for number in counts if not NOBODY < number <= count]
+    return faults + [f"{name} {number} does not exist" for number in counts if number not in numbers]

@@ -20,7 +20,7 @@ from ownpath.cache.transfer import upload
 
 def new_flags(pool: CachePool, num_rows: int) -> torch.Tensor:
     """Makes the flags of a step's rows, none of them set: int32 [L, num_rows], each layer's aligned for kernels."""
-    shape = 1 + max(pool.layers), aligned_rows(num_rows)
+    shape = 1 + max(pool.layout.layer_ids), aligned_rows(num_rows)
     return torch.zeros(shape, dtype=torch.int32, device=pool.spec.device)[:, :num_rows]
 
 
@@ -161,12 +161,13 @@ class StepTables:
     ) -> "StepTables":
         """Builds the tables of a step in which sequence i brings ``num_rows[i]`` more rows.
 
-        The sequences are distinct and of one pool, and have room for their rows. passed: snapshots to be taken on
+        The sequences are distinct, but for those of ``NOBODY``, and of one pool, and have room for their rows. passed: snapshots to be taken on
         the way, behind the first row and before the last one of their sequences; of each in ascending order.
         """
         pool, slots = caches[0].pool, tuple(cache.slot for cache in caches)
         assert all(cache.pool is pool for cache in caches), "sequences of different pools"
-        assert len({*slots}) == len(slots), "a sequence is twice in a step"
+        own = [slot for slot in slots if slot != NOBODY]
+        assert len({*own}) == len(own), "a sequence is twice in a step"
         starts = tuple(cache.num_tokens for cache in caches)
         row_ends = tuple(accumulate(num_rows))
         starts_R, num_rows_R, slots_R = (torch.tensor(values) for values in (starts, tuple(num_rows), slots))

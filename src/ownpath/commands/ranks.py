@@ -35,7 +35,7 @@ def rank_of(args: argparse.Namespace, *, takes_data: bool = False) -> int:
     if args.ranks == 1:
         return 0
     if args.attention == AttentionSplit.DATA and not takes_data:
-        raise ValueError("--attention data: here every rank computes all requests; plan and bench step take it")
+        raise ValueError("--attention data: every rank computes all requests here; plan, serve and bench step take it")
     if args.device.startswith("cuda:"):
         raise ValueError(f"--device {args.device}: of several ranks each has a device of its own; name it cuda")
     return int(os.environ["RANK"]) if is_rank(os.environ) else 0
@@ -85,6 +85,8 @@ def follow(args: argparse.Namespace, prefix: "PrefixSettings | None") -> NoRetur
     """
     from ownpath.commands.rank_start import become_ready, opener_of, rank_decoder, share_number
     from ownpath.commands.session import engine_config_of, model_folder_of
+    from ownpath.engine.data_decoder import FollowingDataDecoder
+    from ownpath.engine.data_steps import DataFollower
     from ownpath.engine.decoding_ranks import FollowingDecoder
     from ownpath.engine.following import Follower
     from ownpath.loading import leave_a_core, load_model
@@ -108,9 +110,15 @@ def follow(args: argparse.Namespace, prefix: "PrefixSettings | None") -> NoRetur
             if config.device != "cpu":
                 warm_up(model, config)
         num_tokens, most = share_number(group), config.max_num_seqs
-        decoder = rank_decoder(model, config, group, lambda: FollowingDecoder(model, most, num_tokens))
+        by_data, own = config.parallel.attention is AttentionSplit.DATA, (group.rank, group.size)
+
+        def made() -> FollowingDecoder:
+            rows = model, most, num_tokens
+            return FollowingDataDecoder(*rows, *own) if by_data else FollowingDecoder(*rows)
+
+        decoder = rank_decoder(model, config, group, made)
         places = (0, 0) if prefix is None else (prefix.num_snapshots, prefix.num_tails)
-        follower = Follower(model, *places, decoder)
+        follower = DataFollower(model, *own, places, decoder) if by_data else Follower(model, *places, decoder)
         become_ready(model, group, args.rank_timeout)
         follower.follow(Listener(group).hear)
     except PeerLost as error:

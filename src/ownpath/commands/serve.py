@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     ValueError for what the user can cause."""
     from ownpath.server.listen import take_port
 
-    rank = rank_of(args)
+    rank = rank_of(args, takes_data=True)
     if args.draft and args.ranks > 1:
         raise ValueError("--draft: several ranks (--ranks) do not draft")
     if rank:

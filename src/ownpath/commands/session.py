@@ -15,6 +15,9 @@ from ownpath.commands.rank_options import parallel_of
 from ownpath.commands.rank_start import become_ready, opener_of, rank_decoder, share_number
 from ownpath.config import EngineConfig, ModelConfig
 from ownpath.end_tokens import FIELD, GENERATION_CONFIG, EndTokens, read_end_tokens
+from ownpath.engine.data_decoder import LeadingDataDecoder
+from ownpath.engine.data_leading import DataLeader, DataLeadingModel
+from ownpath.engine.data_steps import DataFollower
 from ownpath.engine.decoder import make_decoder
 from ownpath.engine.decoding_ranks import LeadingDecoder
 from ownpath.engine.draft_decoder import ROWS
@@ -30,6 +33,7 @@ from ownpath.model.model import Model
 from ownpath.ranks.control import Leader
 from ownpath.ranks.group import Group
 from ownpath.ranks.start import phase
+from ownpath.splits import AttentionSplit
 from ownpath.startup import warm_up
 from ownpath.terminal.console import tell
 from ownpath.terminal.progress import Progress
@@ -81,7 +85,8 @@ def engine_config_of(
     config = replace(config, max_num_seqs=max_num_seqs, num_cache_blocks=num_cache_blocks)
     if args.draft:
         config = replace(config, loads_draft=True, rows_per_request=ROWS)
-    return config if group is None else replace(config, parallel=parallel_of(args, group.rank))
+    # By data the engine pads steps: every rank has as many rows, also one that has nothing to do.
+    return config if group is None else replace(config, parallel=replace(parallel_of(args, group.rank), is_even=True))
 
 
 def load_for(
@@ -166,7 +171,17 @@ def _led(
 ) -> tuple[Engine, Leader | None]:
     """Makes the engine of a model that several ranks run."""
     leader, num_tokens = Leader(group), share_number(group, loaded.tokenizer.num_tokens)
-    most = loaded.config.max_num_seqs
+    by_data = loaded.config.parallel.attention is AttentionSplit.DATA
+    engine = (_led_by_data if by_data else _led_by_heads)(loaded, prefix, group, leader, num_tokens)
+    become_ready(loaded.model, group, limit_s)
+    return engine, leader
+
+
+def _led_by_heads(
+    loaded: LoadedModel, prefix: PrefixSettings | None, group: Group, leader: Leader, num_tokens: int
+) -> Engine:
+    """Makes the engine of ranks that all compute all requests."""
+    most, ends = loaded.config.max_num_seqs, loaded.end_tokens.ids
     decoder = rank_decoder(
         loaded.model, loaded.config, group, lambda: LeadingDecoder(loaded.model, most, num_tokens, leader)
     )
@@ -175,10 +190,22 @@ def _led(
     if prefix is not None:
         store = LeadingStore(caches, prefix.num_snapshots, leader, model.passed, prefix.num_tails)
         kept = PrefixCache(caches, prefix, _prefix_root(loaded), store)
-    ends = loaded.end_tokens.ids
-    engine = Engine(model, loaded.config, num_tokens, end_token_ids=ends, decoder=decoder, prefix=kept)
-    become_ready(loaded.model, group, limit_s)
-    return engine, leader
+    return Engine(model, loaded.config, num_tokens, end_token_ids=ends, decoder=decoder, prefix=kept)
+
+
+def _led_by_data(
+    loaded: LoadedModel, prefix: PrefixSettings | None, group: Group, leader: Leader, num_tokens: int
+) -> Engine:
+    """Makes the engine of ranks that have requests of their own."""
+    places = (0, 0) if prefix is None else (prefix.num_snapshots, prefix.num_tails)
+    own = DataFollower(loaded.model, group.rank, group.size, places)
+    model, ends = DataLeadingModel(loaded.model, DataLeader(leader, own)), loaded.end_tokens.ids
+    rows = loaded.config.max_num_seqs, num_tokens
+    decoder = rank_decoder(
+        loaded.model, loaded.config, group, lambda: LeadingDataDecoder(loaded.model, *rows, leader, model.caches)
+    )
+    kept = None if prefix is None else model.prefixes(prefix, _prefix_root(loaded))
+    return Engine(model, loaded.config, num_tokens, end_token_ids=ends, decoder=decoder, prefix=kept)
 
 
 def _prefix_root(loaded: LoadedModel) -> str:

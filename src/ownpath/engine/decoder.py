@@ -28,7 +28,7 @@ Without graphs the same step runs eagerly, in the same buckets, with the same bi
 Legend: T rows of a step, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol, TypeVar
@@ -74,12 +74,16 @@ class DecodingModel(Protocol):
     def decode(self, token_ids_T: torch.Tensor, tables: DecodeTables) -> torch.Tensor: ...
 
 
+AnyValue = TypeVar("AnyValue")
+
+
 @dataclass
 class StepBegun:
     """A step that is launched and not read. turn: the buffers of its results. num_tops: row -> number of its
     likeliest tokens. Once it is launched its logits are there, and what is on the way of those tokens.
 
-    is_open: its rows are still to be drawn again.
+    is_open: its rows are still to be drawn again. count: the bucket that runs it. places: of the rows in arrays and
+    logits; ``None``: they are the first ones, in order.
     """
 
     num_rows: int
@@ -88,17 +92,35 @@ class StepBegun:
     is_open: bool = False
     logits_TV: torch.Tensor = field(init=False)
     tops: PendingTops | None = None
+    count: int = 0
+    places: Sequence[int] | None = None
+
+    def place_of(self, row: int) -> int:
+        """Returns a row's place."""
+        return row if self.places is None else self.places[row]
+
+    def placed(self, values: Sequence[AnyValue]) -> Sequence[AnyValue | None]:
+        """Returns a value of each row at its place, and ``None`` between them."""
+        if self.places is None:
+            return values
+        found: list[AnyValue | None] = [None] * (max(self.places) + 1)
+        for place, value in zip(self.places, values, strict=True):
+            found[place] = value
+        return found
 
 
 class Decoder(StepGraphs):
-    """Runs decode steps of up to ``max_rows`` requests. num_vocab: ids below it are tokens."""
+    """Runs decode steps of up to ``max_rows`` requests. num_vocab: ids below it are tokens. num_parts: of the arrays,
+    each with as many rows as a bucket has."""
+
+    num_parts = 1
 
     def __init__(self, model: DecodingModel, max_rows: int, num_vocab: int) -> None:
         super().__init__(model, max_rows, num_vocab)
         self._model, device = model, self.pool.spec.device
-        self._rows = RowArrays(max_rows, self.pool.blocks_per_sequence, device)
+        self._rows = RowArrays(self.num_parts * max_rows, self.pool.blocks_per_sequence, device)
         self._sampler, self._sampler_operand = sampler_of(device)
-        self._results = StepResults(self.pool, max_rows)
+        self._results = StepResults(self.pool, self.num_parts * max_rows)
         self._following = self._results.following(self._rows.columns)
         self._last: StepBegun | None = None
         self._held: HeldRows | None = None
@@ -132,9 +154,17 @@ class Decoder(StepGraphs):
         next_held = HeldRows(rows.caches, wanted)
         assert next_held.num_left > 0, "a row has no room"
         self._held = None  # as a turn without a step leaves the device behind
-        turn = self._take_turn()
-        staged = self._rows.stage(rows, turn) if held is None or not wanted.continues(held.rows()) else None
-        return self._begin(next_held, StepBegun(rows.num_rows, turn, tops, is_open), staged)
+        begun = StepBegun(rows.num_rows, self._take_turn(), tops, is_open)
+        begun.count, begun.places = self.place(rows)
+        staged = self._stage(rows, begun) if held is None or not wanted.continues(held.rows()) else None
+        return self._begin(next_held, begun, staged)
+
+    def _stage(self, rows: StepRows, begun: StepBegun) -> Staged:
+        return self._rows.stage(rows, begun.turn)
+
+    def place(self, rows: StepRows) -> tuple[int, list[int] | None]:
+        """Returns the bucket that runs these rows, and the places that they have in it; see ``StepBegun``."""
+        return self._bucket_of(rows.num_rows), None
 
     @property
     def can_repeat(self) -> bool:
@@ -148,7 +178,9 @@ class Decoder(StepGraphs):
         assert held is not None
         assert last is not None
         assert held.num_left > 0, "a row has no room"
-        return self._begin(held, StepBegun(last.num_rows, self._take_turn(), last.num_tops, is_open), None)
+        begun = StepBegun(last.num_rows, self._take_turn(), last.num_tops, is_open)
+        begun.count, begun.places = last.count, last.places
+        return self._begin(held, begun, None)
 
     def redraw(self, begun: StepBegun, adjusted: SampleRows | None) -> None:
         """Draws rows of an open step again, behind its graph and before anything reads their tokens. Does not wait.
@@ -160,8 +192,8 @@ class Decoder(StepGraphs):
     def _begin(self, held: HeldRows, begun: StepBegun, staged: Staged | None) -> StepBegun:
         self._held = None  # until the step is launched: one that fails leaves rows that nobody knows
         assert self._last is None or not self._last.is_open or not self._num_unread, "the step before is open"
-        lengths, turn, count = self.pool.slots.lengths, begun.turn, self._bucket_of(begun.num_rows)
-        self._marks[turn] = self._enqueue(lambda: self._launch_whole(begun, count, staged), turn)
+        lengths, turn = self.pool.slots.lengths, begun.turn
+        self._marks[turn] = self._enqueue(lambda: self._launch_whole(begun, begun.count, staged), turn)
         held.advance()
         for slot, position in zip(held.first.slots, held.positions, strict=True):
             lengths[slot] = position
@@ -172,11 +204,14 @@ class Decoder(StepGraphs):
         """Waits for the oldest unread step and returns its results."""
         assert not begun.is_open
         self._marks[begun.turn].wait()
-        tokens, results = self._results.read(begun.turn, begun.logits_TV[: begun.num_rows])
+        tokens, results = self._results.read(begun.turn, begun.num_rows, begun.logits_TV, begun.places)
         self._num_unread -= 1
         if begun is self._last and self._held is not None:
             self._held.token_ids = tokens
-        return results if begun.tops is None else results._replace(tops=read_tops(begun.tops))
+        if begun.tops is None:
+            return results
+        found = read_tops(begun.tops)
+        return results._replace(tops={row: found[begun.place_of(row)] for row in begun.num_tops})
 
     def forget(self) -> None:
         """Gives unread steps up: nobody will read them, and nothing goes on from their rows."""
@@ -206,7 +241,8 @@ class Decoder(StepGraphs):
     def _launch_tops(self, begun: StepBegun) -> None:
         """Launches the pass for likeliest tokens, if rows want some."""
         if begun.num_tops:
-            begun.tops = start_tops(begun.logits_TV, begun.num_tops)
+            wanted = {begun.place_of(row): count for row, count in begun.num_tops.items()}
+            begun.tops = start_tops(begun.logits_TV, wanted)
 
     def run(self, count: int) -> torch.Tensor:
         """Runs the first ``count`` rows eagerly: the model, and a token for each, with the arrays for the next step."""

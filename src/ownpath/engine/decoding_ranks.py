@@ -63,7 +63,8 @@ class RankDecoder(Decoder):
         super().__init__(model, max_rows, num_vocab)
         assert model.share is not None, "no exchange of tokens is planned"
         self._share, self._window, self._dtype = model.share, model.window, self.pool.spec.dtype
-        num_rows = -(-max_rows * _TOKEN_BYTES // DRAWN_MULTIPLE) * DRAWN_MULTIPLE // _TOKEN_BYTES
+        num_bytes = self.num_parts * max_rows * _TOKEN_BYTES
+        num_rows = -(-num_bytes // DRAWN_MULTIPLE) * DRAWN_MULTIPLE // _TOKEN_BYTES
         self._given_R = torch.zeros(num_rows, dtype=torch.int32, device=self.pool.spec.device)
         self._orders: dict[int, Sequence[str]] = {}
 
@@ -89,7 +90,11 @@ class RankDecoder(Decoder):
         """See ``Decoder``."""
         super().warm_up_rest(logits_TV)
         with self._model.ledger.counting_apart():
-            self._share_tokens(self.buckets[-1])
+            self._share_tokens(self.num_parts * self.buckets[-1])
+
+    def _num_shared(self, begun: StepBegun) -> int:
+        """Returns the number of rows whose tokens are given."""
+        return begun.num_rows
 
     def _share_tokens(self, count: int) -> None:
         """Gives the others the tokens that the first rows go on with, or takes rank 0's."""
@@ -128,9 +133,10 @@ class LeadingDecoder(RankDecoder):
         if adjusted is None:
             super()._launch_redraw(begun, None)
             return
-        with running_together(self._leader, {"kind": REDRAW, "rows": begun.num_rows, "turn": begun.turn}):
+        count = self._num_shared(begun)
+        with running_together(self._leader, {"kind": REDRAW, "rows": count, "turn": begun.turn}):
             super()._launch_redraw(begun, adjusted)
-            self._share_tokens(begun.num_rows)
+            self._share_tokens(count)
 
 
 class FollowingDecoder(RankDecoder):

@@ -10,6 +10,7 @@ import torch
 from ownpath.cache.layout import BLOCK_TOKENS
 from ownpath.config import EngineConfig
 from ownpath.engine.adjust import Adjuster
+from ownpath.engine.data_leading import DataLeadingModel
 from ownpath.engine.decoder import Decoder
 from ownpath.engine.device import device_problem
 from ownpath.engine.draft_decoder import MOST_AHEAD
@@ -19,6 +20,7 @@ from ownpath.engine.memory import RequestMemory
 from ownpath.engine.places import WaitingPlaces
 from ownpath.engine.prefix import PrefixCache
 from ownpath.engine.prompt_graphs import prompts_of
+from ownpath.engine.rank_memory import RankPrefixes, RanksMemory
 from ownpath.engine.reports import Reporter
 from ownpath.engine.request import ROOM_AHEAD, FinishReason, Request, RequestError, StepOutput
 from ownpath.engine.retry import chunks_alone
@@ -32,6 +34,20 @@ logger = logging.getLogger(__name__)
 _STEP_FAILED = "the step that this request was part of failed"
 _STOPPED = "the engine has stopped"
 _NO_MEMORY = "there is no memory for this request"
+
+
+def _memory_of(
+    model: LanguageModel,
+    release: Callable[[Request], None],
+    prefix: PrefixCache | RankPrefixes | None,
+    room_ahead: int,
+) -> RequestMemory | RanksMemory:
+    """Makes the memory of requests: of one rank's caches, or of those of ranks that have requests of their own."""
+    if isinstance(model, DataLeadingModel):
+        assert not isinstance(prefix, PrefixCache), "each rank has a prefix cache of its own"
+        return model.memory(release, prefix, room_ahead)
+    assert not isinstance(prefix, RankPrefixes), "the caches are one rank's"
+    return RequestMemory(model, release, prefix, room_ahead)
 
 
 class EngineStopped(RuntimeError):
@@ -58,7 +74,7 @@ class Engine:
         max_num_queued: int = 256,
         end_token_ids: Iterable[int] | None = None,
         decoder: Decoder | None = None,
-        prefix: PrefixCache | None = None,
+        prefix: PrefixCache | RankPrefixes | None = None,
         drafts: Drafts | None = None,
     ) -> None:
         if not 0 < num_vocab <= model.config.vocab_size:
@@ -68,15 +84,15 @@ class Engine:
         self.end_token_ids = frozenset(model.config.eos_token_id if end_token_ids is None else end_token_ids)
         self._adjuster = Adjuster(num_vocab, torch.device(config.device), self.end_token_ids)
         self._decoder = decoder
-        self._places = WaitingPlaces(config.max_num_seqs, max_num_queued)
+        self._places = WaitingPlaces(config.most_running, max_num_queued)
         self._reporter = Reporter(self.end_token_ids, self._close)
         self._drafting = None if drafts is None else Drafting(drafts, self._reporter, config.device)
         self._graphs = decoder, None if drafts is None else drafts.decoder, prompts_of(model)
         run = config.device, num_vocab, self._adjuster, self._reporter, self._drafting
         self._runner = StepRunner(model, decoder, *run)
         room_ahead = ROOM_AHEAD if drafts is None else MOST_AHEAD
-        self._memory = RequestMemory(model, self._runner.release, prefix, room_ahead)
-        self._scheduler = Scheduler(config.max_num_seqs, config.max_prefill_tokens, self._memory)
+        self._memory = _memory_of(model, self._runner.release, prefix, room_ahead)
+        self._scheduler = Scheduler(config.most_running, config.max_prefill_tokens, self._memory)
         self._planned: list[ScheduledChunk] = []
         self._open: set[Request] = set()
         self._lock = threading.Lock()
@@ -142,7 +158,7 @@ class Engine:
         running = list(self._scheduler.running)
         slots = self._memory.slots
         use = sum(request.num_computed for request in running) / (slots.num_blocks * BLOCK_TOKENS)
-        blocks = Usage(slots.num_blocks - self._memory.free[1], slots.num_blocks)
+        blocks = Usage(slots.num_blocks - slots.num_free_blocks - slots.num_idle_blocks, slots.num_blocks)
         taken = Usage(slots.num_slots - slots.num_free_slots, slots.num_slots)
         compiled, captured = self._made_before
         drafting = self._drafting

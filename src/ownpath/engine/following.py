@@ -1,7 +1,7 @@
 """The other ranks: each does what rank 0 says, in its order, on caches at the same places, until there is no more."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 
 import torch
 
@@ -28,7 +28,17 @@ class Follower:
 
     def follow(self, hear: Callable[[], RankMessage | None]) -> None:
         """Runs until ``hear`` has no more. Errors: PeerLost."""
-        run: Mapping[str, Callable[[RankMessage], Any]] = {
+        with torch.inference_mode():
+            while (told := hear()) is not None:
+                self.do(told)
+
+    def do(self, told: RankMessage) -> object:
+        """Does what a message says."""
+        return self._ways[told["kind"]](told)
+
+    @cached_property
+    def _ways(self) -> Mapping[str, Callable[[RankMessage], object]]:
+        return {
             STEP: self._step,
             DECODE: lambda told: self._decoding.follow(told),
             REDRAW: lambda told: self._decoding.take_tokens(told),
@@ -38,9 +48,6 @@ class Follower:
             SAVE_TAIL: lambda told: self._snapshots.save_tail(told["slot"], told["block"], told["place"]),
             LOAD_TAIL: lambda told: self._snapshots.load_tail(told["place"], told["slot"], told["block"]),
         }
-        with torch.inference_mode():
-            while (told := hear()) is not None:
-                run[told["kind"]](told)
 
     @property
     def _snapshots(self) -> SnapshotStore:
@@ -52,13 +59,19 @@ class Follower:
         assert self._decoder is not None, "rank 0 has a decoder, and this rank has none"
         return self._decoder
 
-    def _step(self, told: RankMessage) -> None:
-        self._passed = {number: taken for number, taken in self._passed.items() if number in {*told["living"]}}
-        new = {number: PassedSnapshot(self._pool, slot, end) for slot, end, number in told["passed"]}
+    def _take_passed(self, taken: Sequence[Sequence[int]], living: Sequence[int]) -> tuple[PassedSnapshot, ...]:
+        """Returns the snapshots that a step takes, and forgets those that rank 0 has forgotten. taken: slot, tokens
+        and number of each."""
+        kept = {*living}
+        self._passed = {number: snapshot for number, snapshot in self._passed.items() if number in kept}
+        new = {number: PassedSnapshot(self._pool, slot, end) for slot, end, number in taken}
         self._passed |= new
-        sequences = told["sequences"]
+        return tuple(new.values())
+
+    def _step(self, told: RankMessage) -> object:
+        passed, sequences = self._take_passed(told["passed"], told["living"]), told["sequences"]
         placed = [PlacedSequence(self._pool, slot, tuple(blocks), start) for slot, start, _, blocks in sequences]
-        tables = StepTables.of(placed, [num_rows for *_, num_rows, _ in sequences], tuple(new.values()))
+        tables = StepTables.of(placed, [num_rows for *_, num_rows, _ in sequences], passed)
         device = self._pool.spec.device
         ids, wanted = (torch.tensor(told[name], dtype=torch.int64) for name in ("token_ids", "logits_ids"))
-        self._model.forward(ForwardBatch(ids.to(device), tables, wanted.to(device)))
+        return self._model.forward(ForwardBatch(ids.to(device), tables, wanted.to(device)))

@@ -5,6 +5,7 @@ alone schedules, samples and keeps the books of slots and blocks.
 """
 
 from itertools import count
+from typing import Protocol
 from weakref import WeakValueDictionary
 
 import torch
@@ -68,13 +69,18 @@ class LeadingModel:
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """See ``Model.forward``. Errors: PeerLost; RanksDiffer where this rank's step fails and the others' may not."""
-        with running_together(self._leader, self._message(batch)):
-            logits_RV = self._model.forward(batch)
+        message = self._message(batch)
+        with running_together(self._leader, message):
+            logits_RV = self._run(batch, message)
         window = self._model.window
         if window is not None and len(batch.logits_ids):  # which the engine waits for anyway
             torch.cuda.current_stream(logits_RV.device).synchronize()
             window.check()
         return logits_RV
+
+    def _run(self, batch: ForwardBatch, message: RankMessage) -> torch.Tensor:
+        """Runs this rank's part of a step that all are told of."""
+        return self._model.forward(batch)
 
     def _message(self, batch: ForwardBatch) -> RankMessage:
         living, tables = self.passed.living(), batch.tables
@@ -90,11 +96,18 @@ class LeadingModel:
         }
 
 
+class Teller(Protocol):
+    """Whoever tells ranks what to do."""
+
+    def tell(self, message: RankMessage) -> None: ...
+
+
 class LeadingStore(SnapshotStore):
-    """The snapshots of all ranks: each copy is made on every rank."""
+    """The snapshots of all ranks: each copy is made on every rank. By data, of one rank: it is made there alone, and
+    here where the pool is more than books."""
 
     def __init__(
-        self, pool: CachePool, num_places: int, leader: Leader, passed: PassedNumbers, num_tails: int = 0
+        self, pool: CachePool, num_places: int, leader: Teller, passed: PassedNumbers, num_tails: int = 0
     ) -> None:
         super().__init__(pool, num_places, num_tails)
         self._leader, self._passed = leader, passed

@@ -102,6 +102,12 @@ class PrefixCache:
         chain.grow(len(request.prompt_ids), request.ids_between)
         request.prefix = RequestPrefix(chain, cuts=self.cuts)
 
+    def num_known(self, request: Request) -> int:
+        """Returns how many of a request's tokens need not be computed, if it begins now."""
+        chain = self._prefix_of(request).chain
+        chain.grow(request.num_tokens, request.ids_between)
+        return self._longest_start(request, chain, self.index.find(chain.keys)).num_tokens
+
     def begin(self, request: Request, room: int | None = None) -> SequenceCache:
         """Takes a cache for a request, which begins with what is known of its tokens, and plans its snapshots.
 

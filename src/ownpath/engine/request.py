@@ -210,6 +210,7 @@ class Request:
     begun_at: when it first ran, as ``time.monotonic``; ``None`` while it waits.
     matcher: the grammar that the answer must fit, at the state where ``output_ids`` leave it; ``None``: none.
     guess: a position, and the token that a draft expects there; ``None``: no draft has run.
+    rank: where its caches are, if ranks have requests of their own.
     """
 
     prompt_ids: list[int]
@@ -230,6 +231,7 @@ class Request:
     begun_at: float | None = None
     matcher: Matcher | None = None
     guess: tuple[int, int] | None = None
+    rank: int = 0
 
     def __post_init__(self) -> None:
         fresh = secrets.randbelow(2 * SEED_LIMIT) - SEED_LIMIT

@@ -11,11 +11,14 @@ spoiled.
 from collections.abc import Iterator
 
 from ownpath.engine.memory import RequestMemory
+from ownpath.engine.rank_memory import RanksMemory
 from ownpath.engine.request import Request
 from ownpath.engine.scheduler import ScheduledChunk
 
 
-def chunks_alone(request: Request, num_tokens: int, max_tokens: int, memory: RequestMemory) -> Iterator[ScheduledChunk]:
+def chunks_alone(
+    request: Request, num_tokens: int, max_tokens: int, memory: RequestMemory | RanksMemory
+) -> Iterator[ScheduledChunk]:
     """Yields what of a request is to be run, one step after the other, of at most ``max_tokens`` tokens each, until the
     ``num_tokens`` tokens that it had in the failed step are run too. Stops where the request ends.
 

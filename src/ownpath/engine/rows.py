@@ -153,25 +153,36 @@ class RowArrays:
         filters = FilterRows(columns.top_k[:count], columns.top_p[:count], columns.min_p[:count])
         return SampleRows(columns.temperatures[:count], columns.seeds[:count], columns.drawn[:count], filters)
 
-    def stage(self, rows: StepRows | GroupedRows, turn: int) -> Staged:
-        """Writes these rows into a buffer that nothing reads any more, and pads the others. turn: the step's."""
+    def stage(
+        self,
+        rows: StepRows | GroupedRows,
+        turn: int,
+        places: Sequence[int] | None = None,
+        places_before: Sequence[int] | None = None,
+    ) -> Staged:
+        """Writes these rows into a buffer that nothing reads any more, and pads the others. turn: the step's. places:
+        of the rows, and of those of the step before; ``None``: they are the first ones, in order."""
         caches, tokens, params, seeds, drawn = rows[:5]
         known = rows.known if isinstance(rows, GroupedRows) else PADDED
         count, host = rows.num_rows, self._hosts[turn]
-        host.integers[:, count:], host.floats[:, count:] = _PADDED_INTEGERS, _PADDED_FLOATS
+        at = slice(count) if places is None else np.array(places)
+        host.integers[:], host.floats[:] = _PADDED_INTEGERS, _PADDED_FLOATS
         host.integers[4] = turn
         if count:
             named = np.array(tokens)
+            sources = np.maximum(PADDED - 1 - named, 0)
+            if places_before is not None:
+                sources = np.array(places_before)[sources]
             columns = (
                 *(np.maximum(named, 0), [cache.slot for cache in caches], [cache.num_tokens for cache in caches]),
-                *(drawn, turn, 0, [one.top_k for one in params], np.maximum(PADDED - 1 - named, 0), named < PADDED),
+                *(drawn, turn, 0, [one.top_k for one in params], sources, named < PADDED),
                 known,
             )
             for integers, values in zip(host.integers, columns, strict=True):
-                integers[:count] = values
-            host.floats[:, :count] = np.array([(one.temperature, one.top_p, one.min_p) for one in params]).T
-            host.seeds[:count] = seeds
-        return Staged(turn, self._stage_blocks([cache.blocks for cache in caches], host))
+                integers[at] = values
+            host.floats[:, at] = np.array([(one.temperature, one.top_p, one.min_p) for one in params]).T
+            host.seeds[at] = seeds
+        return Staged(turn, self._stage_blocks([cache.blocks for cache in caches], host, places))
 
     def send(self, staged: Staged, drawn_R: torch.Tensor) -> None:
         """Transfers staged rows, and takes the tokens that only the device knows from those drawn last. Does not
@@ -202,9 +213,13 @@ class RowArrays:
         """Sends every block table with the next rows: nobody knows which have arrived."""
         self._held = [()] * len(self._held)
 
-    def _stage_blocks(self, tables: Sequence[tuple[int, ...]], host: "_HostArrays") -> slice | None:
+    def _stage_blocks(
+        self, tables: Sequence[tuple[int, ...]], host: "_HostArrays", places: Sequence[int] | None
+    ) -> slice | None:
         """Writes the rows' block tables from the first that changes on the device to the last."""
-        wanted = [*tables, *[None] * (len(self._held) - len(tables))]
+        wanted: list[tuple[int, ...] | None] = [None] * len(self._held)
+        for place, table in zip(range(len(tables)) if places is None else places, tables, strict=True):
+            wanted[place] = table
         pairs = enumerate(zip(wanted, self._held, strict=True))
         changed = [row for row, (new, old) in pairs if new is not old and new != old]
         if not changed:
@@ -241,8 +256,8 @@ class _HostArrays(NamedTuple):
 
 
 class _Columns(NamedTuple):
-    """Views of the buffer of ``RowArrays``. counts: positions and drawn [2, R], which a step counts up. floats:
-    temperatures, top_p and min_p [3, R]."""
+    """Views of the buffer of ``RowArrays``. counts: positions and drawn [2, R], which a step counts up. rows: tokens,
+    slots and positions [3, R]. floats: temperatures, top_p and min_p [3, R]."""
 
     seeds: torch.Tensor
     tokens: torch.Tensor
@@ -261,6 +276,7 @@ class _Columns(NamedTuple):
     known: torch.Tensor
     counts: torch.Tensor
     floats: torch.Tensor
+    rows: torch.Tensor
 
     @classmethod
     def of(cls, buffer: torch.Tensor, num_rows: int) -> "_Columns":
@@ -274,6 +290,7 @@ class _Columns(NamedTuple):
             *(blocks, top_k, min_p, sources, carries, known),
             counts=heads[4:6],
             floats=floats,
+            rows=heads[2:5],
         )
 
 
@@ -360,14 +377,18 @@ class StepResults:
         """Returns where the rows of a step go on."""
         return NextStep(columns.tokens, columns.pads, columns.counts, columns.turns, self.on_device, self._shared)
 
-    def read(self, turn: int, logits_TV: torch.Tensor) -> tuple[list[int], StepTokens]:
-        """Returns the tokens that the device goes on with, and the results of as many rows as there are logits."""
-        count, integers = len(logits_TV), self._integers[turn]
-        tokens, faults = integers[:2, :count].tolist()
+    def read(
+        self, turn: int, count: int, logits_TV: torch.Tensor, places: Sequence[int] | None = None
+    ) -> tuple[list[int], StepTokens]:
+        """Returns the tokens that the device goes on with, and the results of so many rows. places: see
+        ``RowArrays.stage``; logits stay where they are."""
+        at = slice(count) if places is None else np.array(places)
+        integers = self._integers[turn][:, at]
+        tokens, faults = integers[:2].tolist()
         kept = (
             tokens
             if not any(faults)
             else [None if fault else token for token, fault in zip(tokens, faults, strict=True)]
         )
-        flagged = first_flagged(integers[NUM_SAMPLED:, :count])
+        flagged = first_flagged(integers[NUM_SAMPLED:])
         return tokens, StepTokens(logits_TV, kept, integers[2].view(np.float32), flagged)

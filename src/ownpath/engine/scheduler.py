@@ -23,6 +23,9 @@ Example: 2 sequences, 4 prefill tokens. A has a 6-token prompt, B a 3-token one,
     step 3: B decodes 1, A reads 1
     step 4: A and B decode 1 each; C waits until one of them ends
 
+Where ranks have requests of their own, each has a prefill limit of its own, and whoever needs room makes others of its
+rank yield (``Request.rank``).
+
 Nobody of one priority starves: the oldest unread prompt always gets half the limit, or half of its client's half, so it
 ends after finitely many steps; every other party moves in every step, as far as there are tokens; the request that
 began first never gives its blocks back to a later one; and clients begin in turns.
@@ -47,7 +50,8 @@ class SequenceMemory(Protocol):
         """The numbers of free sequences and blocks."""
 
     def begin(self, request: Request, num_spare: int) -> bool:
-        """Gives a request memory for its known tokens; False if that is not free, and ``num_spare`` blocks more."""
+        """Gives a request memory for its known tokens, on a rank that it chooses; False if that is not free, and
+        ``num_spare`` blocks more."""
 
     def extend(self, request: Request) -> bool:
         """Gives a running request room for its next tokens; False if none is free."""
@@ -152,7 +156,8 @@ class Scheduler:
             else:
                 chunks.append(self._single[request])
         if unread:
-            chunks += self._read(unread)
+            for rank in sorted({request.rank for request in unread}):
+                chunks += self._read([request for request in unread if request.rank == rank])
         else:
             self._going = chunks
         return chunks
@@ -174,17 +179,18 @@ class Scheduler:
         """Gives running requests room for their next tokens, and sends others back for it where it must."""
         for request in sorted(self._short(), key=lambda one: one.priority):
             while request in self.running and not self._memory.extend(request):
-                self._send_back()
+                self._send_back(request.rank)
 
     def _short(self) -> list[Request]:
         """Returns the running requests that need room. The first comparison alone is made in nearly every step."""
         ahead = self._memory.room_ahead
         return [one for one in self.running if one.num_computed >= one.room - ahead and one.may_grow]
 
-    def _send_back(self) -> None:
-        """Preempts the running request that has to yield first."""
-        highest = max(request.priority for request in self.running)
-        victim = next(request for request in reversed(self.running) if request.priority == highest)
+    def _send_back(self, rank: int = 0) -> None:
+        """Preempts the running request that has to yield first, of those that share a rank's memory."""
+        sharing = [request for request in self.running if request.rank == rank]
+        highest = max(request.priority for request in sharing)
+        victim = next(request for request in reversed(sharing) if request.priority == highest)
         self.running.remove(victim)
         self._going, self._all_wait = None, False
         self._memory.end(victim)

@@ -273,7 +273,7 @@ class StepRunner:
         """Reads the steps before the last, and draws the rows of that one whose logits change by what was read."""
         assert self._decoder is not None
         self._land_to(1)
-        self._decoder.redraw(flight.begun, self._adjuster.rows_of(flight.drawing()))
+        self._decoder.redraw(flight.begun, self._adjuster.rows_of(flight.begun.placed(flight.drawing())))
 
     def _begun(self, decoder: Decoder, following: NextRows, is_open: bool, at: float) -> Flight:
         requests = [chunk.request for chunk in following.chunks]
@@ -318,7 +318,7 @@ class StepRunner:
                 continue  # it ended while this step ran
             if token_id is None or request.flagged_layer is not None or row in looks:
                 drawn = Drawn(token_id, float(done.logprobs_T[row]), done.tops.get(row, ()))
-                self._answer(decode_share(row, flight.chunks[row]), drawn, done.logits_TV)
+                self._answer(decode_share(flight.begun.place_of(row), flight.chunks[row]), drawn, done.logits_TV)
                 continue
             output = plain_output(token_id)
             if scores and request.params.num_logprobs is not None:

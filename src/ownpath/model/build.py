@@ -61,6 +61,7 @@ from ownpath.runners import (
     SwiGLU,
     SwigluMlp,
     Turn,
+    TurnToAll,
 )
 from ownpath.runners.decode import (
     AttendWeights,
@@ -153,8 +154,8 @@ class Builder:
         """Builds what follows the last layer: its boundary, and the head's product."""
         boundary, head = self._boundary("hc_head", "norm"), self._runner("head")
         if "head.turn" in self.specs:
-            gather, turn = self._exchange("head.gather", GatherRows), self._exchange("head.turn", Turn)
-            return boundary, GatheredHead(head, gather, turn)
+            turns = (self._exchange("head.turn", make) for make in (Turn, TurnToAll))
+            return boundary, GatheredHead(head, self._exchange("head.gather", GatherRows), *turns)
         return boundary, self._followed(head, "head.gather", GatherColumns)
 
     def _exchange(self, slot: str, make: type[Exchange]) -> Any:

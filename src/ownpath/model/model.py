@@ -19,7 +19,7 @@ from ownpath.model.batch import ForwardBatch
 from ownpath.model.block import Block, Hidden, Residual
 from ownpath.model.dspark import DSpark
 from ownpath.model.mtp import Mtp
-from ownpath.model.ranks import Product
+from ownpath.model.ranks import GatheredHead, Product
 from ownpath.runners import HyperBoundary
 from ownpath.trace import Ledger
 
@@ -120,6 +120,26 @@ class Model:
         step = self.paged.prepare_decode(tables)
         residual = self._backbone(token_ids_T, tables.positions_T, step)
         return self.head(residual.enter(self.hc_head).h_TD)
+
+    @torch.inference_mode()
+    def forward_by_data(self, batch: ForwardBatch) -> torch.Tensor:
+        """Runs one step of this rank's own requests as ``forward`` does, and returns the logits of all ranks' rows, in
+        the order of ranks. Every rank calls it at once."""
+        wanted = self._extend(batch).rows(batch.logits_ids)
+        return self._shared_head.everywhere(wanted.enter(self.hc_head).h_TD)
+
+    @torch.inference_mode()
+    def decode_by_data(self, token_ids_T: torch.Tensor, tables: DecodeTables) -> torch.Tensor:
+        """Runs a decode step of this rank's own requests as ``decode`` does, and returns the logits of all ranks' rows,
+        in the order of ranks. Every rank calls it at once, with as many rows."""
+        assert self.paged is not None, "no decode step is planned"
+        residual = self._backbone(token_ids_T, tables.positions_T, self.paged.prepare_decode(tables))
+        return self._shared_head.everywhere(residual.enter(self.hc_head).h_TD)
+
+    @property
+    def _shared_head(self) -> GatheredHead:
+        assert isinstance(self.head, GatheredHead), "ranks have no tokens of their own"
+        return self.head
 
     @torch.inference_mode()
     def verify(self, token_ids_T: torch.Tensor, tables: DecodeTables) -> Verified:

@@ -11,7 +11,7 @@ import torch
 
 from ownpath.attention.interface import PreparedStep
 from ownpath.model.moe import MoE
-from ownpath.runners import GatherRows, Linear, Turn
+from ownpath.runners import GatherRows, Linear, Turn, TurnToAll
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 """A product whose result is whole on every rank."""
@@ -54,12 +54,18 @@ class ReducedMoE:
 @dataclass(frozen=True)
 class GatheredHead:
     """Each rank has rows of the vocabulary's matrix, and its own tokens: all tokens' columns go back to where the token
-    is."""
+    is, or to all ranks."""
 
     head: Linear
     gather: GatherRows
     turn: Turn
+    turn_to_all: TurnToAll
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         (h_BD,), counts = self.gather(x)
         return self.turn(self.head(h_BD), counts)
+
+    def everywhere(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the logits of all ranks' rows [B, V], in the order of ranks, on every rank."""
+        (h_BD,), _ = self.gather(x)
+        return self.turn_to_all(self.head(h_BD))

@@ -4,8 +4,10 @@ By heads, every rank computes all tokens: its part of ``wo_b``'s sums, of the ro
 Each part is added up over ranks where the next boundary needs it: two sums a layer. By data, each rank computes its own
 tokens, and all come together for the experts alone, whose sums go back to where the tokens are.
 
-The head's rows are divided either way: each rank has columns of the logits. By heads all ranks draw the same tokens
-from them; where rank 0 draws rows again, with what only it knows of their answers, the tokens are sent.
+The head's rows are divided either way: each rank has columns of the logits. They go to all ranks, which draw the same
+tokens from them; where rank 0 draws rows again, with what only it knows of their answers, the tokens are sent. By data
+the same exchange tells which rows' index scores are not finite. (A model by data that no engine runs has its own rows'
+logits alone.)
 """
 
 from collections.abc import Iterator
@@ -40,3 +42,4 @@ def head_exchanges(config: ModelConfig, parallel: Parallel) -> Iterator[Companio
         return
     yield CompanionSpec("head.gather", OpKind.GATHER, (config.hidden_size,))
     yield CompanionSpec("head.turn", OpKind.TURN, (config.vocab_size,))
+    yield CompanionSpec(DRAWN, OpKind.REDUCE, (DRAWN_MULTIPLE,))

@@ -9,7 +9,7 @@ are tokens that rank 0 has drawn again, some bytes each. For w bytes of a token 
 | all_gather of rows | (N - 1) / N w: a token's rank sends it to all others | the same |
 | all_gather of columns | (N - 1) / N w | the same |
 | reduce_scatter | (N - 1) / N w | the same |
-| all_to_all | (N - 1) / N w / N: columns of a token, to its rank | the same |
+| all_to_all | (N - 1) / N w / N: columns of a token, to its rank | (N - 1) / N w: to all, which draw for all |
 """
 
 from collections.abc import Iterator
@@ -73,7 +73,7 @@ def _of_kind(plan: Plan, name: str, same: list[PlannedCompanion]) -> LinkBytes:
         OpKind.REDUCE: (2 * others / size, others),
         OpKind.GATHER: (others / size, others / size),
         OpKind.SCATTER: (others / size, others / size),
-        OpKind.TURN: (others / size**2, others / size**2),
+        OpKind.TURN: (others / size**2, others / size),
     }[spec.kind]
     kernel = "+".join(dict.fromkeys(one.choice.kernel.name for one in same))
     return LinkBytes(name, spec.kind, kernel, count, count * least, count * sent, name.startswith("head."))

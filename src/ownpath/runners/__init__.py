@@ -34,6 +34,7 @@ from ownpath.runners.exchange import (
     Reduce,
     Scatter,
     Turn,
+    TurnToAll,
 )
 from ownpath.runners.grouped import Fp8GroupedLinear, GroupedLinear, GroupedRunner
 from ownpath.runners.linear import (
@@ -104,6 +105,7 @@ __all__ = [
     "SwiGLU",
     "SwigluMlp",
     "Turn",
+    "TurnToAll",
     "WideLinear",
     "open_window",
 ]

@@ -133,6 +133,15 @@ class Turn(GatherColumns):
         return kernel
 
 
+class TurnToAll(Turn):
+    """Columns x [B, C] of all rows -> all rows, whole [B, N * C], on every rank: by the exchange of ``Turn``."""
+
+    def __call__(self, x_BC: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        if self.window is None:
+            return self.turning.everywhere(x_BC, self.operand)
+        return GatherColumns.__call__(self, x_BC)
+
+
 class DispatchRows(Exchange):
     """goes bool [N, T] and several tensors of T rows -> the rows that came here, and how many each rank sent."""
 

@@ -64,7 +64,7 @@ def expected_bytes(index: CheckpointIndex, divided: str, size: int) -> tuple[flo
         # 43 layers of two sums of 4096 bf16, by two ranks; 129,280 logits in float32, half of them sent.
         (FLASH, 2, HEADS, (43 * 2 * 8192, 43 * 2 * 8192), (129280 * 2, 129280 * 2)),
         # 43 layers: a token's row and 6 x 12 bytes of routing to the other rank in half of the cases, and its sum back.
-        (FLASH, 2, DATA, (43 * (8264 / 2 + 8192 / 2),) * 2, (8192 / 2 + 129280,) * 2),
+        (FLASH, 2, DATA, (43 * (8264 / 2 + 8192 / 2),) * 2, (8192 / 2 + 129280, 8192 / 2 + 129280 * 2)),
         # 61 layers of two sums of 7168 bf16: 2 x 7 / 8 of a row at least, 7 rows where each gives all others its part.
         (PRO, 8, HEADS, (61 * 2 * 14336 * 7 / 4, 61 * 2 * 14336 * 7), (129280 * 4 * 7 / 8,) * 2),
     ],

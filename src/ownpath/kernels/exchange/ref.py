@@ -99,6 +99,10 @@ class AllToAll(ExchangeKernel):
         """Returns this rank's rows [T, N * C] from columns [B, C] of all rows. counts: rows of each rank."""
         return torch.cat([given for (given,) in operand.peers.trade(operand.slot, _by_rank(x_BC, counts))], dim=-1)
 
+    def everywhere(self, x_BC: Tensor, operand: ExchangeOperand) -> Tensor:
+        """Returns all ranks' rows, whole [B, N * C]."""
+        return all_gather([given for (given,) in operand.peers.swap(operand.slot, (x_BC,))], dim=-1)
+
 
 class RoutedDispatch(ExchangeKernel):
     """Rows to the ranks that have one of their experts."""
