@@ -68,9 +68,7 @@ class DataLeadingModel(LeadingModel):
 
         return RankPrefixes([kept(pool) for pool in self.pools])
 
-    def memory(
-        self, release: Callable[[Request], None], prefixes: RankPrefixes | None, room_ahead: int
-    ) -> RanksMemory:
+    def memory(self, release: Callable[[Request], None], prefixes: RankPrefixes | None, room_ahead: int) -> RanksMemory:
         """Makes the memory of requests on all ranks."""
         return RanksMemory(self._whole.slots, self.pools, release, prefixes, room_ahead)
 

@@ -183,4 +183,3 @@ def _padding(pool: CachePool, count: int) -> list[int]:
     """Divides rows for nobody into sequences, none longer than any may be."""
     most = min(pool.spec.max_tokens, BLOCK_TOKENS * pool.blocks_per_sequence)
     return [min(most, count - first) for first in range(0, count, most)]
-

@@ -156,6 +156,9 @@ class LinearKernel(MatrixKernel[Operand], Protocol[Operand]):
     def run_wide(self, x: Tensor, operand: Operand) -> Tensor:
         """Computes y in at least float32, with unrounded sums. Errors: ValueError if the kernel has no such output."""
 
+    def rounds_to_powers(self, operand: Operand, num_rows: int) -> bool:
+        """Returns True if a call with so many rows rounds its input to E4M3 itself, with a power of two per 1 x 128."""
+
 
 class GroupedKernel(Kernel[Operand], Protocol[Operand]):
     """y[t, g] = W[g] u[t, g], where u is attention's output with its rotation undone."""

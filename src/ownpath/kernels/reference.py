@@ -61,6 +61,10 @@ class LinearReference(Reference):
         require_input(x, width, operand.shards[0].qdata)
         return filled(out, self._product(x.reshape(-1, width), operand).view(*x.shape[:-1], num_rows))
 
+    def rounds_to_powers(self, operand: StoredLinear, num_rows: int) -> bool:
+        """See ``LinearKernel``."""
+        return False
+
     def run_wide(self, x: torch.Tensor, operand: StoredLinear) -> torch.Tensor:
         """Computes y in at least float32."""
         return self.run(x.to(torch.promote_types(x.dtype, torch.float32)), operand)

@@ -199,8 +199,9 @@ def plain_format(weight: torch.Tensor) -> Format:
 class QuantizedLinear(LinearRunner):
     """A linear whose input is quantised and read back before the product; any activation dtype holds it exactly.
 
-    FP8 weights: W8A8, E4M3 with a power-of-two scale per 1 x 128. NVFP4 weights: W4A4 by a W4A16 kernel; the input's
-    global scale (the largest of the shards') is multiplied into the weights' global scales.
+    FP8 weights: W8A8, E4M3 with a power-of-two scale per 1 x 128; a kernel that rounds its input so is left to do it,
+    as rounding twice is rounding once. NVFP4 weights: W4A4 by a W4A16 kernel; the input's global scale (the largest of
+    the shards') is multiplied into the weights' global scales.
     """
 
     def __init__(self, kernel: KernelOrName, stored: StoredLinear) -> None:
@@ -219,6 +220,8 @@ class QuantizedLinear(LinearRunner):
         self, x: torch.Tensor, *, out: torch.Tensor | None = None, workspace: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Computes as ``LinearRunner`` does, on the quantised x."""
+        if self.input_scale is None and self.kernel.rounds_to_powers(self.operand, x.numel() // x.shape[-1]):
+            return super().run(x, out=out, workspace=workspace)
         return super().run(self.quantize_input(x), out=out, workspace=workspace)
 
     def run_wide(self, x: torch.Tensor) -> torch.Tensor:

@@ -232,6 +232,10 @@ class Fp8LinearKernel:
             call.start(x_address, out.data_ptr(), address, current_stream(device_index))
         return out
 
+    def rounds_to_powers(self, operand: Fp8Operand, num_rows: int) -> bool:
+        """See ``LinearKernel``."""
+        return operand.weight.power_of_two and self._quantizes(num_rows)
+
     def run_wide(self, x: Tensor, operand: Fp8Operand) -> Tensor:
         """Refuses: this kernel does not write float32. Errors: ValueError."""
         return self.run(x.to(torch.promote_types(x.dtype, torch.float32)), operand)

@@ -150,6 +150,10 @@ class Nvfp4LinearKernel:
             call.start(address, out.data_ptr(), current_stream(weight.device_index))
         return out
 
+    def rounds_to_powers(self, operand: LinearOperand, num_rows: int) -> bool:
+        """See ``LinearKernel``."""
+        return False
+
     def run_wide(self, x: torch.Tensor, operand: LinearOperand) -> torch.Tensor:
         """Refuses: this kernel does not write float32. Errors: ValueError."""
         return self.run(x.to(torch.promote_types(x.dtype, torch.float32)), operand)

@@ -101,6 +101,10 @@ class Nvfp4LinearW4A4Kernel(TritonKernel):
             run_product(codes, scale, operand.codes, operand.scale, out.view(-1, n), operand.alpha, columns)
         return out.view(*x.shape[:-1], n)
 
+    def rounds_to_powers(self, operand: W4A4LinearOperand, num_rows: int) -> bool:
+        """See ``LinearKernel``."""
+        return False
+
     def run_wide(self, x: torch.Tensor, operand: W4A4LinearOperand) -> torch.Tensor:
         """Refuses: this kernel does not write float32. Errors: ValueError."""
         return self.run(x.to(torch.promote_types(x.dtype, torch.float32)), operand)

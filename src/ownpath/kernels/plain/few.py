@@ -98,6 +98,10 @@ class FewPlainKernel:
         """Computes y [..., N] in the dtype of x, or of ``out``. Errors: ValueError naming what is wrong with x, out."""
         return self._run(x, operand, x.dtype, out)
 
+    def rounds_to_powers(self, operand: FewOperand, num_rows: int) -> bool:
+        """See ``LinearKernel``."""
+        return False
+
     def run_wide(self, x: torch.Tensor, operand: FewOperand) -> torch.Tensor:
         """Computes y in at least float32, with unrounded sums."""
         return self._run(x, operand, torch.promote_types(x.dtype, torch.float32), None)

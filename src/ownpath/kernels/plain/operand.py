@@ -72,6 +72,10 @@ class PlainKernel:
         """Computes the product with the signature of the twin."""
         return self._product(x, weight_NK, out_dtype)
 
+    def rounds_to_powers(self, operand: PlainOperand, num_rows: int) -> bool:
+        """See ``LinearKernel``."""
+        return False
+
     def run_wide(self, x: torch.Tensor, operand: PlainOperand) -> torch.Tensor:
         """Computes y in at least float32, with unrounded sums."""
         require_input(x, operand.weight_NK.shape[1], operand.weight_NK)
