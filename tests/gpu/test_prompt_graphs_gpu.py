@@ -33,12 +33,9 @@ def kernel_configs() -> Iterator[Config]:
     return model_configs(default_model_dir())
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["default", "batch-invariant"])
-def model(cuda: torch.device, request: pytest.FixtureRequest) -> Model:
-    engine = EngineConfig(
-        str(cuda), torch.bfloat16, max_model_len=16384, max_num_seqs=MAX_SEQS, is_batch_invariant=request.param
-    )
-    return load_model(default_model_dir(), engine)
+@pytest.fixture(scope="module")
+def model(cuda: torch.device) -> Model:
+    return load_model(default_model_dir(), EngineConfig(str(cuda), torch.bfloat16, 16384, MAX_SEQS))
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +44,6 @@ def graphs(model: Model) -> PromptGraphs:
     with torch.inference_mode():
         made.capture(lambda *_: None)
     return made
-
-
-def is_invariant(model: Model) -> bool:
-    return any(kernel.endswith("_invariant") for _, kernel in model.ledger.kernels.values())
 
 
 def ids(count: int, seed: int) -> list[int]:
@@ -88,11 +81,8 @@ def test_a_graph_has_the_bits_of_an_eager_step(model: Model, graphs: PromptGraph
 
 
 def test_full_shapes_have_the_bits_of_forward(model: Model, graphs: PromptGraphs) -> None:
-    """In any plan; with padded rows where a row's bits do not depend on the others."""
     full = [(512,), (256,), (512,), (200, 56), (1, 127)]
     assert_equal(run(model, graphs, full), run(model, model, full))
-    if is_invariant(model):
-        assert_equal(run(model, graphs, STEPS), run(model, model, STEPS))
 
 
 def test_a_long_context_has_another_graph(model: Model, graphs: PromptGraphs) -> None:
@@ -134,14 +124,14 @@ def tokens_of(engine: Engine, requests: Sequence[tuple[list[int], int]], num_abo
 
 def test_an_engine_reads_prompts_in_graphs(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of all lengths together, one aborted, and one by one, cold and sent again. One by one the tokens are
-    those of an engine without graphs of prompts, where a row's bits do not depend on padded ones; nothing leaks."""
+    those of the same padded steps without graphs; nothing leaks."""
     for name in ("MOST_ALONE", "MOST_BESIDE", "MOST_ALONE_OF_GRAPHS", "MOST_BESIDE_OF_GRAPHS"):
         monkeypatch.setattr(steps, name, 1)  # a decode step rounds otherwise
     engine = EngineConfig(str(model.cache_spec.device), torch.bfloat16, 16384, MAX_SEQS, LARGEST)
     decoder, prompts = make_decoder(model, engine, model.config.vocab_size), with_prompt_graphs(model, engine)
     assert isinstance(prompts, PromptGraphs)
     asked, answers = [(ids(count, count), 20) for count in (700, 3, 90, 1400, 260, 515)], list[list[list[int]]]()
-    for reader in (prompts, model):
+    for reader in (prompts, PromptGraphs(model, LARGEST)):
         prefix = PrefixCache(model.caches, PrefixSettings(16, num_tails=4))
         runs = Engine(reader, engine, model.config.vocab_size, end_token_ids=(), decoder=decoder, prefix=prefix)
         runs.start()
@@ -157,5 +147,4 @@ def test_an_engine_reads_prompts_in_graphs(model: Model, monkeypatch: pytest.Mon
         assert model.caches.slots.num_free_slots == MAX_SEQS
         assert model.caches.slots.num_free_blocks == model.caches.slots.num_blocks
     assert prompts.num_replays > 2 * len(asked)
-    if is_invariant(model):
-        assert answers[0] == answers[1]
+    assert answers[0] == answers[1]

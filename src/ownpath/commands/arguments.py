@@ -67,8 +67,8 @@ def add_engine_arguments(parser: OptionHolder, limits: OptionHolder | None = Non
         type=whole_number(1),
         default=512,
         metavar="N",
-        help="most prompt tokens that a step reads: long prompts are read faster with more, and answers beside them wait "
-        "longer (default: 512)",
+        help="most prompt tokens that a step reads: with more, long prompts are read faster, and answers beside them "
+        "wait longer (default: 512)",
     )
     parser.add_argument(
         "--no-graphs",
