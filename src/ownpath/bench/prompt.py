@@ -104,8 +104,7 @@ class PromptBench:
         setup = {"setup_s": round(time.perf_counter() - start, 1)}
         graphs = None
         if torch.device(device).type == "cuda":
-            sizes = sorted({min(size, most) for size in options.chunks for most in asked.tokens or LENGTHS})
-            graphs = PromptGraphs(made.model, sizes[-1], sizes)
+            graphs = PromptGraphs(made.model, min(max(options.chunks), most_tokens))
             setup |= captured(graphs)
         generator = torch.Generator().manual_seed(asked.settings.seed + 5)
         return cls(asked, shape, made, clocked, made.model.new_cache(), graphs, setup, generator)

@@ -62,6 +62,14 @@ def add_engine_arguments(parser: OptionHolder, limits: OptionHolder | None = Non
         metavar="N",
         help="most tokens of one prompt and its answer (default: 4096)",
     )
+    (limits or parser).add_argument(
+        "--max-prefill-tokens",
+        type=whole_number(1),
+        default=512,
+        metavar="N",
+        help="most prompt tokens that a step reads: with more, long prompts are read faster, and answers beside them "
+        "wait longer (default: 512)",
+    )
     parser.add_argument(
         "--no-graphs",
         action="store_true",

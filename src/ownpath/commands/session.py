@@ -83,6 +83,7 @@ def engine_config_of(
     config = replace(config, reference=frozenset(args.reference), graphs=not args.no_graphs)
     config = replace(config, cache_format=args.cache_format, draws_weights=args.random_weights)
     config = replace(config, max_num_seqs=max_num_seqs, num_cache_blocks=num_cache_blocks)
+    config = replace(config, max_prefill_tokens=args.max_prefill_tokens)
     if args.draft:
         config = replace(config, loads_draft=True, rows_per_request=ROWS)
     # By data the engine pads steps: every rank has as many rows, also one that has nothing to do.

@@ -9,6 +9,7 @@ import pytest
 from ownpath.cli import main
 from ownpath.commands import generate, serve
 from ownpath.commands.settings import parse_arguments, variable_of
+from ownpath.config import EngineConfig
 from ownpath.formats import CacheFormat
 from ownpath.official import Step
 
@@ -31,6 +32,7 @@ def written(folder: Path, text: str) -> str:
 
 def test_without_settings_the_defaults_are_the_parsers() -> None:
     assert vars(parsed([])) == vars(serve_parser().parse_args([]))
+    assert parsed([]).max_prefill_tokens == EngineConfig.max_prefill_tokens
 
 
 def test_the_command_line_wins_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
@@ -54,7 +56,7 @@ def test_every_option_is_a_setting_in_both_places(tmp_path: Path) -> None:
         "model": str(tmp_path / "model"), "served_model_name": "a", "release": "0731", "device": "cuda:1",
         "numerics": "official", "cache_format": "fp8", "reference": "layers.3", "max_model_len": "99",
         "max_num_seqs": "3", "num_cache_blocks": "70", "max_connections": "7", "request_timeout": "8",
-        "step_timeout": "9",
+        "step_timeout": "9", "max_prefill_tokens": "98",
         "drain_timeout": "2", "host": "::1", "prefix_snapshots": "4", "prefix_tails": "0", "prefix_interval": "512",
         "port": "0", "tls_cert": "c.pem", "tls_key": "k.pem", "api_key_file": "keys", "admin_key": SECRET,
         "allowed_hosts": "h", "allowed_origins": "https://o", "log_requests": "off", "log_format": "json",
