@@ -223,7 +223,7 @@ class FakeEngine:
 def measured(folder: Path, seconds: float) -> tuple[list[tuple[str, str, Case]], dict[str, list[str]]]:
     """Lets two sides measure; returns what they did, in order, and the faults of each."""
     done, faults = list[tuple[str, str, Case]](), dict[str, list[str]]()
-    args = argparse.Namespace(visits=2, end=time.time() + seconds, out=folder / "out", calls=None)
+    args = argparse.Namespace(visits=2, seconds=seconds, out=folder / "out", calls=None)
 
     def work(place: int, side: str) -> None:
         turns, rows = Turns(folder, place, 2), folder / f"rows.{side}"
