@@ -17,7 +17,8 @@ most prompt tokens last. All cases' host times come first, in ``--visits``, then
 host calls (``vllm_host``). Stock compiles for each new class of rows, so every step that only reads prompts has 1,024
 rows, or all of the prompts of a case in one step. vLLM's warm-ups of sizes and of routers that no case has are left out
 on both sides. ``--seconds`` bounds the time from when both sides are up: no visit but the first begins in its second
-half, and nothing after it; each host time is a row of its own (``vllm_host``) at once.
+half, and nothing after it; each host time is a row of its own (``vllm_host``) at once. With ``--gate`` both sides start
+beside other work, and wait for it.
 """
 
 import argparse
@@ -170,7 +171,8 @@ class Measurement:
     def run(self) -> list[str]:
         """Times every case on the host, then on the device; returns what should not be so."""
         with self._next():
-            pass
+            while self._args.gate and not self._args.gate.exists():
+                time.sleep(0.1)
         with self._next():  # every side has started
             self._end = time.time() + self._args.seconds
         for visit in range(self._args.visits):
@@ -221,6 +223,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--contexts", nargs="+", type=int, default=[SHORT, LONG], help="tokens before a decode step")
     parser.add_argument("--chunks", nargs="*", type=int, default=[1, 64], help="prompts of a chunk")
     parser.add_argument("--visits", type=int, default=VISITS, help="to each case for the host's times")
+    parser.add_argument("--gate", type=Path, metavar="FILE", help="measuring begins when it is there")
     parser.add_argument("--seconds", type=float, default=3600.0, help="of measuring; nothing is begun after them")
     parser.add_argument("--most-tokens", type=int, default=2**20, help="of a case's prompts; larger ones are left out")
     parser.add_argument("--cache-gib", type=float, default=8.0, help="for keys, of each side")
