@@ -16,8 +16,9 @@ Each side is a process of its own; both are started at once on one device, and t
 most prompt tokens last. All cases' host times come first, in ``--visits``, then device and, with ``--calls``, what the
 host calls (``vllm_host``). Stock compiles for each new class of rows, so every step that only reads prompts has 1,024
 rows, or all of the prompts of a case in one step. vLLM's warm-ups of sizes and of routers that no case has are left out
-on both sides. ``--seconds`` bounds a run: no visit but the first begins in the second half of the time between the
-start of measuring and the end, and nothing after the end; each host time is a row of its own (``vllm_host``) at once.
+on both sides. ``--seconds`` bounds the time from when both sides are up: no visit but the first begins in its second
+half, and nothing after it; each host time is a row of its own (``vllm_host``) at once. With ``--gate`` both sides start
+beside other work, and wait for it.
 """
 
 import argparse
@@ -105,7 +106,7 @@ def main() -> int:
     if args.turns is not None:
         return run_side(args, args.sides[0])
     with tempfile.TemporaryDirectory() as folder:
-        codes = _run_sides(args.sides, Path(folder), args.seconds)
+        codes = _run_sides(args.sides, Path(folder))
         rows = [json.loads(line) for path in Path(folder).glob("rows.*") for line in path.read_text().splitlines()]
     found: dict[Case, dict[str, Timed]] = {}
     for row in sorted(rows, key=lambda row: args.sides.index(row["side"])):
@@ -116,11 +117,11 @@ def main() -> int:
     return int(any(codes))
 
 
-def _run_sides(sides: Sequence[str], folder: Path, seconds: float) -> list[int]:
+def _run_sides(sides: Sequence[str], folder: Path) -> list[int]:
     """Starts a process for each side with this one's arguments; returns their exit codes."""
-    size, children, end = len(sides), list[subprocess.Popen[bytes]](), time.time() + seconds
+    size, children = len(sides), list[subprocess.Popen[bytes]]()
     for place, side in enumerate(sides):
-        own = ["--sides", side, "--turns", str(folder), str(place), str(size), "--end", str(end)]
+        own = ["--sides", side, "--turns", str(folder), str(place), str(size)]
         children.append(subprocess.Popen([sys.executable, *sys.argv, *own]))
     try:
         while any(child.poll() is None for child in children):
@@ -165,18 +166,19 @@ class Measurement:
         self._args, self._side, self._engine, self._turns = args, side, engine, turns
         self._origin, self._rows = origin, rows
         self._hosts: dict[Case, HostTime] = {}
-        self._turn = 0
+        self._turn, self._end = 0, 0.0
 
     def run(self) -> list[str]:
         """Times every case on the host, then on the device; returns what should not be so."""
         with self._next():
-            pass
+            while self._args.gate and not self._args.gate.exists():
+                time.sleep(0.1)
         with self._next():  # every side has started
-            half = (time.time() + self._args.end) / 2
+            self._end = time.time() + self._args.seconds
         for visit in range(self._args.visits):
             for case in self._engine.cases:
                 with self._next():
-                    if time.time() < (half if visit else self._args.end):
+                    if time.time() < self._end - (self._args.seconds / 2 if visit else 0):
                         self._time_host(case)
         return [fault for case in self._engine.cases for fault in self._record(case)]
 
@@ -196,7 +198,7 @@ class Measurement:
     def _record(self, case: Case) -> list[str]:
         """Records a case; returns what should not be so."""
         with self._next():
-            if case not in self._hosts or time.time() > self._args.end:
+            if case not in self._hosts or time.time() > self._end:
                 return [f"{case}: not recorded, for want of time"]
             seen = self._engine.record(case, self._hosts[case].wall_us)
             calls = self._engine.calls(case) if self._args.calls else []
@@ -221,14 +223,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--contexts", nargs="+", type=int, default=[SHORT, LONG], help="tokens before a decode step")
     parser.add_argument("--chunks", nargs="*", type=int, default=[1, 64], help="prompts of a chunk")
     parser.add_argument("--visits", type=int, default=VISITS, help="to each case for the host's times")
-    parser.add_argument("--seconds", type=float, default=3600.0, help="from the start; nothing is begun after them")
+    parser.add_argument("--gate", type=Path, metavar="FILE", help="measuring begins when it is there")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="of measuring; nothing is begun after them")
+    parser.add_argument("--most-tokens", type=int, default=2**20, help="of a case's prompts; larger ones are left out")
     parser.add_argument("--cache-gib", type=float, default=8.0, help="for keys, of each side")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, metavar="FILE", help="append a JSON line for each case")
     parser.add_argument("--calls", type=Path, metavar="FILE", help="append what the host calls in a step of each case")
     parser.add_argument("--commit", default="unknown", metavar="ID", help="recorded with every row")
     parser.add_argument("--turns", nargs=3, metavar=("FOLDER", "PLACE", "SIZE"), help="of a side's own process")
-    parser.add_argument("--end", type=float, help="of a side's own process")
     return parser.parse_args()
 
 
@@ -247,7 +250,7 @@ class Engine:
             graphs = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sorted(args.requests)}
             options = {"compilation_config": graphs, "gpu_memory_utilization": 0.15}
             options |= {"kv_cache_memory_bytes": int(args.cache_gib * 2**30), "block_size": 256}
-        longest = max(context + num_steps(max(args.requests), context) for context in args.contexts)
+        longest = max(context + num_steps(count, context) for _, count, context in self.cases)
         self._llm = LLM(
             model=str(args.folder),
             kv_cache_dtype="fp8",
@@ -288,7 +291,8 @@ class Engine:
     @property
     def cases(self) -> list[Case]:
         """Every case, those with the most prompt tokens last."""
-        return all_cases(self._args.requests, self._args.contexts, self._args.chunks)
+        cases = all_cases(self._args.requests, self._args.contexts, self._args.chunks)
+        return [case for case in cases if case[1] * case[2] <= self._args.most_tokens]
 
     def time_host(self, case: Case) -> HostTime:
         """Times steps without a profiler."""

@@ -220,10 +220,12 @@ class FakeEngine:
         return TimedCase(Timed(wall_us, 9.0), ["a fault"] * (case[1] == 8))
 
 
-def measured(folder: Path, seconds: float) -> tuple[list[tuple[str, str, Case]], dict[str, list[str]]]:
+def measured(
+    folder: Path, seconds: float, gate: Path | None = None
+) -> tuple[list[tuple[str, str, Case]], dict[str, list[str]]]:
     """Lets two sides measure; returns what they did, in order, and the faults of each."""
     done, faults = list[tuple[str, str, Case]](), dict[str, list[str]]()
-    args = argparse.Namespace(visits=2, end=time.time() + seconds, out=folder / "out", calls=None)
+    args = argparse.Namespace(visits=2, seconds=seconds, out=folder / "out", calls=None, gate=gate)
 
     def work(place: int, side: str) -> None:
         turns, rows = Turns(folder, place, 2), folder / f"rows.{side}"
@@ -232,13 +234,17 @@ def measured(folder: Path, seconds: float) -> tuple[list[tuple[str, str, Case]],
     threads = [Thread(target=work, args=pair) for pair in enumerate(["stock", "ours"])]
     for thread in threads:
         thread.start()
+    if gate:
+        time.sleep(0.3)
+        assert not done
+        gate.touch()
     for thread in threads:
         thread.join()
     return done, faults
 
 
 def test_every_host_time_comes_before_any_record(tmp_path: Path) -> None:
-    done, faults = measured(tmp_path, 60.0)
+    done, faults = measured(tmp_path, 60.0, tmp_path / "gate")
     cases = [("decode", 1, SHORT), ("decode", 8, SHORT), ("decode", 1, LONG)]
     parts = ["host", "host", "device"]
     assert done == [(side, part, case) for part in parts for case in cases for side in ("stock", "ours")]
