@@ -45,7 +45,7 @@ HOPPER_HEADS, FEW_HEADS = 64, 16
 WARPS, TILE, STAGES = 8, 64, 2
 NUM_SMS = 132
 """Of an H200: programs on Hopper, one an SM, take rows in turn."""
-REGISTERS = (72, 136)
+REGISTERS = (72, 120)
 """Of a thread that brings keys, BF16 or FP8."""
 
 
