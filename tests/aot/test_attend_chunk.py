@@ -75,8 +75,8 @@ def multiplying_loop(sass: str, num_products: int) -> str:
 
 
 def test_warpgroups_share_the_products(hopper: list[Compiled]) -> None:
-    """Half of a tile's keys, or half of the channels, in one instruction. Two tiles at a time, and what is left of an odd
-    number of them; the window is one tile of 128 keys."""
+    """Half of a tile's keys, or half of the channels, in one instruction. Two tiles at a time, and what is left of an
+    odd number of them; the window is one tile of 128 keys."""
     for one in own(hopper):
         shapes = re.findall(r"wgmma\.mma_async\.sync\.aligned\.(m\d+n\d+k\d+)", one.ptx)
         if is_window(one):

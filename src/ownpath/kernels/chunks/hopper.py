@@ -280,7 +280,8 @@ def attend_chunk_hopper_kernel(
                 RATIO, STEPWISE, BOUNDED,
             )),
             (_produce, (
-                keys, full, empty, places, q_shared, q_full, q_empty, angles, q_ptr, cos_ptr, sin_ptr, near_ptr, entries_ptr,
+                keys, full, empty, places, q_shared, q_full, q_empty, angles,
+                q_ptr, cos_ptr, sin_ptr, near_ptr, entries_ptr,
                 positions_ptr, places_ptr, requests_ptr, blocks_ptr, selected_ptr, num_selected_ptr,
                 num_blocks, num_listed, most_entries, row_stride, head_stride, num_heads, num_parts,
                 RATIO, BLOCK_BITS, FP8,
