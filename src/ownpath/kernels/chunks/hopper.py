@@ -3,7 +3,8 @@
 Written in Gluon, Triton's form with explicit layouts and warps of two kinds. Four warps bring keys, a tile of 64 at a
 time, to two buffers (``producer``); two warpgroups multiply, and share every product: of the scores each computes half
 of a tile's keys, of the sums over values half of the channels. Barriers in shared memory tell each kind that a tile is
-there, or may be replaced. So nobody who multiplies waits for a copy of its own.
+there, or may be replaced. So nobody who multiplies waits for a copy of its own. Tiles go in pairs, so that weights are
+made while a product runs. Queries and results are ``queries``.
 
 Without a running maximum. A query's norm is sqrt(H), and of keys the operand knows a bound: where no score is beyond
 +-SAFE, in powers of two, weights are 2^score without a maximum that is taken away first. They have float32's
