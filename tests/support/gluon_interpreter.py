@@ -124,7 +124,9 @@ class _Kinds:
     def init(self, barrier: _Shared, count: Any) -> None:
         self.barriers[self.at(barrier)] = _Barrier(int(count), int(count))
 
-    def arrive(self, barrier: _Shared, *, count: Any = 1) -> None:
+    def arrive(self, barrier: _Shared, *, count: Any = 1, pred: Any = True) -> None:
+        if not bool(pred):
+            return
         found = self.barriers[self.at(barrier)]
         found.left -= int(count)
         assert found.left >= 0, "more arrivals than a phase has"

@@ -1,8 +1,8 @@
 """FlashMLA's sparse prefill, of the library that vLLM ships: one list of BF16 keys for each row.
 
 It takes normed, rotated queries and leaves the result rotated; both are done outside of the timed call. So is, in its
-bare form, the array of all keys that its lists point into: a bound of what it could do, for its users make that array in
-every call. Entries in FP8 pages become BF16 by a kernel of ours (``pages``): theirs is not in its library.
+bare form, the array of all keys that its lists point into: a bound of what it could do, for its users make that array
+in every call. Entries in FP8 pages become BF16 by a kernel of ours (``pages``): theirs is not in its library.
 """
 
 from collections.abc import Sequence

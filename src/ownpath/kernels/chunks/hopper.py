@@ -3,7 +3,8 @@
 Written in Gluon, Triton's form with explicit layouts and warps of two kinds. Four warps bring keys, a tile of 64 at a
 time, to two buffers (``producer``); two warpgroups multiply, and share every product: of the scores each computes half
 of a tile's keys, of the sums over values half of the channels. Barriers in shared memory tell each kind that a tile is
-there, or may be replaced. So nobody who multiplies waits for a copy of its own.
+there, or may be replaced. So nobody who multiplies waits for a copy of its own. Tiles go in pairs, so that weights are
+made while a product runs. Queries and results are ``queries``.
 
 Without a running maximum. A query's norm is sqrt(H), and of keys the operand knows a bound: where no score is beyond
 +-SAFE, in powers of two, weights are 2^score without a maximum that is taken away first. They have float32's
@@ -55,6 +56,12 @@ from ownpath.kernels.chunks.queries import (
 
 
 @gluon.jit
+def _add_up(weights):
+    """Adds weights [N, TILE] that a thread holds of a row: [N, 2, 8]."""
+    return gl.sum(gl.reshape(weights, (N, 2, TILE // 16, 8)), axis=2)
+
+
+@gluon.jit
 def _weigh(scores, left, score_scale, p_shared, o, sums, largest, BOUNDED: tl.constexpr):
     """Stores the weights of a tile of which ``left`` keys are there; returns the sums over values and weights as they
     are to be added to, and the maximum."""
@@ -62,12 +69,13 @@ def _weigh(scores, left, score_scale, p_shared, o, sums, largest, BOUNDED: tl.co
     scores = gl.where((key < left)[None, :], scores * score_scale, float("-inf"))
     if BOUNDED:
         weights = gl.exp2(scores)
-        sums += weights
+        sums += _add_up(weights)
     else:
         higher = gl.maximum(largest, gl.max(scores, axis=1))
         weights = gl.exp2(scores - higher[:, None])
         keep = gl.exp2(largest - higher)
-        sums = sums * keep[:, None] + weights
+        of_sums: tl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, sums.type.layout))
+        sums = sums * gl.convert_layout(keep, of_sums)[:, None][:, :, None] + _add_up(weights)
         largest = higher
         o = o * gl.convert_layout(keep, gl.SliceLayout(1, SUMS))[:, None]
     p_shared.store(weights.to(gl.bfloat16))
@@ -77,44 +85,67 @@ def _weigh(scores, left, score_scale, p_shared, o, sums, largest, BOUNDED: tl.co
 
 
 @gluon.jit
+def _left(i, sizes):
+    """Returns how many keys tile i has, or more than a tile has room for."""
+    _, num_near, near_tiles, num_entries, _ = sizes
+    return gl.where(i < near_tiles, num_near - i * TILE, num_entries - (i - near_tiles) * TILE)
+
+
+@gluon.jit
+def _wait_keys(full, turn, phase):
+    mbarrier.wait(full.index(turn), phase)
+    fence_async_shared()
+
+
+@gluon.jit
 def _multiply(
     sizes, keys, full, empty, q_shared, q_empty, p_shared, score_scale, turn, phase, BOUNDED: tl.constexpr
 ):  # fmt: skip
     """Attends to a row's tiles: returns the sums over values [N, H], those of weights [N], the maximum [N] that was
     taken away (0 where scores are bounded), the next buffer and its phase.
 
-    The next tile's scores stand in line behind this tile's sums over values, whose end makes room for a later tile.
+    Two tiles at a time: weights of the first are made while the second's scores are computed, and weights of the second
+    while the first's values are summed.
     """
-    _, num_near, near_tiles, num_entries, _ = sizes
     largest = gl.full([N], 0.0 if BOUNDED else float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
-    sums = gl.zeros([N, TILE], gl.float32, SCORES)
+    sums = _add_up(gl.zeros([N, TILE], gl.float32, SCORES))
     o = gl.zeros([N, H], gl.float32, SUMS)
-    last = near_tiles + (num_entries + TILE - 1) // TILE - 1
-    mbarrier.wait(full.index(turn), phase)
-    fence_async_shared()
-    scores = warpgroup_mma_wait(0, deps=(start_scores(q_shared, keys.index(turn)),))
-    for i in range(last):
-        left = gl.where(i < near_tiles, num_near - i * TILE, num_entries - (i - near_tiles) * TILE)
-        o, sums, largest = _weigh(scores, left, score_scale, p_shared, o, sums, largest, BOUNDED)
-        o = warpgroup_mma(p_shared, keys.index(turn), o, is_async=True)
+    num_tiles = sizes[2] + (sizes[3] + TILE - 1) // TILE
+    for pair in range(num_tiles // 2):
+        i = 2 * pair
         then, then_phase = next_buffer(turn, phase)
-        mbarrier.wait(full.index(then), then_phase)
-        fence_async_shared()
-        scores = start_scores(q_shared, keys.index(then))
+        _wait_keys(full, turn, phase)
+        scores = start_scores(q_shared, keys.index(turn))
+        _wait_keys(full, then, then_phase)
+        next_scores = start_scores(q_shared, keys.index(then))
+        scores = warpgroup_mma_wait(1, deps=(scores,))
+        o, sums, largest = _weigh(scores, _left(i, sizes), score_scale, p_shared.index(0), o, sums, largest, BOUNDED)
+        o = warpgroup_mma(p_shared.index(0), keys.index(turn), o, is_async=True)
+        if BOUNDED:
+            next_scores = warpgroup_mma_wait(1, deps=(next_scores,))
+        else:
+            o, next_scores = warpgroup_mma_wait(0, deps=(o, next_scores))
+        left = _left(i + 1, sizes)
+        o, sums, largest = _weigh(next_scores, left, score_scale, p_shared.index(1), o, sums, largest, BOUNDED)
+        mbarrier.arrive(q_empty, count=1, pred=i + 2 >= num_tiles)
+        o = warpgroup_mma(p_shared.index(1), keys.index(then), o, is_async=True)
         o = warpgroup_mma_wait(1, deps=(o,))
         gl.thread_barrier()
         mbarrier.arrive(empty.index(turn), count=1)
-        scores = warpgroup_mma_wait(0, deps=(scores,))
-        turn, phase = then, then_phase
-    left = gl.where(last < near_tiles, num_near - last * TILE, num_entries - (last - near_tiles) * TILE)
-    o, sums, largest = _weigh(scores, left, score_scale, p_shared, o, sums, largest, BOUNDED)
-    mbarrier.arrive(q_empty, count=1)
-    o = warpgroup_mma(p_shared, keys.index(turn), o, is_async=True)
-    total = gl.sum(sums, axis=1)
-    o = warpgroup_mma_wait(0, deps=(o,))
-    gl.thread_barrier()
-    mbarrier.arrive(empty.index(turn), count=1)
-    turn, phase = next_buffer(turn, phase)
+        o = warpgroup_mma_wait(0, deps=(o,))
+        gl.thread_barrier()
+        mbarrier.arrive(empty.index(then), count=1)
+        turn, phase = next_buffer(then, then_phase)
+    for i in range(num_tiles - num_tiles % 2, num_tiles):
+        _wait_keys(full, turn, phase)
+        scores = warpgroup_mma_wait(0, deps=(start_scores(q_shared, keys.index(turn)),))
+        o, sums, largest = _weigh(scores, _left(i, sizes), score_scale, p_shared.index(0), o, sums, largest, BOUNDED)
+        mbarrier.arrive(q_empty, count=1)
+        o = warpgroup_mma_wait(0, deps=(warpgroup_mma(p_shared.index(0), keys.index(turn), o, is_async=True),))
+        gl.thread_barrier()
+        mbarrier.arrive(empty.index(turn), count=1)
+        turn, phase = next_buffer(turn, phase)
+    total = gl.convert_layout(gl.sum(gl.sum(sums, axis=2), axis=1), gl.SliceLayout(1, SCORES))
     return o, total, largest, turn, phase
 
 
@@ -226,7 +257,7 @@ def attend_chunk_hopper_kernel(
     """
     keys = gl.allocate_shared_memory(gl.bfloat16, [BUFFERS, TILE, H], SHARED)
     q_shared = gl.allocate_shared_memory(gl.bfloat16, [N, H], SHARED)
-    p_shared = gl.allocate_shared_memory(gl.bfloat16, [N, TILE], SHARED)
+    p_shared = gl.allocate_shared_memory(gl.bfloat16, [BUFFERS, N, TILE], SHARED)
     angles = gl.allocate_shared_memory(gl.float32, [4, 2, F], ANGLES)
     places = gl.allocate_shared_memory(gl.int32, [BUFFERS, TILE], PLACES)
     full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
@@ -250,7 +281,8 @@ def attend_chunk_hopper_kernel(
                 RATIO, STEPWISE, BOUNDED,
             )),
             (_produce, (
-                keys, full, empty, places, q_shared, q_full, q_empty, angles, q_ptr, cos_ptr, sin_ptr, near_ptr, entries_ptr,
+                keys, full, empty, places, q_shared, q_full, q_empty, angles,
+                q_ptr, cos_ptr, sin_ptr, near_ptr, entries_ptr,
                 positions_ptr, places_ptr, requests_ptr, blocks_ptr, selected_ptr, num_selected_ptr,
                 num_blocks, num_listed, most_entries, row_stride, head_stride, num_heads, num_parts,
                 RATIO, BLOCK_BITS, FP8,

@@ -5,9 +5,10 @@ first the window's, rows of ``near`` that follow each other, then the entries', 
 names; a key is read once, for scores and for values. Softmax runs in float32. The epilogue divides, rotates back and
 rounds. Neighbouring rows run at the same time and find most of their keys in L2.
 
-Two forms. On Hopper, with 64 heads or more, a program an SM takes rows in turn: warps that bring keys, BF16 or of FP8
-pages, run ahead of two warpgroups that share the products (``hopper``, ``producer``). Where the keys' norms bound the
-scores, no maximum is taken away from them. Elsewhere a program has one row, and Triton lays it out (``kernel``).
+Three forms. On Hopper, with 64 heads or more, a program an SM takes rows in turn: warps that bring keys, BF16 or of
+FP8 pages, run ahead of two warpgroups that share the products (``hopper``, ``producer``, ``queries``). Where rows have
+their window alone, the program keeps it from row to row (``window``). Where the keys' norms bound the scores, no
+maximum is taken away from them. Elsewhere a program has one row, and Triton lays it out (``kernel``).
 
 Roofline. 4 * N * H flops a key on the tensor cores; where a row has 128 keys alone, its queries and results: 4 * N * H
 bytes. 64 heads by 512 channels of float32 sums are half of an SM's registers, 64 queries and two tiles of keys nearly
@@ -45,7 +46,7 @@ HOPPER_HEADS, FEW_HEADS = 64, 16
 WARPS, TILE, STAGES = 8, 64, 2
 NUM_SMS = 132
 """Of an H200: programs on Hopper, one an SM, take rows in turn."""
-REGISTERS = (72, 136)
+REGISTERS = (72, 120)
 """Of a thread that brings keys, BF16 or FP8."""
 
 

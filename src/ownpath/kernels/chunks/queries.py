@@ -60,8 +60,8 @@ def norm_queries(q_shared, cos, sin, eps, STEPWISE: tl.constexpr):
 
 @gluon.jit
 def turn_back(o, cos, sin):
-    """Rotates the last channels of float32 [N, H] back, in pairs. cos, sin: shared [2, F], of which the first half turns
-    by nothing: each warpgroup treats the last 64 channels of its own half."""
+    """Rotates the last channels of float32 [N, H] back, in pairs. cos, sin: shared [2, F], of which the first half
+    turns by nothing: each warpgroup treats the last 64 channels of its own half."""
     eighths = gl.permute(gl.reshape(o, (N, 2, 2, 2, R)), (0, 1, 3, 4, 2))
     first, second = gl.split(eighths)
     third, last = gl.split(gl.permute(second, (0, 1, 3, 2)))

@@ -5,9 +5,9 @@ window's keys in shared memory, the key of position p at place p mod 128: from r
 row costs its queries and its result. Where a row does not continue the one before, all keys are brought. The order of
 a row's sums depends on its position alone.
 
-The whole window is there at once and is one tile, so that each warpgroup has 64 keys of the product of scores, which then
-is bound by the tensor cores and not by its operands' way from shared memory. Warps of two kinds, and softmax without a
-maximum, are those of ``hopper``.
+The whole window is there at once and is one tile, so that each warpgroup has 64 keys of the product of scores, which
+then is bound by the tensor cores and not by its operands' way from shared memory. Warps of two kinds, and softmax
+without a maximum, are those of ``hopper``.
 
 Legend: N heads at a time, H channels, F pairs of rotary channels.
 """
@@ -60,8 +60,8 @@ def _next_part(t, first_head, num_rows):
 
 @gluon.jit
 def _multiply(position, keys, q_shared, q_empty, p_shared, score_scale, BOUNDED: tl.constexpr):
-    """Attends to the window: returns the sums over values [N, H], still under way, those of weights [N], and the maximum
-    [N] that was taken away (0 where scores are bounded)."""
+    """Attends to the window: returns the sums over values [N, H], still under way, those of weights [N], and the
+    maximum [N] that was taken away (0 where scores are bounded)."""
     scores = gl.zeros([N, WINDOW], gl.float32, WINDOW_SCORES)
     scores = warpgroup_mma(q_shared, keys.permute((1, 0)), scores, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, deps=(scores,))
