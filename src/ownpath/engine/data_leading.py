@@ -42,7 +42,8 @@ class DataLeader(NamedTuple):
 
 
 class DataLeadingModel(LeadingModel):
-    """A model of which each rank runs requests of its own, on rank 0; see ``LeadingModel``. pools: each rank's books."""
+    """A model of which each rank runs requests of its own, on rank 0; see ``LeadingModel``. pools: each rank's
+    books."""
 
     def __init__(self, model: Model, leader: DataLeader) -> None:
         super().__init__(model, leader.leader)
@@ -68,9 +69,7 @@ class DataLeadingModel(LeadingModel):
 
         return RankPrefixes([kept(pool) for pool in self.pools])
 
-    def memory(
-        self, release: Callable[[Request], None], prefixes: RankPrefixes | None, room_ahead: int
-    ) -> RanksMemory:
+    def memory(self, release: Callable[[Request], None], prefixes: RankPrefixes | None, room_ahead: int) -> RanksMemory:
         """Makes the memory of requests on all ranks."""
         return RanksMemory(self._whole.slots, self.pools, release, prefixes, room_ahead)
 
