@@ -2,10 +2,10 @@
 
 A word is 64 bits, stored at once: two elements, and the epoch. A reader polls the words that it adds, until all have
 its epoch, so that nothing is ordered by a release: a trip over the link is all that it takes, for twice the bytes.
-Nothing is cleared, as an epoch comes once. Nothing is pushed to the rank itself: what is its own is read where it is.
+Nothing is cleared, as an epoch comes once.
 
 A program's epoch is read by its threads at the start and counted up at the end. Two buffers are enough by the argument
-of ``layout``: program 0 has rows in every exchange, waits for all others' words, and ends before its rank pushes again.
+of ``layout``: program 0 has rows in every exchange, waits for all ranks' words, and ends before its rank pushes again.
 """
 
 import triton
@@ -37,16 +37,6 @@ def paired(low, high):
     """Rounds both to bfloat16, and returns them as one int32."""
     low_bits = low.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     return low_bits | (high.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) << 16)
-
-
-@triton.jit
-def _own_pairs(y_ptr, other_ptr, at, inside, HAS_OTHER: tl.constexpr):
-    """Returns this rank's part: y, or y + other as it would be stored."""
-    pairs = tl.load(y_ptr + at, mask=inside, other=0)
-    if HAS_OTHER:
-        others = tl.load(other_ptr + at, mask=inside, other=0)
-        pairs = paired(low_of(pairs) + low_of(others), high_of(pairs) + high_of(others))
-    return pairs
 
 
 @triton.jit
@@ -138,10 +128,13 @@ def exchange_words(
         for start in range(0, share, BLOCK):
             at = first + start + tl.arange(0, BLOCK)
             inside = (at < num_words) & (at < first + share)
-            pairs = _own_pairs(y_ptr, other_ptr, at, inside, HAS_OTHER)
+            pairs = tl.load(y_ptr + at, mask=inside, other=0)
+            if HAS_OTHER:
+                others = tl.load(other_ptr + at, mask=inside, other=0)
+                pairs = paired(low_of(pairs) + low_of(others), high_of(pairs) + high_of(others))
             words = (epoch.to(tl.int64) << 32) | (pairs.to(tl.int64) & 0xFFFFFFFF)
-            for step in tl.static_range(1, RANKS):
-                window = tl.load(peers_ptr + (rank + step) % RANKS).to(tl.pointer_type(tl.int32))
+            for to in tl.static_range(RANKS):
+                window = tl.load(peers_ptr + to).to(tl.pointer_type(tl.int32))
                 tl.store(tags_of(window, TAGS_AT) + place + at, words, mask=inside & is_alive)
         raise_unread(peers_ptr, rank, epoch, is_alive, RANKS, LANES, PROGRAMS)
     if SUMS:
@@ -151,15 +144,12 @@ def exchange_words(
             inside = (at < num_words) & (at < first + share)
             places = tags_of(window_ptr, TAGS_AT) + (epoch & 1) * RANKS * max_words + at
             low, high = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-            own = _own_pairs(y_ptr, other_ptr, at, inside, HAS_OTHER)
             for source in tl.static_range(RANKS):
-                pairs = own
-                if source != rank:
-                    words, lost = await_words(
-                        places, inside, epoch, source, lost, rank, window_ptr, max_words,
-                        RANKS, ABORT_AT, LOOKS, INTERPRETED,
-                    )  # fmt: skip
-                    pairs = words.to(tl.int32)
+                words, lost = await_words(
+                    places, inside, epoch, source, lost, rank, window_ptr, max_words,
+                    RANKS, ABORT_AT, LOOKS, INTERPRETED,
+                )  # fmt: skip
+                pairs = words.to(tl.int32)
                 low = low_of(pairs) if source == 0 else low + low_of(pairs)
                 high = high_of(pairs) if source == 0 else high + high_of(pairs)
             nothing = float("nan")
