@@ -263,11 +263,6 @@ class EngineConfig:
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         return cls(device=device, dtype=dtype, max_model_len=max_model_len)
 
-    @property
-    def most_running(self) -> int:
-        """Sequences that run together, on all ranks."""
-        return self.max_num_seqs * (self.parallel.size if self.parallel.attention is AttentionSplit.DATA else 1)
-
 
 def unread_fields(fields: Mapping[str, object]) -> tuple[str, ...]:
     """Returns the names of config.json fields that this code does not read as settings of the model, in file order."""

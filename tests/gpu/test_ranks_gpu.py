@@ -31,6 +31,7 @@ NEAR = 0.3
 added, and the embedded model's logits are of some tens."""
 STEP_METRICS = ("step_time_seconds_sum", "step_gap_seconds_sum", "step_time_seconds_count")
 MOST_LOST_S = 6.0
+BY_DATA = ["--attention", "data", "--experts", "ids"]
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +43,10 @@ def two_gpus(device: torch.device) -> None:
 
 @pytest.fixture(scope="module")
 def servers(two_gpus: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Served]]:
-    """One rank and two, which start side by side."""
-    log = tmp_path_factory.mktemp("logs")
-    with ExitStack() as stack, ThreadPoolExecutor(2) as threads:
-        starts = served(log / "alone", SETTINGS), served(log / "ranks", ["--ranks", "2", *SETTINGS])
+    """One rank, two by heads, and two by data, which start side by side."""
+    log, two = tmp_path_factory.mktemp("logs"), ["--ranks", "2", *SETTINGS]
+    with ExitStack() as stack, ThreadPoolExecutor(3) as threads:
+        starts = served(log / "alone", SETTINGS), served(log / "ranks", two), served(log / "data", [*two, *BY_DATA])
         yield list(threads.map(stack.enter_context, starts))
 
 
@@ -80,12 +81,18 @@ def metric(server: Served, name: str) -> float:
     return float(found[1])
 
 
+@pytest.fixture(scope="module")
+def by_data(servers: list[Served]) -> Served:
+    return servers[2]
+
+
 @pytest.mark.parametrize("number", range(len(PROMPTS)))
-def test_two_ranks_answer_as_one(alone: Served, ranks: Served, number: int) -> None:
+@pytest.mark.parametrize("kind", ["ranks", "by_data"])
+def test_two_ranks_answer_as_one(alone: Served, kind: str, request: pytest.FixtureRequest, number: int) -> None:
     """Greedy tokens, until one of two that are nearly as likely; cold, and again with what the first answer kept."""
-    wanted = answer(alone, PROMPTS[number], 48)
+    wanted, server = answer(alone, PROMPTS[number], 48), request.getfixturevalue(kind)
     for _ in range(2):
-        found = answer(ranks, PROMPTS[number], 48)
+        found = answer(server, PROMPTS[number], 48)
         for place, (ours, theirs) in enumerate(zip(found["tokens"], wanted["tokens"], strict=True)):
             if ours != theirs:
                 first, second, *_ = sorted(wanted["top_logprobs"][place].values(), reverse=True)
@@ -95,25 +102,40 @@ def test_two_ranks_answer_as_one(alone: Served, ranks: Served, number: int) -> N
             assert abs(found["token_logprobs"][place] - wanted["token_logprobs"][place]) < NEAR
 
 
-def test_steps_are_graphs_with_pushed_exchanges(ranks: Served) -> None:
+HEADS_SLOTS = {
+    "layers.0.attn.reduce": "triton.reduce",
+    "layers.3.ffn.reduce": "triton.reduce",
+    "head.gather": "triton.gather",
+}
+DATA_SLOTS = {
+    "layers.0.ffn.gather": "triton.gather",
+    "layers.3.ffn.scatter": "triton.scatter",
+    "head.gather": "triton.gather",
+    "head.turn": "triton.turn",
+    "head.drawn": "triton.reduce",
+}
+
+
+@pytest.mark.parametrize(("kind", "slots"), [("ranks", HEADS_SLOTS), ("by_data", DATA_SLOTS)], ids=["heads", "data"])
+def test_steps_are_graphs_with_pushed_exchanges(
+    kind: str, slots: dict[str, str], request: pytest.FixtureRequest
+) -> None:
+    server: Served = request.getfixturevalue(kind)
+
     def calls() -> dict[str, int]:
-        return {one["slot"]: one["calls"] for one in plan_of(ranks)["ran"]}
+        return {one["slot"]: one["calls"] for one in plan_of(server)["ran"]}
 
     before = calls()
-    answer(ranks, {"prompt": "Once"}, 64)
-    told = plan_of(ranks)
+    answer(server, {"prompt": "Once"}, 64)
+    told = plan_of(server)
     ran = {one["slot"]: one for one in told["ran"]}
-    for slot, kernel in (
-        ("layers.0.attn.reduce", "triton.reduce"),
-        ("layers.3.ffn.reduce", "triton.reduce"),
-        ("head.gather", "triton.gather"),
-    ):
+    for slot, kernel in slots.items():
         assert ran[slot]["kernel"] == kernel
         assert ran[slot]["as_planned"]
-        assert ran[slot]["calls"] - before[slot] >= 64
-    assert "decode steps run without graphs" not in ranks.log.read_text(encoding="utf-8")
-    assert metric(ranks, "graphs_captured_total") == 0, "captured after the port opened"
-    assert metric(ranks, "kernels_compiled_total") == 0, "compiled after the port opened"
+        assert ran[slot]["calls"] - before.get(slot, 0) >= 64
+    assert "decode steps run without graphs" not in server.log.read_text(encoding="utf-8")
+    assert metric(server, "graphs_captured_total") == 0, "captured after the port opened"
+    assert metric(server, "kernels_compiled_total") == 0, "compiled after the port opened"
 
 
 def test_answers_side_by_side(ranks: Served, alone: Served) -> None:

@@ -161,8 +161,9 @@ class StepTables:
     ) -> "StepTables":
         """Builds the tables of a step in which sequence i brings ``num_rows[i]`` more rows.
 
-        The sequences are distinct, but for those of ``NOBODY``, and of one pool, and have room for their rows. passed: snapshots to be taken on
-        the way, behind the first row and before the last one of their sequences; of each in ascending order.
+        The sequences are distinct, but for those of ``NOBODY``, and of one pool, and have room for their rows. passed:
+        snapshots to be taken on the way, behind the first row and before the last one of their sequences; of each in
+        ascending order.
         """
         pool, slots = caches[0].pool, tuple(cache.slot for cache in caches)
         assert all(cache.pool is pool for cache in caches), "sequences of different pools"

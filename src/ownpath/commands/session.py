@@ -86,8 +86,11 @@ def engine_config_of(
     config = replace(config, max_prefill_tokens=args.max_prefill_tokens)
     if args.draft:
         config = replace(config, loads_draft=True, rows_per_request=ROWS)
+    if group is None:
+        return config
     # By data the engine pads steps: every rank has as many rows, also one that has nothing to do.
-    return config if group is None else replace(config, parallel=replace(parallel_of(args, group.rank), is_even=True))
+    parallel = parallel_of(args, group.rank)
+    return replace(config, parallel=replace(parallel, is_even=parallel.attention is AttentionSplit.DATA))
 
 
 def load_for(

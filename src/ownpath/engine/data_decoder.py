@@ -36,9 +36,8 @@ class OwnRows:
 
     def __init__(self, pool: CachePool, max_rows: int, rank: int) -> None:
         self.pool, self._rank, self._numbers = pool, rank, RankNumbers.of(pool.spec)
-        integers = {"dtype": torch.int32, "device": pool.spec.device}
-        self._heads = torch.zeros(3, aligned_rows(max_rows), **integers)
-        self._blocks = torch.zeros(max_rows, pool.blocks_per_sequence, **integers)
+        heads, blocks, device = (3, aligned_rows(max_rows)), (max_rows, pool.blocks_per_sequence), pool.spec.device
+        self._heads, self._blocks = (torch.zeros(size, dtype=torch.int32, device=device) for size in (heads, blocks))
         self._flags_LT = new_flags(pool, max_rows)
 
     def take(self, heads_3R: torch.Tensor, blocks_RB: torch.Tensor, count: int) -> tuple[torch.Tensor, DecodeTables]:

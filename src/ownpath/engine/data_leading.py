@@ -42,7 +42,8 @@ class DataLeader(NamedTuple):
 
 
 class DataLeadingModel(LeadingModel):
-    """A model of which each rank runs requests of its own, on rank 0; see ``LeadingModel``. pools: each rank's books."""
+    """A model of which each rank runs requests of its own, on rank 0; see ``LeadingModel``. pools: each rank's
+    books."""
 
     def __init__(self, model: Model, leader: DataLeader) -> None:
         super().__init__(model, leader.leader)

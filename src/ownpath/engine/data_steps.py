@@ -1,12 +1,12 @@
-"""A rank's part of what rank 0 tells, where ranks have requests of their own: every rank, rank 0 too, follows.
+"""One rank's part of what rank 0 tells, where ranks have requests of their own: every rank, rank 0 too, follows.
 
 A message names the rows of all ranks, by the slots and blocks of the books (``cache.rank_books``). Every rank takes its
-own, and runs a step of as many rows as the busiest one: rows that stand for none have a negative token, which goes to no
-expert, and are written to nobody's slot and block. So all ranks are in the same exchanges of the same sizes, also one
-that has nothing to do. Each gets the logits of all rows, in the order of ranks.
+own, and runs a step of as many rows as the busiest one: rows that stand for none have a negative token, which goes to
+no expert, and are written to nobody's slot and block. So all ranks are in the same exchanges of the same sizes, also
+one that has nothing to do. Each gets the logits of all rows, in the order of ranks.
 
-Example: rank 0 has rows of 3 and 1 tokens, rank 1 one of 2. Both run 4 rows, rank 1 two for nobody. If the last row of
-each request is wanted, both want 2: rank 1's second is any of its rows, which nobody reads.
+Example: rank 0 has chunks of 3 and 1 tokens, rank 1 one of 2. Both run 4 rows, rank 1 two for nobody. If the last row
+of each request is wanted, both want 2: rank 1's second is any of its rows, which nobody reads.
 """
 
 from collections.abc import Callable, Sequence
@@ -83,8 +83,8 @@ def in_order(ranks: Sequence[int], most: int, size: int) -> list[int]:
 
 
 class DataStep(NamedTuple):
-    """What a step gives a rank: the logits of all ranks' wanted rows, and the first layer of each rank's rows that
-    flagged it, counted from the last layer, 0 for none [rows of all ranks]; in the order of ranks, padded."""
+    """Results of a step, on each rank: the logits of all ranks' wanted rows, and the codes of all ranks' rows
+    (``flag_codes``), padded, in the order of ranks."""
 
     rows: RankRows
     logits_BV: Tensor
@@ -92,7 +92,7 @@ class DataStep(NamedTuple):
 
 
 def flag_codes(flags_LT: Tensor) -> Tensor:
-    """Returns a number of each row [T]: of L layers, L - l where l is the first that flags it, and 0 where none does."""
+    """Returns a number of each row [T]: of L layers, L - l where l is the first that flags it, 0 where none does."""
     return (flags_LT * _layers_left(flags_LT)).amax(0)
 
 
@@ -106,7 +106,8 @@ def _layers_left(flags_LT: Tensor) -> Tensor:
 
 
 def share_codes(share: Callable[[Tensor], Tensor], codes_T: Tensor, rank: int, size: int, dtype: torch.dtype) -> Tensor:
-    """Returns all ranks' codes [N * T], in the order of ranks. share: adds up over ranks; codes are exact in any dtype."""
+    """Returns all ranks' codes [N * T], in the order of ranks. share: adds up over ranks, in a dtype of which codes are
+    exact numbers."""
     count = len(codes_T)
     own = codes_T.new_zeros(-(-size * count // DRAWN_MULTIPLE) * DRAWN_MULTIPLE, dtype=dtype)
     own[rank * count : (rank + 1) * count] = codes_T

@@ -74,7 +74,7 @@ class DecodingModel(Protocol):
     def decode(self, token_ids_T: torch.Tensor, tables: DecodeTables) -> torch.Tensor: ...
 
 
-AnyValue = TypeVar("AnyValue")
+OfRow = TypeVar("OfRow")
 
 
 @dataclass
@@ -99,11 +99,11 @@ class StepBegun:
         """Returns a row's place."""
         return row if self.places is None else self.places[row]
 
-    def placed(self, values: Sequence[AnyValue]) -> Sequence[AnyValue | None]:
+    def placed(self, values: Sequence[OfRow]) -> Sequence[OfRow | None]:
         """Returns a value of each row at its place, and ``None`` between them."""
         if self.places is None:
             return values
-        found: list[AnyValue | None] = [None] * (max(self.places) + 1)
+        found: list[OfRow | None] = [None] * (max(self.places) + 1)
         for place, value in zip(self.places, values, strict=True):
             found[place] = value
         return found

@@ -20,7 +20,7 @@ from ownpath.engine.memory import RequestMemory
 from ownpath.engine.places import WaitingPlaces
 from ownpath.engine.prefix import PrefixCache
 from ownpath.engine.prompt_graphs import prompts_of
-from ownpath.engine.rank_memory import RankPrefixes, RanksMemory
+from ownpath.engine.rank_memory import RankPrefixes, RanksMemory, most_running
 from ownpath.engine.reports import Reporter
 from ownpath.engine.request import ROOM_AHEAD, FinishReason, Request, RequestError, StepOutput
 from ownpath.engine.retry import chunks_alone
@@ -84,7 +84,7 @@ class Engine:
         self.end_token_ids = frozenset(model.config.eos_token_id if end_token_ids is None else end_token_ids)
         self._adjuster = Adjuster(num_vocab, torch.device(config.device), self.end_token_ids)
         self._decoder = decoder
-        self._places = WaitingPlaces(config.most_running, max_num_queued)
+        self._places = WaitingPlaces(most_running(config), max_num_queued)
         self._reporter = Reporter(self.end_token_ids, self._close)
         self._drafting = None if drafts is None else Drafting(drafts, self._reporter, config.device)
         self._graphs = decoder, None if drafts is None else drafts.decoder, prompts_of(model)
@@ -92,7 +92,7 @@ class Engine:
         self._runner = StepRunner(model, decoder, *run)
         room_ahead = ROOM_AHEAD if drafts is None else MOST_AHEAD
         self._memory = _memory_of(model, self._runner.release, prefix, room_ahead)
-        self._scheduler = Scheduler(config.most_running, config.max_prefill_tokens, self._memory)
+        self._scheduler = Scheduler(most_running(config), config.max_prefill_tokens, self._memory)
         self._planned: list[ScheduledChunk] = []
         self._open: set[Request] = set()
         self._lock = threading.Lock()

@@ -1,8 +1,8 @@
 """Memory of requests where each rank has its own: one front door, and the books of every rank behind it.
 
-A request goes where the fewest tokens wait for it to be computed: those that the rank's running requests have, and those
-of its own that the rank's prefix cache does not hold. So a conversation goes on where it was, unless others crowd there;
-and of a beginning that many share each busy rank computes and keeps its own copy.
+A request goes where the fewest tokens are: those of the rank's running requests, and those of its own that the rank's
+prefix cache does not hold. So a conversation goes on where it was, unless others crowd there; and of a beginning that
+many share each busy rank computes and keeps its own copy.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,10 +11,18 @@ from dataclasses import dataclass
 from ownpath.cache.pools import CachePool, SequenceCache
 from ownpath.cache.slots import Slots
 from ownpath.cache.snapshot import SnapshotStore
+from ownpath.config import EngineConfig
 from ownpath.engine.load import EngineCounts
 from ownpath.engine.memory import RequestMemory
 from ownpath.engine.prefix import PrefixCache
 from ownpath.engine.request import Request
+from ownpath.splits import AttentionSplit
+
+
+def most_running(config: EngineConfig) -> int:
+    """Returns how many sequences run together, on all ranks."""
+    by_data = config.parallel.attention is AttentionSplit.DATA
+    return config.max_num_seqs * (config.parallel.size if by_data else 1)
 
 
 @dataclass(frozen=True)

@@ -218,8 +218,8 @@ class RowArrays:
     ) -> slice | None:
         """Writes the rows' block tables from the first that changes on the device to the last."""
         wanted: list[tuple[int, ...] | None] = [None] * len(self._held)
-        for place, table in zip(range(len(tables)) if places is None else places, tables, strict=True):
-            wanted[place] = table
+        for place, own in zip(range(len(tables)) if places is None else places, tables, strict=True):
+            wanted[place] = own
         pairs = enumerate(zip(wanted, self._held, strict=True))
         changed = [row for row, (new, old) in pairs if new is not old and new != old]
         if not changed:

@@ -141,3 +141,29 @@ def test_a_killed_rank_ends_open_answers_and_the_server(server: Served) -> None:
     assert code == 75
     assert ended_s < 6
     assert "rank 1 is lost, in " in server.log.read_text(encoding="utf-8")
+
+
+def test_ranks_with_their_own_requests_serve_as_one_process(
+    ids: list[int], alone: tuple[list[int], torch.Tensor], tmp_path: Path
+) -> None:
+    """By data: the answer of one process, twice; mixed requests, some cancelled; then a rank is killed."""
+    asked: dict[str, Any] = {"model": "tiny-v4", "prompt": ids, "max_tokens": NUM_TOKENS, "temperature": 0}
+    arguments = ["--ranks", "2", "--attention", "data", "--experts", "ids", "--rank-timeout", "120"]
+    with served(tmp_path / "log", [*arguments, "--max-model-len", "512", "--max-num-seqs", "3"]) as server:
+        wanted = Tokenizer.from_folder(default_model_dir()).join_bytes(alone[0], show_hidden=False).decode()
+        for _ in range(2):
+            reply = httpx.post(f"{server.url}/v1/completions", json=asked | {"ignore_eos": True}, timeout=120).json()
+            assert reply["choices"][0]["text"] == wanted
+        requests = mixed_requests(20, most_prompt=20, most_answer=3, model="tiny-v4")
+        found = asyncio.run(send_all(int(server.url.rpartition(":")[2]), requests, 60.0))
+        assert [fault for _, fault in found if fault] == []
+        assert len(found) == 20
+        lines = list[str]()
+        asked |= {"max_tokens": 400, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=asked, timeout=60) as answer:
+            for line in answer.iter_lines():
+                lines.append(line)
+                if len(lines) == 6:
+                    os.kill(server.ranks()[1], signal.SIGKILL)
+        assert any('"error"' in line and "rank 1 is lost" in line for line in lines[-4:]), lines[-4:]
+        assert server.process.wait(60) == 75
