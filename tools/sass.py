@@ -23,7 +23,6 @@ from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.cache import compile_missing, stem
 from ownpath.kernels.fp8.choose import fp8_table, w8a8_configs, w8a16_configs
 from ownpath.kernels.fp8.config import QuantizeConfig, W8A8Config, W8A16Config, w8a8_stages, w8a16_stages
-from ownpath.kernels.fp8.joint_config import JointW8A8Config, joint_w8a8_stages
 from ownpath.kernels.nvfp4.choose import choose_linear, fit, linear_config, linear_table, moe_choice, moe_table
 from ownpath.kernels.nvfp4.config import AlignConfig, CombineConfig, GemmConfig, PermuteConfig
 from ownpath.kernels.nvfp4.moe_sliced_config import SlicedConfig, SlicedSumConfig
@@ -74,7 +73,7 @@ def fp8_kernels() -> Iterator[Config]:
             key = (*shape, folded, ragged)
             for invariant in (False, True):
                 yield from w8a16_configs(key, SMS, None, invariant)
-            yield from w8a8_configs(key, power_of_two=folded)
+            yield from w8a8_configs(key)
     yield from (W8A8Config(2, 1, w8a8_stages(2), 2, ragged=ragged) for ragged in (False, True))
 
 
@@ -97,7 +96,6 @@ def few_kernels() -> Iterator[Config]:
     yield W8A16Config(2, 32, 4, 2, True, per_sm=2, wgmma=True)
     yield from (W8A8Config(2, 2, w8a8_stages(4), 1), W8A8Config(2, 1, w8a8_stages(2), 2, ragged=True))
     yield W8A8Config(2, 1, w8a8_stages(2), 1, 4)
-    yield from (JointW8A8Config(3, 1, joint_w8a8_stages(3)), JointW8A8Config(2, 1, joint_w8a8_stages(2), 1, 4))
     yield from (QuantizeConfig(power_of_two) for power_of_two in (False, True))
 
 

@@ -24,7 +24,7 @@ def configs() -> list[Fp8Config]:
     found: list[Fp8Config] = [QuantizeConfig(True), QuantizeConfig(False)]
     for weight in WEIGHTS:
         found += [*w8a16_configs(weight, SMS, None, False), *w8a16_configs(weight, SMS, None, True)]
-        found += w8a8_configs(weight, power_of_two=weight[2])
+        found += w8a8_configs(weight)
     for folded in (True, False):
         found += [
             *choices((128, 32, folded), False),
@@ -75,7 +75,7 @@ def test_it_fits_without_spilling(config: Fp8Config, cache: Path, monkeypatch: p
     [
         (w8a16_config(8, WEIGHTS[1], SMS, is_batch_invariant=True), "HMMA.16816.F32.BF16"),
         (w8a16_config(64, WEIGHTS[5], SMS), "HGMMA.64x64x16.F32.BF16"),
-        (w8a8_config(2048, WEIGHTS[1], SMS, power_of_two=False), "QGMMA.64x128x32.F32.E4M3.E4M3"),
+        (w8a8_config(2048, WEIGHTS[1], SMS), "QGMMA.64x128x32.F32.E4M3.E4M3"),
         (choices((128, 32, True), False)[0], "HMMA.16816.F32.BF16"),
         (choices((128, 32, True), False)[-1], "HGMMA.64x128x16.F32.BF16"),
     ],

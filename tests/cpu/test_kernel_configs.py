@@ -113,7 +113,7 @@ def test_every_product_of_the_fp8_table_is_named(
 ) -> None:
     monkeypatch.setattr("ownpath.kernels.fp8.linear.num_sms", lambda _: 132)
     for case in CASES:
-        operand = Fp8Operand(packed(case), case.shard_rows, torch.empty(0))
+        operand = Fp8Operand(packed(case), case.shard_rows)
         for kernel in (fp8_linear, fp8_linear_invariant):
             # The workspace of the tests holds no more rows of those that are quantised.
             most = modules["test_fp8_linear"].WORKSPACE_ROWS if kernel is fp8_linear else max(NUM_ROWS)

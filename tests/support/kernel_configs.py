@@ -75,7 +75,7 @@ def w8a8_configs(case: Fp8Case, counts: Iterable[int]) -> Iterator[Config]:
     """Of the FP8 linear for many rows."""
     yield QuantizeConfig(packed(case).power_of_two)
     for count in counts:
-        yield w8a8_config(count, _weight_key(case), fp8_linear.num_sms(0), packed(case).power_of_two)
+        yield w8a8_config(count, _weight_key(case), fp8_linear.num_sms(0))
 
 
 def fp8_configs(case: Fp8Case, counts: Iterable[int]) -> Iterator[Config]:

@@ -10,7 +10,6 @@ from ownpath.kernels.fp8 import choose as fp8_choose
 from ownpath.kernels.fp8.choose import (
     TABLE,
     W8A8_SHAPES,
-    W8A8Choice,
     WeightKey,
     read_table,
     w8a8_config,
@@ -55,17 +54,12 @@ def forget() -> None:
     w8a8_config.cache_clear()
 
 
-def chosen(num_tokens: int, key: WeightKey) -> W8A16Config | W8A8Choice:
-    is_few = num_tokens < PREFILL_FROM
-    return w8a16_config(num_tokens, key, SMS) if is_few else w8a8_config(num_tokens, key, SMS, True)
-
-
-def rule(num_tokens: int, key: WeightKey, entries: dict[str, Any]) -> W8A16Config | W8A8Choice:
+def rule(num_tokens: int, key: WeightKey, entries: dict[str, Any]) -> W8A16Config | W8A8Config:
     """Makes the choice without a table."""
     kept = dict(entries)
     entries.clear()
     forget()
-    found = chosen(num_tokens, key)
+    found = w8a16_config(num_tokens, key, SMS) if num_tokens < PREFILL_FROM else w8a8_config(num_tokens, key, SMS)
     entries.update(kept)
     forget()
     return found
@@ -85,16 +79,17 @@ def test_an_entry_holds_for_its_tokens_and_fewer(entries: dict[str, dict[str, An
 def test_an_entry_of_many_tokens_holds_for_as_many_blocks(entries: dict[str, dict[str, Any]]) -> None:
     entries.update(ENTRIES)
     for num_tokens in (1985, 2047, 2048):
-        assert w8a8_config(num_tokens, TUNED, SMS, True) == W8A8Config(3, 1, 4, 2)
+        assert w8a8_config(num_tokens, TUNED, SMS) == W8A8Config(3, 1, 4, 2)
     for num_tokens in (PREFILL_FROM, 1984, 2049, 4096):
-        assert w8a8_config(num_tokens, TUNED, SMS, True) == rule(num_tokens, TUNED, entries)
+        assert w8a8_config(num_tokens, TUNED, SMS) == rule(num_tokens, TUNED, entries)
 
 
 @pytest.mark.parametrize("key", OTHERS)
 def test_other_weights_follow_the_rule(key: WeightKey, entries: dict[str, dict[str, Any]]) -> None:
     entries.update(ENTRIES)
     for num_tokens in (1, 16, 33, 64, 128, 2048):
-        assert chosen(num_tokens, key) == rule(num_tokens, key, entries)
+        choose = w8a16_config if num_tokens < PREFILL_FROM else w8a8_config
+        assert choose(num_tokens, key, SMS) == rule(num_tokens, key, entries)
 
 
 def test_a_matrix_as_wide_with_some_more_rows_takes_the_tiles_for_few_tokens(
@@ -106,7 +101,7 @@ def test_a_matrix_as_wide_with_some_more_rows_takes_the_tiles_for_few_tokens(
     for num_tokens in (1, 16, 64):
         assert w8a16_config(num_tokens, taller, SMS) == w8a16_config(num_tokens, TUNED, SMS)
         assert w8a16_config(num_tokens, twice, SMS) == rule(num_tokens, twice, entries)
-    assert w8a8_config(2048, taller, SMS, True) == rule(2048, taller, entries)
+    assert w8a8_config(2048, taller, SMS) == rule(2048, taller, entries)
 
 
 def test_an_invariant_plan_never_reads_the_table(entries: dict[str, dict[str, Any]]) -> None:
@@ -131,8 +126,8 @@ def test_what_is_compiled_first_covers_every_count(
         for num_tokens in range(1, prefill_from or 300):
             assert w8a16_config(num_tokens, key, SMS, invariant) in listed
         for num_tokens in range(prefill_from or PREFILL_FROM, 5000, 61):
-            assert w8a8_config(num_tokens, key, SMS, True) in w8a8_configs(key, True)
-        assert w8a8_config(2048, key, SMS, True) in w8a8_configs(key, True)
+            assert w8a8_config(num_tokens, key, SMS) in w8a8_configs(key)
+        assert w8a8_config(2048, key, SMS) in w8a8_configs(key)
 
 
 @pytest.mark.parametrize(
@@ -172,11 +167,11 @@ def test_k_is_not_shared_by_more_ctas_than_it_has_blocks() -> None:
 
 def test_few_rows_split_k_until_the_device_is_full() -> None:
     """1536 x 4096: 24 tiles of 128 tokens for 256 rows. 4096 x 4096 at 2048 rows fills the device without."""
-    split = w8a8_config(200, (24, 32, False, False), SMS, True)
+    split = w8a8_config(200, (24, 32, False, False), SMS)
     assert (split.m64_per_tile, split.cluster_k) == (2, 4)
     assert split.grid(200, 24, SMS) == 96
-    assert w8a8_config(2048, (64, 32, False, False), SMS, True).cluster_k == 1
-    assert w8a8_config(200, (24, 1, False, False), SMS, True).cluster_k == 1
+    assert w8a8_config(2048, (64, 32, False, False), SMS).cluster_k == 1
+    assert w8a8_config(200, (24, 1, False, False), SMS).cluster_k == 1
 
 
 def test_the_package_s_table_is_valid() -> None:

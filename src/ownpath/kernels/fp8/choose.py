@@ -22,7 +22,6 @@ from ownpath.kernels.fp8.config import (
     w8a8_stages,
     w8a16_stages,
 )
-from ownpath.kernels.fp8.joint_config import JointW8A8Config
 
 TABLE = Path(__file__).parent / "tuned" / "fp8.json"
 WGMMA_FROM = 32
@@ -37,14 +36,10 @@ SUM_STEPS = 8
 """Fixed cost of adding sums over a cluster, about 2 us, in tensor-core steps of 64 tokens by 128 features by 128."""
 W8A16_KNOBS = frozenset({"num_m64", "num_n", "cluster_k", "per_sm", "consumers", "wgmma"})
 W8A8_KNOBS = frozenset({"warpgroups", "num_m64", "cluster_n", "cluster_k", "num_stages"})
-JOINT_KNOBS = W8A8_KNOBS | {"joint"}
-
-_MARKS = (("num_n", W8A16_KNOBS), ("joint", JOINT_KNOBS))
 
 WeightKey = tuple[int, int, bool, bool]
 """The properties of a weight that decide its kernels: row blocks, K blocks, folded, ragged."""
-W8A8Choice = W8A8Config | JointW8A8Config
-Tuned = tuple[tuple[int, W8A16Config | W8A8Choice], ...]
+Tuned = tuple[tuple[int, W8A16Config | W8A8Config], ...]
 """(tokens it was measured with, kernel), ascending."""
 
 
@@ -86,23 +81,16 @@ def w8a16_shape(num_n: int, key: WeightKey, sms: int, wgmma: bool) -> W8A16Confi
 
 
 @lru_cache(maxsize=4096)
-def w8a8_config(num_tokens: int, key: WeightKey, sms: int, power_of_two: bool) -> W8A8Choice:
+def w8a8_config(num_tokens: int, key: WeightKey, sms: int) -> W8A8Config:
     """Chooses the table's kernel shape, or the one with the fewest tensor-core steps on the busiest SM.
 
-    power_of_two: activation scales are; others have no kernel that quantises on the way.
     Errors: ValueError naming an entry of the table that is not a valid kernel.
     """
-    for limit, config in _many(key, power_of_two):
-        if -(-num_tokens // 64) == -(-limit // 64):
+    for limit, config in tuned(key):
+        if isinstance(config, W8A8Config) and -(-num_tokens // 64) == -(-limit // 64):
             return config
     shapes = (w8a8_shape(*shape, key[3]) for shape in W8A8_SHAPES)
     return min(shapes, key=lambda config: _w8a8_steps(config, num_tokens, key, sms))
-
-
-def _many(key: WeightKey, power_of_two: bool) -> list[tuple[int, W8A8Choice]]:
-    """Returns the table's W8A8 entries for a weight."""
-    kinds = (W8A8Config, JointW8A8Config) if power_of_two else (W8A8Config,)
-    return [(limit, config) for limit, config in tuned(key) if isinstance(config, kinds)]
 
 
 def _w8a8_steps(config: W8A8Config, num_tokens: int, key: WeightKey, sms: int) -> int:
@@ -132,10 +120,10 @@ def w8a16_configs(key: WeightKey, sms: int, prefill_from: int | None, is_batch_i
     return [w8a16_config(count, key, sms, is_batch_invariant) for count in counts]
 
 
-def w8a8_configs(key: WeightKey, power_of_two: bool) -> list[W8A8Choice]:
+def w8a8_configs(key: WeightKey) -> list[W8A8Config]:
     """Returns every result of ``w8a8_config`` for any number of tokens."""
-    own = [config for _, config in _many(key, power_of_two)]
-    return [*(w8a8_shape(*shape, key[3]) for shape in W8A8_SHAPES), *own]
+    own = [config for _, config in tuned(key) if isinstance(config, W8A8Config)]
+    return [w8a8_shape(*shape, key[3]) for shape in W8A8_SHAPES] + own
 
 
 def tuned(key: WeightKey) -> Tuned:
@@ -162,7 +150,7 @@ def fp8_table() -> Mapping[tuple[int, int], Tuned]:
 
 def read_table(entries: Mapping[str, Mapping[str, Any]]) -> dict[tuple[int, int], Tuned]:
     """Parses the file's entries, ``tokens=T,rows=N,cols=K`` -> {"config": knobs}, into ``fp8_table``'s form."""
-    found: dict[tuple[int, int], list[tuple[int, W8A16Config | W8A8Choice]]] = {}
+    found: dict[tuple[int, int], list[tuple[int, W8A16Config | W8A8Config]]] = {}
     for case, entry in entries.items():
         tokens, rows, cols = (int(part.split("=")[1]) for part in case.split(","))
         num_k_blocks = -(-cols // 128)
@@ -174,21 +162,19 @@ def read_table(entries: Mapping[str, Mapping[str, Any]]) -> dict[tuple[int, int]
     return {matrix: tuple(sorted(tried, key=lambda entry: entry[0])) for matrix, tried in found.items()}
 
 
-def knobs_config(knobs: Mapping[str, Any], num_k_blocks: int) -> W8A16Config | W8A8Choice:
+def knobs_config(knobs: Mapping[str, Any], num_k_blocks: int) -> W8A16Config | W8A8Config:
     """Makes a kernel from a table's knobs, for scales that fold and rows that 4 divides.
 
     W8A16: num_m64, num_n, cluster_k, per_sm, consumers, wgmma; as many stages as fit. W8A8: warpgroups, num_m64,
-    cluster_n, cluster_k, num_stages; joint, true, where its quantiser is in the same launch. Errors: ValueError for knobs that are no valid kernel for this number of K blocks.
+    cluster_n, cluster_k, num_stages. Errors: ValueError for knobs that are no valid kernel for this number of K blocks.
     """
-    names = next((names for mark, names in _MARKS if mark in knobs), W8A8_KNOBS)
+    names = W8A16_KNOBS if "num_n" in knobs else W8A8_KNOBS
     if set(knobs) != names:
         raise ValueError(f"knobs {', '.join(sorted(knobs))} instead of {', '.join(sorted(names))}")
     cluster_k, most = knobs["cluster_k"], MAX_K_BLOCKS if "num_n" in knobs else num_k_blocks
     if not num_k_blocks / most <= cluster_k <= num_k_blocks:
         raise ValueError(f"cluster_k={cluster_k} does not share {num_k_blocks} blocks of K, {most} each at most")
-    if names is JOINT_KNOBS:
-        return JointW8A8Config(**{name: value for name, value in knobs.items() if name != "joint"})
-    if names is W8A8_KNOBS:
+    if "num_n" not in knobs:
         return W8A8Config(**knobs)
     if knobs["per_sm"] not in CTA_SMEM:
         raise ValueError(f"per_sm={knobs['per_sm']}: 1 to {max(CTA_SMEM)} CTAs")

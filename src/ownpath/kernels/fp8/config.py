@@ -24,8 +24,8 @@ W8A16_REGISTERS = {
     (4, 1): (24, 104),
 }
 """Registers of loading and multiplying threads, by CTAs per SM and consumers, within the CTA's launch allocation."""
-W8A8_REGISTERS = {1: (40, 216), 2: (24, 240), 3: (24, 160)}
-"""Registers of loading and multiplying threads, by warpgroups; with one, two CTAs share an SM."""
+W8A8_REGISTERS = {2: 240, 3: 160}
+"""Registers of multiplying threads, by warpgroups."""
 SUM_REGISTERS = 64
 """Registers per thread for the sums of 64 tokens x 128 features: a set for the block of K, one per block's total."""
 MAX_CLUSTER = 8
@@ -105,7 +105,7 @@ class W8A16Config:
 class W8A8Config:
     """The shape of one compiled W8A8 kernel.
 
-    warpgroups: consumers, 1 to 3; num_m64: 64-token blocks of each. cluster_n: CTAs that share activations, 1 or 2.
+    warpgroups: consumers, 2 or 3; num_m64: 64-token blocks of each. cluster_n: CTAs that share activations, 1 or 2.
     cluster_k: CTAs that share a tile and split K, each cluster one tile. ragged: outputs are written one by one.
     Errors: ValueError naming the field, for a shape without a kernel.
     """
@@ -116,13 +116,12 @@ class W8A8Config:
     cluster_n: int = 2
     cluster_k: int = 1
     ragged: bool = False
-    num_n64: ClassVar[int] = 2
     compiler: ClassVar[str] = "fp8.w8a8_sm90:compile_w8a8"
 
     def __post_init__(self) -> None:
         if self.warpgroups not in W8A8_REGISTERS:
-            raise ValueError(f"warpgroups={self.warpgroups}: 1 to 3")
-        if not 1 <= self.num_m64 < W8A8_REGISTERS[self.warpgroups][1] // SUM_REGISTERS:
+            raise ValueError(f"warpgroups={self.warpgroups}: 2 or 3")
+        if not 1 <= self.num_m64 < W8A8_REGISTERS[self.warpgroups] // SUM_REGISTERS:
             raise ValueError(f"num_m64={self.num_m64}: its sums do not fit a thread's registers")
         if self.cluster_n not in (1, 2):
             raise ValueError(f"cluster_n={self.cluster_n}: 1 or 2")
@@ -130,7 +129,7 @@ class W8A8Config:
             raise ValueError(f"cluster_k={self.cluster_k}: clusters have 1 to {MAX_CLUSTER} CTAs")
         if self.cluster_n > 1 and self.cluster_k > 1:
             raise ValueError(f"cluster_n={self.cluster_n} with cluster_k={self.cluster_k}: a cluster has one of them")
-        stages, fewest = w8a8_stages(self.m64_per_tile, self.per_sm), 2 if self.cluster_k == 1 else STAGES_OF_SUMS
+        stages, fewest = w8a8_stages(self.m64_per_tile), 2 if self.cluster_k == 1 else STAGES_OF_SUMS
         if not fewest <= self.num_stages <= stages:
             raise ValueError(f"num_stages={self.num_stages}: at least {fewest}, at most {stages} fit shared memory")
 
@@ -142,7 +141,7 @@ class W8A8Config:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        return ("fp8/w8a8_sm90.py", "fp8/w8a8_tiles_sm90.py", "fp8/joint_config.py", *_SHARED_SOURCES)
+        return ("fp8/w8a8_sm90.py", *_SHARED_SOURCES)
 
     @property
     def num_threads(self) -> int:
@@ -156,17 +155,13 @@ class W8A8Config:
     def m64_per_tile(self) -> int:
         return self.warpgroups * self.num_m64
 
-    @property
-    def per_sm(self) -> int:
-        return 2 if self.warpgroups == 1 else 1
-
     def num_tiles(self, num_tokens: int, num_row_blocks: int) -> int:
         return -(-num_tokens // (64 * self.m64_per_tile)) * -(-num_row_blocks // (2 * self.cluster_n))
 
     def grid(self, num_tokens: int, num_row_blocks: int, num_sms: int) -> int:
         if self.cluster_k > 1:
             return self.cluster_k * self.num_tiles(num_tokens, num_row_blocks)
-        return self.cluster_n * min(self.num_tiles(num_tokens, num_row_blocks), self.per_sm * num_sms // self.cluster_n)
+        return self.cluster_n * min(self.num_tiles(num_tokens, num_row_blocks), num_sms // self.cluster_n)
 
 
 @dataclass(frozen=True)
@@ -199,9 +194,9 @@ def w8a16_stages(num_m64: int, num_n: int, budget: int = MAX_SMEM) -> int:
     return min(12, (budget - fixed) // (num_m64 * BLOCK_BYTES + num_n * BLOCK_K * 2 + 16))
 
 
-def w8a8_stages(m64_per_tile: int, per_sm: int = 1) -> int:
-    """Returns the number of stages that fit an SM's shared memory, for each of ``per_sm`` CTAs."""
-    return (CTA_SMEM[per_sm] - 1024) // (m64_per_tile * ACT_STRIDE + 2 * (BLOCK_BYTES + ENTRY_BYTES) + 16)
+def w8a8_stages(m64_per_tile: int) -> int:
+    """Returns the number of stages that fit an SM's shared memory."""
+    return (MAX_SMEM - 1024) // (m64_per_tile * ACT_STRIDE + 2 * (BLOCK_BYTES + ENTRY_BYTES) + 16)
 
 
 Fp8Config = W8A16Config | W8A8Config | QuantizeConfig

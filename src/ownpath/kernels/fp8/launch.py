@@ -12,7 +12,6 @@ from ownpath.kernels.dsl.cache import load
 from ownpath.kernels.dsl.driver import Argument, Boxes, Launch, Pointers, current_stream, num_sms, pointer
 from ownpath.kernels.fp8.choose import WeightKey
 from ownpath.kernels.fp8.config import CHUNK_K, QUANTIZE_ROWS, QuantizeConfig, W8A8Config, W8A16Config
-from ownpath.kernels.fp8.joint_config import JointW8A8Config
 from ownpath.kernels.fp8.layout import ACT_BLOCK_BYTES, PackedFp8
 
 ROWS_PER_WORKSPACE_BLOCK = 64
@@ -96,29 +95,6 @@ class W8A8Launch:
         self._launch.start(stream)
 
 
-class JointW8A8Launch:
-    """Prepared launch of out = quantised x (E4M3 x scale).T, which quantises x into the workspace.
-
-    counters: int32, ``num_counters`` of them, zero.
-    """
-
-    def __init__(self, config: JointW8A8Config, weight: PackedFp8, counters: Tensor, rows: Rows) -> None:
-        self._pointers = Pointers(3)
-        x, workspace, out = self._pointers.arguments
-        sizes = (rows.count, weight.in_features, rows.x_pitch, rows.out_pitch)
-        shape = (weight.num_row_blocks, weight.num_k_blocks)
-        operands = map(pointer, (weight.blocks, weight.scales, weight.rows, counters))
-        args: tuple[Argument, ...] = (x, workspace, *operands, out, *map(c_int, (*sizes, *shape)))
-        device_index = weight.blocks.get_device()
-        grid = config.grid(rows.count, weight.num_row_blocks, num_sms(device_index))
-        self._launch = Launch(load(config, device_index), (grid, 1, 1), args)
-
-    def start(self, x: int, workspace: int, out: int, stream: int) -> None:
-        """Launches with the given addresses."""
-        self._pointers.set(x, workspace, out)
-        self._launch.start(stream)
-
-
 def w8a16_launch(config: W8A16Config, x: Tensor, weight: PackedFp8, out: Tensor) -> None:
     """Launches a product with the kernel of ``config``. x bfloat16 [M, K] with rows aligned to 16 bytes, out [M, N]."""
     call = W8A16Launch(config, weight, x.data_ptr(), Rows(len(x), x.stride(0), out.stride(0)))
@@ -135,11 +111,3 @@ def w8a8_launch(config: W8A8Config, workspace: Tensor, weight: PackedFp8, out: T
     """Launches a product of the blocks in ``workspace`` with the kernel of ``config``."""
     call = W8A8Launch(config, weight, Rows(len(out), 0, out.stride(0)))
     call.start(workspace.data_ptr(), out.data_ptr(), current_stream(out.get_device()))
-
-
-def joint_w8a8_launch(
-    config: JointW8A8Config, x: Tensor, weight: PackedFp8, out: Tensor, workspace: Tensor, counters: Tensor
-) -> None:
-    """Launches a product with the kernel of ``config``, which quantises x [M, K] into ``workspace``."""
-    call = JointW8A8Launch(config, weight, counters, Rows(len(x), x.stride(0), out.stride(0)))
-    call.start(x.data_ptr(), workspace.data_ptr(), out.data_ptr(), current_stream(x.get_device()))

@@ -13,11 +13,9 @@ from ownpath.kernels.contract import StoredLinear
 from ownpath.kernels.dsl.driver import current_stream, num_sms
 from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.fp8.choose import WeightKey, w8a8_config, w8a8_configs, w8a16_config, w8a16_configs
-from ownpath.kernels.fp8.config import MAX_K_BLOCKS, Fp8Config, QuantizeConfig, W8A8Config
-from ownpath.kernels.fp8.joint_config import JointW8A8Config, num_counters
+from ownpath.kernels.fp8.config import MAX_K_BLOCKS, Fp8Config, QuantizeConfig
 from ownpath.kernels.fp8.launch import (
     ROWS_PER_WORKSPACE_BLOCK,
-    JointW8A8Launch,
     QuantizeLaunch,
     Rows,
     W8A8Launch,
@@ -60,68 +58,33 @@ class _W8A16Pass:
         self._product.start(x, out, stream)
 
 
-class _JointPass:
-    """A W8A8 product with its quantiser in the same launch."""
-
-    def __init__(self, config: JointW8A8Config, weight: PackedFp8, counters: Tensor, rows: Rows) -> None:
-        self._product = JointW8A8Launch(config, weight, counters, rows)
-
-    def start(self, x: int, out: int, workspace: int, stream: int) -> None:
-        """Launches with the given addresses."""
-        self._product.start(x, workspace, out, stream)
-
-
-class _QuantizedPass:
-    """A W8A8 product behind a quantiser."""
-
-    def __init__(self, config: W8A8Config, weight: PackedFp8, rows: Rows) -> None:
-        sizes = weight.in_features, weight.num_k_blocks
-        device_index = weight.blocks.get_device()
-        self._quantize = QuantizeLaunch(QuantizeConfig(weight.power_of_two), *sizes, rows, device_index)
-        self._product = W8A8Launch(config, weight, rows)
-
-    def start(self, x: int, out: int, workspace: int, stream: int) -> None:
-        """Launches with the given addresses."""
-        self._quantize.start(x, workspace, stream)
-        self._product.start(workspace, out, stream)
-
-
 class _W8A8Passes:
     """A W8A8 product in passes of ``step`` rows, which use the workspace one after the other."""
 
-    def __init__(self, operand: "Fp8Operand", rows: Rows, step: int) -> None:
-        weight = operand.weight
+    def __init__(self, weight: PackedFp8, rows: Rows, step: int) -> None:
+        key, sms = weight_key(weight), num_sms(weight.blocks.get_device())
+        config = QuantizeConfig(weight.power_of_two)
         self._passes = []
         self.out = _new_output(weight, rows)
         for start in range(0, rows.count, step):
             part = Rows(min(step, rows.count - start), rows.x_pitch, rows.out_pitch)
-            x_at, out_at = 2 * start * rows.x_pitch, 2 * start * rows.out_pitch
-            self._passes.append((_w8a8_pass(operand, part), x_at, out_at))
+            quantize = QuantizeLaunch(config, weight.in_features, weight.num_k_blocks, part, weight.blocks.get_device())
+            product = W8A8Launch(w8a8_config(part.count, key, sms), weight, part)
+            self._passes.append((quantize, product, 2 * start * rows.x_pitch, 2 * start * rows.out_pitch))
 
     def start(self, x: int, out: int, workspace: int, stream: int) -> None:
         """Launches with the given addresses."""
-        for one, x_at, out_at in self._passes:
-            one.start(x + x_at, out + out_at, workspace, stream)
-
-
-def _w8a8_pass(operand: "Fp8Operand", rows: Rows) -> _JointPass | _QuantizedPass:
-    weight = operand.weight
-    config = w8a8_config(rows.count, weight_key(weight), num_sms(weight.blocks.get_device()), weight.power_of_two)
-    if isinstance(config, JointW8A8Config):
-        return _JointPass(config, weight, operand.counters, rows)
-    return _QuantizedPass(config, weight, rows)
+        for quantize, product, x_at, out_at in self._passes:
+            quantize.start(x + x_at, workspace, stream)
+            product.start(workspace, out + out_at, stream)
 
 
 @dataclass(frozen=True)
 class Fp8Operand:
-    """A packed weight. shard_rows: of each fused shard. launches: by rows, pitches of x and out, and rows per pass.
-
-    counters: int32, zero between calls, of one call at a time.
-    """
+    """A packed weight. shard_rows: of each fused shard. launches: by rows, pitches of x and out, and rows per pass."""
 
     weight: PackedFp8
     shard_rows: tuple[int, ...]
-    counters: Tensor = field(compare=False)
     launches: LaunchCache[tuple[int, int, int, int], _W8A16Pass | _W8A8Passes] = field(
         default_factory=LaunchCache, compare=False
     )
@@ -148,7 +111,7 @@ class Fp8LinearKernel:
         packed = pack_fp8(codes, scales)
         # Kernels read weights before they wait for their predecessor, so packing must be complete.
         torch.cuda.synchronize(codes[0].device)
-        return Fp8Operand(packed, tuple(len(shard) for shard in codes), _counters(packed))
+        return Fp8Operand(packed, tuple(len(shard) for shard in codes))
 
     def restore(self, operand: Fp8Operand) -> tuple[QuantTensor, ...]:
         """Returns each shard's matrix and grid of float32 scales."""
@@ -175,7 +138,7 @@ class Fp8LinearKernel:
         sms = num_sms(0 if device_index is None else device_index)
         found: list[Fp8Config] = [*w8a16_configs(key, sms, self.prefill_from, self.is_batch_invariant)]
         if self.prefill_from is not None:
-            found += [QuantizeConfig(power_of_two), *w8a8_configs(key, power_of_two)]
+            found += [QuantizeConfig(power_of_two), *w8a8_configs(key)]
         return list({config.name: config for config in found}.values())
 
     def variant(self, x: Tensor, operand: Fp8Operand) -> str:
@@ -186,10 +149,8 @@ class Fp8LinearKernel:
             return w8a16_config(num_rows, key, sms, self.is_batch_invariant).name
         step = rows_at_once(weight.num_k_blocks)
         counts = {min(step, num_rows - start) for start in range(0, num_rows, step)}
-        chosen = {w8a8_config(count, key, sms, weight.power_of_two) for count in counts}
-        quantizes = any(isinstance(config, W8A8Config) for config in chosen)
-        quantizer = [QuantizeConfig(weight.power_of_two).name] if quantizes else []
-        return " ".join([*quantizer, *sorted(config.name for config in chosen)])
+        products = sorted(w8a8_config(count, key, sms).name for count in counts)
+        return " ".join([QuantizeConfig(weight.power_of_two).name, *products])
 
     def workspace(self, operand: Fp8Operand, num_tokens: int) -> Tensor | None:
         """Allocates scratch for the quantised activations of W8A8; more rows are processed in several passes."""
@@ -226,7 +187,7 @@ class Fp8LinearKernel:
         step, address, workspace = self._scratch(num_rows, weight, workspace)
         key = num_rows, pitch, out_pitch, step
         with operand.lock:
-            call = operand.launches.get(key) or operand.launches.add(key, self._new_call(x, operand, key))
+            call = operand.launches.get(key) or operand.launches.add(key, self._new_call(x, weight, key))
             if out is None:
                 out = call.out.new()
             call.start(x_address, out.data_ptr(), address, current_stream(device_index))
@@ -240,11 +201,9 @@ class Fp8LinearKernel:
         """Refuses: this kernel does not write float32. Errors: ValueError."""
         return self.run(x.to(torch.promote_types(x.dtype, torch.float32)), operand)
 
-    def _new_call(self, x: Tensor, operand: Fp8Operand, key: tuple[int, int, int, int]) -> _W8A16Pass | _W8A8Passes:
+    def _new_call(self, x: Tensor, weight: PackedFp8, key: tuple[int, int, int, int]) -> _W8A16Pass | _W8A8Passes:
         rows = Rows(*key[:3])
-        if key[3]:
-            return _W8A8Passes(operand, rows, key[3])
-        return _W8A16Pass(self, operand.weight, x.data_ptr(), rows)
+        return _W8A8Passes(weight, rows, key[3]) if key[3] else _W8A16Pass(self, weight, x.data_ptr(), rows)
 
     def _scratch(self, num_rows: int, weight: PackedFp8, given: Tensor | None) -> tuple[int, int, Tensor | None]:
         """Returns rows per pass (0: nothing is quantised), the scratch's address, and the tensor that owns it."""
@@ -260,14 +219,7 @@ class Fp8LinearKernel:
             raise ValueError(f"workspace must be contiguous uint8 on {weight.blocks.device}")
         if given.numel() < needed or given.data_ptr() % 128:
             raise ValueError(f"workspace must hold {needed} bytes at a 128-byte aligned address, found {given.numel()}")
-        step = min(workspace_rows(given.numel(), weight.num_k_blocks), rows_at_once(weight.num_k_blocks))
-        return step, given.data_ptr(), given
-
-
-def _counters(weight: PackedFp8) -> Tensor:
-    """Makes the counters of the longest pass."""
-    count = num_counters(rows_at_once(weight.num_k_blocks), weight.num_k_blocks)
-    return torch.zeros(count, dtype=torch.int32, device=weight.blocks.device)
+        return workspace_rows(given.numel(), weight.num_k_blocks), given.data_ptr(), given
 
 
 def _codes_and_scales(stored: StoredLinear) -> tuple[Sequence[Tensor], Sequence[Tensor]]:

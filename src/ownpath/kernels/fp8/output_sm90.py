@@ -4,7 +4,6 @@ Packing cuts a weight into blocks of 64 rows; the table has each block's first o
 Roofline: the bytes of the output. Limits: as the products.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cutlass import Float32, Int32, cute
@@ -40,9 +39,9 @@ class Output:
         return RowBlock(first, num_valid)
 
 
-def cluster_sum(address: Int32, peers: Sequence[Int32 | int]) -> list[Float32]:
-    """Adds four sums of each of these CTAs of the cluster, in this order. address: of the sums, the same in each."""
-    parts = [ptx.load_cluster_vec4(address, Int32(peer)) for peer in peers]
+def cluster_sum(address: Int32, num_ctas: int) -> list[Float32]:
+    """Adds four sums of every CTA of the cluster, in rank order. address: of the sums, the same in each."""
+    parts = [ptx.load_cluster_vec4(address, Int32(peer)) for peer in range(num_ctas)]
     values = list(parts[0])
     for part in parts[1:]:
         values = [a + b for a, b in zip(values, part, strict=True)]

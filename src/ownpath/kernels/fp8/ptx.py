@@ -69,10 +69,3 @@ def nan_unless_finite(value: Value, bits: Value, *, loc: Site = None, ip: Site =
     text = "{ .reg .pred p; setp.lt.u32 p, $2, 0x7F800000; selp.f32 $0, $1, 0f7FC00000, p; }"
     operands = [Float32(value).ir_value(loc=loc, ip=ip), Uint32(bits).ir_value(loc=loc, ip=ip)]
     return Float32(asm(text, "=f,f,r", T.f32(), operands, True, loc, ip))
-
-
-@dsl_user_op
-def max_abs_bf16x2(a: Value, b: Value, *, loc: Site = None, ip: Site = None) -> Uint32:
-    """Returns each half's larger magnitude, its sign arbitrary; NaN if either is NaN."""
-    operands = [Uint32(a).ir_value(loc=loc, ip=ip), Uint32(b).ir_value(loc=loc, ip=ip)]
-    return Uint32(asm("max.NaN.xorsign.abs.bf16x2 $0, $1, $2;", "=r,r,r", T.i32(), operands, True, loc, ip))

@@ -368,9 +368,7 @@ class W8A16:
                     self.store([totals[r][4 * j + idx] for idx in range(4)], rows, j, tile, thread, output)
                 else:
                     if tile.rank == (unit + thread.wg_m) % cfg.cluster_k:
-                        self.store(
-                            cluster_sum(base + unit * (WG * 16), range(cfg.cluster_k)), rows, j, tile, thread, output
-                        )
+                        self.store(cluster_sum(base + unit * (WG * 16), cfg.cluster_k), rows, j, tile, thread, output)
         if cutlass.const_expr(cfg.cluster_k > 1):
             # A CTA's sums stay in place until the whole cluster has read them. (Its loading warps have left by now:
             # a cluster barrier waits for threads that have not exited.)

@@ -18,6 +18,7 @@ Roofline. 1979 TFLOP/s on paper; 1222 measured. Limits: sm_90a; the activation b
 ``quantize_sm90``; the sum inside 128 of K has the tensor core's precision, not float32's.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import cutlass
@@ -31,17 +32,42 @@ from ownpath.kernels.dsl.warpgroup import Thread, shared_operand, wgmma
 from ownpath.kernels.fp8 import ptx as fp8_ptx
 from ownpath.kernels.fp8.config import ACT_STRIDE, ENTRY_BYTES, W8A8_REGISTERS, WG, W8A8Config
 from ownpath.kernels.fp8.layout import ACT_BLOCK_BYTES, BLOCK_BYTES
-from ownpath.kernels.fp8.output_sm90 import Output
-from ownpath.kernels.fp8.w8a8_tiles_sm90 import CtaTiles, Scales, W8A8Tiles
+from ownpath.kernels.fp8.output_sm90 import Output, RowBlock, cluster_sum
+
+TILE_N = 128
+Scales = tuple[Float32, Float32]
 
 
-class W8A8(W8A8Tiles):
-    """Builds the kernel of one ``W8A8Config``."""
+@dataclass(frozen=True)
+class CtaTiles:
+    """A cluster's share of the output: every ``num_workers``-th tile. rank: of the CTA among those that share
+    activations. k_rank: among those that split K, of which this one has ``k_iters`` blocks from ``k_start`` on."""
 
     cfg: W8A8Config
+    rank: Int32
+    worker: Int32
+    num_workers: Int32
+    num_tiles: Int32
+    num_m_tiles: Int32
+    num_k_blocks: Int32
+    k_rank: Int32
+    k_start: Int32
+    k_iters: Int32
+
+    def m64(self, tile: Int32) -> Int32:
+        """Returns the first of a tile's blocks of 64 tokens."""
+        return tile % self.num_m_tiles * self.cfg.m64_per_tile
+
+    def row_block(self, tile: Int32) -> Int32:
+        """Returns the first of this CTA's two blocks of 64 features in a tile."""
+        return (tile // self.num_m_tiles * self.cfg.cluster_n + self.rank) * 2
+
+
+class W8A8:
+    """Builds the kernel of one ``W8A8Config``."""
 
     def __init__(self, config: W8A8Config) -> None:
-        super().__init__(config)
+        self.cfg = config
 
     @cute.jit
     def __call__(
@@ -62,7 +88,7 @@ class W8A8(W8A8Tiles):
             grid=[grid, 1, 1],
             block=[self.cfg.num_threads, 1, 1],
             cluster=[self.cfg.cluster, 1, 1],
-            min_blocks_per_mp=self.cfg.per_sm,
+            min_blocks_per_mp=1,
         )
 
     @cute.kernel
@@ -92,13 +118,13 @@ class W8A8(W8A8Tiles):
             ptx.cluster_barrier()
         tiles = self.tiles(cta, grid, num_tokens, num_row_blocks, num_k_blocks)
         if warp_group == cfg.warpgroups:
-            cute.arch.setmaxregister_decrease(W8A8_REGISTERS[cfg.warpgroups][0])
+            cute.arch.setmaxregister_decrease(24)
             if thread == cfg.warpgroups * WG:
                 self.load_acts(acts, stages, tiles, num_tokens)
             if thread == cfg.warpgroups * WG + 32:
                 self.load_weights(blocks, scales, stages, tiles, num_row_blocks)
         else:
-            cute.arch.setmaxregister_increase(W8A8_REGISTERS[cfg.warpgroups][1])
+            cute.arch.setmaxregister_increase(W8A8_REGISTERS[cfg.warpgroups])
             output = Output(out, row_table, num_tokens, ld_out, num_row_blocks)
             self.consume(tiles, stages, output, Thread(thread % WG, warp_group))
 
@@ -106,9 +132,25 @@ class W8A8(W8A8Tiles):
         """Allocates all of a CTA's shared memory."""
         cfg = self.cfg
         acts = cute.arch.alloc_smem(Uint8, cfg.num_stages * cfg.m64_per_tile * ACT_STRIDE, 1024)
-        weights = cute.arch.alloc_smem(Uint8, cfg.num_stages * cfg.num_n64 * BLOCK_BYTES, 1024)
-        scales = cute.arch.alloc_smem(Uint8, cfg.num_stages * cfg.num_n64 * ENTRY_BYTES, 16)
+        weights = cute.arch.alloc_smem(Uint8, cfg.num_stages * 2 * BLOCK_BYTES, 1024)
+        scales = cute.arch.alloc_smem(Uint8, cfg.num_stages * 2 * ENTRY_BYTES, 16)
         return Stages(acts, weights, scales, Pipeline.allocate(cfg.num_stages, cfg.cluster_n))
+
+    @cute.jit
+    def tiles(self, cta: Int32, grid: Int32, num_tokens: Int32, num_row_blocks: Int32, num_k_blocks: Int32) -> CtaTiles:
+        """Returns a CTA's tiles and its share of K."""
+        cfg = self.cfg
+        num_m_tiles = (num_tokens + cfg.m64_per_tile * 64 - 1) // (cfg.m64_per_tile * 64)
+        num_n_tiles = (num_row_blocks + 2 * cfg.cluster_n - 1) // (2 * cfg.cluster_n)
+        k_rank = cta % cfg.cluster_k
+        share, rest = num_k_blocks // cfg.cluster_k, num_k_blocks % cfg.cluster_k
+        k_iters = share
+        if k_rank < rest:
+            k_iters = share + 1
+        return CtaTiles(
+            cfg, cta % cfg.cluster_n, cta // cfg.cluster, grid // cfg.cluster, num_m_tiles * num_n_tiles,
+            num_m_tiles, num_k_blocks, k_rank, k_rank * share + cutlass.min(k_rank, rest), k_iters,
+        )  # fmt: skip
 
     @cute.jit
     def load_acts(self, acts: cute.Pointer, stages: Stages, tiles: CtaTiles, num_tokens: Int32) -> None:
@@ -134,21 +176,41 @@ class W8A8(W8A8Tiles):
                 ring.advance()
 
     @cute.jit
+    def load_weights(
+        self, blocks: cute.Pointer, scales: cute.Pointer, stages: Stages, tiles: CtaTiles, num_row_blocks: Int32
+    ) -> None:
+        """Loads every stage's weights for this CTA without waiting: no earlier kernel writes them. One thread."""
+        ring = stages.pipeline.producer()
+        for tile in cutlass.range(tiles.worker, tiles.num_tiles, tiles.num_workers, unroll=1):
+            row_block = cutlass.min(tiles.row_block(tile), num_row_blocks - 2)
+            for step in cutlass.range(tiles.k_iters, unroll=1):
+                k = tiles.k_start + step
+                ring.acquire()
+                ring.commit(2 * (BLOCK_BYTES + ENTRY_BYTES))
+                for half in cutlass.range_constexpr(2):
+                    idx = Int64(row_block + half) * tiles.num_k_blocks + k
+                    place = ring.slot * 2 + half
+                    for target, source, size in (
+                        (stages.weights, blocks, BLOCK_BYTES),
+                        (stages.scales, scales, ENTRY_BYTES),
+                    ):
+                        ptx.load_bulk((target + place * size).toint(), (source + idx * size).toint(), size, ring.full)
+                ring.advance()
+
+    @cute.jit
     def consume(self, tiles: CtaTiles, stages: Stages, output: Output, thread: Thread) -> None:
         """Computes a warpgroup's 64-token blocks of every tile."""
         cfg = self.cfg
         mma = make_trivial_tiled_mma(
             Float8E4M3FN, Float8E4M3FN, cute.nvgpu.OperandMajorMode.K, cute.nvgpu.OperandMajorMode.K, Float32,
-            (1, 1, 1), (64, 64 * cfg.num_n64),
+            (1, 1, 1), (64, TILE_N),
         )  # fmt: skip
         thr_mma = mma.get_slice(thread.idx)
         acts = shared_operand(stages.tokens, Float8E4M3FN, 64, cfg.num_stages * cfg.m64_per_tile, ACT_STRIDE)
-        weights = shared_operand(
-            stages.weights, Float8E4M3FN, 64 * cfg.num_n64, cfg.num_stages, cfg.num_n64 * BLOCK_BYTES
-        )
+        weights = shared_operand(stages.weights, Float8E4M3FN, TILE_N, cfg.num_stages, 2 * BLOCK_BYTES)
         a = thr_mma.make_fragment_A(thr_mma.partition_A(acts))
         b = thr_mma.make_fragment_B(thr_mma.partition_B(weights))
-        acc_shape = thr_mma.partition_shape_C((64, 64 * cfg.num_n64))
+        acc_shape = thr_mma.partition_shape_C((64, TILE_N))
         totals = [cute.make_rmem_tensor(acc_shape, Float32) for _ in range(cfg.num_m64)]
         sums = cute.make_rmem_tensor(acc_shape, Float32)
         ring = stages.pipeline.consumer()
@@ -178,11 +240,99 @@ class W8A8(W8A8Tiles):
             # a cluster barrier waits for threads that have not exited.)
             ptx.cluster_barrier(relaxed=True)
 
+    def weight_scales(self, stages: Stages, slot: Int32) -> Scales:
+        """Loads the scales of the tile's two 64-feature blocks."""
+        base = stages.scales.toint() + slot * (2 * ENTRY_BYTES) + 8
+        return fp8_ptx.load_shared_float(base), fp8_ptx.load_shared_float(base + ENTRY_BYTES)
+
     def token_scales(self, stages: Stages, chunk: Int32, thread: Thread) -> Scales:
         """Loads the scales of this thread's tokens g and g + 8."""
         row = thread.warp * 16 + thread.row
         base = stages.tokens.toint() + chunk * ACT_STRIDE + BLOCK_BYTES + row * 4
         return fp8_ptx.load_shared_float(base), fp8_ptx.load_shared_float(base + 32)
+
+    def promote(
+        self,
+        total: cute.Tensor,
+        sums: cute.Tensor,
+        token_scales: Scales,
+        weight_scales: Scales,
+    ) -> None:
+        """Adds sums * (token scale * weight scale) to total; the scales' product is rounded to float32 first."""
+        for half in range(2):
+            factors = [scale * weight_scales[half] for scale in token_scales]
+            for j in range(8):
+                for idx in range(4):
+                    at = 4 * (8 * half + j) + idx
+                    total[at] = total[at] + factors[idx // 2] * sums[at]
+
+    def sums_address(self, stages: Stages, thread: Thread, r: int) -> Int32:
+        """Returns where this thread's sums of one of its 64-token blocks lie, in the activations' stages."""
+        return stages.tokens.toint() + ((thread.wg_m * self.cfg.num_m64 + r) * 16 * WG + thread.idx) * 16
+
+    @cute.jit
+    def share_sums(self, totals: list[cute.Tensor], stages: Stages, thread: Thread) -> None:
+        """Puts the sums where the cluster's CTAs read them, in groups of four."""
+        ptx.named_barrier(1, self.cfg.warpgroups * WG)  # every stage is read before sums overwrite the ring
+        for r in cutlass.range_constexpr(self.cfg.num_m64):
+            base = self.sums_address(stages, thread, r)
+            for j in cutlass.range_constexpr(16):
+                values = tuple(totals[r][4 * j + idx] for idx in range(4))
+                ptx.store_shared_vec4(base + j * (WG * 16), values)
+        ptx.cluster_barrier()
+
+    def added_sums(self, stages: Stages, thread: Thread, r: int, j: int) -> list[Float32]:
+        """Adds up eight sums of one of this thread's 64-token blocks over the cluster."""
+        base = self.sums_address(stages, thread, r) + j * (WG * 16)
+        return cluster_sum(base, self.cfg.cluster_k) + cluster_sum(base + WG * 16, self.cfg.cluster_k)
+
+    @cute.jit
+    def write(
+        self,
+        totals: list[cute.Tensor],
+        tile: Int32,
+        tiles: CtaTiles,
+        stages: Stages,
+        output: Output,
+        thread: Thread,
+    ) -> None:
+        """Writes a warpgroup's part of a tile, 16 features of 64 tokens at a time; of a split K, this CTA's share."""
+        cfg = self.cfg
+        m64 = tiles.m64(tile) + thread.wg_m * cfg.num_m64
+        row_block = tiles.row_block(tile)
+        for half in cutlass.range_constexpr(2):
+            rows = output.rows(row_block + half)
+            for r in cutlass.range_constexpr(cfg.num_m64):
+                for group in cutlass.range_constexpr(4):
+                    j = 8 * half + 2 * group
+                    if cutlass.const_expr(cfg.cluster_k == 1):
+                        sums = [totals[r][4 * j + idx] for idx in range(8)]
+                        self.store(sums, group, rows, (m64 + r) * 64, thread, output)
+                    else:
+                        if tiles.k_rank == (8 * r + 4 * half + group) % cfg.cluster_k:
+                            added = self.added_sums(stages, thread, r, j)  # no name of the other branch: 4.6.0 refuses
+                            self.store(added, group, rows, (m64 + r) * 64, thread, output)
+
+    @cute.jit
+    def store(
+        self, sums: list[Float32], group: int, rows: RowBlock, token0: Int32, thread: Thread, output: Output
+    ) -> None:
+        """Writes 16 features of 64 tokens: features 4q .. 4q + 3, for tokens g and g + 8 of a warp."""
+        token = token0 + thread.warp * 16 + thread.row
+        feature = 16 * group + 4 * thread.pair
+        for lower in cutlass.range_constexpr(2):
+            mine = token + 8 * lower
+            if mine < output.num_tokens and feature < rows.num_valid:
+                line = output.out + (Int64(mine) * output.ld_out + rows.first)
+                values = [sums[2 * lower + idx] for idx in (0, 4, 1, 5)]
+                if cutlass.const_expr(self.cfg.ragged):
+                    for idx in cutlass.range_constexpr(4):
+                        if feature + idx < rows.num_valid:
+                            cute.make_tensor(line + (feature + idx), cute.make_layout(1))[0] = BFloat16(values[idx])
+                else:
+                    fp8_ptx.store_global8(
+                        line + feature, ptx.pack_bf16x2(values[0], values[1]), ptx.pack_bf16x2(values[2], values[3])
+                    )
 
 
 def compile_w8a8(config: W8A8Config) -> Any:
