@@ -175,10 +175,11 @@ def test_few_rows_split_k_until_the_device_is_full() -> None:
     assert w8a8_config(200, (24, 1, False, False), SMS).cluster_k == 1
 
 
-def test_a_quantiser_of_many_blocks_runs_at_once() -> None:
-    """2048 x 4096: 2048 CTAs of one block, of which 132 SMs hold 1056; 256 x 4096: 256."""
+def test_a_quantiser_takes_two_blocks_where_one_each_is_too_many_ctas() -> None:
+    """132 SMs have places for 1056. 2048 x 4096: 2048 CTAs of one block, 1024 of two; x 8192: twice as many."""
     assert quantize_config(2048, 32, SMS, True) == QuantizeConfig(True, 2)
-    assert quantize_config(2048, 32, SMS, True).grid(2048, 32) <= 8 * SMS
+    assert quantize_config(2048, 32, SMS, True).grid(2048, 32) == 1024
+    assert quantize_config(2048, 64, SMS, True) == QuantizeConfig(True)
     assert quantize_config(256, 32, SMS, False) == QuantizeConfig(False)
 
 

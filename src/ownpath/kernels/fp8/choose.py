@@ -34,7 +34,7 @@ WAVE_BLOCKS = 12
 W8A8_SHAPES = ((2, 2, 1), (3, 1, 1), (2, 1, 1), (2, 1, 2), (2, 1, 4))
 """Warpgroups, 64-token blocks of each, and CTAs that split K, that the rule chooses from."""
 QUANTIZE_PER_SM = 8
-"""CTAs of the quantiser that fit an SM: 256 threads of 32 registers."""
+"""CTAs of the quantiser that fit an SM: 256 threads of 32 registers, with one block each."""
 SUM_STEPS = 8
 """Fixed cost of adding sums over a cluster, about 2 us, in tensor-core steps of 64 tokens by 128 features by 128."""
 W8A16_KNOBS = frozenset({"num_m64", "num_n", "cluster_k", "per_sm", "consumers", "wgmma"})
@@ -97,12 +97,14 @@ def w8a8_config(num_tokens: int, key: WeightKey, sms: int) -> W8A8Config:
 
 
 def quantize_config(num_tokens: int, num_k_blocks: int, sms: int, power_of_two: bool) -> QuantizeConfig:
-    """Chooses the quantiser in front of W8A8: two blocks a CTA where CTAs of one block would not run all at once.
+    """Chooses the quantiser in front of W8A8: two blocks a CTA where that brings its CTAs to one for each place.
 
-    The product's CTAs may come when all of the quantiser's have started.
+    The product's CTAs may start when all of the quantiser's have. Two blocks are slower alone.
     """
-    one = QuantizeConfig(power_of_two)
-    return one if one.grid(num_tokens, num_k_blocks) <= QUANTIZE_PER_SM * sms else QuantizeConfig(power_of_two, 2)
+    one, two = QuantizeConfig(power_of_two), QuantizeConfig(power_of_two, 2)
+    places = QUANTIZE_PER_SM * sms
+    is_two = two.grid(num_tokens, num_k_blocks) <= places < one.grid(num_tokens, num_k_blocks)
+    return two if is_two else one
 
 
 def _w8a8_steps(config: W8A8Config, num_tokens: int, key: WeightKey, sms: int) -> int:
