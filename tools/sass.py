@@ -66,7 +66,7 @@ def linear_kernels() -> Iterator[Config]:
 
 def fp8_kernels() -> Iterator[Config]:
     """Yields FP8 products: the table's, and the rules' for V4's matrices, scales that do not fold, and uneven rows."""
-    yield from (QuantizeConfig(power_of_two) for power_of_two in (False, True))
+    yield from (QuantizeConfig(power_of_two, num_k) for power_of_two in (False, True) for num_k in (1, 2))
     shapes = {(2 * -(-rows // 128), -(-cols // 128)) for rows, cols in MATRICES} | set(fp8_table())
     for shape in sorted(shapes):
         for folded, ragged in ((True, False), (False, False), (False, True)):

@@ -21,7 +21,7 @@ WEIGHTS = ((24, 32, True, False), (512, 8, True, False), (64, 64, True, False), 
 
 def configs() -> list[Fp8Config]:
     """Returns every kernel that the table and the rules can choose for these weights."""
-    found: list[Fp8Config] = [QuantizeConfig(True), QuantizeConfig(False)]
+    found: list[Fp8Config] = [QuantizeConfig(power_of_two, num_k) for power_of_two in (True, False) for num_k in (1, 2)]
     for weight in WEIGHTS:
         found += [*w8a16_configs(weight, SMS, None, False), *w8a16_configs(weight, SMS, None, True)]
         found += w8a8_configs(weight)

@@ -73,7 +73,7 @@ def w8a16_configs(case: Fp8Case, counts: Iterable[int], is_invariant: bool = Fal
 
 def w8a8_configs(case: Fp8Case, counts: Iterable[int]) -> Iterator[Config]:
     """Of the FP8 linear for many rows."""
-    yield QuantizeConfig(packed(case).power_of_two)
+    yield from (QuantizeConfig(packed(case).power_of_two, num_k) for num_k in (1, 2))
     for count in counts:
         yield w8a8_config(count, _weight_key(case), fp8_linear.num_sms(0))
 

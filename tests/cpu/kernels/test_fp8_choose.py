@@ -11,6 +11,7 @@ from ownpath.kernels.fp8.choose import (
     TABLE,
     W8A8_SHAPES,
     WeightKey,
+    quantize_config,
     read_table,
     w8a8_config,
     w8a8_configs,
@@ -18,7 +19,7 @@ from ownpath.kernels.fp8.choose import (
     w8a16_config,
     w8a16_configs,
 )
-from ownpath.kernels.fp8.config import CTA_SMEM, TOKEN_TILES, W8A8Config, W8A16Config, w8a16_stages
+from ownpath.kernels.fp8.config import CTA_SMEM, TOKEN_TILES, QuantizeConfig, W8A8Config, W8A16Config, w8a16_stages
 from ownpath.kernels.fp8.spec import PREFILL_FROM
 
 SMS = 132
@@ -172,6 +173,14 @@ def test_few_rows_split_k_until_the_device_is_full() -> None:
     assert split.grid(200, 24, SMS) == 96
     assert w8a8_config(2048, (64, 32, False, False), SMS).cluster_k == 1
     assert w8a8_config(200, (24, 1, False, False), SMS).cluster_k == 1
+
+
+def test_a_quantiser_takes_two_blocks_where_one_each_is_too_many_ctas() -> None:
+    """132 SMs have places for 1056. 2048 x 4096: 2048 CTAs of one block, 1024 of two; x 8192: twice as many."""
+    assert quantize_config(2048, 32, SMS, True) == QuantizeConfig(True, 2)
+    assert quantize_config(2048, 32, SMS, True).grid(2048, 32) == 1024
+    assert quantize_config(2048, 64, SMS, True) == QuantizeConfig(True)
+    assert quantize_config(256, 32, SMS, False) == QuantizeConfig(False)
 
 
 def test_the_package_s_table_is_valid() -> None:

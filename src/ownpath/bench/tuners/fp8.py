@@ -23,8 +23,8 @@ from ownpath.bench.tune import Candidate, CandidateFailed
 from ownpath.conformance.bounds import MAX_REL_L2
 from ownpath.kernels.dsl.cache import CompileError
 from ownpath.kernels.dsl.driver import CudaError
-from ownpath.kernels.fp8.choose import CLUSTERS, TABLE, WGMMA_FROM, knobs_config, w8a16_shape
-from ownpath.kernels.fp8.config import QuantizeConfig, W8A8Config, W8A16Config, w8a8_stages
+from ownpath.kernels.fp8.choose import CLUSTERS, TABLE, WGMMA_FROM, knobs_config, quantize_config, w8a16_shape
+from ownpath.kernels.fp8.config import W8A8Config, W8A16Config, w8a8_stages
 from ownpath.kernels.fp8.launch import quantize_launch, w8a8_launch, w8a16_launch, workspace_bytes
 from ownpath.kernels.fp8.layout import PackedFp8, pack_fp8
 from ownpath.kernels.fp8.ref import quantize_rows
@@ -157,7 +157,8 @@ def _call(kernel: W8A16Config | W8A8Config, x: Tensor, out: Tensor, workspace: T
     if isinstance(kernel, W8A16Config):
         w8a16_launch(kernel, x, weight, out)
     else:
-        quantize_launch(QuantizeConfig(weight.power_of_two), x, workspace, weight.num_k_blocks)
+        quantizer = quantize_config(len(x), weight.num_k_blocks, SMS, weight.power_of_two)
+        quantize_launch(quantizer, x, workspace, weight.num_k_blocks)
         w8a8_launch(kernel, workspace, weight, out)
 
 

@@ -17,6 +17,7 @@ from ownpath.kernels.fp8.config import (
     MAX_K_BLOCKS,
     MAX_SMEM,
     TOKEN_TILES,
+    QuantizeConfig,
     W8A8Config,
     W8A16Config,
     w8a8_stages,
@@ -32,6 +33,8 @@ WAVE_BLOCKS = 12
 """Fixed cost of a wave of CTAs, about 3 us, in blocks of 8 KiB per CTA."""
 W8A8_SHAPES = ((2, 2, 1), (3, 1, 1), (2, 1, 1), (2, 1, 2), (2, 1, 4))
 """Warpgroups, 64-token blocks of each, and CTAs that split K, that the rule chooses from."""
+QUANTIZE_PER_SM = 8
+"""CTAs of the quantiser that fit an SM: 256 threads of 32 registers, with one block each."""
 SUM_STEPS = 8
 """Fixed cost of adding sums over a cluster, about 2 us, in tensor-core steps of 64 tokens by 128 features by 128."""
 W8A16_KNOBS = frozenset({"num_m64", "num_n", "cluster_k", "per_sm", "consumers", "wgmma"})
@@ -91,6 +94,17 @@ def w8a8_config(num_tokens: int, key: WeightKey, sms: int) -> W8A8Config:
             return config
     shapes = (w8a8_shape(*shape, key[3]) for shape in W8A8_SHAPES)
     return min(shapes, key=lambda config: _w8a8_steps(config, num_tokens, key, sms))
+
+
+def quantize_config(num_tokens: int, num_k_blocks: int, sms: int, power_of_two: bool) -> QuantizeConfig:
+    """Chooses the quantiser in front of W8A8: two blocks a CTA where that brings its CTAs to one for each place.
+
+    The product's CTAs may start when all of the quantiser's have. Two blocks are slower alone.
+    """
+    one, two = QuantizeConfig(power_of_two), QuantizeConfig(power_of_two, 2)
+    places = QUANTIZE_PER_SM * sms
+    is_two = two.grid(num_tokens, num_k_blocks) <= places < one.grid(num_tokens, num_k_blocks)
+    return two if is_two else one
 
 
 def _w8a8_steps(config: W8A8Config, num_tokens: int, key: WeightKey, sms: int) -> int:

@@ -166,14 +166,16 @@ class W8A8Config:
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """power_of_two: activation scales are powers of two (``ue8m0``); otherwise any float32."""
+    """power_of_two: activation scales are powers of two (``ue8m0``); otherwise any float32. num_k: blocks of K of each
+    CTA, 1 or 2."""
 
     power_of_two: bool
+    num_k: int = 1
     compiler: ClassVar[str] = "fp8.quantize_sm90:compile_quantize"
 
     @property
     def name(self) -> str:
-        return f"fp8_quantize_{'ue8m0' if self.power_of_two else 'fp32'}"
+        return f"fp8_quantize_{'ue8m0' if self.power_of_two else 'fp32'}{'_k2' if self.num_k == 2 else ''}"
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -182,6 +184,9 @@ class QuantizeConfig:
     @property
     def num_threads(self) -> int:
         return QUANTIZE_THREADS
+
+    def grid(self, num_tokens: int, num_k_blocks: int) -> int:
+        return -(-num_tokens // QUANTIZE_ROWS) * -(-num_k_blocks // self.num_k)
 
     @property
     def cluster(self) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ownpath.kernels.dsl.cache import load
 from ownpath.kernels.dsl.driver import Argument, Boxes, Launch, Pointers, current_stream, num_sms, pointer
 from ownpath.kernels.fp8.choose import WeightKey
-from ownpath.kernels.fp8.config import CHUNK_K, QUANTIZE_ROWS, QuantizeConfig, W8A8Config, W8A16Config
+from ownpath.kernels.fp8.config import CHUNK_K, QuantizeConfig, W8A8Config, W8A16Config
 from ownpath.kernels.fp8.layout import ACT_BLOCK_BYTES, PackedFp8
 
 ROWS_PER_WORKSPACE_BLOCK = 64
@@ -67,7 +67,7 @@ class QuantizeLaunch:
         self._pointers = Pointers(2)
         sizes = (rows.count, width, rows.x_pitch, num_k_blocks)
         args: tuple[Argument, ...] = (*self._pointers.arguments, *map(c_int, sizes))
-        grid = -(-rows.count // QUANTIZE_ROWS) * num_k_blocks
+        grid = config.grid(rows.count, num_k_blocks)
         self._launch = Launch(load(config, device_index), (grid, 1, 1), args)
 
     def start(self, x: int, workspace: int, stream: int) -> None:

@@ -12,7 +12,14 @@ from ownpath.kernels.checks import readable_rows, require_input
 from ownpath.kernels.contract import StoredLinear
 from ownpath.kernels.dsl.driver import current_stream, num_sms
 from ownpath.kernels.empty import EmptyOutput
-from ownpath.kernels.fp8.choose import WeightKey, w8a8_config, w8a8_configs, w8a16_config, w8a16_configs
+from ownpath.kernels.fp8.choose import (
+    WeightKey,
+    quantize_config,
+    w8a8_config,
+    w8a8_configs,
+    w8a16_config,
+    w8a16_configs,
+)
 from ownpath.kernels.fp8.config import MAX_K_BLOCKS, Fp8Config, QuantizeConfig
 from ownpath.kernels.fp8.launch import (
     ROWS_PER_WORKSPACE_BLOCK,
@@ -62,13 +69,14 @@ class _W8A8Passes:
     """A W8A8 product in passes of ``step`` rows, which use the workspace one after the other."""
 
     def __init__(self, weight: PackedFp8, rows: Rows, step: int) -> None:
-        key, sms = weight_key(weight), num_sms(weight.blocks.get_device())
-        config = QuantizeConfig(weight.power_of_two)
+        key, device_index = weight_key(weight), weight.blocks.get_device()
+        num_k_blocks, sms = weight.num_k_blocks, num_sms(device_index)
         self._passes = []
         self.out = _new_output(weight, rows)
         for start in range(0, rows.count, step):
             part = Rows(min(step, rows.count - start), rows.x_pitch, rows.out_pitch)
-            quantize = QuantizeLaunch(config, weight.in_features, weight.num_k_blocks, part, weight.blocks.get_device())
+            config = quantize_config(part.count, num_k_blocks, sms, weight.power_of_two)
+            quantize = QuantizeLaunch(config, weight.in_features, num_k_blocks, part, device_index)
             product = W8A8Launch(w8a8_config(part.count, key, sms), weight, part)
             self._passes.append((quantize, product, 2 * start * rows.x_pitch, 2 * start * rows.out_pitch))
 
@@ -138,7 +146,7 @@ class Fp8LinearKernel:
         sms = num_sms(0 if device_index is None else device_index)
         found: list[Fp8Config] = [*w8a16_configs(key, sms, self.prefill_from, self.is_batch_invariant)]
         if self.prefill_from is not None:
-            found += [QuantizeConfig(power_of_two), *w8a8_configs(key)]
+            found += [QuantizeConfig(power_of_two), QuantizeConfig(power_of_two, 2), *w8a8_configs(key)]
         return list({config.name: config for config in found}.values())
 
     def variant(self, x: Tensor, operand: Fp8Operand) -> str:
@@ -149,8 +157,9 @@ class Fp8LinearKernel:
             return w8a16_config(num_rows, key, sms, self.is_batch_invariant).name
         step = rows_at_once(weight.num_k_blocks)
         counts = {min(step, num_rows - start) for start in range(0, num_rows, step)}
-        products = sorted(w8a8_config(count, key, sms).name for count in counts)
-        return " ".join([QuantizeConfig(weight.power_of_two).name, *products])
+        quantizers = {quantize_config(count, key[1], sms, weight.power_of_two).name for count in counts}
+        products = {w8a8_config(count, key, sms).name for count in counts}
+        return " ".join([*sorted(quantizers), *sorted(products)])
 
     def workspace(self, operand: Fp8Operand, num_tokens: int) -> Tensor | None:
         """Allocates scratch for the quantised activations of W8A8; more rows are processed in several passes."""

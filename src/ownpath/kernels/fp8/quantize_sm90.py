@@ -1,9 +1,10 @@
 """Quantises activations on Hopper: BF16 rows to E4M3 with one scale per 1 x 128, in the layout of W8A8's operand.
 
-How it works. Eight threads share 128 columns of a row. Each loads 16 values (two 16-byte loads), the eight find the
-largest magnitude by three shuffles, and each writes four 4-byte words. The words have the positions that
-``kernels.fp8.layout`` gives to the weights' bytes of the same k, 64 rows x 128 columns to a block of 8 KiB, with the
-block's 64 float32 scales behind it, so that the product fetches an operand block with its scales by one bulk copy.
+How it works. Eight threads share 128 columns of a row, of one or of two blocks, whose loads they start together. Each
+loads 16 values of a block (two 16-byte loads), the eight find the largest magnitude by three shuffles, and each writes
+four 4-byte words. The words have the positions that ``kernels.fp8.layout`` gives to the weights' bytes of the same k,
+64 rows x 128 columns to a block of 8 KiB, with the block's 64 float32 scales behind it, so that the product fetches an
+operand block with its scales by one bulk copy.
 
 Scale. ``power_of_two``: 2**ceil(log2(max(amax, 1e-4) / 448)), from the bits. Otherwise max(amax, 1e-4) / 448, divided
 exactly. A NaN or infinity makes its scale NaN, so that it reaches the output. DeepSeek's released quantisers.
@@ -59,16 +60,30 @@ class Quantize:
         cta, _, _ = cute.arch.block_idx()
         cute.arch.griddepcontrol_launch_dependents()
         part = thread % 8
-        token = cta // num_k_blocks * QUANTIZE_ROWS + thread // 8
-        k_block = cta % num_k_blocks
+        num_groups = (num_k_blocks + self.cfg.num_k - 1) // self.cfg.num_k
+        token = cta // num_groups * QUANTIZE_ROWS + thread // 8
+        first = cta % num_groups * self.cfg.num_k
         # The previous kernel may still write x, or read the blocks that this one writes.
         cute.arch.griddepcontrol_wait()
-        words = [Uint32(0)] * 8
-        column = k_block * 128 + part * 16
-        for half in cutlass.range_constexpr(2):
-            inside = token < num_tokens and column + 8 * half < width
-            offset = Int64(token) * ld_x + (column + 8 * half)
-            words[4 * half : 4 * half + 4] = fp8_ptx.load_global16_or_zero(x + (offset if inside else Int64(0)), inside)
+        loaded: list[list[Uint32]] = []
+        for step in cutlass.range_constexpr(self.cfg.num_k):
+            words: list[Uint32] = []
+            for half in cutlass.range_constexpr(2):
+                column = (first + step) * 128 + part * 16 + 8 * half
+                inside = token < num_tokens and column < width
+                offset = Int64(token) * ld_x + column
+                words += fp8_ptx.load_global16_or_zero(x + (offset if inside else Int64(0)), inside)
+            loaded.append(words)
+        block = blocks + (Int64(token // 64) * num_k_blocks + first) * ACT_BLOCK_BYTES
+        for step in cutlass.range_constexpr(self.cfg.num_k):
+            is_there = token < num_tokens and first + step < num_k_blocks
+            self.quantize(loaded[step], block + step * ACT_BLOCK_BYTES, token % 64, part, is_there)
+
+    @cute.jit
+    def quantize(
+        self, words: list[Uint32], block: cute.Pointer, row: Int32, part: Int32, is_there: cutlass.Boolean
+    ) -> None:
+        """Rounds a thread's 16 values of a row of a block, and writes them where the block is there."""
         largest = Uint32(0)
         for word in words:
             largest = fp8_ptx.max_u32(largest, word & Uint32(0x7FFF))
@@ -79,11 +94,10 @@ class Quantize:
         for word in words:
             values += [ptx.as_float(word << 16), ptx.as_float(word & Uint32(0xFFFF0000))]
         scale, scaled = self.scale_values(largest << 16, values)
-        if token < num_tokens:
-            block = blocks + (Int64(token // 64) * num_k_blocks + k_block) * ACT_BLOCK_BYTES
-            self.write(block, token % 64, part, scaled)
+        if is_there:
+            self.write(block, row, part, scaled)
             if part == 0:
-                target = cute.recast_ptr(block + (BLOCK_BYTES + token % 64 * 4), dtype=Float32)
+                target = cute.recast_ptr(block + (BLOCK_BYTES + row * 4), dtype=Float32)
                 cute.make_tensor(target, cute.make_layout(1))[0] = scale
 
     def scale_values(self, amax_bits: Uint32, values: list[Float32]) -> tuple[Float32, list[Float32]]:
