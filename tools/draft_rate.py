@@ -221,9 +221,7 @@ def main() -> None:
     parser.add_argument("--requests", type=lambda text: [*map(int, text.split(","))], default=[1, 8, 32])
     parser.add_argument("--accepted", type=lambda text: [*map(float, text.split(","))], default=[0.8, 0.0])
     parser.add_argument("--tokens", type=int, default=400, help="tokens of each request, the most of an answer")
-    parser.add_argument(
-        "--questions", type=int, default=32, help="of trained, of each length: as many as requests at least"
-    )
+    parser.add_argument("--questions", type=int, default=32, help="of trained, of each length")
     parser.add_argument("--rounds", type=int, default=5, help="that count; one more comes before")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default="unknown")

@@ -47,7 +47,7 @@ def ended(rows: DraftRows, count: int, is_judged: bool = False) -> DraftRows:
         for i in (t, t + 1):
             position[i] += (1 + accepted) * is_there
             drawn[i] += (1 + accepted) * is_there
-            turn[i] = 1 - turn[i]
+            turn[i], known[i] = 1 - turn[i], -1
     return DraftRows(*(torch.tensor(one, dtype=torch.int32) for one in lists))
 
 

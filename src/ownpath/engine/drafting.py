@@ -6,7 +6,7 @@ launched steps may write, and the policy says that it pays. Any other step runs 
 same.
 
 A short prompt is read two tokens a step, beside answers: its next token stands where a guess would, and counts. The
-host knows the tokens, so that such a step is read before the next one is launched.
+host knows the tokens, so that such a step is read before the next one is launched, but for the last one of a prompt.
 
 The first module reads what ``forward`` does, and what steps with drafts do. Its window in the caches misses the tokens
 of other steps: guesses are worse until it has moved past them, and cost no answer anything.
@@ -86,13 +86,15 @@ class DraftedFlight(NamedTuple):
 
     @property
     def reads(self) -> bool:
-        """True if a row reads a known token: the host knows what follows."""
+        """True if a row reads a known token and draws none."""
         return any(self.num_read)
 
     def goes_on(self, chunks: Sequence[ScheduledChunk], num_unread: int) -> bool:
         """Returns True if these chunks are one more step of the same requests, none of which has had its last token.
         num_unread: launched steps of them that are not read, each of which gives a token at least."""
-        if self.reads or self.chunks != chunks or [one.cache for one in self.requests] != [*self.caches]:
+        if any(count == ROWS for count in self.num_read):
+            return False  # the host knows what follows
+        if self.requests != [one.request for one in chunks] or [one.cache for one in self.requests] != [*self.caches]:
             return False
         return all(len(one.output_ids) + num_unread < one.params.max_tokens for one in self.requests)
 
@@ -152,8 +154,8 @@ class Drafting:
 
     def repeat(self, last: DraftedFlight, at: float) -> DraftedFlight:
         """Launches one more step of the same requests."""
-        begun, are_known = self.decoder.repeat(last.begun), [True] * len(last.requests)
-        return last._replace(begun=begun, are_known=are_known, begun_at=at)
+        begun, count = self.decoder.repeat(last.begun), len(last.requests)
+        return last._replace(begun=begun, are_known=[True] * count, num_read=[0] * count, begun_at=at)
 
     def land(self, flight: DraftedFlight, times: StepTimes) -> None:
         """Reads the oldest launched step and reports it."""
