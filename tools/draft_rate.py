@@ -72,7 +72,7 @@ class Heard:
 
 
 class Asked(NamedTuple):
-    """What is asked for in a round, so many requests at a time."""
+    """The requests of a round, so many at a time."""
 
     prompts: list[list[int]]
     params: SamplingParams

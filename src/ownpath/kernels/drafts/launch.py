@@ -1,4 +1,4 @@
-"""What ends a step with drafts, on Hopper: one launch between the model and its module, and one behind the module.
+"""The ends of a step with drafts, on Hopper: one launch between the model and its module, and one behind the module.
 
 How it works. A program has a request, and so both of its rows. Nothing of another request is read or written.
 
@@ -143,7 +143,7 @@ class DraftOperand:
 
 
 class _DraftKernel:
-    """What both kernels have."""
+    """The parts that both kernels have."""
 
     def prepare(self) -> DraftOperand:
         """Makes the operand: launches of one stream of calls."""
@@ -158,7 +158,7 @@ class _DraftKernel:
 
 
 class TritonAcceptDrafts(_DraftKernel):
-    """Which guesses are the tokens drawn."""
+    """The judgement of guesses by the tokens drawn."""
 
     def run(self, rows: DraftRows, num_requests: int, operand: DraftOperand, *, is_judged: bool = False) -> None:
         """Computes ``ref.accept_drafts``. See ``AcceptKernel``."""

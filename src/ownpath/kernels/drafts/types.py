@@ -44,7 +44,7 @@ class DraftRows(NamedTuple):
 
 
 class AcceptKernel(Kernel[Operand], Protocol[Operand]):
-    """Which guesses are the tokens drawn."""
+    """The judgement of guesses by the tokens drawn."""
 
     def prepare(self) -> Operand:
         """Makes the operand."""
