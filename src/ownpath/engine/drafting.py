@@ -6,7 +6,8 @@ launched steps may write, and the policy says that it pays. Any other step runs 
 same.
 
 A short prompt is read two tokens a step, beside answers: its next token stands where a guess would, and counts. The
-host knows the tokens, so that such a step is read before the next one is launched, but for the last one of a prompt.
+host knows the tokens, but not ahead where answers beside it go on: then a step that reads is read before the next one
+is launched.
 
 The first module reads what ``forward`` does, and what steps with drafts do. Its window in the caches misses the tokens
 of other steps: guesses are worse until it has moved past them, and cost no answer anything.
@@ -89,12 +90,17 @@ class DraftedFlight(NamedTuple):
         """True if a row reads a known token and draws none."""
         return any(self.num_read)
 
+    def is_of(self, chunks: Sequence[ScheduledChunk]) -> bool:
+        """Returns True if these chunks are of the same requests, which are where this step leaves them."""
+        is_same = [one.request for one in chunks] == [*self.requests]
+        return is_same and [one.cache for one in self.requests] == [*self.caches]
+
     def goes_on(self, chunks: Sequence[ScheduledChunk], num_unread: int) -> bool:
         """Returns True if these chunks are one more step of the same requests, none of which has had its last token.
         num_unread: launched steps of them that are not read, each of which gives a token at least."""
         if any(count == ROWS for count in self.num_read):
             return False  # the host knows what follows
-        if self.requests != [one.request for one in chunks] or [one.cache for one in self.requests] != [*self.caches]:
+        if not self.is_of(chunks):
             return False
         return all(len(one.output_ids) + num_unread < one.params.max_tokens for one in self.requests)
 
@@ -128,26 +134,36 @@ class Drafting:
             return False
         return self.decoder.can_repeat and self._policy.drafts(len(chunks))
 
-    def begin(self, chunks: Sequence[ScheduledChunk], at: float) -> DraftedFlight:
-        """Launches a step of requests. Every launched step must have been read. at: the time."""
+    def reads_on(self, flights: Sequence[LaunchedStep], chunks: Sequence[ScheduledChunk]) -> bool:
+        """Returns True if the next step goes on reading for all requests of the last one, which has nothing else: the
+        host knows tokens and positions then, though nobody has read that step."""
+        last = flights[0] if len(flights) == 1 else None
+        if not isinstance(last, DraftedFlight) or any(count < ROWS for count in last.num_read):
+            return False
+        return last.is_of(chunks) and self.pays(len(chunks)) and all(_has_room(one, ROWS) for one in last.requests)
+
+    def begin(self, chunks: Sequence[ScheduledChunk], at: float, ahead: int = 0) -> DraftedFlight:
+        """Launches a step of requests. Every launched step must have been read, but one that ``reads_on``: ahead is then
+        what it reads of each. at: the time."""
         requests = [chunk.request for chunk in chunks]
-        reading = [one.num_pending > 1 for one in requests]
+        reading = [one.num_pending - ahead > 1 for one in requests]
         rows = StepRows(
             [one.caches for one in requests],
-            [one.id_at(one.num_computed) for one in requests],
+            [one.id_at(one.num_computed + ahead) for one in requests],
             [one.params for one in requests],
             [one.seed for one in requests],
             # The second row of one that reads draws the token that its first one would.
             [len(one.output_ids) - reads for one, reads in zip(requests, reading, strict=True)],
         )
         expected = [None if reads else one.known_guess for one, reads in zip(requests, reading, strict=True)]
-        known = [_known_behind(one) for one in requests]
+        known = [_known_behind(one, ahead) for one in requests]
         guesses = [
             next(one for one in (behind, guess, last) if one is not None and one >= 0)
             for (behind, _), guess, last in zip(known, expected, rows.token_ids, strict=True)
         ]
-        wanted = {2 * n + ahead: one.params.num_logprobs for n, one in enumerate(requests) for ahead in range(2)}
-        begun = self.decoder.begin(rows, guesses, {row: count for row, count in wanted.items() if count}, known)
+        wanted = {ROWS * n + row: one.params.num_logprobs for n, one in enumerate(requests) for row in range(ROWS)}
+        tops = {row: count for row, count in wanted.items() if count}
+        begun = self.decoder.begin(rows, guesses, tops, known, ahead)
         num_read = [sum(one >= 0 for one in pair) for pair in known]
         are_known = [guess is not None for guess in expected]
         return DraftedFlight(chunks, requests, rows.caches, are_known, num_read, begun, at)
@@ -267,13 +283,19 @@ def _may_draft(chunk: ScheduledChunk) -> bool:
         return False
     if request.num_pending > 1 and prefix is not None and prefix.tail_end != NO_TAIL:
         return False  # steps of two tokens may pass where its tail is to be taken
+    return _has_room(request)
+
+
+def _has_room(request: Request, ahead: int = 0) -> bool:
+    """Returns True if a request has room for two launched steps behind so many tokens of unread ones."""
     cache = request.caches
-    return room_behind(cache.blocks, request.num_computed, cache.pool) >= MOST_AHEAD
+    return room_behind(cache.blocks, request.num_computed + ahead, cache.pool) >= MOST_AHEAD
 
 
-def _known_behind(request: Request) -> tuple[int, int]:
-    """Returns the tokens behind the next two, of a request that reads; -1 where they are to be drawn."""
-    first = request.num_computed + 1
+def _known_behind(request: Request, ahead: int) -> tuple[int, int]:
+    """Returns the tokens behind the next two, of a request that reads; -1 where they are to be drawn. ahead: tokens
+    that an unread step reads."""
+    first = request.num_computed + ahead + 1
     ids = request.ids_between(first, min(first + ROWS, request.num_tokens))
     one, other = (*ids, *UNKNOWN)[:ROWS]
     return one, other

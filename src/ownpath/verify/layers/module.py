@@ -28,7 +28,7 @@ KINDS = {
     "h_proj": "attn.wqa_wkv",
     "hc_attn.x": "attn.wqa_wkv",
 }
-"""Name of a value that enters the layer -> the kind of a layer's value that is made alike, by whose budget it is judged."""
+"""A value that enters the layer -> the kind of a layer's value that is made alike, by whose budget it is judged."""
 _PLACES = {
     "enorm": "enorm's weight, or the token that follows each row",
     "e_proj": "e_proj, or h_proj in its place",
