@@ -37,6 +37,8 @@ MOST_AHEAD = ROWS * NUM_TURNS
 """Positions behind the last known one that launched steps may write."""
 UNKNOWN = PADDED, PADDED
 """The tokens behind both rows of a request that answers."""
+Known = Sequence[tuple[int, int]]
+"""Of each request the tokens behind both rows, -1 where they are to be drawn."""
 AcceptGuesses = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 """Is given the tokens drawn and the guesses of requests, and writes 1 for each guess that counts as right, else 0."""
 
@@ -125,7 +127,7 @@ class DraftDecoder(StepGraphs):
         rows: StepRows,
         guesses: Sequence[int],
         tops: Mapping[int, int] = NOTHING,
-        known: Sequence[tuple[int, int]] = (),
+        known: Known = (),
         ahead: int = 0,
     ) -> DraftBegun:
         """Launches a step of other requests, a row and a guess for each. Does not wait. No step may be unread, but one
@@ -205,9 +207,7 @@ class DraftDecoder(StepGraphs):
         return logits_TV
 
 
-def _in_pairs(
-    rows: StepRows, guesses: Sequence[int], known: Sequence[tuple[int, int]], held: HeldDrafts
-) -> GroupedRows:
+def _in_pairs(rows: StepRows, guesses: Sequence[int], known: Known, held: HeldDrafts) -> GroupedRows:
     """Returns two rows for each: of its token, and of the guess behind it."""
     pairs = zip(rows.token_ids, guesses, strict=True)
     return GroupedRows(

@@ -143,8 +143,8 @@ class Drafting:
         return last.is_of(chunks) and self.pays(len(chunks)) and all(_has_room(one, ROWS) for one in last.requests)
 
     def begin(self, chunks: Sequence[ScheduledChunk], at: float, ahead: int = 0) -> DraftedFlight:
-        """Launches a step of requests. Every launched step must have been read, but one that ``reads_on``: ahead is then
-        what it reads of each. at: the time."""
+        """Launches a step of requests. Every launched step must have been read, but for one before ``reads_on``: ahead
+        is then what it reads of each. at: the time."""
         requests = [chunk.request for chunk in chunks]
         reading = [one.num_pending - ahead > 1 for one in requests]
         rows = StepRows(
