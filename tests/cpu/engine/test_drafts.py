@@ -219,7 +219,7 @@ def test_short_prompts_are_read_by_graphs(policy: DraftPolicy, length: int) -> N
             num_reading, num_left = divmod(length, 2)
             num_answering = (20 - (not num_left) - (length == 1) + 1) // 2
             assert running.counts.num_steps - num_reading - num_answering in (0, 1)
-            # Each is launched before the one before is read, but the first, and that which goes on from an odd last one.
+            # Each is launched before the one before is read, but the first ones.
             assert running.decoder.num_behind >= running.counts.num_steps - 3
 
 
