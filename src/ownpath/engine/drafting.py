@@ -120,11 +120,11 @@ class Drafting:
         """Returns True if the next step of so many requests drafts, provided that all of them may."""
         return 0 < num_requests <= self.decoder.buckets[-1] and self._policy.drafts(num_requests)
 
-    def in_pairs(self, chunks: list[ScheduledChunk], most_steps: int) -> list[ScheduledChunk]:
+    def in_pairs(self, chunks: list[ScheduledChunk], most: int) -> list[ScheduledChunk]:
         """Returns the chunks with two tokens each at most, if a step with drafts runs them and none of their requests
-        has more to read than so many steps do; otherwise as they are: ``forward`` has the module read along."""
+        has more tokens to read; otherwise as they are: ``forward`` has the module read along."""
         pairs = [chunk._replace(num_tokens=min(chunk.num_tokens, ROWS)) for chunk in chunks]
-        is_short = all(chunk.request.num_pending <= ROWS * most_steps for chunk in chunks)
+        is_short = all(chunk.request.num_pending <= most for chunk in chunks)
         return pairs if is_short and all(map(_may_draft, pairs)) else chunks
 
     def goes_on(self, flights: Sequence[LaunchedStep], chunks: Sequence[ScheduledChunk]) -> bool:
