@@ -75,13 +75,16 @@ class Drafts(NamedTuple):
 
 class DraftedFlight(NamedTuple):
     """A launched step with drafts that is not read. caches: the requests' when it was launched. are_known: whether each
-    one's guess was the module's, not made up. num_read: rows of each that read a known token and draw none."""
+    one's guess was the module's, not made up. num_read: rows of each that read a known token and draw none. looks:
+    requests of which more than tokens is told, or that read; ends: tokens that may end an answer."""
 
     chunks: Sequence[ScheduledChunk]
     requests: Sequence[Request]
     caches: Sequence[SequenceCache]
     are_known: Sequence[bool]
     num_read: Sequence[int]
+    looks: frozenset[int]
+    ends: frozenset[int]
     begun: DraftBegun
     begun_at: float
 
@@ -166,12 +169,16 @@ class Drafting:
         begun = self.decoder.begin(rows, guesses, tops, known, ahead)
         num_read = [sum(one >= 0 for one in pair) for pair in known]
         are_known = [guess is not None for guess in expected]
-        return DraftedFlight(chunks, requests, rows.caches, are_known, num_read, begun, at)
+        asks = (one.params.num_logprobs is not None or count > 0 for one, count in zip(requests, num_read, strict=True))
+        looks, ends = frozenset(n for n, is_so in enumerate(asks) if is_so), self._reporter.ends_of(requests)
+        return DraftedFlight(chunks, requests, rows.caches, are_known, num_read, looks, ends, begun, at)
 
     def repeat(self, last: DraftedFlight, at: float) -> DraftedFlight:
         """Launches one more step of the same requests."""
         begun, count = self.decoder.repeat(last.begun), len(last.requests)
-        return last._replace(begun=begun, are_known=[True] * count, num_read=[0] * count, begun_at=at)
+        looks = frozenset(n for n, one in enumerate(last.requests) if one.params.num_logprobs is not None)
+        goes_on = last._replace(are_known=[True] * count, num_read=[0] * count, looks=looks)
+        return goes_on._replace(begun=begun, begun_at=at)
 
     def land(self, flight: DraftedFlight, times: StepTimes) -> None:
         """Reads the oldest launched step and reports it."""
@@ -185,12 +192,32 @@ class Drafting:
         if found.flagged:
             tell_flagged({row // 2: layer_idx for row, layer_idx in found.flagged.items()}, flight.requests)
         for n, (request, cache) in enumerate(zip(flight.requests, flight.caches, strict=True)):
-            if request.cache is cache:
+            if request.cache is not cache:
+                continue  # it ended while this step ran
+            if n in flight.looks or request.flagged_layer is not None or None in found.token_ids[n]:
                 self._tell(request, n, found, flight.num_read[n])
+            else:
+                self._extend(request, found.token_ids[n], found.guesses[n], flight.ends)
 
     def note_plain(self, num_requests: int, seconds: float) -> None:
         """Takes up the time of a step without drafts."""
         self._policy.note_plain(num_requests, seconds)
+
+    def _extend(self, request: Request, tokens: Sequence[int | None], guess: int, ends: frozenset[int]) -> None:
+        """Extends an answer by tokens of which nothing else is to be told, until it ends."""
+        cache, output_ids, most = request.cache, request.output_ids, request.params.max_tokens
+        for token_id in tokens:
+            assert token_id is not None
+            output_ids.append(token_id)
+            request.num_computed += 1
+            if token_id not in ends and len(output_ids) < most:
+                self._reporter.deliver(request, plain_output(token_id))
+                continue
+            self._reporter.tell(request, plain_output(token_id))
+            if request.cache is not cache:
+                return
+        if request.num_pending == 1:
+            request.guess = request.num_tokens, guess
 
     def _tell(self, request: Request, n: int, found: DraftedTokens, num_read: int) -> None:
         """Reports the tokens of one request, until its answer ends. num_read: rows that have read known ones."""
