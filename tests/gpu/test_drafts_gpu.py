@@ -83,11 +83,12 @@ def captured(decoder: StepGraphs) -> None:
 
 
 def wanted(num_vocab: int) -> list[tuple[list[int], SamplingParams]]:
-    """Several lengths and kinds; some answers pass a block's end. Every prompt is read by one ``forward``."""
+    """Several lengths and kinds; some answers pass a block's end. Every prompt is too long for a graph, so that one
+    ``forward`` reads it, whoever answers beside it."""
     rng = random.Random(7)
     return [
         (
-            [rng.randrange(num_vocab) for _ in range((20, 40, 240, 130)[n // 2])],
+            [rng.randrange(num_vocab) for _ in range((70, 90, 240, 130)[n // 2])],
             SamplingParams(rng.randrange(20, 50), seed=n, **KINDS[n % len(KINDS)]),
         )
         for n in range(8)

@@ -88,11 +88,6 @@ class DraftedFlight(NamedTuple):
     begun: DraftBegun
     begun_at: float
 
-    @property
-    def reads(self) -> bool:
-        """True if a row reads a known token and draws none."""
-        return any(self.num_read)
-
     def is_of(self, chunks: Sequence[ScheduledChunk]) -> bool:
         """Returns True if these chunks are of the same requests, which are where this step leaves them."""
         is_same = [one.request for one in chunks] == [*self.requests]
@@ -121,7 +116,7 @@ class Drafting:
 
     def pays(self, num_requests: int) -> bool:
         """Returns True if the next step of so many requests drafts, provided that all of them may."""
-        return 0 < num_requests <= self.decoder.buckets[-1] and self._policy.drafts(num_requests)
+        return 0 < num_requests <= self.decoder.buckets[-1] and self._policy.drafts(self._size_of(num_requests))
 
     def in_pairs(self, chunks: list[ScheduledChunk], most: int) -> list[ScheduledChunk]:
         """Returns the chunks with two tokens each at most, if a step with drafts runs them and none of their requests
@@ -135,7 +130,7 @@ class Drafting:
         last = flights[-1] if flights else None
         if not isinstance(last, DraftedFlight) or not last.goes_on(chunks, len(flights)):
             return False
-        return self.decoder.can_repeat and self._policy.drafts(len(chunks))
+        return self.decoder.can_repeat and self._policy.drafts(self._size_of(len(chunks)))
 
     def reads_on(self, flights: Sequence[LaunchedStep], chunks: Sequence[ScheduledChunk]) -> bool:
         """Returns True if the next step goes on reading for all requests of the last one, which has nothing else: the
@@ -187,8 +182,7 @@ class Drafting:
         pairs = zip(flight.are_known, found.token_ids, strict=True)
         guesses = sum(flight.are_known), sum(len(tokens) - 1 for is_known, tokens in pairs if is_known)
         self.counts.add(*guesses)
-        if not flight.reads:  # which nothing overlaps
-            self._policy.note_drafted(len(flight.requests), seconds, *guesses)
+        self._policy.note_drafted(self._size_of(len(flight.requests)), seconds, *guesses)
         if found.flagged:
             tell_flagged({row // 2: layer_idx for row, layer_idx in found.flagged.items()}, flight.requests)
         for n, (request, cache) in enumerate(zip(flight.requests, flight.caches, strict=True)):
@@ -201,7 +195,11 @@ class Drafting:
 
     def note_plain(self, num_requests: int, seconds: float) -> None:
         """Takes up the time of a step without drafts."""
-        self._policy.note_plain(num_requests, seconds)
+        self._policy.note_plain(self._size_of(num_requests), seconds)
+
+    def _size_of(self, num_requests: int) -> int:
+        """Returns the requests of the graph that runs so many: the policy's unit, as its steps take the same time."""
+        return next((size for size in self.decoder.buckets if size >= num_requests), num_requests)
 
     def _extend(self, request: Request, tokens: Sequence[int | None], guess: int, ends: frozenset[int]) -> None:
         """Extends an answer by tokens of which nothing else is to be told, until it ends."""
