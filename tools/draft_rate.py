@@ -44,6 +44,10 @@ from ownpath.loading import default_model_dir, load_model
 from ownpath.model.model import Model
 
 LIMIT_S, EXAM_SEED = 120.0, 20261122
+EXAM_GROUPS = {
+    "short": ("capital/chat", "sum/chat"),
+    "long": ("repeat/chat/30", "repeat/chat/60", "tools/chat", "tools/thinking"),
+}
 
 
 class Heard:
@@ -68,7 +72,7 @@ class Heard:
 
 
 class Asked(NamedTuple):
-    """What is asked for in a round, so many requests at a time."""
+    """The requests of a round, so many at a time."""
 
     prompts: list[list[int]]
     params: SamplingParams
@@ -115,13 +119,14 @@ def made_up(args: argparse.Namespace, count: int) -> Iterator[tuple[str, Asked]]
 
 
 def exam(args: argparse.Namespace, count: int) -> Iterator[tuple[str, Asked]]:
-    """Yields chat questions of the embedded model's examination, of all its kinds."""
+    """Yields chat questions of the embedded model's examination: short answers, of ten tokens, and long ones."""
     encoder = Encoder(Tokenizer.from_file(str(default_model_dir() / "tokenizer.json")))
-    chats = [one for one in questions(EXAM_SEED) if "/chat" in one.group]
-    some = random.Random(5).sample(chats, max(args.questions, count))
-    prompts = [encoder.encode(one.prompt)[0] for one in some]
-    for name, temperature in (("greedy", 0.0), ("drawn", 1.0)):
-        yield name, Asked(prompts, SamplingParams(args.tokens, temperature=temperature))
+    for length, groups in EXAM_GROUPS.items():
+        fitting = [one for one in questions(EXAM_SEED) if one.group.startswith(groups)]
+        some = random.Random(5).sample(fitting, max(args.questions, count))
+        prompts = [encoder.encode(one.prompt)[0] for one in some]
+        for name, temperature in (("greedy", 0.0), ("drawn", 1.0)):
+            yield f"{name}, {length} answers", Asked(prompts, SamplingParams(args.tokens, temperature=temperature))
 
 
 def config_of(shape: str) -> ModelConfig:
@@ -203,6 +208,7 @@ def measured(
             "steps_with_drafts": steps,
             "guesses": guesses,
             "guesses_right": right,
+            "tokens": rounds[-1].num_tokens,
             "answers_as_plain": f"{same} of {len(asked.prompts)}",
         }
 
@@ -215,7 +221,7 @@ def main() -> None:
     parser.add_argument("--requests", type=lambda text: [*map(int, text.split(","))], default=[1, 8, 32])
     parser.add_argument("--accepted", type=lambda text: [*map(float, text.split(","))], default=[0.8, 0.0])
     parser.add_argument("--tokens", type=int, default=400, help="tokens of each request, the most of an answer")
-    parser.add_argument("--questions", type=int, default=32, help="of trained: as many as requests at least")
+    parser.add_argument("--questions", type=int, default=32, help="of trained, of each length")
     parser.add_argument("--rounds", type=int, default=5, help="that count; one more comes before")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default="unknown")

@@ -47,7 +47,7 @@ class OpKind(StrEnum):
     SAMPLE = "sample"
     """The next token from a row of logits."""
     ACCEPT_DRAFTS = "accept_drafts"
-    """Which guesses of a step are the tokens drawn, and the row from which each request goes on."""
+    """The judgement of a step's guesses by the tokens drawn, and the row from which each request goes on."""
     GO_ON_DRAFTING = "go_on_drafting"
     """The rows of the next step with drafts, and what the host reads of this one."""
 

@@ -1,4 +1,4 @@
-"""What ends a step with drafts compiles for sm_90 and sm_100: nothing spills, launches overlap. Not run."""
+"""The ends of a step with drafts compile for sm_90 and sm_100: nothing spills, launches overlap. Not run."""
 
 import pytest
 from support.draft_rows import draft_rows

@@ -1,4 +1,4 @@
-"""What ends a step with drafts, on the device beside plain Python: every array, and the host's copy."""
+"""The ends of a step with drafts, on the device beside plain Python: every array, and the host's copy."""
 
 import pytest
 import torch

@@ -83,11 +83,12 @@ def captured(decoder: StepGraphs) -> None:
 
 
 def wanted(num_vocab: int) -> list[tuple[list[int], SamplingParams]]:
-    """Several lengths and kinds; some answers pass a block's end. Every prompt is read by one ``forward``."""
+    """Several lengths and kinds; some answers pass a block's end. Every prompt is too long for a graph, so that one
+    ``forward`` reads it, whoever answers beside it."""
     rng = random.Random(7)
     return [
         (
-            [rng.randrange(num_vocab) for _ in range((20, 40, 240, 130)[n // 2])],
+            [rng.randrange(num_vocab) for _ in range((70, 90, 240, 130)[n // 2])],
             SamplingParams(rng.randrange(20, 50), seed=n, **KINDS[n % len(KINDS)]),
         )
         for n in range(8)
@@ -105,9 +106,9 @@ def said(heard: "queue.SimpleQueue[StepOutput]") -> list[int]:
             return ids
 
 
-def answers(engine: Engine, size: int) -> list[list[int]]:
+def answers(engine: Engine, size: int, asked: list[tuple[list[int], SamplingParams]] | None = None) -> list[list[int]]:
     """Answers so many requests at a time, more than may run if all are."""
-    found, asked = [], wanted(engine.num_vocab)
+    found, asked = [], asked or wanted(engine.num_vocab)
     engine.start()
     for start in range(0, len(asked), size):
         waiting = []
@@ -136,6 +137,25 @@ def test_answers_are_those_without_drafts(model: Model, engine_config: EngineCon
         assert found == expected
         assert model.caches.slots.faults() == []
         assert not model.caches.slots.owned
+
+
+def test_short_prompts_are_read_two_tokens_a_step(model: Model, engine_config: EngineConfig) -> None:
+    """Of every length that plain graphs read a token a step: the same answers, and guesses from the first step on."""
+    num_vocab = model.config.vocab_size
+    plain, drafting = Decoder(model, BUCKETS[-1], num_vocab), DraftDecoder(model, BUCKETS[-1], num_vocab)
+    captured(plain)
+    captured(drafting)
+    rng, run = random.Random(3), (model, engine_config, num_vocab)
+    asked = [
+        ([rng.randrange(num_vocab) for _ in range(length)], SamplingParams(12, seed=length, temperature=1.5))
+        for length in (1, 2, 3, 4, 7, 12, 16)
+    ]
+    expected = answers(Engine(*run, end_token_ids=(), decoder=plain), 1, asked)
+    engine = Engine(*run, end_token_ids=(), decoder=plain, drafts=Drafts(model, drafting, Always()))
+    assert answers(engine, 1, asked) == expected
+    counts = engine.load().drafts
+    assert counts.num_steps >= sum(len(ids) // 2 for ids, _ in asked) + 6 * len(asked)
+    assert model.caches.slots.faults() == []
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""What ends a step with drafts, interpreted and in torch, beside plain Python."""
+"""The ends of a step with drafts, interpreted and in torch, beside plain Python."""
 
 from collections.abc import Callable
 

@@ -29,7 +29,7 @@ def draft_rows(count: int, num_fields: int, device: torch.device | None = None, 
 
 
 def ended(rows: DraftRows, count: int, is_judged: bool = False) -> DraftRows:
-    """What both ends of a step make of the rows, request by request, with guesses as they are in the results."""
+    """The rows behind both ends of a step, request by request, with guesses as they are in the results."""
     lists = [one.tolist() for one in rows]
     token, pad, known, (position, drawn), turn, results, shared, following, place, index = lists
     for r in range(count):
@@ -47,7 +47,7 @@ def ended(rows: DraftRows, count: int, is_judged: bool = False) -> DraftRows:
         for i in (t, t + 1):
             position[i] += (1 + accepted) * is_there
             drawn[i] += (1 + accepted) * is_there
-            turn[i] = 1 - turn[i]
+            turn[i], known[i] = 1 - turn[i], -1
     return DraftRows(*(torch.tensor(one, dtype=torch.int32) for one in lists))
 
 

@@ -37,6 +37,8 @@ MOST_AHEAD = ROWS * NUM_TURNS
 """Positions behind the last known one that launched steps may write."""
 UNKNOWN = PADDED, PADDED
 """The tokens behind both rows of a request that answers."""
+Known = Sequence[tuple[int, int]]
+"""Of each request the tokens behind both rows, -1 where they are to be drawn."""
 AcceptGuesses = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 """Is given the tokens drawn and the guesses of requests, and writes 1 for each guess that counts as right, else 0."""
 
@@ -60,9 +62,9 @@ class HeldDrafts:
     positions: list[int]
 
     @classmethod
-    def of(cls, caches: Sequence[SequenceCache]) -> "HeldDrafts":
-        """Notes where caches end."""
-        positions = [cache.num_tokens for cache in caches]
+    def of(cls, caches: Sequence[SequenceCache], ahead: int = 0) -> "HeldDrafts":
+        """Notes where caches end. ahead: tokens that an unread step will add to each."""
+        positions = [cache.num_tokens + ahead for cache in caches]
         return cls(caches, [cache.slot for cache in caches], [cache.blocks for cache in caches], positions)
 
     @property
@@ -125,17 +127,20 @@ class DraftDecoder(StepGraphs):
         rows: StepRows,
         guesses: Sequence[int],
         tops: Mapping[int, int] = NOTHING,
-        known: Sequence[tuple[int, int]] = (),
+        known: Known = (),
+        ahead: int = 0,
     ) -> DraftBegun:
-        """Launches a step of other requests, a row and a guess for each. Does not wait. No step may be unread.
+        """Launches a step of other requests, a row and a guess for each. Does not wait. No step may be unread, but one
+        whose guesses are all known: ``ahead`` is then what it adds.
 
         tops: row -> number of its likeliest tokens that the results are to have. known: of each request the tokens
         behind both rows, -1 where they are to be drawn; a request whose guess is known has both tokens count.
         """
-        assert not self._num_unread, "what is unread decides where rows begin"
+        assert ahead == ROWS * self._num_unread, "what is unread decides where rows begin"
         self._held, turn = None, self._take_turn()
-        staged = self._rows.stage(_in_pairs(rows, guesses, known or [UNKNOWN] * rows.num_rows, self.pool), turn)
-        return self._begin(DraftBegun(HeldDrafts.of(rows.caches), turn, tops), staged)
+        held = HeldDrafts.of(rows.caches, ahead)
+        staged = self._rows.stage(_in_pairs(rows, guesses, known or [UNKNOWN] * rows.num_rows, held), turn)
+        return self._begin(DraftBegun(held, turn, tops), staged)
 
     @property
     def can_repeat(self) -> bool:
@@ -202,13 +207,13 @@ class DraftDecoder(StepGraphs):
         return logits_TV
 
 
-def _in_pairs(rows: StepRows, guesses: Sequence[int], known: Sequence[tuple[int, int]], pool: CachePool) -> GroupedRows:
+def _in_pairs(rows: StepRows, guesses: Sequence[int], known: Known, held: HeldDrafts) -> GroupedRows:
     """Returns two rows for each: of its token, and of the guess behind it."""
     pairs = zip(rows.token_ids, guesses, strict=True)
     return GroupedRows(
         [
-            PlacedSequence(pool, cache.slot, cache.blocks, cache.num_tokens + ahead)
-            for cache in rows.caches
+            PlacedSequence(held.caches[0].pool, slot, blocks, position + ahead)
+            for slot, blocks, position in zip(held.slots, held.blocks, held.positions, strict=True)
             for ahead in range(ROWS)
         ],
         [token_id for pair in pairs for token_id in pair],

@@ -110,7 +110,7 @@ class DraftArrays:
 
 
 class Accept(NamedTuple):
-    """Which guesses are the tokens drawn, of one stream of calls."""
+    """The judgement of guesses, of one stream of calls."""
 
     kernel: AcceptKernel[object]
     operand: object

@@ -6,7 +6,8 @@ launched steps may write, and the policy says that it pays. Any other step runs 
 same.
 
 A short prompt is read two tokens a step, beside answers: its next token stands where a guess would, and counts. The
-host knows the tokens, so that such a step is read before the next one is launched.
+host knows the tokens, but not ahead where answers beside it go on: then a step that reads is read before the next one
+is launched.
 
 The first module reads what ``forward`` does, and what steps with drafts do. Its window in the caches misses the tokens
 of other steps: guesses are worse until it has moved past them, and cost no answer anything.
@@ -74,25 +75,30 @@ class Drafts(NamedTuple):
 
 class DraftedFlight(NamedTuple):
     """A launched step with drafts that is not read. caches: the requests' when it was launched. are_known: whether each
-    one's guess was the module's, not made up. num_read: rows of each that read a known token and draw none."""
+    one's guess was the module's, not made up. num_read: rows of each that read a known token and draw none. looks:
+    requests of which more than tokens is told, or that read; ends: tokens that may end an answer."""
 
     chunks: Sequence[ScheduledChunk]
     requests: Sequence[Request]
     caches: Sequence[SequenceCache]
     are_known: Sequence[bool]
     num_read: Sequence[int]
+    looks: frozenset[int]
+    ends: frozenset[int]
     begun: DraftBegun
     begun_at: float
 
-    @property
-    def reads(self) -> bool:
-        """True if a row reads a known token: the host knows what follows."""
-        return any(self.num_read)
+    def is_of(self, chunks: Sequence[ScheduledChunk]) -> bool:
+        """Returns True if these chunks are of the same requests, which are where this step leaves them."""
+        is_same = [one.request for one in chunks] == [*self.requests]
+        return is_same and [one.cache for one in self.requests] == [*self.caches]
 
     def goes_on(self, chunks: Sequence[ScheduledChunk], num_unread: int) -> bool:
         """Returns True if these chunks are one more step of the same requests, none of which has had its last token.
         num_unread: launched steps of them that are not read, each of which gives a token at least."""
-        if self.reads or self.chunks != chunks or [one.cache for one in self.requests] != [*self.caches]:
+        if any(count == ROWS for count in self.num_read):
+            return False  # the host knows what follows
+        if not self.is_of(chunks):
             return False
         return all(len(one.output_ids) + num_unread < one.params.max_tokens for one in self.requests)
 
@@ -110,13 +116,13 @@ class Drafting:
 
     def pays(self, num_requests: int) -> bool:
         """Returns True if the next step of so many requests drafts, provided that all of them may."""
-        return 0 < num_requests <= self.decoder.buckets[-1] and self._policy.drafts(num_requests)
+        return 0 < num_requests <= self.decoder.buckets[-1] and self._policy.drafts(self._size_of(num_requests))
 
-    def in_pairs(self, chunks: list[ScheduledChunk], most_steps: int) -> list[ScheduledChunk]:
+    def in_pairs(self, chunks: list[ScheduledChunk], most: int) -> list[ScheduledChunk]:
         """Returns the chunks with two tokens each at most, if a step with drafts runs them and none of their requests
-        has more to read than so many steps do; otherwise as they are: ``forward`` has the module read along."""
+        has more tokens to read; otherwise as they are: ``forward`` has the module read along."""
         pairs = [chunk._replace(num_tokens=min(chunk.num_tokens, ROWS)) for chunk in chunks]
-        is_short = all(chunk.request.num_pending <= ROWS * most_steps for chunk in chunks)
+        is_short = all(chunk.request.num_pending <= most for chunk in chunks)
         return pairs if is_short and all(map(_may_draft, pairs)) else chunks
 
     def goes_on(self, flights: Sequence[LaunchedStep], chunks: Sequence[ScheduledChunk]) -> bool:
@@ -124,36 +130,50 @@ class Drafting:
         last = flights[-1] if flights else None
         if not isinstance(last, DraftedFlight) or not last.goes_on(chunks, len(flights)):
             return False
-        return self.decoder.can_repeat and self._policy.drafts(len(chunks))
+        return self.decoder.can_repeat and self._policy.drafts(self._size_of(len(chunks)))
 
-    def begin(self, chunks: Sequence[ScheduledChunk], at: float) -> DraftedFlight:
-        """Launches a step of requests. Every launched step must have been read. at: the time."""
+    def reads_on(self, flights: Sequence[LaunchedStep], chunks: Sequence[ScheduledChunk]) -> bool:
+        """Returns True if the next step goes on reading for all requests of the last one, which has nothing else: the
+        host knows tokens and positions then, though nobody has read that step."""
+        last = flights[0] if len(flights) == 1 else None
+        if not isinstance(last, DraftedFlight) or any(count < ROWS for count in last.num_read):
+            return False
+        return last.is_of(chunks) and self.pays(len(chunks)) and all(_has_room(one, ROWS) for one in last.requests)
+
+    def begin(self, chunks: Sequence[ScheduledChunk], at: float, ahead: int = 0) -> DraftedFlight:
+        """Launches a step of requests. Every launched step must have been read, but for one before ``reads_on``: ahead
+        is then what it reads of each. at: the time."""
         requests = [chunk.request for chunk in chunks]
-        reading = [one.num_pending > 1 for one in requests]
+        reading = [one.num_pending - ahead > 1 for one in requests]
         rows = StepRows(
             [one.caches for one in requests],
-            [one.id_at(one.num_computed) for one in requests],
+            [one.id_at(one.num_computed + ahead) for one in requests],
             [one.params for one in requests],
             [one.seed for one in requests],
             # The second row of one that reads draws the token that its first one would.
             [len(one.output_ids) - reads for one, reads in zip(requests, reading, strict=True)],
         )
         expected = [None if reads else one.known_guess for one, reads in zip(requests, reading, strict=True)]
-        known = [_known_behind(one) for one in requests]
+        known = [_known_behind(one, ahead) for one in requests]
         guesses = [
             next(one for one in (behind, guess, last) if one is not None and one >= 0)
             for (behind, _), guess, last in zip(known, expected, rows.token_ids, strict=True)
         ]
-        wanted = {2 * n + ahead: one.params.num_logprobs for n, one in enumerate(requests) for ahead in range(2)}
-        begun = self.decoder.begin(rows, guesses, {row: count for row, count in wanted.items() if count}, known)
+        wanted = {ROWS * n + row: one.params.num_logprobs for n, one in enumerate(requests) for row in range(ROWS)}
+        tops = {row: count for row, count in wanted.items() if count}
+        begun = self.decoder.begin(rows, guesses, tops, known, ahead)
         num_read = [sum(one >= 0 for one in pair) for pair in known]
         are_known = [guess is not None for guess in expected]
-        return DraftedFlight(chunks, requests, rows.caches, are_known, num_read, begun, at)
+        asks = (one.params.num_logprobs is not None or count > 0 for one, count in zip(requests, num_read, strict=True))
+        looks, ends = frozenset(n for n, is_so in enumerate(asks) if is_so), self._reporter.ends_of(requests)
+        return DraftedFlight(chunks, requests, rows.caches, are_known, num_read, looks, ends, begun, at)
 
     def repeat(self, last: DraftedFlight, at: float) -> DraftedFlight:
         """Launches one more step of the same requests."""
-        begun, are_known = self.decoder.repeat(last.begun), [True] * len(last.requests)
-        return last._replace(begun=begun, are_known=are_known, begun_at=at)
+        begun, count = self.decoder.repeat(last.begun), len(last.requests)
+        looks = frozenset(n for n, one in enumerate(last.requests) if one.params.num_logprobs is not None)
+        goes_on = last._replace(are_known=[True] * count, num_read=[0] * count, looks=looks)
+        return goes_on._replace(begun=begun, begun_at=at)
 
     def land(self, flight: DraftedFlight, times: StepTimes) -> None:
         """Reads the oldest launched step and reports it."""
@@ -162,17 +182,40 @@ class Drafting:
         pairs = zip(flight.are_known, found.token_ids, strict=True)
         guesses = sum(flight.are_known), sum(len(tokens) - 1 for is_known, tokens in pairs if is_known)
         self.counts.add(*guesses)
-        if not flight.reads:  # which nothing overlaps
-            self._policy.note_drafted(len(flight.requests), seconds, *guesses)
+        self._policy.note_drafted(self._size_of(len(flight.requests)), seconds, *guesses)
         if found.flagged:
             tell_flagged({row // 2: layer_idx for row, layer_idx in found.flagged.items()}, flight.requests)
         for n, (request, cache) in enumerate(zip(flight.requests, flight.caches, strict=True)):
-            if request.cache is cache:
+            if request.cache is not cache:
+                continue  # it ended while this step ran
+            if n in flight.looks or request.flagged_layer is not None or None in found.token_ids[n]:
                 self._tell(request, n, found, flight.num_read[n])
+            else:
+                self._extend(request, found.token_ids[n], found.guesses[n], flight.ends)
 
     def note_plain(self, num_requests: int, seconds: float) -> None:
         """Takes up the time of a step without drafts."""
-        self._policy.note_plain(num_requests, seconds)
+        self._policy.note_plain(self._size_of(num_requests), seconds)
+
+    def _size_of(self, num_requests: int) -> int:
+        """Returns the requests of the graph that runs so many: the policy's unit, as its steps take the same time."""
+        return next((size for size in self.decoder.buckets if size >= num_requests), num_requests)
+
+    def _extend(self, request: Request, tokens: Sequence[int | None], guess: int, ends: frozenset[int]) -> None:
+        """Extends an answer by tokens of which nothing else is to be told, until it ends."""
+        cache, output_ids, most = request.cache, request.output_ids, request.params.max_tokens
+        for token_id in tokens:
+            assert token_id is not None
+            output_ids.append(token_id)
+            request.num_computed += 1
+            if token_id not in ends and len(output_ids) < most:
+                self._reporter.deliver(request, plain_output(token_id))
+                continue
+            self._reporter.tell(request, plain_output(token_id))
+            if request.cache is not cache:
+                return
+        if request.num_pending == 1:
+            request.guess = request.num_tokens, guess
 
     def _tell(self, request: Request, n: int, found: DraftedTokens, num_read: int) -> None:
         """Reports the tokens of one request, until its answer ends. num_read: rows that have read known ones."""
@@ -265,13 +308,19 @@ def _may_draft(chunk: ScheduledChunk) -> bool:
         return False
     if request.num_pending > 1 and prefix is not None and prefix.tail_end != NO_TAIL:
         return False  # steps of two tokens may pass where its tail is to be taken
+    return _has_room(request)
+
+
+def _has_room(request: Request, ahead: int = 0) -> bool:
+    """Returns True if a request has room for two launched steps behind so many tokens of unread ones."""
     cache = request.caches
-    return room_behind(cache.blocks, request.num_computed, cache.pool) >= MOST_AHEAD
+    return room_behind(cache.blocks, request.num_computed + ahead, cache.pool) >= MOST_AHEAD
 
 
-def _known_behind(request: Request) -> tuple[int, int]:
-    """Returns the tokens behind the next two, of a request that reads; -1 where they are to be drawn."""
-    first = request.num_computed + 1
+def _known_behind(request: Request, ahead: int) -> tuple[int, int]:
+    """Returns the tokens behind the next two, of a request that reads; -1 where they are to be drawn. ahead: tokens
+    that an unread step reads."""
+    first = request.num_computed + ahead + 1
     ids = request.ids_between(first, min(first + ROWS, request.num_tokens))
     one, other = (*ids, *UNKNOWN)[:ROWS]
     return one, other

@@ -50,15 +50,16 @@ class StepTimes:
         return self.gaps.total_s
 
     def add(self, begun_at: float, read_at: float) -> float:
-        """Counts a step, launched and read at these times of the clock. Returns how long it was busy."""
+        """Counts a step, launched and read at these times of the clock. Returns what it took, its gap among it."""
         self.num_steps += 1
-        since = begun_at
+        since = before = begun_at
         if self._read_at is not None:
-            since = max(begun_at, self._read_at)
-            self.gaps.observe(since - self._read_at)
+            before = self._read_at
+            since = max(begun_at, before)
+            self.gaps.observe(since - before)
         self.busy.observe(read_at - since)
         self._read_at = read_at
-        return read_at - since
+        return read_at - before
 
     def pause(self) -> None:
         """Notes that there is no work: what follows is no gap."""

@@ -29,6 +29,7 @@ from ownpath.config import ModelConfig
 from ownpath.engine.adjust import Adjuster
 from ownpath.engine.batch import LogitsShare, build_batch, decode_share
 from ownpath.engine.decoder import Decoder
+from ownpath.engine.draft_decoder import ROWS
 from ownpath.engine.drafting import DraftedFlight, Drafting, living
 from ownpath.engine.flags import IndexFlags, tell_flagged
 from ownpath.engine.flight import Flight, NextRows, release_left
@@ -151,6 +152,10 @@ class StepRunner:
         last = self._flights[-1] if self._flights else None
         if isinstance(last, DraftedFlight) and drafting.goes_on(self._flights, chunks):
             self._launch(lambda at: drafting.repeat(last, at))
+            self._land_to(1)
+            return ()
+        if drafting.reads_on(self._flights, chunks):
+            self._launch(lambda at: drafting.begin(chunks, at, ROWS))
             self._land_to(1)
             return ()
         if isinstance(last, DraftedFlight) or (last is not None and drafting.takes(chunks)):

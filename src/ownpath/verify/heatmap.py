@@ -97,6 +97,8 @@ def heat_map(result: Verification) -> HeatRows:
 
 def measured_name(measured: Measurement) -> str:
     """Returns a measured value's name, with its layer."""
+    if measured.module:
+        return f"{measured.module}.{measured.slot}"
     return measured.slot if measured.slot in ENDS else f"layers.{measured.layer_idx}.{measured.slot}"
 
 

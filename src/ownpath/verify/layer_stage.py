@@ -205,7 +205,7 @@ def _module(oracle: Oracle, state: State, layer_idx: int) -> Iterator[StageItem]
     try:
         entering = State(layer_idx, module.entry.streams_TSD, None)
         compared, findings, _ = _layer(module.following, entering, layer_idx)
-        yield from compared.measurements
+        yield from (replace(one, module=name) for one in compared.measurements)
         yield from findings
         model = module.load()
         yield from module.findings(model, compared.streams_TSD)

@@ -7,8 +7,8 @@ from ownpath.engine.load import GAP_SECONDS, Durations, StepTimes
 
 def test_steps_one_behind_the_other() -> None:
     times = StepTimes()
-    times.add(10.0, 10.25)
-    times.add(10.375, 10.5)  # launched an eighth of a second after the last was read
+    assert times.add(10.0, 10.25) == 0.25
+    assert times.add(10.375, 10.5) == 0.25  # launched an eighth of a second after the last was read
     assert (times.num_steps, times.busy_s, times.gap_s) == (2, 0.375, 0.125)
 
 

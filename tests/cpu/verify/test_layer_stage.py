@@ -21,7 +21,7 @@ from ownpath.verify.subject import Selection, Subject
 
 PER_LAYER = ("V01", "V02", "V03", "V05", "V08", "V09", "V10")
 IN_BFLOAT16 = ("full-nvfp4", "compressed-tensors", "deepseek-native", "fp8-experts")
-ONCE = {("V01", "embed"), ("V01", "head"), ("V03", "streams"), ("V04", "logits")}
+ONCE = {("V11", "mtp"), ("V12", "mtp"), ("V01", "embed"), ("V01", "head"), ("V03", "streams"), ("V04", "logits")}
 
 
 def run(

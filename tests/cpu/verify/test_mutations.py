@@ -6,6 +6,8 @@ import pytest
 from support.checkpoints import LAYOUTS
 from support.hopper_layouts import allow_packing_on_cpu
 from support.mutations import MUTATIONS
+from support.mutations.drafts import OPTIONS
+from support.mutations.mutation import Mutation
 from support.mutations.runs import outcome_of, verified, write_model, write_models
 from support.mutations.table import rows, unseen_names
 from support.mutations.unseen import MUTATIONS as UNSEEN
@@ -95,6 +97,15 @@ def test_the_page_lists_the_mutations_that_there_are() -> None:
     assert unseen_names() == list(UNSEEN)
     assert {mutation.check for mutation in MUTATIONS.values()} <= set(TITLES)
     assert set(SAYS) <= set(MUTATIONS)
+
+
+def test_an_intact_module_raises_no_alarm(models: dict[str, Path], tmp_path: Path) -> None:
+    """Beside which the mutations of drafts are seen."""
+    intact = Mutation("nothing", "V12", "mtp.0", **OPTIONS)
+    result = verified(intact, models, tmp_path)
+    assert result.passed, failed(result.findings)
+    passed = {(one.id, one.where) for one in result.findings if one.verdict is Verdict.PASS}
+    assert {(check, "mtp.0") for check in ("V01", "V02", "V03", "V05", "V08", "V09", "V11", "V12")} <= passed
 
 
 @pytest.mark.parametrize("name", UNSEEN)

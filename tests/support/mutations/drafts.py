@@ -20,12 +20,12 @@ OPTIONS: dict[str, Any] = {"stages": ("layers",), "model": "drafting", "drafts":
 
 
 def of_module(what: str, where: str, interference: Interference) -> Mutation:
-    """What V11 names."""
+    """A fault that V11 names."""
     return Mutation(what, "V11", f"{MODULE}.{where}", None, interference, **OPTIONS)
 
 
 def of_step(what: str, owner: Any, name: str, made: Callable[[Any], Any]) -> Mutation:
-    """What V12 sees: something that runs, with another in its place."""
+    """A fault that V12 sees: something that runs, with another in its place."""
     changed = Interference(replaced=((owner, name, made),))
     return Mutation(what, "V12", MODULE, None, changed, **OPTIONS)
 

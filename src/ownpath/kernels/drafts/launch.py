@@ -1,4 +1,4 @@
-"""What ends a step with drafts, on Hopper: one launch between the model and its module, and one behind the module.
+"""The ends of a step with drafts, on Hopper: one launch between the model and its module, and one behind the module.
 
 How it works. A program has a request, and so both of its rows. Nothing of another request is read or written.
 
@@ -71,6 +71,7 @@ def accept_kernel(
 def go_on_kernel(
     token_ptr,
     pad_ptr,
+    known_ptr,
     counts_ptr,
     turn_ptr,
     results_ptr,
@@ -104,6 +105,7 @@ def go_on_kernel(
     tl.store(token_ptr + t, last)
     tl.store(token_ptr + t + 1, guess | pad)
     tl.store(turn_ptr + t + c, 1 - turn + tl.zeros((2,), tl.int32))
+    tl.store(known_ptr + t + c, tl.full((2,), -1, tl.int32))
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ class DraftOperand:
 
 
 class _DraftKernel:
-    """What both kernels have."""
+    """The parts that both kernels have."""
 
     def prepare(self) -> DraftOperand:
         """Makes the operand: launches of one stream of calls."""
@@ -156,7 +158,7 @@ class _DraftKernel:
 
 
 class TritonAcceptDrafts(_DraftKernel):
-    """Which guesses are the tokens drawn."""
+    """The judgement of guesses by the tokens drawn."""
 
     def run(self, rows: DraftRows, num_requests: int, operand: DraftOperand, *, is_judged: bool = False) -> None:
         """Computes ``ref.accept_drafts``. See ``AcceptKernel``."""
@@ -171,8 +173,7 @@ class TritonGoOnDrafting(_DraftKernel):
     def run(self, rows: DraftRows, num_requests: int, operand: DraftOperand) -> None:
         """Computes ``ref.go_on_drafting``. See ``GoOnKernel``."""
         num_fields, width = rows.results_NW.shape
-        token_W, pad_W, _, *others = rows[:-1]
-        args = (token_W, pad_W, *others, width, num_fields)
+        args = (*rows[:-1], width, num_fields)
         constants = {"FIELDS": triton.next_power_of_2(num_fields)}
         operand.run(go_on_kernel, rows, num_requests, args, constants)
 

@@ -35,6 +35,7 @@ def go_on_drafting(rows: DraftRows, num_requests: int) -> None:
     columns_T = torch.arange(num_rows, device=host_T.device)
     rows.shared_2NW[host_T, :, columns_T] = results_NT.T.to(host_T.device)
     turn_T.copy_(1 - turn_T)
+    rows.known_W[:num_rows] = -1
 
 
 class AcceptReference(Reference):

@@ -44,7 +44,7 @@ class DraftRows(NamedTuple):
 
 
 class AcceptKernel(Kernel[Operand], Protocol[Operand]):
-    """Which guesses are the tokens drawn."""
+    """The judgement of guesses by the tokens drawn."""
 
     def prepare(self) -> Operand:
         """Makes the operand."""
@@ -74,7 +74,8 @@ class GoOnKernel(Kernel[Operand], Protocol[Operand]):
     def run(self, rows: DraftRows, num_requests: int, operand: Operand) -> None:
         """Writes the first requests as the next step finds them, behind the sampler of their guesses: the last token
             that counts and the guess, positions and numbers of drawn tokens further by the tokens that count, but in
-            padded rows. Copies their results to the host's copy of the turn, and turns to the other.
+            padded rows, and no token known behind them. Copies their results to the host's copy of the turn, and turns
+            to the other.
 
         Errors: ValueError naming an array that does not fit.
         """

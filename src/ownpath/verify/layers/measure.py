@@ -20,7 +20,7 @@ class Measurement:
     rel_l2: |e - r| / |r| over all rows. worst_row: the largest over rows, of |r| the row's or the rows' root mean
     square, whichever is larger. nonfinite_share, zero_share: of the engine's entries that are not finite, or zero.
     amax, reference_amax: largest magnitudes. dtypes: of the slot's input and output. run: the step that it is of, where
-    there are several.
+    there are several. module: of drafts, whose layer it is of; empty for the backbone's.
     """
 
     layer_idx: int
@@ -38,6 +38,7 @@ class Measurement:
     dtype_in: str = ""
     dtype_out: str = ""
     run: str = ""
+    module: str = ""
 
     @classmethod
     def of(

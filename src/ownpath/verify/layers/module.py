@@ -28,7 +28,7 @@ KINDS = {
     "h_proj": "attn.wqa_wkv",
     "hc_attn.x": "attn.wqa_wkv",
 }
-"""What enters the layer -> the kind of a layer's value that is made alike, by whose budget it is judged."""
+"""A value that enters the layer -> the kind of a layer's value that is made alike, by whose budget it is judged."""
 _PLACES = {
     "enorm": "enorm's weight, or the token that follows each row",
     "e_proj": "e_proj, or h_proj in its place",
@@ -105,7 +105,7 @@ class Module:
             yield Finding("V11", self.name, Verdict.PASS, message, worst.excess, words)
 
     def _measure(self, name: str, pair: tuple[torch.Tensor, torch.Tensor], kind: str) -> Measurement:
-        return Measurement.of(self.layer_idx, name, pair, self.oracle.budget(kind))
+        return replace(Measurement.of(self.layer_idx, name, pair, self.oracle.budget(kind)), module=self.name)
 
     def _entering(self, model: Model) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
         """Runs the module on the text. Yields the engine's and the reference's values in front of its layer, in the
