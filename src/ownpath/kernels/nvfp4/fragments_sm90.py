@@ -1,8 +1,8 @@
 """A thread's share of a stage's NVFP4 weights: codes and scales, as ``kernels.nvfp4.layout`` puts them there.
 
-A 16-byte load brings the codes of four k16 steps of a 64-row block, an 8-byte load their scales. Addresses in the first
-stage are computed once a tile: left to itself, the compiler computes them again in every stage, 10 to 16 instructions of
-120 to 320. Roofline: shared memory, 24 bytes a thread for 64 columns. Limits: as ``gemm_sm90``.
+A 16-byte load brings the codes of four k16 steps of a 64-row block, an 8-byte load their scales. Left to itself, the
+compiler computes their addresses again in every stage, 10 to 16 instructions of 320; with ``per_block`` it cannot.
+Roofline: shared memory, 24 bytes a thread for 64 columns. Limits: as ``gemm_sm90``.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Half:
 
 @dataclass(frozen=True)
 class Fragments:
-    """Where a thread finds its words. codes, scales: byte addresses of its first words in the first stage."""
+    """The place of a thread's words in the stages. codes, scales: byte addresses of its first ones in the first stage."""
 
     cfg: GemmConfig
     codes: Int32
@@ -37,7 +37,9 @@ class Fragments:
         block = thread.wg_m * (cfg.num_m64 * cfg.warpgroups_k) + thread.wg_k
         codes = stages.weights.toint() + block * cfg.code_bytes + thread.idx * 16
         scales = stages.scales.toint() + block * cfg.scale_bytes + thread.warp * 64 + thread.row * 8
-        return cls(cfg, ptx.once(codes), ptx.once(scales))
+        if cfg.per_block:
+            codes, scales = ptx.once(codes), ptx.once(scales)
+        return cls(cfg, Int32(codes), Int32(scales))
 
     def load(self, halves: list[Half], slot: Int32, turn: int) -> None:
         """Appends the 64 columns that group ``turn`` of a stage is the first to need: all of the stage, or half."""
@@ -54,11 +56,11 @@ class Fragments:
         cfg = self.cfg
         blocks = cfg.m64_per_tile * cfg.warpgroups_k
         codes, scales = self.codes + slot * (blocks * cfg.code_bytes), self.scales + slot * (blocks * cfg.scale_bytes)
-        places = [r * cfg.warpgroups_k for r in range(cfg.num_m64)]
-        return Half(
-            [ptx.load_shared_vec4(codes + (place * cfg.code_bytes + half * (WG * 16))) for place in places],
-            [ptx.load_shared_vec2(scales + (place * cfg.scale_bytes + half * 256)) for place in places],
-        )
+        half_of_codes, half_of_scales = [], []
+        for block in range(0, blocks // cfg.warpgroups_m, cfg.warpgroups_k):
+            half_of_codes.append(ptx.load_shared_vec4(codes + (block * cfg.code_bytes + half * (WG * 16))))
+            half_of_scales.append(ptx.load_shared_vec2(scales + (block * cfg.scale_bytes + half * 256)))
+        return Half(half_of_codes, half_of_scales)
 
     @staticmethod
     def words(halves: list[Half], block: int, k16: int) -> tuple[Uint32, Uint32]:
