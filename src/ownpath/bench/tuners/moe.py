@@ -3,7 +3,8 @@
 A candidate names a tile: ``num_m64`` 64-row blocks for each of ``warpgroups_m`` warpgroups, token counts ``n0``,
 ``n1``, ... for which there is code, ``stages`` of shared memory, ``depth`` buffers of ``group`` k16 steps, ``gather``
 for rows that are looked up instead of copied first, ``box`` token rows of one copy,
-``cluster_m`` CTAs that share tokens, ``per_sm`` CTAs on an SM. With slices, both products are one kernel, of tiles of
+``cluster_m`` CTAs that share tokens, ``per_sm`` CTAs on an SM, ``per_block`` for products of one 64-row block at a
+time, which leaves registers for more tokens. With slices, both products are one kernel, of tiles of
 ``slice_tokens`` tokens, ``slice_stages`` and ``slice_per_sm``.
 """
 
@@ -85,6 +86,10 @@ SOME = (
     _tile(2, 2, (24, 32), 4, per_sm=2),
     _tile(2, 2, (16, 24, 32, 40), 6, box=40),
     _tile(2, 2, (16, 32, 48), 6, depth=4, box=16),
+    _tile(2, 4, (8, 16), 5, box=8, per_block=1),
+    _tile(2, 4, (8, 16, 24), 5, box=8, per_block=1),
+    _tile(2, 4, (24, 32, 40), 4, box=8, per_block=1),
+    _tile(2, 4, (16, 24, 32, 40), 4, box=8, per_block=1),
 )
 MIDDLE = (
     _tile(2, 2, (32, 48, 64), 6, depth=4),
@@ -93,17 +98,22 @@ MIDDLE = (
     _tile(1, 4, (32, 48, 64), 5, group=2),
     _tile(1, 4, (48, 64), 5),
     _tile(1, 4, (32, 48, 64, 80), 5, box=40),
+    _tile(2, 4, (48, 64), 4, box=8, per_block=1),
+    _tile(2, 4, (40, 48, 56), 4, box=8, per_block=1),
 )
 MANY = (
     _tile(2, 2, (80, 96, 112), 4, box=56),
     _tile(2, 2, (80, 96, 112), 4, box=16),
     _tile(2, 2, (64, 96, 128), 4, box=32),
     _tile(2, 2, (88, 104, 120), 4, box=40),
+    _tile(2, 2, tuple(range(64, 121, 8)), 4, box=8),
+    _tile(2, 2, tuple(range(64, 121, 8)), 4, box=8, per_block=1),
     _tile(1, 4, (80, 96, 112), 4, box=56, cluster_m=2),
     _tile(1, 2, (128, 160, 176, 192, 208, 224, 256), 6, group=2, stage_k=64),
     _tile(1, 2, (128, 160, 176, 192, 208, 224, 256), 3, group=2),
     _tile(1, 2, (128, 160, 176, 192, 208, 224, 256), 6, group=2, stage_k=64, cluster_m=2),
     _tile(1, 2, (128, 160, 176, 192, 208, 224), 6, group=2, stage_k=64, box=56),
+    _tile(1, 2, (128, 160, 176, 184, 192, 200, 208, 224, 256), 6, group=2, stage_k=64, cluster_m=2, box=32),
     _tile(2, 1, (80, 96, 112), 5, stage_k=64, per_sm=2, box=56),
     _tile(1, 1, (96, 128, 160, 176, 192), 4, group=2, stage_k=64, per_sm=2),
     _tile(1, 1, (96, 128, 160, 176, 192), 4, group=2, stage_k=64, per_sm=2, cluster_m=2),

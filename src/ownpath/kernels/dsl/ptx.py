@@ -35,6 +35,14 @@ def keep(x: Value, *, loc: Site = None, ip: Site = None) -> Int32:
     return Int32(asm("mov.b32 $0, $1;", "=r,r", T.i32(), [Int32(x).ir_value(loc=loc, ip=ip)], False, loc, ip))
 
 
+def once(x: Value) -> Int32:
+    """Returns a word that is computed once: nobody, not even the assembler, computes the result of a shuffle again.
+
+    All lanes of a warp call it together.
+    """
+    return Int32(cute.arch.shuffle_sync_bfly(Int32(x), offset=0))
+
+
 @dsl_user_op
 def rotate_right(x: Value, distance: int, *, loc: Site = None, ip: Site = None) -> Uint32:
     """Rotates the bits of ``x`` right by ``distance``."""

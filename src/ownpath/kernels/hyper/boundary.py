@@ -110,7 +110,7 @@ def spread_few(
 
 @triton.jit
 def _cut(value):
-    """Returns the first 8 significant bits of a float32, as bfloat16, and the rest. Both are exact, without a conversion."""
+    """Returns a float32's first 8 significant bits, as bfloat16, and the rest: both exact, by bits alone."""
     bits = value.to(tl.int32, bitcast=True)
     term = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return term, value - (bits & -65536).to(tl.float32, bitcast=True)

@@ -83,7 +83,7 @@ def choose_moe(pairs: int, num_experts: int, hidden: int, inter: int, invariant:
 @lru_cache(maxsize=256)
 def _moe_choice(knobs: tuple[tuple[str, int], ...], hidden: int, inter: int, wide: bool) -> MoeChoice:
     read = dict(knobs)
-    sizes = tuple(size for size in (read.get(f"n{idx}") for idx in range(8)) if size)
+    sizes = tuple(size for size in (read.get(f"n{idx}") for idx in range(16)) if size)
     gate_up = _fit_config(read, sizes, 2 * inter // BLOCK_ROWS, swiglu=True, gather=bool(read["gather"]))
     down = _fit_config(read, sizes, hidden // BLOCK_ROWS, wide=wide)
     return MoeChoice(gate_up, down, _sliced(read, hidden, inter) if "slice_tokens" in read else None)
@@ -123,6 +123,7 @@ def _fit_config(read: Mapping[str, int], sizes: tuple[int, ...], num_blocks: int
             cluster_m=cluster_m,
             per_sm=read["per_sm"],
             box=read.get("box", 64),
+            per_block=bool(read.get("per_block", 0)),
             stage_k=read.get("stage_k", BLOCK_K),
             **flags,
         ),

@@ -31,6 +31,7 @@ class GemmConfig:
     gather: token rows are looked up one by one, in an index behind the schedule, instead of following each other.
     per_sm: CTAs that share an SM, its registers and its shared memory.
     box: token rows of one TMA copy at most.
+    per_block: a group of products is one 64-row block's, and codes are read 64 columns at a time: fewest registers.
     """
 
     num_m64: int
@@ -49,6 +50,7 @@ class GemmConfig:
     wide: bool = False
     per_sm: int = 1
     box: int = 64
+    per_block: bool = False
     compiler: ClassVar[str] = "nvfp4.gemm_sm90:compile_gemm"
 
     def __post_init__(self) -> None:
@@ -58,9 +60,8 @@ class GemmConfig:
             raise ValueError(f"{self.name}: warpgroups along K need tiles of one warpgroup along M")
         if self.cluster_m > 1 and (self.gather or self.cluster_k > 1):
             raise ValueError(f"{self.name}: tokens are shared as boxes, in clusters along M only")
-        if self.depth < 2 or self.depth - 2 >= self.num_steps // self.group:
-            groups = self.num_steps // self.group
-            raise ValueError(f"{self.name}: a stage has {groups} groups, its release needs {self.depth - 1}")
+        if self.depth < 2 or self.depth - 2 >= self.num_groups:
+            raise ValueError(f"{self.name}: a stage has {self.num_groups} groups, its release needs {self.depth - 1}")
 
     @property
     def name(self) -> str:
@@ -73,12 +74,13 @@ class GemmConfig:
         )
         shape = f"r{self.num_m64}m{self.warpgroups_m}k{self.warpgroups_k}c{self.cluster_k}"
         shape += f"s{self.num_stages}d{self.depth}g{self.group}x{self.cluster_m}b{self.stage_k}"
-        shape += f"p{self.per_sm}t{self.box_rows}"
+        shape += f"p{self.per_sm}t{self.box_rows}" + ("o" if self.per_block else "")
         return f"nvfp4_{kind}_{shape}_n{sizes}"
 
     @property
     def sources(self) -> tuple[str, ...]:
-        modules = ("gemm_sm90", "decode_sm90", "tile_sm90", "epilogue_sm90", "schedule", "handover", "config")
+        modules = ("gemm_sm90", "decode_sm90", "tile_sm90", "epilogue_sm90", "fragments_sm90")
+        modules = (*modules, "schedule", "handover", "config")
         return (*(f"nvfp4/{name}.py" for name in modules), *DSL_SOURCES)
 
     @property
@@ -94,6 +96,21 @@ class GemmConfig:
     @property
     def num_steps(self) -> int:
         return self.stage_k // 16
+
+    @property
+    def blocks_of_a_group(self) -> int:
+        """64-row blocks that a group of products multiplies."""
+        return 1 if self.per_block else self.num_m64
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of products of a stage."""
+        return self.num_steps // self.group * (self.num_m64 // self.blocks_of_a_group)
+
+    def group_at(self, turn: int) -> tuple[int, int]:
+        """Returns a group's place among the k16 steps of a stage, in groups, and its first 64-row block."""
+        rounds = self.num_m64 // self.blocks_of_a_group
+        return turn // rounds, turn % rounds * self.blocks_of_a_group
 
     @property
     def code_bytes(self) -> int:

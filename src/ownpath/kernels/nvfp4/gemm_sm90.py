@@ -34,6 +34,7 @@ from ownpath.kernels.dsl.warpgroup import Operands, Thread, decoded_mma, shared_
 from ownpath.kernels.nvfp4.config import BLOCK_K, CHUNK_K, WG, GemmConfig
 from ownpath.kernels.nvfp4.decode_sm90 import decode
 from ownpath.kernels.nvfp4.epilogue_sm90 import Epilogue
+from ownpath.kernels.nvfp4.fragments_sm90 import Fragments, Half
 from ownpath.kernels.nvfp4.handover import announce, await_rows
 from ownpath.kernels.nvfp4.schedule import Schedule, element
 from ownpath.kernels.nvfp4.tile_sm90 import Tile, TileScheduler
@@ -319,38 +320,38 @@ class Gemm:
         sums = [cute.make_rmem_tensor(thr_mma.partition_shape_C((64, num_n)), Float32) for _ in range(cfg.num_m64)]
         for acc in sums:
             acc.fill(0.0)
-        depth, group = cfg.depth, cfg.group
+        depth, group, blocks = cfg.depth, cfg.group, cfg.blocks_of_a_group
         weights = [
-            [thr_mma.make_fragment_A(thr_mma.partition_shape_A((64, 16 * group))) for _ in range(cfg.num_m64)]
+            [thr_mma.make_fragment_A(thr_mma.partition_shape_A((64, 16 * group))) for _ in range(blocks)]
             for _ in range(depth)
         ]
         # The assembler must not recognise this as a constant: it would load it again for every use.
         scale_bits = Uint32(0x0FF00FF0) | Uint32(epilogue.ld_out >> 31)
+        fragments = Fragments.of(cfg, operands.stages, thread)
         last = ring.slot
         for k in cutlass.range(operands.k_iters, unroll=1):
             ring.wait()
-            words, scale_words = self.load_fragments(operands, ring.slot)
-            for part in cutlass.range_constexpr(cfg.num_steps // group):
+            halves: list[Half] = []
+            for turn in cutlass.range_constexpr(cfg.num_groups):
                 # Buffers alternate: products of the last ``depth - 1`` groups run while this one is decoded.
-                buffer = weights[part % depth]
-                for r in cutlass.range_constexpr(cfg.num_m64):
+                buffer = weights[turn % depth]
+                part, first_block = cfg.group_at(turn)
+                fragments.load(halves, ring.slot, turn)
+                for r in cutlass.range_constexpr(blocks):
                     fragment = cute.recast_tensor(buffer[r], Uint32)
                     for kk in cutlass.range_constexpr(group):
-                        k16 = part * group + kk
-                        scales = scale_words[r][k16 // 2]
-                        if cutlass.const_expr(k16 % 2):
-                            scales = ptx.rotate_right(scales, 8)
-                        for idx, register in enumerate(decode(words[r][k16], scales & scale_bits)):
+                        word, scales = fragments.words(halves, first_block + r, part * group + kk)
+                        for idx, register in enumerate(decode(word, scales & scale_bits)):
                             fragment[4 * kk + idx] = register
                 warpgroup.fence()
                 for kk in cutlass.range_constexpr(group):
                     k16 = part * group + kk
                     chunk = ring.slot * self.num_chunks + thread.wg_k * self.chunks_per_group + k16 // 4
-                    for r in cutlass.range_constexpr(cfg.num_m64):
-                        wgmma(mma, buffer[r][None, None, kk], tokens[None, None, k16 % 4, chunk], sums[r])
+                    for r in cutlass.range_constexpr(blocks):
+                        wgmma(mma, buffer[r][None, None, kk], tokens[None, None, k16 % 4, chunk], sums[first_block + r])
                 warpgroup.commit_group()
                 warpgroup.wait_group(depth - 1)
-                if cutlass.const_expr(part == depth - 2):
+                if cutlass.const_expr(turn == depth - 2):
                     # Every product of the previous stage is done.
                     if k > 0:
                         ring.release(last, thread.idx)
@@ -362,19 +363,6 @@ class Gemm:
             self.reduce_and_store(sums, tile, thread, partial, epilogue)
         else:
             self.store(sums, tile, thread, epilogue)
-
-    def load_fragments(self, operands: Operands, slot: Int32) -> tuple[list[list[Uint32]], list[list[Uint32]]]:
-        """Loads this thread's codes (a word per k16 step) and scales (a word per two steps) of each 64-row block."""
-        cfg, stages, thread = self.cfg, operands.stages, operands.thread
-        words, scale_words = [], []
-        for r in range(cfg.num_m64):
-            block = (slot * cfg.m64_per_tile + thread.wg_m * cfg.num_m64 + r) * cfg.warpgroups_k + thread.wg_k
-            base = stages.weights.toint() + block * cfg.code_bytes + thread.idx * 16
-            scale_base = stages.scales.toint() + block * cfg.scale_bytes + thread.warp * 64 + thread.row * 8
-            halves = range(self.chunks_per_group)
-            words.append([word for half in halves for word in ptx.load_shared_vec4(base + half * (WG * 16))])
-            scale_words.append([word for half in halves for word in ptx.load_shared_vec2(scale_base + half * 256)])
-        return words, scale_words
 
     @cute.jit
     def store(self, sums: list[cute.Tensor], tile: Tile, thread: Thread, epilogue: Epilogue) -> None:
