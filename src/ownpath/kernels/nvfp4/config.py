@@ -80,8 +80,8 @@ class GemmConfig:
     @property
     def sources(self) -> tuple[str, ...]:
         modules = ("gemm_sm90", "decode_sm90", "tile_sm90", "epilogue_sm90", "fragments_sm90")
-        modules = (*modules, "schedule", "handover", "config")
-        return (*(f"nvfp4/{name}.py" for name in modules), *DSL_SOURCES)
+        shared = ("schedule", "handover", "config")
+        return (*(f"nvfp4/{name}.py" for name in (*modules, *shared)), *DSL_SOURCES)
 
     @property
     def hands_over(self) -> bool:

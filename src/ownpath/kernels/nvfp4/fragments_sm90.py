@@ -25,7 +25,7 @@ class Half:
 
 @dataclass(frozen=True)
 class Fragments:
-    """The place of a thread's words in the stages. codes, scales: byte addresses of the first ones, in the first stage."""
+    """The place of a thread's words. codes, scales: byte addresses of its first ones, in the first stage."""
 
     cfg: GemmConfig
     codes: Int32
