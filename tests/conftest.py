@@ -6,6 +6,7 @@ from collections.abc import Generator
 
 import pytest
 import torch
+from support.failures import NamedAtOnce
 
 from ownpath.terminal import console, progress
 
@@ -42,7 +43,10 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """On a CUDA device, what the tests may launch is compiled before the first of them runs."""
+    """A test that fails is named at once. On a CUDA device, what the tests may launch is compiled before the first of
+    them runs."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        config.pluginmanager.register(NamedAtOnce(config))
     device = torch.device(config.getoption("--device"))
     if device.type == "cuda" and "PYTEST_XDIST_WORKER" not in os.environ:
         from support.kernel_configs import CompiledAhead
