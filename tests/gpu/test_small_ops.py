@@ -111,15 +111,3 @@ def rows_of(value: Any, num_rows: int) -> Any:
     if isinstance(value, torch.Tensor) and len(value) == 33:
         return value[:num_rows]
     return value
-
-
-def test_streams_in_place(cuda: torch.device) -> None:
-    """out.x_TSD may be the input streams."""
-    case = next(case for case in CASES if case.label == "flash" and case.op == "hyper_boundary")
-    kernel = KERNELS["triton.hyper_boundary"]
-    for num_tokens in (1, 64, 1024):
-        inputs = make_inputs(case, num_tokens, cuda)
-        apart = kernel(*inputs)
-        place = HyperOut(inputs[0], torch.empty_like(apart.h_TD), apart.mix)
-        first = bits(apart)
-        assert equal(bits(kernel(*inputs, out=place)), first)

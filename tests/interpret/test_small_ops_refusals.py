@@ -73,6 +73,13 @@ def test_hyper_outputs_and_workspace() -> None:
         hyper_boundary(x_TSD, y_TD, mix, weights, out=out._replace(mix=None))
     with pytest.raises(ValueError, match=r"out\.mix\.post_TS"):
         hyper_boundary(x_TSD, y_TD, mix, weights, out=HyperOut(out.x_TSD, out.h_TD, Mix(x_TSD, mix.comb_TSS)))
+    both = torch.cat((x_TSD, x_TSD))
+    for num_later in (0, 1):  # where the streams are, and a token behind
+        place = out._replace(x_TSD=both[num_later : num_later + len(x_TSD)])
+        for _ in range(2):  # as a first call, and as one that finds its launches prepared
+            with pytest.raises(ValueError, match=r"out\.x_TSD must not overlap x_TSD"):
+                hyper_boundary(both[: len(x_TSD)], y_TD, mix, weights, out=place)
+            hyper_boundary(x_TSD, y_TD, mix, weights, out=out)
     with pytest.raises(ValueError, match="workspace"):
         hyper_boundary(x_TSD, y_TD, mix, weights, out=out, workspace=torch.empty(8))
     wrong = torch.empty(num_workspace_floats(3, 256), dtype=torch.float64)

@@ -156,6 +156,8 @@ def _serve(args: argparse.Namespace, opened: _Opened) -> int:
         tell(f"release {release}")
         if session.engine.prefix is not None:
             tell("prefix cache", f": {session.engine.prefix.store}")
+        if session.engine.prompt_graphs is not None:
+            tell("prompts", f": {session.engine.prompt_graphs}")
         debug = None if opened.admin_key is None else _debug_plan(session, opened.admin_key, model_id, release)
         vitals = Vitals(session.engine, args.step_timeout, failed)
         grammars = GrammarDesk(session.tokenizer, session.engine.end_token_ids)

@@ -87,7 +87,9 @@ class Engine:
         self._places = WaitingPlaces(most_running(config), max_num_queued)
         self._reporter = Reporter(self.end_token_ids, self._close)
         self._drafting = None if drafts is None else Drafting(drafts, self._reporter, config.device)
-        self._graphs = decoder, None if drafts is None else drafts.decoder, prompts_of(model)
+        self.prompt_graphs = prompts_of(model)
+        """Graphs that prompts are read in; ``None``: there are none."""
+        self._graphs = decoder, None if drafts is None else drafts.decoder, self.prompt_graphs
         run = config.device, num_vocab, self._adjuster, self._reporter, self._drafting
         self._runner = StepRunner(model, decoder, *run)
         room_ahead = ROOM_AHEAD if drafts is None else MOST_AHEAD

@@ -32,9 +32,8 @@ from ownpath.kernels.dsl.compilations import COMPILATIONS
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.block import Hidden, Residual
 from ownpath.model.model import Model
-from ownpath.terminal.console import tell
 from ownpath.terminal.progress import Progress
-from ownpath.terminal.text import size_text
+from ownpath.terminal.text import counted, size_text
 from ownpath.trace import Ledger
 from ownpath.trace.ledger import CapturedCalls
 
@@ -102,6 +101,11 @@ class PromptGraphs:
         self._staging = StepStaging(largest.num_words, self.caches.spec.device)
         self.num_replays = 0
         """Steps that a graph ran."""
+        self.num_bytes = 0
+        """Device memory that the graphs take."""
+
+    def __str__(self) -> str:
+        return f"{counted(len(self.shapes), 'graph')}, {size_text(self.num_bytes)}"
 
     @property
     def config(self) -> ModelConfig:
@@ -218,7 +222,7 @@ def prompts_of(model: object) -> PromptGraphs | None:
 
 
 def with_prompt_graphs(model: Model, engine: EngineConfig) -> "Model | PromptGraphs":
-    """Captures the graphs of a model that one process runs on a GPU, and says what memory they take.
+    """Captures the graphs of a model that one process runs on a GPU.
 
     Returns the model as it is where the engine wants no graphs, where steps with chunks have no line of kernels or one
     that waits for the host, and on a CPU.
@@ -233,6 +237,5 @@ def with_prompt_graphs(model: Model, engine: EngineConfig) -> "Model | PromptGra
     with Progress("capturing graphs of prompts") as progress, torch.inference_mode():
         graphs.capture(progress)
     torch.cuda.empty_cache()
-    taken = before - torch.cuda.mem_get_info(device)[0]
-    tell("prompts", f": {len(graphs.shapes)} graphs take {size_text(max(0, taken))}")
+    graphs.num_bytes = max(0, before - torch.cuda.mem_get_info(device)[0])
     return graphs

@@ -55,10 +55,17 @@ def check_workspace(workspace: torch.Tensor, num_floats: int, device: torch.devi
     check("workspace", workspace, (torch.float32,), tuple(workspace.shape), device)
 
 
+def overlaps(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Returns True for contiguous tensors of the same size that share memory."""
+    return abs(a.data_ptr() - b.data_ptr()) < a.nbytes
+
+
 def check_out(out: HyperOut, x_TSD: torch.Tensor, with_mix: bool) -> None:
     """Checks given outputs. Errors: ValueError naming the one that does not fit."""
     num_tokens, s, dim = x_TSD.shape
     check("out.x_TSD", out.x_TSD, (torch.bfloat16,), (num_tokens, s, dim), x_TSD.device)
+    if overlaps(out.x_TSD, x_TSD):
+        raise ValueError("out.x_TSD must not overlap x_TSD, which one warp still reads when another writes")
     check("out.h_TD", out.h_TD, (torch.bfloat16,), (num_tokens, dim), x_TSD.device)
     if with_mix != (out.mix is not None):
         raise ValueError("out.mix must be given exactly when fn has 24 rows")

@@ -45,6 +45,7 @@ from ownpath.kernels.hyper.checks import (
     check_out,
     check_weights,
     check_workspace,
+    overlaps,
 )
 from ownpath.kernels.hyper.ref import HyperOut, HyperWeights, Mix
 from ownpath.kernels.hyper.tiles import INVARIANT_TILES, BoundaryTiles, choose_tiles
@@ -307,7 +308,7 @@ class HyperBoundaryKernel:
         workspace: torch.Tensor | None = None,
     ) -> HyperOut:
         """Computes the boundary. Shapes: x bfloat16 [T, 4, D]; y and other bfloat16 [T, D]; workspace float32
-            [num_floats]. out.x_TSD may be x_TSD; otherwise outputs must not overlap inputs.
+            [num_floats]. Outputs must not overlap inputs: a program's warps write streams that others of them read.
 
         Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment, before any launch.
         """
@@ -318,7 +319,7 @@ class HyperBoundaryKernel:
             return self._first(inputs, operand, out, workspace)
         if out is None:
             out = call.new_out()
-        elif not _out_fits(out, x_TSD.shape, call, device_index):
+        elif not _out_fits(out, x_TSD.shape, call, device_index) or overlaps(out.x_TSD, x_TSD):
             check_out(out, x_TSD, call.makes_mix)
         if workspace is None:
             workspace = call.scratch.new()
