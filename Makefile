@@ -13,14 +13,14 @@ unexport PYTHONDONTWRITEBYTECODE
 ON_A_DEVICE := tests/gpu tests/cpu/verify/test_oracle_block.py $(addprefix tests/cpu/,model numerics kernels \
 	checkpoint/test_reader_writer.py engine selftest test_startup.py test_launches.py test_full_layer.py)
 
-.PHONY: demo test lint type interpret aot test-clients test-guidellm test-schemas test-vllm test-gpu sanitize bench dist size lock
+.PHONY: demo test lint type interpret aot test-slow test-clients test-guidellm test-schemas test-vllm test-gpu sanitize bench dist size lock
 
 demo: $(VENV)/.base
 	$(BIN)/python tools/demo.py
 
 test: lint
 	$(MAKE) --jobs 2 --output-sync=target aot type interpret
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -34,7 +34,14 @@ interpret: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/interpret -m "not slow"
 
 aot: $(VENV)/.dev
-	$(BIN)/python -m pytest tests/aot
+	$(BIN)/python -m pytest tests/aot -m "not slow"
+
+# What `make test` leaves out, for nightly runs: every configuration of the compiled kernels beside a covering set, whole
+# prompts one token at a time, the published model's headers in full, and what else is marked slow. About a quarter of an hour.
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/aot -m slow
+	$(BIN)/python -m pytest tests/interpret -m slow
+	$(BIN)/python -m pytest -m slow -n 2
 
 # Public clients against a real server, in environments of their own: they need no torch, and not all agree on an openai.
 # docs/clients.md has what each is asked; the server needs a library for grammars, which .dev has. aiperf, lm-eval and
