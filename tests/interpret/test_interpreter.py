@@ -49,12 +49,6 @@ def mixed_kernel(a, b, b_scale, out, M: tl.constexpr, N: tl.constexpr, K: tl.con
     tl.store(out + m[:, None] * N + n[None, :], tl.dot_scaled(x, None, "bf16", w.T, w_scale, "e4m3"))
 
 
-@triton.jit
-def integers_kernel(a, b, out, OP: tl.constexpr):
-    x, y = tl.load(a), tl.load(b)
-    tl.store(out, x + y if OP == "add" else x - y if OP == "sub" else x * y)
-
-
 def cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     out = torch.zeros(values.shape, dtype=dtype)
     block = 1 << 16
@@ -171,20 +165,3 @@ def test_dot_scaled_of_bf16_and_fp8() -> None:
     mixed_kernel[(1,)](a, b, scale, out, M=16, N=16, K=64)
     spread = scale.view(torch.float8_e8m0fnu).float().repeat_interleave(32, dim=1)
     assert torch.equal(out, a.float() @ (b.float() * spread).T)
-
-
-@pytest.mark.parametrize(
-    ("op", "left", "right"),
-    [("add", 2**31 - 1, 1), ("sub", -(2**31), 1), ("mul", 2**16, 2**15), ("mul", -(2**17), 2**15)],
-)
-def test_integers_that_overflow_are_found(op: str, left: int, right: int) -> None:
-    """With half of the left one the result fits, and is exact."""
-    for a, b, is_found in ((left, right, True), (left // 2, right, False)):
-        given = [torch.tensor([value], dtype=torch.int32) for value in (a, b)]
-        out = torch.zeros(1, dtype=torch.int64)
-        if is_found:
-            with pytest.raises(triton.runtime.interpreter.InterpreterError, match=f"int32 overflow in {op}"):
-                integers_kernel[(1,)](*given, out, OP=op)
-        else:
-            integers_kernel[(1,)](*given, out, OP=op)
-            assert int(out) == {"add": a + b, "sub": a - b, "mul": a * b}[op]

@@ -140,7 +140,7 @@ def of_stage(result: Verification, name: str) -> tuple[Finding, ...]:
 
 
 SLOW_LAYOUTS = ("compressed-tensors", "bf16")
-"""The other four have every quantised format, in ModelOpt's and DeepSeek's names; the mutations begin with these two."""
+"""The other four have every quantised format, in ModelOpt's and DeepSeek's names."""
 
 
 @pytest.mark.parametrize(
