@@ -30,7 +30,7 @@ from ownpath.numerics import (
 from ownpath.official import PLAIN, Step
 
 MAX_TOKENS = 300
-CHUNKS = (100, 146, *[1] * 14)
+CHUNKS = (100, 150, *[1] * 8)
 """The steps pass the ends of windows of 4 and of 128 tokens and of a block of 256, with more entries than are selected.
 """
 FLOAT64_TOLERANCE = 1e-9
