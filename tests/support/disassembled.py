@@ -1,4 +1,4 @@
-"""What the toolkit's disassemblers say of compiled kernels. Each is asked once."""
+"""Answers of the toolkit's disassemblers about compiled kernels. Each is asked once."""
 
 import re
 import subprocess

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import random_checkpoint
+from support.checkpoints import THREE_LAYERS, random_checkpoint
 
 from ownpath.attention.interface import DecodeStep
 from ownpath.cache.layout import MOST_ROWS_PER_REQUEST, NAN_BYTE
@@ -38,7 +38,7 @@ def load(folder: Path, device: torch.device, **settings: object) -> Model:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("rows")
-    random_checkpoint(made, "full-nvfp4", seed=9)
+    random_checkpoint(made, "full-nvfp4", seed=9, **THREE_LAYERS)
     return made
 
 
@@ -111,7 +111,9 @@ def test_a_prompt_of_the_reference_goes_on(start: int, model: Model, expected: t
 
 
 def test_fp8_pages_have_longer_rings_too(tmp_path: Path, device: torch.device) -> None:
-    random_checkpoint(tmp_path, "full-nvfp4", seed=9, head_dim=512, qk_rope_head_dim=64, index_head_dim=128)
+    random_checkpoint(
+        tmp_path, "full-nvfp4", seed=9, head_dim=512, qk_rope_head_dim=64, index_head_dim=128, **THREE_LAYERS
+    )
     paged = load(tmp_path, device, cache_format=CacheFormat.FP8)
     ids = text(0)[:140]
     found = in_pieces(paged, poisoned(paged), ids, [4, 1, 3], 110)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import Checkpoint, random_checkpoint
+from support.checkpoints import THREE_LAYERS, Checkpoint, random_checkpoint
 from support.mtp_reference import MtpReference
 from support.transformers_v4 import reference_draft_logits
 
@@ -120,7 +120,7 @@ def test_the_comparison_would_see_a_wrong_constant(change: dict[str, Any], tmp_p
 def model(tmp_path_factory: pytest.TempPathFactory, device: torch.device) -> Model:
     """Two modules, so that the second one's cache is seen too."""
     folder = tmp_path_factory.mktemp("drafting")
-    random_checkpoint(folder, "full-nvfp4", seed=5, draft="deepseek-native", num_nextn_predict_layers=2)
+    random_checkpoint(folder, "full-nvfp4", seed=5, draft="deepseek-native", num_nextn_predict_layers=2, **THREE_LAYERS)
     return drafting_model(folder, device, torch.float64)
 
 
@@ -148,7 +148,9 @@ def test_chunks_equal_one_shot(size: int, model: Model) -> None:
 
 def test_drafts_decode_several_rows_at_a_time(model: Model, tmp_path: Path, device: torch.device) -> None:
     """The modules' windows are longer too: three rows a step, on the line, past the window's end."""
-    random_checkpoint(tmp_path, "full-nvfp4", seed=5, draft="deepseek-native", num_nextn_predict_layers=2)
+    random_checkpoint(
+        tmp_path, "full-nvfp4", seed=5, draft="deepseek-native", num_nextn_predict_layers=2, **THREE_LAYERS
+    )
     several, token_ids = drafting_model(tmp_path, device, torch.float64, rows_per_request=3), tokens(146)
     whole = run_in_chunks(model, token_ids, len(token_ids))
     for expected, found in zip(whole, run_in_chunks(several, token_ids, 3), strict=True):

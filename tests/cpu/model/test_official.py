@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import random_checkpoint
+from support.checkpoints import THREE_LAYERS, random_checkpoint
 
 from ownpath.config import EngineConfig
 from ownpath.loading import load_model, plan_model
@@ -69,7 +69,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A checkpoint of each layout."""
     found = {layout: tmp_path_factory.mktemp(layout) for layout in LAYOUTS}
     for layout, folder in found.items():
-        random_checkpoint(folder, layout, seed=1)
+        random_checkpoint(folder, layout, seed=1, **THREE_LAYERS)
     return found
 
 
@@ -87,7 +87,7 @@ def test_logits_equal_the_second_forward(layout: str, choice: str, folders: dict
     ("layout", "draft"), [("modelopt-experts-only", "deepseek-native"), ("full-nvfp4", "full-nvfp4")]
 )
 def test_draft_logits_equal_the_second_forward(layout: str, draft: str, choice: str, tmp_path: Path) -> None:
-    random_checkpoint(tmp_path, layout, seed=1, draft=draft)
+    random_checkpoint(tmp_path, layout, seed=1, draft=draft, **THREE_LAYERS)
     ids, official = token_ids(), CHOICES[choice]
     model = load_model(tmp_path, EngineConfig(dtype=torch.float64, official=official, loads_draft=True))
     batch = ForwardBatch.of([(ids[:-1], model.new_cache())], "cpu", all_logits=True)
