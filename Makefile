@@ -43,11 +43,12 @@ aot: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/aot -m "not slow"
 
 # What `make test` leaves out, for nightly runs: every configuration of the compiled kernels beside a covering set, whole
-# prompts one token at a time, the published model's headers in full, and what else is marked slow. About a quarter of an hour.
+# prompts one token at a time, the published model's headers in full, what else is marked slow, and more damaged files.
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/aot -m slow
 	$(BIN)/python -m pytest tests/interpret -m slow
 	$(BIN)/python -m pytest -m slow -n 2
+	OWNPATH_FUZZ=10 $(BIN)/python -m pytest tests/cpu/inspect/test_inspect_fuzz.py
 
 # Public clients against a real server, in environments of their own: they need no torch, and not all agree on an openai.
 # docs/clients.md has what each is asked; the server needs a library for grammars, which .dev has. aiperf, lm-eval and
