@@ -13,14 +13,15 @@ unexport PYTHONDONTWRITEBYTECODE
 ON_A_DEVICE := tests/gpu tests/cpu/verify/test_oracle_block.py $(addprefix tests/cpu/,model numerics kernels \
 	checkpoint/test_reader_writer.py engine selftest test_startup.py test_launches.py test_full_layer.py)
 
-.PHONY: demo test lint type interpret aot test-clients test-guidellm test-schemas test-vllm test-gpu sanitize bench dist size lock
+.PHONY: demo test lint type cpu interpret aot test-slow test-clients test-guidellm test-schemas test-vllm test-gpu sanitize bench dist size lock
 
 demo: $(VENV)/.base
 	$(BIN)/python tools/demo.py
 
+# Two lanes: the CPU tests in two processes, and beside them the three others one by one. The first takes longest, so that
+# both cores have work to the end.
 test: lint
-	$(MAKE) --jobs 2 --output-sync=target aot type interpret
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(MAKE) --jobs 2 --output-sync=target cpu aot interpret type
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -29,12 +30,25 @@ lint: $(VENV)/.dev
 type: $(VENV)/.dev
 	$(BIN)/mypy
 
+# Its output comes at once (+), so that a run that is cut off has told what failed. tests/gpu would only be skipped;
+# tests/cpu/test_kernel_configs.py imports it.
+cpu: $(VENV)/.dev
+	+$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/gpu
+
 # Triton kernels by its interpreter; and kernels compiled for GPUs that are not here. A process does one or the other.
 interpret: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/interpret -m "not slow"
 
 aot: $(VENV)/.dev
-	$(BIN)/python -m pytest tests/aot
+	$(BIN)/python -m pytest tests/aot -m "not slow"
+
+# What `make test` leaves out, for nightly runs: every configuration of the compiled kernels beside a covering set, whole
+# prompts one token at a time, the published model's headers in full, what else is marked slow, and more damaged files.
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/aot -m slow
+	$(BIN)/python -m pytest tests/interpret -m slow
+	$(BIN)/python -m pytest -m slow -n 2
+	OWNPATH_FUZZ=10 $(BIN)/python -m pytest tests/cpu/inspect/test_inspect_fuzz.py
 
 # Public clients against a real server, in environments of their own: they need no torch, and not all agree on an openai.
 # docs/clients.md has what each is asked; the server needs a library for grammars, which .dev has. aiperf, lm-eval and

@@ -1,14 +1,11 @@
 """FP8 kernels compiled for Hopper without one: they fit an SM, nothing spills, and the instructions are those meant."""
 
-import re
-import subprocess
-from functools import lru_cache
 from pathlib import Path
 
 import pytest
-import triton.backends.nvidia.compiler as nvidia  # for the disassembler it carries
+from support.covering import covering, slow_beside
+from support.disassembled import sass, usage
 
-from ownpath.kernels.dsl.cache import compile_missing, stem
 from ownpath.kernels.fp8.choose import w8a8_config, w8a8_configs, w8a16_config, w8a16_configs
 from ownpath.kernels.fp8.config import CTA_SMEM, MAX_SMEM, Fp8Config, QuantizeConfig, W8A8Config, W8A16Config
 from ownpath.kernels.grouped.choose import choices
@@ -34,34 +31,12 @@ def configs() -> list[Fp8Config]:
     return list({config.name: config for config in found}.values())
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All kernels, compiled once into a cache of their own."""
-    folder = tmp_path_factory.mktemp("kernels")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OWNPATH_KERNEL_CACHE", str(folder))
-        compile_missing(configs())
-    return folder
+KEPT = covering(configs())
 
 
-def cuobjdump(option: str, cache: Path, config: Fp8Config, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("OWNPATH_KERNEL_CACHE", str(cache))
-    return disassembled(option, stem(config).with_suffix(".cubin"))
-
-
-@lru_cache(maxsize=256)
-def disassembled(option: str, binary: Path) -> str:
-    """Returns the toolkit's output for a kernel, cached."""
-    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-    return subprocess.run([str(tool), option, str(binary)], capture_output=True, text=True, check=True).stdout
-
-
-@pytest.mark.parametrize("config", configs(), ids=lambda config: config.name)
-def test_it_fits_without_spilling(config: Fp8Config, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = cuobjdump("-res-usage", cache, config, monkeypatch)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
-    assert found, usage
-    registers, stack, shared = map(int, found.groups())
+@pytest.mark.parametrize("config", slow_beside(KEPT, configs()), ids=lambda config: config.name)
+def test_it_fits_without_spilling(config: Fp8Config, binary: Path) -> None:
+    registers, stack, shared = usage(binary)
     assert stack == 0
     per_sm = config.per_sm if isinstance(config, W8A16Config) else 1
     # The tool's figure includes the 1 KiB that every CTA costs beside its own.
@@ -81,22 +56,19 @@ def test_it_fits_without_spilling(config: Fp8Config, cache: Path, monkeypatch: p
     ],
     ids=lambda value: getattr(value, "name", value),
 )
-def test_it_uses_the_tensor_cores(
-    config: W8A16Config | W8A8Config, instruction: str, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sass = cuobjdump("-sass", cache, config, monkeypatch)
-    assert instruction in sass
-    assert "UBLKCP" in sass, "operands come by bulk copies"
-    assert "STL" not in sass
+def test_it_uses_the_tensor_cores(config: W8A16Config | W8A8Config, instruction: str, binary: Path) -> None:
+    text = sass(binary)
+    assert instruction in text
+    assert "UBLKCP" in text, "operands come by bulk copies"
+    assert "STL" not in text
 
 
 @pytest.mark.parametrize(
     "config",
-    [config for config in configs() if isinstance(config, W8A16Config) and config.wgmma and config.folded],
+    slow_beside(KEPT, (one for one in configs() if isinstance(one, W8A16Config) and one.wgmma and one.folded)),
     ids=lambda config: config.name,
 )
-def test_decoding_overlaps_with_the_tensor_cores(
-    config: W8A16Config, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sass = cuobjdump("-sass", cache, config, monkeypatch)
-    assert sass.count("WARPGROUP.DEPBAR.LE gsb0, 0x0") == 1, "one at the end; more: the assembler has serialised them"
+def test_decoding_overlaps_with_the_tensor_cores(config: W8A16Config, binary: Path) -> None:
+    assert sass(binary).count("WARPGROUP.DEPBAR.LE gsb0, 0x0") == 1, (
+        "one at the end; more: the assembler has serialised them"
+    )

@@ -1,7 +1,7 @@
 """Hopper's selection among long rows, compiled without a GPU: it fits an SM, and its PTX, run on the CPU, is exact."""
 
+import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import triton.backends.nvidia.compiler as nvidia  # for the disassembler it carries
+from support.covering import covering, slow_beside
+from support.disassembled import usage
 from support.indexer_cases import SCORES, hide_unseen, make_rows
 from support.ptx_machine import Machine, Program
 
-from ownpath.kernels.dsl.cache import compile_missing, stem
 from ownpath.kernels.scores.types import CSA_PAGES, PagedRows
 from ownpath.kernels.select.choose_sm90 import choose_config, reachable_configs
 from ownpath.kernels.select.config_sm90 import SelectConfig
@@ -23,32 +23,16 @@ CONFIGS = reachable_configs(CSA_PAGES)
 SMALL = (SelectConfig(256, 4, 2), SelectConfig(256, 8, 1))
 """As few threads as there are: the CPU runs them."""
 WRITE_PTX = """
-import sys
+import json, sys
 from ownpath.kernels.select.config_sm90 import SelectConfig
 from ownpath.kernels.select.select_sm90 import compile_select
-print(compile_select(SelectConfig(*map(int, sys.argv[1:]))).__ptx__)
+print(json.dumps([compile_select(SelectConfig(*sizes)).__ptx__ for sizes in json.loads(sys.argv[1])]))
 """
 
 
-@pytest.fixture(scope="module")
-def usage(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The share of an SM that each kernel uses, by its name."""
-    tool = str(Path(nvidia.__file__).parent / "bin" / "cuobjdump")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OWNPATH_KERNEL_CACHE", str(tmp_path_factory.mktemp("kernels")))
-        compile_missing(CONFIGS)
-        commands = {config.name: [tool, "-res-usage", str(stem(config).with_suffix(".cubin"))] for config in CONFIGS}
-    return {
-        name: subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        for name, command in commands.items()
-    }
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
-def test_an_sm_holds_as_many_as_are_counted_on(config: SelectConfig, usage: dict[str, str]) -> None:
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage[config.name])
-    assert found
-    registers, stack, shared = map(int, found.groups())
+@pytest.mark.parametrize("config", slow_beside(covering(CONFIGS), CONFIGS), ids=lambda config: config.name)
+def test_an_sm_holds_as_many_as_are_counted_on(config: SelectConfig, binary: Path) -> None:
+    registers, stack, shared = usage(binary)
     ctas = max(1, 1024 // config.threads)
     assert registers * config.threads * ctas <= 65536
     assert shared <= 48 * 1024  # static
@@ -69,15 +53,15 @@ def test_long_rows_take_a_cluster_and_the_longest_too() -> None:
     assert chosen == set(CONFIGS)
 
 
-@pytest.fixture(scope="module", params=SMALL, ids=lambda config: config.name)
-def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[SelectConfig, Program]:
-    """A kernel's PTX. The DSL keeps it for a process that asks before it imports it."""
-    config: SelectConfig = request.param
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[SelectConfig, Program]:
+    """The small kernels' PTX. The DSL keeps it for a process that asks before it imports it."""
     settings = {"ARCH": "sm_90a", "KEEP_PTX": "1", "DUMP_DIR": str(tmp_path_factory.mktemp("ptx"))}
-    command = [sys.executable, "-c", WRITE_PTX, *map(str, (config.threads, config.keys, config.cluster))]
+    sizes = json.dumps([(config.threads, config.keys, config.cluster) for config in SMALL])
     environment = os.environ | {f"CUTE_DSL_{key}": value for key, value in settings.items()}
-    text = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    return config, Program.parse(text)
+    command = [sys.executable, "-c", WRITE_PTX, sizes]
+    texts = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+    return {config: Program.parse(text) for config, text in zip(SMALL, texts, strict=True)}
 
 
 def words_of(tensor: torch.Tensor) -> "np.ndarray[tuple[int], np.dtype[np.uint32]]":
@@ -96,14 +80,19 @@ def run_on_cpu(config: SelectConfig, program: Program, scores_TC: torch.Tensor, 
     return machine.reached
 
 
-def test_its_ptx_is_exact(program: tuple[SelectConfig, Program]) -> None:
-    """Rows in one CTA and in all, shorter than K, as long, one longer; every kind of hard scores; every line runs."""
-    config, parsed = program
+@pytest.mark.parametrize("config", SMALL, ids=lambda config: config.name)
+def test_its_ptx_is_exact(config: SelectConfig, programs: dict[SelectConfig, Program]) -> None:
+    """Rows in one CTA and in all, shorter than K, as long, one longer; every kind of hard scores; every line runs.
+
+    A kind has every other position, and the other kernel its other ones: a run of the PTX takes a second a row.
+    """
+    parsed = programs[config]
     width, reached = config.most_scores // 64, set[int]()
     longest = 4 * config.most_scores - 1
     for seed, (kind, topk) in enumerate(zip(SCORES, (512, 512, 1024, 128, 100, 512, 512), strict=True)):
         g = torch.Generator().manual_seed(seed)
-        positions = (longest, longest - 5, 4 * topk - 1, 4 * topk + 3, 2, min(5003, longest))
+        all_positions = (longest, longest - 5, 4 * topk - 1, 4 * topk + 3, min(5003, longest), 2)
+        positions = all_positions[(seed + config.cluster) % 2 :: 2]
         rows = make_rows(positions, width, len(positions) * width + 8, g)
         scores_TC = hide_unseen(SCORES[kind](len(positions), config.most_scores, g), rows)
         reached |= run_on_cpu(config, parsed, scores_TC, rows, topk)

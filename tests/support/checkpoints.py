@@ -60,7 +60,7 @@ SMALL: dict[str, Any] = {
     "hc_eps": 1e-6,
     "rms_norm_eps": 1e-6,
     "sliding_window": 128,
-    "compress_ratios": [0, 4, 128, 4, 128, 0],
+    "compress_ratios": [0, 4, 128, 4, 128, 0],  # two layers of a kind: each has caches of its own
     "index_n_heads": 16,
     "index_head_dim": 32,
     "index_topk": 48,
@@ -131,6 +131,9 @@ LAYOUTS: dict[str, Layout] = {
     "bf16": bf16,
 }
 
+
+THREE_LAYERS: dict[str, Any] = {"num_hidden_layers": 3, "compress_ratios": [0, 4, 128, 0]}
+"""A layer of each kind, and a draft: for tests to which the caches of two layers of one kind are nothing new."""
 
 DSPARK: dict[str, Any] = {
     "compress_ratios": [*SMALL["compress_ratios"][:5], 0, 0, 0],

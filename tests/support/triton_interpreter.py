@@ -4,6 +4,10 @@ As shipped it truncates float32 to bfloat16, rounds to FP8 wrongly, multiplies b
 (``a * b`` and ``tl.dot`` alike) and cannot run ``tl.dot_scaled``. ``install`` replaces those parts: every conversion
 goes through torch, bfloat16 arithmetic is float32 arithmetic rounded once, and ``tl.dot_scaled`` decodes its operands.
 
+Four parts of it took two thirds of the tests' time and do the same at less expense: the language as kernels see it,
+which was made anew at every call of every function; NumPy's names of types; types of tuples, which nearly nobody asks
+for; and whether integers overflow, which was computed and never asserted.
+
 It reaches into private names, so it belongs to the pinned Triton version. Interpretation and compilation cannot share
 a process: ``TRITON_INTERPRET=1`` must be in the environment before triton is first imported.
 """
@@ -153,6 +157,50 @@ def _scaled_formats(semantic: type) -> None:
     semantic._str_to_fp_type = lambda self, name: name  # the builder below reads names, not MLIR enums
 
 
+def _patch_once(interpreter: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Gives a function the interpreted language when it is first called, and leaves it: nothing here is compiled."""
+    original, done = interpreter._patch_lang, set[Callable[..., Any]]()
+
+    def run(fn: Callable[..., Any]) -> Any:
+        if fn not in done:
+            original(fn)
+            done.add(fn)
+        return interpreter._LangPatchScope()  # of no changes: its end restores nothing
+
+    return run
+
+
+def _remembered_dtypes(interpreter: Any) -> Callable[[Any], Any]:
+    """NumPy's type of a Triton type's elements, by their name; pointers are 64 bits."""
+    original, found = interpreter._get_np_dtype, dict[str, Any]()
+
+    def run(tt_dtype: Any) -> Any:
+        scalar = tt_dtype.scalar
+        if isinstance(scalar, interpreter.tl.pointer_type):
+            return original(scalar)
+        if scalar.name not in found:
+            found[scalar.name] = original(scalar)
+        return found[scalar.name]
+
+    return run
+
+
+def _lazy_tuples(core: Any) -> None:
+    """A tuple makes its type when somebody asks for it: every tensor has a tuple, of its sizes."""
+
+    def init(self: Any, args: Any, type: Any = None) -> None:
+        self.values = list(args)
+        self._type = type if type is None or isinstance(type, core.tuple_type) else core.tuple_type(type)
+
+    def get(self: Any) -> Any:
+        if self._type is None:
+            self._type = core._type_for_tuple_values(self.values)
+        return self._type
+
+    core.tuple.__init__ = init
+    core.tuple.type = property(get, lambda self, type: setattr(self, "_type", type))
+
+
 def install() -> None:
     """Replaces the wrong parts of the interpreter in this process. Errors: RuntimeError outside interpretation."""
     if os.environ.get("TRITON_INTERPRET") != "1":
@@ -171,3 +219,7 @@ def install() -> None:
     builder.create_dot = _dot(interpreter)
     builder.create_dot_scaled = _dot_scaled(interpreter)
     _scaled_formats(interpreter.TritonSemantic)
+    _lazy_tuples(interpreter.tl.core)
+    interpreter.TritonSemantic.binary_op_sanitize_overflow_impl = lambda *_: None  # whose assertion is off
+    interpreter._patch_lang = _patch_once(interpreter)
+    interpreter._get_np_dtype = _remembered_dtypes(interpreter)

@@ -29,6 +29,11 @@ _ALLOCATES = {
 class FilledMemory(TorchDispatchMode):
     """While active, fills memory that is allocated uninitialised with one byte value."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would guard every operation against its compiler, which nobody uses under this mode, and import it."""
+        return False
+
     def __init__(self, byte: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.byte = byte

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.checkpoints import random_checkpoint
+from support.checkpoints import THREE_LAYERS, random_checkpoint
 
 from ownpath.cache.layout import NAN_BYTE
 from ownpath.cache.pools import CachePool
@@ -30,7 +30,7 @@ from ownpath.numerics import (
 from ownpath.official import PLAIN, Step
 
 MAX_TOKENS = 300
-CHUNKS = (100, 146, *[1] * 14)
+CHUNKS = (100, 150, *[1] * 8)
 """The steps pass the ends of windows of 4 and of 128 tokens and of a block of 256, with more entries than are selected.
 """
 FLOAT64_TOLERANCE = 1e-9
@@ -45,7 +45,7 @@ SIZES = {"head_dim": 512, "qk_rope_head_dim": 64, "index_head_dim": 128}
 @pytest.fixture(scope="module", params=[PLAIN, ATTENTION], ids=["plain", "official"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     folder = tmp_path_factory.mktemp("formats")
-    random_checkpoint(folder, "full-nvfp4", seed=9, **SIZES)
+    random_checkpoint(folder, "full-nvfp4", seed=9, **SIZES, **THREE_LAYERS)
     engine = EngineConfig(dtype=torch.float64, max_model_len=MAX_TOKENS, max_num_seqs=2, official=request.param)
     return load_model(folder, engine)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import random_checkpoint
+from support.checkpoints import THREE_LAYERS, random_checkpoint
 
 from ownpath.attention.interface import DecodeStep
 from ownpath.cache.layout import MOST_ROWS_PER_REQUEST, NAN_BYTE
@@ -38,7 +38,7 @@ def load(folder: Path, device: torch.device, **settings: object) -> Model:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("rows")
-    random_checkpoint(made, "full-nvfp4", seed=9)
+    random_checkpoint(made, "full-nvfp4", seed=9, **THREE_LAYERS)
     return made
 
 
@@ -89,11 +89,12 @@ def in_pieces(model: Model, pool: CachePool, ids: list[int], sizes: list[int], s
     raise AssertionError("no sizes")
 
 
-@pytest.mark.parametrize(("sizes", "start"), [([3, 1], 110), ([1, 4, 2, 3], 0)], ids=str)
-def test_pieces_equal_one_shot(sizes: list[int], start: int, model: Model, expected: torch.Tensor) -> None:
-    """On the line, once from the first token on, in memory that is NaN where nothing was written."""
-    found = in_pieces(model, poisoned(model), text(0), sizes, start)
-    assert (found - expected[start:]).abs().max() <= FLOAT64_TOLERANCE
+@pytest.mark.parametrize(("sizes", "start", "stop"), [([3, 1], 110, 200), ([1, 4, 2, 3], 0, 140)], ids=str)
+def test_pieces_equal_one_shot(sizes: list[int], start: int, stop: int, model: Model, expected: torch.Tensor) -> None:
+    """On the line, once from the first token on, past the window's end, in memory that is NaN where nothing was
+    written."""
+    found = in_pieces(model, poisoned(model), text(0)[:stop], sizes, start)
+    assert (found - expected[start:stop]).abs().max() <= FLOAT64_TOLERANCE
 
 
 def test_one_row_has_the_same_bits_in_a_ring_of_any_length(folder: Path, device: torch.device, model: Model) -> None:
@@ -110,7 +111,9 @@ def test_a_prompt_of_the_reference_goes_on(start: int, model: Model, expected: t
 
 
 def test_fp8_pages_have_longer_rings_too(tmp_path: Path, device: torch.device) -> None:
-    random_checkpoint(tmp_path, "full-nvfp4", seed=9, head_dim=512, qk_rope_head_dim=64, index_head_dim=128)
+    random_checkpoint(
+        tmp_path, "full-nvfp4", seed=9, head_dim=512, qk_rope_head_dim=64, index_head_dim=128, **THREE_LAYERS
+    )
     paged = load(tmp_path, device, cache_format=CacheFormat.FP8)
     ids = text(0)[:140]
     found = in_pieces(paged, poisoned(paged), ids, [4, 1, 3], 110)

@@ -45,8 +45,14 @@ def is_input_scale(key: str) -> bool:
     return key.endswith((".input_scale", ".input_global_scale"))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("read_options", READINGS[1:4], ids=ids[1:4])
+@pytest.mark.parametrize(
+    ("read_options", "layout"),
+    [
+        pytest.param(READINGS[at], layout, id=f"{ids[at]}-{layout}", marks=pytest.mark.slow if (idx + at) % 3 else ())
+        for idx, layout in enumerate(LAYOUTS)
+        for at in (1, 2, 3)
+    ],
+)
 def test_every_slot_holds_the_stored_bits(layout: str, read_options: ReadOptions, tmp_path: Path) -> None:
     """Multipliers are compared as numbers that a divisor means; all else byte by byte, where nothing is widened."""
     random_checkpoint(tmp_path, layout)

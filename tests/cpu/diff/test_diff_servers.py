@@ -111,7 +111,7 @@ def test_an_intact_server_agrees_whatever_it_offers(
     assert 0 < numbers["mean_outside"] < 1
 
 
-@pytest.mark.parametrize("seed", [2, 3, 11, 12])
+@pytest.mark.parametrize("seed", [2, 3, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (11, 12))])
 def test_other_random_models_and_prompts_agree_too(
     seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,8 +138,20 @@ DIAGNOSES = {
 }
 
 
-@pytest.mark.parametrize("dialect", [Dialect.VLLM, Dialect.OPENAI, Dialect.LLAMA_CPP])
-@pytest.mark.parametrize("fault", DIAGNOSES)
+OTHERS = (Dialect.OPENAI, Dialect.LLAMA_CPP)
+
+
+@pytest.mark.parametrize(
+    ("fault", "dialect"),
+    [
+        *((fault, Dialect.VLLM) for fault in DIAGNOSES),
+        *(
+            pytest.param(fault, dialect, marks=pytest.mark.slow if (idx + at) % 2 else ())
+            for idx, fault in enumerate(DIAGNOSES)
+            for at, dialect in enumerate(OTHERS)
+        ),
+    ],
+)
 def test_a_broken_server_is_diagnosed(
     fault: Fault, dialect: Dialect, model: Model, rows: Rows, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

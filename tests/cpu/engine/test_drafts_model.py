@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cpu.engine.drafting_model import Always
-from support.checkpoints import random_checkpoint
+from support.checkpoints import THREE_LAYERS, random_checkpoint
 
 from ownpath.config import EngineConfig
 from ownpath.engine.decoder import Decoder
@@ -34,7 +34,7 @@ def config(device: torch.device) -> EngineConfig:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, config: EngineConfig) -> Model:
     folder: Path = tmp_path_factory.mktemp("drafts")
-    random_checkpoint(folder, "full-nvfp4", seed=21, draft="deepseek-native")
+    random_checkpoint(folder, "full-nvfp4", seed=21, draft="deepseek-native", **THREE_LAYERS)
     return load_model(folder, config)
 
 

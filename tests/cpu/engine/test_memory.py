@@ -14,7 +14,7 @@ from cpu.engine.test_engine_engine import NUM_TOKENS, VOCAB, Asked, expected_gre
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from support.checkpoints import random_checkpoint
+from support.checkpoints import THREE_LAYERS, random_checkpoint
 
 from ownpath.cache.layout import BLOCK_TOKENS, NAN_BYTE
 from ownpath.config import EngineConfig
@@ -391,7 +391,7 @@ def test_a_thousand_requests_whose_clients_leave_lose_nothing() -> None:
 
 def test_the_real_model_with_few_blocks_answers_as_with_many(tmp_path: Path) -> None:
     """In float64, greedy and drawn: requests come, are sent back, are aborted, and fill blocks that others had."""
-    random_checkpoint(tmp_path, "full-nvfp4", seed=41)
+    random_checkpoint(tmp_path, "full-nvfp4", seed=41, **THREE_LAYERS)
     found, num_preempted = [], []
     for num_blocks in (None, 3):
         config = EngineConfig(dtype=torch.float64, max_model_len=512, max_num_seqs=4, max_prefill_tokens=256)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from cpu.engine.served import VOCAB, Served
-from support.checkpoints import random_checkpoint
+from support.checkpoints import THREE_LAYERS, random_checkpoint
 
 from ownpath.cache.fixed_chunks import ChunkShape
 from ownpath.cache.layout import NAN_BYTE
@@ -31,7 +31,7 @@ STEPS = ((128, 1, 0), (172, 0, 0), (1, 127, 69), (100, 1, 1), (129, 12, 0))
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     folder = tmp_path_factory.mktemp("prompts")
-    random_checkpoint(folder, "full-nvfp4", seed=9)
+    random_checkpoint(folder, "full-nvfp4", seed=9, **THREE_LAYERS)
     engine = EngineConfig(dtype=torch.float64, max_model_len=600, max_num_seqs=4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Planner, "no_chunks", "")

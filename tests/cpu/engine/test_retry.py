@@ -10,7 +10,7 @@ import pytest
 import torch
 from cpu.engine.fake_model import EOS_ID, FakeModel, random_rule
 from cpu.engine.test_engine_engine import VOCAB, Asked, expected_greedy, running
-from support.checkpoints import random_checkpoint
+from support.checkpoints import THREE_LAYERS, random_checkpoint
 
 from ownpath.cache.layout import STATE, EntryKind, ring_row
 from ownpath.cache.pools import SequenceCache
@@ -37,7 +37,7 @@ CONFIG = EngineConfig(dtype=torch.float64, max_model_len=512, max_num_seqs=3, ma
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     folder = tmp_path_factory.mktemp("retry")
-    random_checkpoint(folder, "full-nvfp4", seed=31)
+    random_checkpoint(folder, "full-nvfp4", seed=31, **THREE_LAYERS)
     return load_model(folder, CONFIG)
 
 

@@ -157,7 +157,7 @@ def compare_readers(path: Path) -> None:
         assert all(0 <= entry.start <= entry.stop <= path.stat().st_size for entry in header.entries)
 
 
-@examples(1500)
+@examples(700)
 @given(data=st.data())
 def test_a_damaged_shard_is_refused_or_read_as_others_do(shard: Path, data: st.DataObject) -> None:
     path = shard.with_name("damaged.safetensors")
@@ -165,7 +165,7 @@ def test_a_damaged_shard_is_refused_or_read_as_others_do(shard: Path, data: st.D
     compare_readers(path)
 
 
-@examples(1500)
+@examples(700)
 @given(
     name=st.sampled_from(["a", "b.c", "d", "e"]),
     field=st.sampled_from(["dtype", "shape", "data_offsets"]),
@@ -198,7 +198,7 @@ def test_each_dtype_has_the_size_that_the_public_reader_gives_it(tmp_path: Path)
                 assert DTYPE_BITS[name] == bits
 
 
-@examples(70)
+@examples(35)
 @given(data=st.data(), name=st.sampled_from(JSON_FILES))
 def test_a_damaged_json_file(model: Path, data: st.DataObject, name: str) -> None:
     with Broken(model) as folder:
@@ -206,7 +206,7 @@ def test_a_damaged_json_file(model: Path, data: st.DataObject, name: str) -> Non
         check(folder)
 
 
-@examples(70)
+@examples(35)
 @given(data=st.data())
 def test_a_damaged_shard_of_a_model(model: Path, data: st.DataObject) -> None:
     with Broken(model) as folder:
@@ -216,7 +216,7 @@ def test_a_damaged_shard_of_a_model(model: Path, data: st.DataObject) -> None:
         check(folder)
 
 
-@examples(50)
+@examples(25)
 @given(data=st.data(), value=VALUES)
 def test_a_config_of_strange_values(model: Path, data: st.DataObject, value: Any) -> None:
     with Broken(model) as folder:
@@ -226,7 +226,7 @@ def test_a_config_of_strange_values(model: Path, data: st.DataObject, value: Any
         check(folder)
 
 
-@examples(50)
+@examples(25)
 @given(data=st.data(), value=VALUES | st.sampled_from(["../x", "config.json", "\ud800", "a\nb", "\x1b[2J"]))
 def test_an_index_of_strange_values(model: Path, data: st.DataObject, value: Any) -> None:
     with Broken(model) as folder:
@@ -236,7 +236,7 @@ def test_an_index_of_strange_values(model: Path, data: st.DataObject, value: Any
         check(folder)
 
 
-@examples(60)
+@examples(30)
 @given(
     data=st.data(),
     key=st.text(max_size=20) | st.sampled_from(["layers.99999999999.x", "layers.1.ffn.experts.", "\x1b[2J"]),

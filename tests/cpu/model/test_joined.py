@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import LAYOUTS, Tensors, full_nvfp4, random_checkpoint
+from support.checkpoints import LAYOUTS, THREE_LAYERS, Tensors, full_nvfp4, random_checkpoint
 
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.reader import TensorReader
@@ -61,7 +61,7 @@ def test_joined_equals_apart(
     """Bit for bit in float64, in prompts of two tokens at a time and decode steps: with so few rows, torch's library
     sums in the order of the terms, however wide the product is."""
     monkeypatch.setitem(LAYOUTS, NVFP4_QUERIES, nvfp4_queries)
-    random_checkpoint(tmp_path, layout, seed=3)
+    random_checkpoint(tmp_path, layout, seed=3, **THREE_LAYERS)
     sizes = (2,) * PAIRS + (1,) * STEPS
     joined, ran = logits_of(tmp_path, official, sizes)
     assert ran == expected
@@ -73,7 +73,7 @@ def test_joined_equals_apart(
 
 def test_a_long_prompt_differs_by_the_order_of_sums_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With many rows the library splits sums by the sizes of the whole product. Beyond the indexer's top-k."""
-    random_checkpoint(tmp_path, "deepseek-native", seed=3)
+    random_checkpoint(tmp_path, "deepseek-native", seed=3, **THREE_LAYERS)
     joined, _ = logits_of(tmp_path, PLAIN, (195, 1, 1))
     monkeypatch.setattr("ownpath.plan.planner.can_join", lambda *_: False)
     apart, _ = logits_of(tmp_path, PLAIN, (195, 1, 1))
@@ -83,7 +83,7 @@ def test_a_long_prompt_differs_by_the_order_of_sums_alone(tmp_path: Path, monkey
 def test_the_two_input_scales_of_the_queries_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the tests above would see one scale take the place of the other."""
     monkeypatch.setitem(LAYOUTS, NVFP4_QUERIES, nvfp4_queries)
-    random_checkpoint(tmp_path, NVFP4_QUERIES, seed=3)
+    random_checkpoint(tmp_path, NVFP4_QUERIES, seed=3, **THREE_LAYERS)
     names = [f"layers.1.attn.{part}wq_b.input_scale" for part in ("", "indexer.")]
     with TensorReader(CheckpointIndex.open(tmp_path)) as read:
         tensors: Tensors = {name: read(name) for name in names}
@@ -92,7 +92,7 @@ def test_the_two_input_scales_of_the_queries_differ(tmp_path: Path, monkeypatch:
 
 def test_index_weights_are_not_rounded(tmp_path: Path) -> None:
     """In bfloat16 too they stay sums of float32, joined or apart."""
-    random_checkpoint(tmp_path, "bf16", seed=3)
+    random_checkpoint(tmp_path, "bf16", seed=3, **THREE_LAYERS)
     model = load_model(tmp_path, EngineConfig(dtype=torch.bfloat16, max_model_len=64))
     products = model.blocks[1].attn.x_products
     assert products is not None

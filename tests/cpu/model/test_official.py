@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import random_checkpoint
+from support.checkpoints import THREE_LAYERS, random_checkpoint
 
 from ownpath.config import EngineConfig
 from ownpath.loading import load_model, plan_model
@@ -33,6 +33,10 @@ BY_STORAGE = {
 """Steps whose kernels depend on how weights are stored. Each other one is tried alone once, and with all everywhere."""
 CASES = [(layout, choice) for choice in ("plain", "official") for layout in LAYOUTS]
 CASES += [(layout, step) for step in Step for layout in BY_STORAGE.get(step, ("deepseek-native",))]
+KEPT = {(layout, "official") for layout in LAYOUTS}
+KEPT |= {(layouts[idx], step) for idx, (step, layouts) in enumerate(BY_STORAGE.items())}
+KEPT |= {(layout, step) for layout, step in CASES if step not in BY_STORAGE and layout == "deepseek-native"}
+"""All steps together in every layout, and each step alone, and none, in one; the others are slow."""
 
 
 def token_ids(count: int = NUM_TOKENS) -> list[int]:
@@ -65,11 +69,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A checkpoint of each layout."""
     found = {layout: tmp_path_factory.mktemp(layout) for layout in LAYOUTS}
     for layout, folder in found.items():
-        random_checkpoint(folder, layout, seed=1)
+        random_checkpoint(folder, layout, seed=1, **THREE_LAYERS)
     return found
 
 
-@pytest.mark.parametrize(("layout", "choice"), CASES)
+@pytest.mark.parametrize(
+    ("layout", "choice"), [pytest.param(*case, marks=() if case in KEPT else pytest.mark.slow) for case in CASES]
+)
 def test_logits_equal_the_second_forward(layout: str, choice: str, folders: dict[str, Path]) -> None:
     found = logits(folders[layout], CHOICES[choice], [token_ids()])
     expected = second_forward(folders[layout], CHOICES[choice], token_ids())
@@ -81,7 +87,7 @@ def test_logits_equal_the_second_forward(layout: str, choice: str, folders: dict
     ("layout", "draft"), [("modelopt-experts-only", "deepseek-native"), ("full-nvfp4", "full-nvfp4")]
 )
 def test_draft_logits_equal_the_second_forward(layout: str, draft: str, choice: str, tmp_path: Path) -> None:
-    random_checkpoint(tmp_path, layout, seed=1, draft=draft)
+    random_checkpoint(tmp_path, layout, seed=1, draft=draft, **THREE_LAYERS)
     ids, official = token_ids(), CHOICES[choice]
     model = load_model(tmp_path, EngineConfig(dtype=torch.float64, official=official, loads_draft=True))
     batch = ForwardBatch.of([(ids[:-1], model.new_cache())], "cpu", all_logits=True)
