@@ -73,8 +73,8 @@ class Pace:
 class _Sized:
     """Steps of one graph. drafts: the kind of the run that is under way. is_trial: whether the other one is held.
 
-    num_left: steps of the run. is_fresh: none of them has been noted. num_same: steps of the kind that is held, since
-    the last trial. spent: seconds and tokens of the trial, its first step among them.
+    num_left: steps of the run. is_fresh: none of them has been noted. num_same: steps of the kind since it began. spent:
+    seconds and tokens of the run, its first step among them.
     """
 
     plain: Pace = field(default_factory=Pace)
@@ -106,32 +106,32 @@ class _Sized:
         of the pace: it was not overlapped with what came before."""
         if not self.is_fresh:
             self.own.add(seconds, tokens)
-        if self.is_trial:
-            self.spent.add(seconds, tokens)
+        self.spent.add(seconds, tokens)
         self.is_fresh, self.num_left, self.num_same = False, self.num_left - 1, self.num_same + 1
         return self.num_left <= 0 or (self.is_trial and self.loss > NUM_LOST * self.other.value)
 
     @property
     def loss(self) -> float:
-        """Seconds that a trial has lost beside steps of the other kind."""
-        return max(0.0, self.spent.seconds - self.spent.tokens * self.other.value)
+        """Seconds that the run has lost beside steps of the other kind, as far as that is known."""
+        return max(0.0, self.spent.seconds - self.spent.tokens * self.other.value) if self.other.is_known else 0.0
 
     def hold(self) -> None:
         """Goes on with the kind that runs."""
         self.is_trial, self.num_left = False, NUM_HELD
+        self.spent.forget()
 
     def turn(self, *, is_trial: bool) -> None:
         """Changes the kind. A trial forgets its pace of long ago."""
         self.drafts, self.is_trial, self.is_fresh, self.num_same = not self.drafts, is_trial, True, 0
         self.num_left = NUM_TRIED if is_trial else NUM_HELD
+        self.spent.forget()
         if is_trial:
             self.own.forget()
-            self.spent.forget()
 
 
 @dataclass
 class DraftPolicy:
-    """Decides by what it was told. most_requests: of a step that may draft. debt: seconds that trials have lost."""
+    """Decides by what it was told. most_requests: of a step that may draft. debt: seconds that were lost."""
 
     most_requests: int = MOST_DRAFTED
     debt: float = 0.0
@@ -141,6 +141,11 @@ class DraftPolicy:
     def drafts(self, num_requests: int) -> bool:
         """Returns True if the next step of so many requests is to draft."""
         return num_requests <= self.most_requests and self._of(num_requests).drafts
+
+    def holds(self, num_requests: int) -> bool:
+        """Returns True if steps of so many requests draft, but for trials of plain ones: the module reads prompts."""
+        sized = self._of(num_requests)
+        return num_requests <= self.most_requests and (sized.held or sized.drafts)
 
     def note(self, num_requests: int, seconds: float, tokens: float, *, is_drafted: bool) -> None:
         """Takes up a step: its seconds, and the tokens that a request has got or read, in the mean. One that is not of
@@ -164,11 +169,10 @@ class DraftPolicy:
 
     def note_reading(self, num_requests: int, seconds: float) -> None:
         """Takes up what it took to have the module read prompts."""
-        if self.drafts(num_requests):
-            sized = self._of(num_requests)
-            sized.drafted.charge(seconds)
-            if sized.is_trial:
-                sized.spent.charge(seconds)
+        sized = self._of(num_requests)
+        sized.drafted.charge(seconds)
+        if sized.drafts:
+            sized.spent.charge(seconds)
 
     def _of(self, num_requests: int) -> _Sized:
         """Returns the steps of so many. New ones begin with the kind of the nearest that is known."""
@@ -180,8 +184,9 @@ class DraftPolicy:
 
     def _end_run(self, sized: _Sized) -> None:
         own, other = sized.own, sized.other
-        if sized.is_trial:
+        if sized.drafts or sized.is_trial:
             self.debt += sized.loss
+        if sized.is_trial:
             if own.value <= (1 - _MARGIN) * other.value:
                 sized.hold()
             else:
@@ -189,7 +194,7 @@ class DraftPolicy:
             return
         seems_better = not other.is_known or other.value < (1 - _MARGIN) * own.value
         is_due = seems_better or sized.num_same >= NUM_BETWEEN
-        if is_due and (not self.debt or (sized.drafts and seems_better)):
+        if is_due and (sized.drafts or not self.debt):
             sized.turn(is_trial=True)
         else:
             sized.hold()

@@ -118,6 +118,10 @@ class Drafting:
         """Returns True if the next step of so many requests drafts, provided that all of them may."""
         return 0 < num_requests <= self.decoder.buckets[-1] and self._policy.drafts(self._size_of(num_requests))
 
+    def reads(self, num_requests: int) -> bool:
+        """Returns True if the module is to read the prompts that ``forward`` reads beside so many requests."""
+        return 0 < num_requests <= self.decoder.buckets[-1] and self._policy.holds(self._size_of(num_requests))
+
     def in_pairs(self, chunks: list[ScheduledChunk], most: int) -> list[ScheduledChunk]:
         """Returns the chunks with two tokens each at most, if a step with drafts runs them and none of their requests
         has more tokens to read; otherwise as they are: ``forward`` has the module read along."""

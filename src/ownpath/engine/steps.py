@@ -242,7 +242,7 @@ class StepRunner:
         self._adjuster.start([chunk.request for chunk in chunks if chunk.reaches_end])
         drafting = self._drafting
         is_reading = drafting is not None and any(chunk.request.is_reading for chunk in chunks)
-        if drafting is None or not is_reading or not drafting.pays(num_requests):
+        if drafting is None or not is_reading or not drafting.reads(num_requests):
             logits_RV = self._model.forward(batch)[:, : self._num_vocab]
             drawn = self._sample(logits_RV, shares)
         else:
