@@ -143,9 +143,8 @@ class DraftPolicy:
         return num_requests <= self.most_requests and self._of(num_requests).drafts
 
     def holds(self, num_requests: int) -> bool:
-        """Returns True if steps of so many requests draft, but for trials of plain ones: the module reads prompts."""
-        sized = self._of(num_requests)
-        return num_requests <= self.most_requests and (sized.held or sized.drafts)
+        """Returns True if steps of so many requests draft, now or after a trial of plain ones: the module reads prompts."""
+        return self.drafts(num_requests) or (num_requests <= self.most_requests and self._of(num_requests).held)
 
     def note(self, num_requests: int, seconds: float, tokens: float, *, is_drafted: bool) -> None:
         """Takes up a step: its seconds, and the tokens that a request has got or read, in the mean. One that is not of
