@@ -8,16 +8,20 @@ and at temperature 1, as many at a time as requests; guesses are right as often 
 Other shapes: a model of random weights with a module. Random weights guess nothing right, so guesses are accepted by
 chance, at each of the rates of ``--accepted``: forced, for measuring alone, and tokens are no answer of the model's.
 
-The policy decides as in a server. Rates are of all tokens, from the first one of any request of a round to the last;
-``with_prompts`` from the first request on.
+Requests come in two ways. Groups: so many begin together, and the next when all have ended; the rate is of all tokens,
+from each group's first one to its last, ``with_prompts`` from the first request on. Flows: each that ends is followed by
+the next one, and the rate has the prompts in it.
+
+The policy decides as in a server. Each way runs in turns of rounds; those of the first ``--warm-up`` seconds do not count.
+Rates are of all rounds that count together, so that the policy's trials are in them.
 """
 
 import argparse
+import queue
 import random
-import statistics
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,10 +57,10 @@ EXAM_GROUPS = {
 class Heard:
     """The tokens of a request and their times."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_end: Callable[[], None] = lambda: None) -> None:
         self.times: list[float] = []
         self.ids: list[int] = []
-        self._ended = threading.Event()
+        self._ended, self._at_end = threading.Event(), at_end
 
     def __call__(self, output: StepOutput) -> None:
         if output.token is not None:
@@ -64,6 +68,7 @@ class Heard:
             self.ids.append(output.token.token_id)
         if output.finish_reason is not None:
             self._ended.set()
+            self._at_end()
 
     def wait(self) -> list[float]:
         """Returns the times once the request has ended."""
@@ -72,10 +77,11 @@ class Heard:
 
 
 class Asked(NamedTuple):
-    """The requests of a round, so many at a time."""
+    """The requests of a round, so many at a time. flows: whether each that ends is followed by the next one."""
 
     prompts: list[list[int]]
     params: SamplingParams
+    flows: bool = False
 
 
 class Round(NamedTuple):
@@ -87,14 +93,26 @@ class Round(NamedTuple):
     whole_s: float
     ids: list[list[int]]
 
-    @property
-    def rate(self) -> float:
-        """Tokens per second behind the first ones."""
-        return self.num_tokens / self.seconds
+
+def flow_of(engine: Engine, asked: Asked, count: int) -> Round:
+    """Asks everything, the next one whenever one of ``count`` ends."""
+    ended: queue.SimpleQueue[None] = queue.SimpleQueue()
+    heard: list[Heard] = []
+    begin = time.perf_counter()
+    for idx, prompt in enumerate(asked.prompts):
+        if idx >= count:
+            ended.get(timeout=LIMIT_S)
+        heard.append(Heard(lambda: ended.put(None)))
+        engine.submit([Request(prompt, replace(asked.params, seed=idx), heard[-1])])
+    times = [one.wait() for one in heard]
+    seconds = max(own[-1] for own in times) - begin
+    return Round(sum(map(len, times)), seconds, seconds, [one.ids for one in heard])
 
 
 def round_of(engine: Engine, asked: Asked, count: int) -> Round:
     """Asks everything, ``count`` requests at a time."""
+    if asked.flows:
+        return flow_of(engine, asked, count)
     num_tokens, seconds, whole_s, ids = 0, 0.0, 0.0, []
     for start in range(0, len(asked.prompts), count):
         heard = [Heard() for _ in asked.prompts[start : start + count]]
@@ -116,6 +134,9 @@ def made_up(args: argparse.Namespace, count: int) -> Iterator[tuple[str, Asked]]
     """Yields short prompts, none of which ends before it has all its tokens."""
     prompts = [[3 + idx, 5, 7, 9] for idx in range(count)]
     yield "greedy", Asked(prompts, SamplingParams(args.tokens, temperature=0.0))
+    if args.flows and count > 1:
+        # Their answers are from a quarter of that length on: they end one by one.
+        yield "greedy, flowing", Asked(prompts * 4, SamplingParams(args.tokens // 4, temperature=0.0), flows=True)
 
 
 def exam(args: argparse.Namespace, count: int) -> Iterator[tuple[str, Asked]]:
@@ -126,7 +147,10 @@ def exam(args: argparse.Namespace, count: int) -> Iterator[tuple[str, Asked]]:
         some = random.Random(5).sample(fitting, max(args.questions, count))
         prompts = [encoder.encode(one.prompt)[0] for one in some]
         for name, temperature in (("greedy", 0.0), ("drawn", 1.0)):
-            yield f"{name}, {length} answers", Asked(prompts, SamplingParams(args.tokens, temperature=temperature))
+            params = SamplingParams(args.tokens, temperature=temperature)
+            yield f"{name}, {length} answers", Asked(prompts, params)
+            if args.flows and count > 1:
+                yield f"{name}, {length} answers, flowing", Asked(prompts * 4, params, flows=True)
 
 
 def config_of(shape: str) -> ModelConfig:
@@ -188,29 +212,42 @@ def measured(
 ) -> Iterator[dict[str, object]]:
     """Yields a row for each way to run one thing."""
     found: dict[str, list[Round]] = {name: [] for name in engines}
-    before = {name: counts_of(engine) for name, engine in engines.items()}
-    for _ in range(1 + args.rounds):
-        for name, engine in engines.items():
-            found[name].append(round_of(engine, asked, facts["requests"]))
-    of_plain = statistics.median(one.rate for one in found["plain"][1:])
+    for seconds, least in ((args.warm_up, 1), (args.seconds, args.rounds)):
+        before = {name: counts_of(engine) for name, engine in engines.items()}
+        for rounds in found.values():
+            rounds.clear()
+        while min(map(len, found.values())) < least or min(map(seconds_of, found.values())) < seconds:
+            for name, engine in engines.items():
+                found[name].append(round_of(engine, asked, facts["requests"]))
+    of_plain = rate_of(found["plain"])
     for name, engine in engines.items():
-        rounds = found[name][1:]
-        rate, whole = statistics.median(one.rate for one in rounds), statistics.median(one.whole_s for one in rounds)
+        rounds = found[name]
         steps, guesses, right = (now - then for now, then in zip(counts_of(engine), before[name], strict=True))
         same = sum(one == other for one, other in zip(rounds[-1].ids, found["plain"][-1].ids, strict=True))
         yield {
             "how": name,
             **facts,
-            "tokens_per_s": round(rate, 1),
-            "over_plain": round(rate / of_plain, 3),
-            "rates": [round(one.rate, 1) for one in rounds],
-            "with_prompts": round(rounds[-1].num_tokens / whole, 1),
+            "tokens_per_s": round(rate_of(rounds), 1),
+            "over_plain": round(rate_of(rounds) / of_plain, 3),
+            "with_prompts": round(sum(one.num_tokens for one in rounds) / seconds_of(rounds), 1),
+            "rounds": len(rounds),
+            "seconds": round(seconds_of(rounds), 3),
             "steps_with_drafts": steps,
             "guesses": guesses,
             "guesses_right": right,
             "tokens": rounds[-1].num_tokens,
             "answers_as_plain": f"{same} of {len(asked.prompts)}",
         }
+
+
+def rate_of(rounds: Sequence[Round]) -> float:
+    """Returns the tokens per second of rounds together."""
+    return sum(one.num_tokens for one in rounds) / sum(one.seconds for one in rounds)
+
+
+def seconds_of(rounds: Sequence[Round]) -> float:
+    """Returns the seconds of rounds together, with prompts."""
+    return sum(one.whole_s for one in rounds)
 
 
 def main() -> None:
@@ -222,7 +259,10 @@ def main() -> None:
     parser.add_argument("--accepted", type=lambda text: [*map(float, text.split(","))], default=[0.8, 0.0])
     parser.add_argument("--tokens", type=int, default=400, help="tokens of each request, the most of an answer")
     parser.add_argument("--questions", type=int, default=32, help="of trained, of each length")
-    parser.add_argument("--rounds", type=int, default=5, help="that count; one more comes before")
+    parser.add_argument("--flows", action="store_true", help="requests that come and go too, not only in groups")
+    parser.add_argument("--rounds", type=int, default=5, help="that count, at least")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of the rounds that count, at least")
+    parser.add_argument("--warm-up", type=float, default=1.0, help="seconds of the rounds before that do not count")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default="unknown")
     args = parser.parse_args()

@@ -118,6 +118,10 @@ class Drafting:
         """Returns True if the next step of so many requests drafts, provided that all of them may."""
         return 0 < num_requests <= self.decoder.buckets[-1] and self._policy.drafts(self._size_of(num_requests))
 
+    def reads(self, num_requests: int) -> bool:
+        """Returns True if the module is to read the prompts that ``forward`` reads beside so many requests."""
+        return 0 < num_requests <= self.decoder.buckets[-1] and self._policy.holds(self._size_of(num_requests))
+
     def in_pairs(self, chunks: list[ScheduledChunk], most: int) -> list[ScheduledChunk]:
         """Returns the chunks with two tokens each at most, if a step with drafts runs them and none of their requests
         has more tokens to read; otherwise as they are: ``forward`` has the module read along."""
@@ -180,22 +184,27 @@ class Drafting:
         found = self.decoder.finish(flight.begun)
         seconds = times.add(flight.begun_at, perf_counter())
         pairs = zip(flight.are_known, found.token_ids, strict=True)
-        guesses = sum(flight.are_known), sum(len(tokens) - 1 for is_known, tokens in pairs if is_known)
-        self.counts.add(*guesses)
-        self._policy.note_drafted(self._size_of(len(flight.requests)), seconds, *guesses)
+        self.counts.add(sum(flight.are_known), sum(len(tokens) - 1 for is_known, tokens in pairs if is_known))
         if found.flagged:
             tell_flagged({row // 2: layer_idx for row, layer_idx in found.flagged.items()}, flight.requests)
+        gained = 0
         for n, (request, cache) in enumerate(zip(flight.requests, flight.caches, strict=True)):
             if request.cache is not cache:
                 continue  # it ended while this step ran
+            gained -= request.num_computed
             if n in flight.looks or request.flagged_layer is not None or None in found.token_ids[n]:
                 self._tell(request, n, found, flight.num_read[n])
             else:
                 self._extend(request, found.token_ids[n], found.guesses[n], flight.ends)
+            gained += request.num_computed
+        self._note(len(flight.requests), seconds, gained, is_drafted=True)
 
-    def note_plain(self, num_requests: int, seconds: float) -> None:
-        """Takes up the time of a step without drafts."""
-        self._policy.note_plain(self._size_of(num_requests), seconds)
+    def note_plain(self, num_requests: int, seconds: float, num_gained: int) -> None:
+        """Takes up a step without drafts: its time, and the tokens that its requests have got or read."""
+        self._note(num_requests, seconds, num_gained, is_drafted=False)
+
+    def _note(self, num_requests: int, seconds: float, num_gained: int, *, is_drafted: bool) -> None:
+        self._policy.note(self._size_of(num_requests), seconds, num_gained / num_requests, is_drafted=is_drafted)
 
     def _size_of(self, num_requests: int) -> int:
         """Returns the requests of the graph that runs so many: the policy's unit, as its steps take the same time."""
@@ -239,9 +248,17 @@ class Drafting:
         """Runs a step of the backbone as ``Model.forward`` does; ``read`` follows."""
         return self._model.forward_drafting(batch)
 
-    def read(self, batch: ForwardBatch, hidden: Hidden, shares: Sequence[LogitsShare], drawn: Sequence[Drawn]) -> None:
+    def read(
+        self,
+        batch: ForwardBatch,
+        hidden: Hidden,
+        shares: Sequence[LogitsShare],
+        drawn: Sequence[Drawn],
+        num_requests: int,
+    ) -> None:
         """Runs the first module on the rows of a ``forward``, and notes its guesses for those that have drawn a token.
-        Nothing has been reported of the step yet."""
+        Nothing has been reported of the step yet. num_requests: of the whole step."""
+        begun = perf_counter()
         next_ids = [token_id for share, one in zip(shares, drawn, strict=True) for token_id in _following(share, one)]
         due = [n for n, one in enumerate(drawn) if one.token_id is not None]
         rows_R, next_ids_T = (
@@ -255,6 +272,7 @@ class Drafting:
             guesses = choose_tokens(logits_RV[:, : self.decoder.num_vocab], rows).token_ids
             for request, guess in zip(requests, guesses, strict=True):
                 request.guess = None if guess is None else (request.num_tokens + 1, guess)
+        self._policy.note_reading(self._size_of(num_requests), perf_counter() - begun)
 
 
 class DraftedModel(DecodingModel, VerifyingModel, DraftingModel, Protocol):

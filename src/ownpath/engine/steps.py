@@ -98,6 +98,7 @@ class StepRunner:
         self._flags = IndexFlags()
         self._flights: list[Flight | DraftedFlight] = []
         self._landing: Flight | DraftedFlight | None = None
+        self._is_beside = False  # a launched step ran before a ``forward`` that is read: nobody saw its time
         self.times = StepTimes()
 
     @property
@@ -138,13 +139,14 @@ class StepRunner:
         if longer:
             begun = perf_counter()
             try:
-                self._forward(longer)
+                self._forward(longer, len(chunks))
             except Exception:
                 self.settle()  # the graph before it is whole
                 raise
             seconds = self.times.add(begun, perf_counter())
+            self._is_beside = self.is_flying
             if self._drafting is not None and not rows and all(chunk.num_tokens == 1 for chunk in longer):
-                self._drafting.note_plain(len(longer), seconds)
+                self._drafting.note_plain(len(longer), seconds, len(longer))
 
     def _draft(self, drafting: Drafting, chunks: Sequence[ScheduledChunk]) -> Sequence[ScheduledChunk]:
         """Launches a step with drafts, if this one drafts, and reads the one before. Returns the chunks that are left
@@ -234,18 +236,20 @@ class StepRunner:
             release_left(flight, [])
         return [chunk for flight in flights for chunk in flight.chunks]
 
-    def _forward(self, chunks: Sequence[ScheduledChunk]) -> None:
-        """Runs a step by the model's ``forward``."""
+    def _forward(self, chunks: Sequence[ScheduledChunk], num_requests: int) -> None:
+        """Runs a step by the model's ``forward``. num_requests: of the whole step, with those in its graph."""
         batch, shares = build_batch(chunks, self._device)
         self._adjuster.start([chunk.request for chunk in chunks if chunk.reaches_end])
-        if self._drafting is None or not any(chunk.request.is_reading for chunk in chunks):
+        drafting = self._drafting
+        is_reading = drafting is not None and any(chunk.request.is_reading for chunk in chunks)
+        if drafting is None or not is_reading or not drafting.reads(num_requests):
             logits_RV = self._model.forward(batch)[:, : self._num_vocab]
             drawn = self._sample(logits_RV, shares)
         else:
-            whole_RV, hidden = self._drafting.forward(batch)
+            whole_RV, hidden = drafting.forward(batch)
             logits_RV = whole_RV[:, : self._num_vocab]
             drawn = self._sample(logits_RV, shares)
-            self._drafting.read(batch, hidden, shares, drawn)
+            drafting.read(batch, hidden, shares, drawn, num_requests)
         self._flags.note(batch.tables, [chunk.request for chunk in chunks])
         if any(share.is_answered for share in shares):
             self._flags.read()
@@ -308,9 +312,7 @@ class StepRunner:
         their logits."""
         assert self._decoder is not None
         done = self._decoder.finish(flight.begun)
-        seconds = self.times.add(flight.begun_at, perf_counter())
-        if self._drafting is not None:
-            self._drafting.note_plain(len(flight.requests), seconds)
+        seconds, num_left = self.times.add(flight.begun_at, perf_counter()), 0
         self._flags.read()
         if done.flagged:
             tell_flagged(done.flagged, flight.requests)
@@ -320,6 +322,7 @@ class StepRunner:
             zip(flight.requests, flight.caches, done.token_ids, strict=True)
         ):
             if request.cache is not cache:
+                num_left += 1
                 continue  # it ended while this step ran
             if token_id is None or request.flagged_layer is not None or row in looks:
                 drawn = Drawn(token_id, float(done.logprobs_T[row]), done.tops.get(row, ()))
@@ -334,6 +337,9 @@ class StepRunner:
                 tell(request, output)
             else:
                 deliver(request, output)
+        is_beside, self._is_beside = self._is_beside, False
+        if self._drafting is not None and not is_beside:
+            self._drafting.note_plain(len(flight.requests), seconds, len(flight.requests) - num_left)
 
     def _sample(self, logits_RV: torch.Tensor, shares: list[LogitsShare]) -> list[Drawn]:
         """Samples the next token of every share; without a token where none is due or none can be chosen."""
