@@ -16,9 +16,9 @@ Each side is a process of its own; both are started at once on one device, and t
 most prompt tokens last. All cases' host times come first, in ``--visits``, then device and, with ``--calls``, what the
 host calls (``vllm_host``). Stock compiles for each new class of rows, so every step that only reads prompts has 1,024
 rows, or all of the prompts of a case in one step. vLLM's warm-ups of sizes and of routers that no case has are left out
-on both sides. ``--seconds`` bounds the time from when both sides are up: no visit but the first begins in its second
-half, and nothing after it; each host time is a row of its own (``vllm_host``) at once. With ``--gate`` both sides start
-beside other work, and wait for it.
+on both sides. ``--seconds`` bounds the time from when both sides are up: nothing begins after it, and no visit but the
+first in its second half, or where the case's last one would have reached into that. Each host time is a row of its own
+(``vllm_host``) at once. With ``--gate`` both sides start beside other work, and wait for it.
 """
 
 import argparse
@@ -166,6 +166,7 @@ class Measurement:
         self._args, self._side, self._engine, self._turns = args, side, engine, turns
         self._origin, self._rows = origin, rows
         self._hosts: dict[Case, HostTime] = {}
+        self._took: dict[Case, float] = {}
         self._turn, self._end = 0, 0.0
 
     def run(self) -> list[str]:
@@ -178,7 +179,7 @@ class Measurement:
         for visit in range(self._args.visits):
             for case in self._engine.cases:
                 with self._next():
-                    if time.time() < self._end - (self._args.seconds / 2 if visit else 0):
+                    if time.time() + self._took.get(case, 0.0) < self._end - (self._args.seconds / 2 if visit else 0):
                         self._time_host(case)
         return [fault for case in self._engine.cases for fault in self._record(case)]
 
@@ -189,7 +190,9 @@ class Measurement:
         self._turn += 1
 
     def _time_host(self, case: Case) -> None:
+        start = time.time()
         seen = self._engine.time_host(case)
+        self._took[case] = time.time() - start
         self._hosts[case] = seen + self._hosts[case] if case in self._hosts else seen
         print(self._side, *case, seen, flush=True)
         if self._args.out:
