@@ -26,6 +26,7 @@ from vllm_rate import (
     all_cases,
     experts_of,
     experts_record,
+    kernels_record,
     num_steps,
     prompt_groups,
     split_steps,
@@ -117,6 +118,12 @@ def test_a_kernel_counts_by_the_time_that_it_adds() -> None:
         {"kernel": OURS[0], "is_expert": True, "start": 2.0, "end": 30.0, "added": 20.0},
         {"kernel": "other", "is_expert": False, "start": 12.0, "end": 20.0, "added": 0.0},
         {"kernel": OURS[1], "is_expert": True, "start": 35.0, "end": 40.0, "added": 5.0},
+    ]
+    assert kernels_record([*step, DeviceLaunch("step 0", OURS[1], 41.0, 7.0, 4)]) == [
+        {"kernel": OURS[0], "launches": 1, "added": 20.0},
+        {"kernel": OURS[1], "launches": 2, "added": 12.0},
+        {"kernel": "mhc_fused_tilelang_kernel", "launches": 1, "added": 10.0},
+        {"kernel": "other", "launches": 1, "added": 0.0},
     ]
 
 
