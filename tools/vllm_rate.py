@@ -8,17 +8,17 @@ tokens of so many prompts, not captured. For each: the host's time of a step in 
 and of profiled steps the span on the device, the time that it was busy, the experts' and the hyper-connections' part
 of that, and the number of kernels; medians. A kernel counts by the time by which it extends the busy time, for one
 that was launched early waits for the one before; plain sums of durations stand beside it. The JSON line has the
-experts' kernels of one step, with their neighbours. What runs is checked: stock may hold nothing of ours, and the
-record of our decode steps must have the planned kernels (``PlannedStep``). A JSON line for each case at once, and a
-table last. Exit code: 1 if a check fails.
+experts' kernels of one step, with their neighbours, and what each kernel of a step adds, by name. What runs is
+checked: stock may hold nothing of ours, and the record of our decode steps must have the planned kernels
+(``PlannedStep``). A JSON line for each case at once, and a table last. Exit code: 1 if a check fails.
 
 Each side is a process of its own; both are started at once on one device, and take turns, a case each, those with the
 most prompt tokens last. All cases' host times come first, in ``--visits``, then device and, with ``--calls``, what the
 host calls (``vllm_host``). Stock compiles for each new class of rows, so every step that only reads prompts has 1,024
 rows, or all of the prompts of a case in one step. vLLM's warm-ups of sizes and of routers that no case has are left out
-on both sides. ``--seconds`` bounds the time from when both sides are up: no visit but the first begins in its second
-half, and nothing after it; each host time is a row of its own (``vllm_host``) at once. With ``--gate`` both sides start
-beside other work, and wait for it.
+on both sides. ``--seconds`` bounds the time from when both sides are up: nothing begins after it, and no visit but the
+first in its second half, or where the case's last one would have reached into that. Each host time is a row of its own
+(``vllm_host``) at once. With ``--gate`` both sides start beside other work, and wait for it.
 """
 
 import argparse
@@ -33,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -62,7 +62,7 @@ NEEDLESS = ("deepseek_v4_mhc_warmup", "_warmup_ll_bf16_router_gemm")
 other widths than V4-Flash's."""
 STEP = "step "
 _OF_DEVICE = ("span_us", "busy_us", "experts_us", "hyper_us", "sum_us", "experts_sum_us", "hyper_sum_us")
-_NAME_LENGTH = 120
+_NAME_LENGTH, _SHOWN = 120, 40
 ACTIVATION, SUM = re.compile("silu_and_mul_with_clamp|clamp.*silu|act_and_mul"), re.compile("reduce_kernel")
 MARLIN = re.compile("marlin_moe")
 SIDES: Mapping[str, str] = {"stock": "none", "ours": "all"}
@@ -91,12 +91,13 @@ class Timed:
 class TimedCase:
     """A case's times, what of its record should not be so, and the experts' kernels of one step, with neighbours.
 
-    num_others: kernels of no step."""
+    num_others: kernels of no step. kernels: of one step, those that add the most time, by name."""
 
     timed: Timed
     faults: Sequence[str] = ()
     num_others: int = 0
     experts: Sequence[Mapping[str, object]] = ()
+    kernels: Sequence[Mapping[str, object]] = ()
 
 
 def main() -> int:
@@ -166,6 +167,7 @@ class Measurement:
         self._args, self._side, self._engine, self._turns = args, side, engine, turns
         self._origin, self._rows = origin, rows
         self._hosts: dict[Case, HostTime] = {}
+        self._took: dict[Case, float] = {}
         self._turn, self._end = 0, 0.0
 
     def run(self) -> list[str]:
@@ -178,7 +180,7 @@ class Measurement:
         for visit in range(self._args.visits):
             for case in self._engine.cases:
                 with self._next():
-                    if time.time() < self._end - (self._args.seconds / 2 if visit else 0):
+                    if time.time() + self._took.get(case, 0.0) < self._end - (self._args.seconds / 2 if visit else 0):
                         self._time_host(case)
         return [fault for case in self._engine.cases for fault in self._record(case)]
 
@@ -189,7 +191,9 @@ class Measurement:
         self._turn += 1
 
     def _time_host(self, case: Case) -> None:
+        start = time.time()
         seen = self._engine.time_host(case)
+        self._took[case] = time.time() - start
         self._hosts[case] = seen + self._hosts[case] if case in self._hosts else seen
         print(self._side, *case, seen, flush=True)
         if self._args.out:
@@ -204,7 +208,8 @@ class Measurement:
             calls = self._engine.calls(case) if self._args.calls else []
         print(self._side, *case, seen.timed, flush=True)
         row = self._row("vllm", case)
-        extra = {"faults": seen.faults, "other_kernels": seen.num_others, "experts": seen.experts}
+        extra = {"faults": seen.faults, "other_kernels": seen.num_others}
+        extra |= {"experts": seen.experts, "kernels": seen.kernels}
         for path in filter(None, (self._rows, self._args.out)):
             append_lines(path, [row | self._hosts[case].numbers | vars(seen.timed) | extra | self._origin])
         if self._args.calls:
@@ -349,8 +354,9 @@ class Engine:
             said = f"{PROFILED} steps were recorded, and {len(steps)} have kernels"
             return TimedCase(Timed(wall_us), [said], num_others)
         told = [fault for one in steps for fault in self._planned.faults(Counter(launch.kernel for launch in one))]
-        experts = list(experts_record(steps[PROFILED // 2]))
-        return TimedCase(summed(steps, wall_us), list(dict.fromkeys(told)), num_others, experts)
+        one = steps[PROFILED // 2]
+        parts = list(experts_record(one)), kernels_record(one)
+        return TimedCase(summed(steps, wall_us), list(dict.fromkeys(told)), num_others, *parts)
 
     def _add(self, num_tokens: int, num_answers: int) -> str:
         from vllm import SamplingParams
@@ -475,6 +481,16 @@ def experts_record(step: Sequence[DeviceLaunch]) -> Iterator[dict[str, object]]:
             times = {"start": start, "end": start + one.duration_us, "added": added}
             rounded = {key: round(value, 1) for key, value in times.items()}
             yield {"kernel": one.kernel[:_NAME_LENGTH], "is_expert": chosen[idx]} | rounded
+
+
+def kernels_record(step: Sequence[DeviceLaunch]) -> list[dict[str, object]]:
+    """Returns the kernels that add the most time to a step, by name: launches, and the microseconds that they add."""
+    times, counts = defaultdict[str, float](float), Counter[str]()
+    for one, added in busy_times(step):
+        times[one.kernel[:_NAME_LENGTH]] += added
+        counts[one.kernel[:_NAME_LENGTH]] += 1
+    most = sorted(times, key=lambda name: -times[name])[:_SHOWN]
+    return [{"kernel": name, "launches": counts[name], "added": round(times[name], 1)} for name in most]
 
 
 def experts_of(step: Sequence[DeviceLaunch]) -> Iterator[DeviceLaunch]:

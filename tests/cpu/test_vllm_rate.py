@@ -26,6 +26,7 @@ from vllm_rate import (
     all_cases,
     experts_of,
     experts_record,
+    kernels_record,
     num_steps,
     prompt_groups,
     split_steps,
@@ -118,6 +119,12 @@ def test_a_kernel_counts_by_the_time_that_it_adds() -> None:
         {"kernel": "other", "is_expert": False, "start": 12.0, "end": 20.0, "added": 0.0},
         {"kernel": OURS[1], "is_expert": True, "start": 35.0, "end": 40.0, "added": 5.0},
     ]
+    assert kernels_record([*step, DeviceLaunch("step 0", OURS[1], 41.0, 7.0, 4)]) == [
+        {"kernel": OURS[0], "launches": 1, "added": 20.0},
+        {"kernel": OURS[1], "launches": 2, "added": 12.0},
+        {"kernel": "mhc_fused_tilelang_kernel", "launches": 1, "added": 10.0},
+        {"kernel": "other", "launches": 1, "added": 0.0},
+    ]
 
 
 @pytest.mark.parametrize("num_requests", [1, 8, 64, 65, 200, 256])
@@ -205,14 +212,15 @@ def test_pauses_of_the_collector_are_a_step_s() -> None:
 
 
 class FakeEngine:
-    """An engine of three cases, which keeps what is done and when."""
+    """An engine of three cases, which keeps what is done and when. long_s: what the long one takes."""
 
-    def __init__(self, side: str, done: list[tuple[str, str, Case]]) -> None:
-        self.side, self.done = side, done
+    def __init__(self, side: str, done: list[tuple[str, str, Case]], long_s: float) -> None:
+        self.side, self.done, self.long_s = side, done, long_s
         self.cases = all_cases([8, 1], [SHORT, LONG], [])[:3]
 
     def time_host(self, case: Case) -> HostTime:
         self.done.append((self.side, "host", case))
+        time.sleep(self.long_s if case[2] == LONG else 0.0)
         return HostTime((1.0, 2.0, 3.0), 0.0)
 
     def record(self, case: Case, wall_us: float) -> TimedCase:
@@ -221,7 +229,7 @@ class FakeEngine:
 
 
 def measured(
-    folder: Path, seconds: float, gate: Path | None = None
+    folder: Path, seconds: float, gate: Path | None = None, long_s: float = 0.0
 ) -> tuple[list[tuple[str, str, Case]], dict[str, list[str]]]:
     """Lets two sides measure; returns what they did, in order, and the faults of each."""
     done, faults = list[tuple[str, str, Case]](), dict[str, list[str]]()
@@ -229,7 +237,7 @@ def measured(
 
     def work(place: int, side: str) -> None:
         turns, rows = Turns(folder, place, 2), folder / f"rows.{side}"
-        faults[side] = Measurement(args, side, FakeEngine(side, done), turns, {}, rows).run()
+        faults[side] = Measurement(args, side, FakeEngine(side, done, long_s), turns, {}, rows).run()
 
     threads = [Thread(target=work, args=pair) for pair in enumerate(["stock", "ours"])]
     for thread in threads:
@@ -259,6 +267,13 @@ def test_nothing_begins_after_the_end(tmp_path: Path) -> None:
     assert not done
     assert all("want of time" in one for side in faults.values() for one in side)
     assert [len(side) for side in faults.values()] == [3, 3]
+
+
+def test_a_case_that_takes_long_is_not_visited_again_for_want_of_time(tmp_path: Path) -> None:
+    done, _ = measured(tmp_path, 2.0, long_s=0.35)
+    long = ("decode", 1, LONG)
+    assert [done.count((side, "host", long)) for side in ("stock", "ours")] == [1, 1]
+    assert done[-1] == ("ours", "device", long)
 
 
 def test_cases_with_the_most_prompt_tokens_come_last() -> None:
