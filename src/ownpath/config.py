@@ -214,6 +214,8 @@ class Parallel:
 
 
 ONE_RANK = Parallel()
+CUDA_PREFILL_TOKENS = 2048
+"""Prompt tokens of a step on a GPU: V4-Flash on one H200 reads 15,900 tokens/s so, of 512 8,200, of 8,192 19,100."""
 
 
 @dataclass(frozen=True)
@@ -259,9 +261,13 @@ class EngineConfig:
 
     @classmethod
     def for_device(cls, device: str, max_model_len: int = 4096) -> "EngineConfig":
-        """Returns a device's defaults: float32 activations on CPU (bf16 products are slow there), bfloat16 on CUDA."""
-        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-        return cls(device=device, dtype=dtype, max_model_len=max_model_len)
+        """Returns a device's defaults: float32 activations on CPU (bf16 products are slow there), bfloat16 on CUDA.
+
+        Steps there read ``CUDA_PREFILL_TOKENS`` of prompts.
+        """
+        if torch.device(device).type == "cpu":
+            return cls(device, torch.float32, max_model_len)
+        return cls(device, torch.bfloat16, max_model_len, max_prefill_tokens=CUDA_PREFILL_TOKENS)
 
 
 def unread_fields(fields: Mapping[str, object]) -> tuple[str, ...]:

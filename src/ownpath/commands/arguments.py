@@ -65,10 +65,9 @@ def add_engine_arguments(parser: OptionHolder, limits: OptionHolder | None = Non
     (limits or parser).add_argument(
         "--max-prefill-tokens",
         type=whole_number(1),
-        default=512,
         metavar="N",
         help="most prompt tokens that a step reads: with more, long prompts are read faster, and answers beside them "
-        "wait longer (default: 512)",
+        "wait longer (default: 2048 on a GPU, 512 on a CPU)",
     )
     parser.add_argument(
         "--no-graphs",

@@ -83,7 +83,8 @@ def engine_config_of(
     config = replace(config, reference=frozenset(args.reference), graphs=not args.no_graphs)
     config = replace(config, cache_format=args.cache_format, draws_weights=args.random_weights)
     config = replace(config, max_num_seqs=max_num_seqs, num_cache_blocks=num_cache_blocks)
-    config = replace(config, max_prefill_tokens=args.max_prefill_tokens)
+    if args.max_prefill_tokens is not None:
+        config = replace(config, max_prefill_tokens=args.max_prefill_tokens)
     if args.draft:
         config = replace(config, loads_draft=True, rows_per_request=ROWS)
     if group is None:

@@ -32,7 +32,9 @@ def written(folder: Path, text: str) -> str:
 
 def test_without_settings_the_defaults_are_the_parsers() -> None:
     assert vars(parsed([])) == vars(serve_parser().parse_args([]))
-    assert parsed([]).max_prefill_tokens == EngineConfig.max_prefill_tokens
+    assert parsed([]).max_prefill_tokens is None, "the device decides"
+    most = [EngineConfig.for_device(device).max_prefill_tokens for device in ("cpu", "cuda", "cuda:1")]
+    assert most == [512, 2048, 2048]
 
 
 def test_the_command_line_wins_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
