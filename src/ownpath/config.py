@@ -214,8 +214,6 @@ class Parallel:
 
 
 ONE_RANK = Parallel()
-CUDA_PREFILL_TOKENS = 2048
-"""Prompt tokens of a step on a GPU: V4-Flash on one H200 reads 15,900 tokens/s so, of 512 8,200, of 8,192 19,100."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +224,7 @@ class EngineConfig:
     dtype: of activations, and of caches in BF16. Sums, norms, softmax and router scores are at least float32 anyway.
     max_model_len: tokens (prompt + answer) that one sequence may reach; caches are allocated for it once.
     max_num_seqs: sequences that run together; by data, on each rank.
-    max_prefill_tokens: prompt tokens that one step may process, over all sequences; by data, on each rank.
+    max_prefill_tokens: prompt tokens that one step may read, over all sequences; by data, on each rank. On a GPU 2,048.
     is_batch_invariant: ask for kernels whose result for a row does not depend on the other rows of the step.
     official: steps to be computed as DeepSeek's published code does; all others are plain.
     loads_draft: load the MTP modules too, for an engine that drafts, or callers of the model that do.
@@ -239,8 +237,7 @@ class EngineConfig:
     parallel: this process's rank among those that run one model together.
     num_cache_blocks: blocks of 256 tokens that all sequences share, by data those of a rank; ``None``: as many as
         ``max_num_seqs`` sequences of ``max_model_len`` tokens fill.
-    draws_weights: make all weights at random, in memory: no shard is read. For measuring what a model of this shape
-        costs.
+    draws_weights: make all weights at random, in memory, to measure what a model of this shape costs: no shard is read.
     """
 
     device: str = "cpu"
@@ -261,13 +258,10 @@ class EngineConfig:
 
     @classmethod
     def for_device(cls, device: str, max_model_len: int = 4096) -> "EngineConfig":
-        """Returns a device's defaults: float32 activations on CPU (bf16 products are slow there), bfloat16 on CUDA.
-
-        Steps there read ``CUDA_PREFILL_TOKENS`` of prompts.
-        """
+        """Returns a device's defaults: float32 on a CPU, whose bf16 products are slow; bfloat16, longer steps on CUDA."""
         if torch.device(device).type == "cpu":
             return cls(device, torch.float32, max_model_len)
-        return cls(device, torch.bfloat16, max_model_len, max_prefill_tokens=CUDA_PREFILL_TOKENS)
+        return cls(device, torch.bfloat16, max_model_len, max_prefill_tokens=2048)
 
 
 def unread_fields(fields: Mapping[str, object]) -> tuple[str, ...]:
