@@ -258,7 +258,7 @@ class EngineConfig:
 
     @classmethod
     def for_device(cls, device: str, max_model_len: int = 4096) -> "EngineConfig":
-        """Returns a device's defaults: float32 on a CPU, whose bf16 products are slow; bfloat16, longer steps on CUDA."""
+        """Returns defaults: float32 on a CPU, whose bf16 products are slow, bfloat16 and longer steps on CUDA."""
         if torch.device(device).type == "cpu":
             return cls(device, torch.float32, max_model_len)
         return cls(device, torch.bfloat16, max_model_len, max_prefill_tokens=2048)
