@@ -9,11 +9,11 @@ Other shapes: a model of random weights with a module. Random weights guess noth
 chance, at each of the rates of ``--accepted``: forced, for measuring alone, and tokens are no answer of the model's.
 
 Requests come in two ways. Groups: so many begin together, and the next when all have ended; the rate is of all tokens,
-from each group's first one to its last, ``with_prompts`` from the first request on. Flows: each that ends is followed by
-the next one, and the rate has the prompts in it.
+from each group's first one to its last, ``with_prompts`` from the first request on. Flows: each that ends is followed
+by the next one, and the rate has the prompts in it.
 
-The policy decides as in a server. Each way runs in turns of rounds; those of the first ``--warm-up`` seconds do not count.
-Rates are of all rounds that count together, so that the policy's trials are in them.
+The policy decides as in a server. Each way runs in turns of rounds; those of the first ``--warm-up`` seconds do not
+count. Rates are of all rounds that count together, so that the policy's trials are in them.
 """
 
 import argparse
@@ -134,9 +134,6 @@ def made_up(args: argparse.Namespace, count: int) -> Iterator[tuple[str, Asked]]
     """Yields short prompts, none of which ends before it has all its tokens."""
     prompts = [[3 + idx, 5, 7, 9] for idx in range(count)]
     yield "greedy", Asked(prompts, SamplingParams(args.tokens, temperature=0.0))
-    if args.flows and count > 1:
-        # Their answers are from a quarter of that length on: they end one by one.
-        yield "greedy, flowing", Asked(prompts * 4, SamplingParams(args.tokens // 4, temperature=0.0), flows=True)
 
 
 def exam(args: argparse.Namespace, count: int) -> Iterator[tuple[str, Asked]]:

@@ -10,8 +10,8 @@ a debt, made up for by a small share of all time; while there is any, nothing is
 better than drafts.
 
 Example, V4-Flash on an H200, 1 request: a plain step takes 5.5 ms, one with drafts 6.6. With 0.8 of the guesses right
-the paces are 5.5 and 6.6 / 1.8 = 3.7: it drafts. With 0.1 they are 5.5 and 6.0: it does not, and 16 steps that find that
-out again lose 16 x 1.1 x 0.5 = 9 ms, once in 1.8 s at most.
+the paces are 5.5 and 6.6 / 1.8 = 3.7: it drafts. With 0.1 they are 5.5 and 6.0: it does not, and 16 steps that find
+that out again lose 16 x 1.1 x 0.5 = 9 ms, once in 1.8 s at most.
 """
 
 from dataclasses import dataclass, field
@@ -73,8 +73,8 @@ class Pace:
 class _Sized:
     """Steps of one graph. drafts: the kind of the run that is under way. is_trial: whether the other one is held.
 
-    num_left: steps of the run. is_fresh: none of them has been noted. num_same: steps of the kind since it began. spent:
-    seconds and tokens of the run, its first step among them.
+    num_left: steps of the run. is_fresh: none of them has been noted. num_same: steps of the kind since it began.
+    spent: seconds and tokens of the run, its first step among them.
     """
 
     plain: Pace = field(default_factory=Pace)
@@ -143,7 +143,7 @@ class DraftPolicy:
         return num_requests <= self.most_requests and self._of(num_requests).drafts
 
     def holds(self, num_requests: int) -> bool:
-        """Returns True if steps of so many requests draft, now or after a trial of plain ones: the module reads prompts."""
+        """Returns True if steps of so many requests draft, now or after a trial of plain ones."""
         return self.drafts(num_requests) or (num_requests <= self.most_requests and self._of(num_requests).held)
 
     def note(self, num_requests: int, seconds: float, tokens: float, *, is_drafted: bool) -> None:

@@ -1,8 +1,8 @@
 """The policy of drafts in traffic, on a clock of its own: what pays goes on, and what loses costs less than 2%.
 
-Steps take what was measured on an H200. Requests come and go, are read two tokens a step or one, and a step with drafts
-waits for the host where they change, as the engine's does. Steps are late by chance. Each traffic is run with the policy
-and with plain steps alone, and the times of the same answers are compared.
+Steps take what was measured on an H200. Requests come and go, are read two tokens a step or one, and a step with
+drafts waits for the host where they change, as the engine's does. Steps are late by chance. Each traffic is run with
+the policy and with plain steps alone, and the times of the same answers are compared.
 """
 
 import random
@@ -20,8 +20,8 @@ Right = Callable[[int], float]
 
 
 class Costs(NamedTuple):
-    """Milliseconds, plain and with drafts, of steps of 1, 8 and 32 requests. wait: of the host, where a step with drafts
-    is not launched ahead. forward, reading: of a prompt that ``forward`` reads, the backbone's and the module's."""
+    """Milliseconds, plain and with drafts, of steps of 1, 8 and 32 requests. wait: of the host, where a step with
+    drafts is not launched ahead. forward, reading: of a prompt that ``forward`` reads, the backbone's, the module's."""
 
     plain: tuple[float, float, float]
     drafted: tuple[float, float, float]
