@@ -3,9 +3,10 @@
     compute-sanitizer --tool memcheck --error-exitcode 1 python3 tools/small_shapes.py
     compute-sanitizer --tool racecheck --error-exitcode 1 python3 tools/small_shapes.py
 
-(``make sanitize`` does both.) The answers are compared elsewhere, in tests/gpu; here they only have to be finite.
+(``make sanitize`` does both.) Names of parts behind it, such as ``experts fp8_experts``, run those alone. The answers are compared elsewhere, in tests/gpu; here they only have to be finite.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -128,8 +129,9 @@ def several_rows() -> Iterator[tuple[str, torch.Tensor]]:
 def main() -> None:
     torch.manual_seed(0)
     parts = linears, experts, fp8_experts, fp8, attention, attention_of_prompts, decode_steps, several_rows
-    for part in parts:
-        for name, y in part():
+    known = {part.__name__: part for part in parts}
+    for part in sys.argv[1:] or known:
+        for name, y in known[part]():
             torch.cuda.synchronize()
             assert torch.isfinite(y).all(), name
             print(name)
