@@ -167,19 +167,24 @@ def captured(decoder: StepGraphs, counts: Sequence[int], device: str) -> None:
         (decoder.warm_up if device == "cpu" else decoder.capture)(lambda *_: None)
 
 
+def plain_decoder(args: argparse.Namespace, model: Model) -> Decoder:
+    """Makes the decoder of one engine: an engine may still run a step that nobody waits for when another begins."""
+    decoder = Decoder(model, max(args.requests), model.config.vocab_size)
+    captured(decoder, args.requests, args.device)
+    return decoder
+
+
 def engines_of(args: argparse.Namespace, model: Model, config: EngineConfig) -> dict[str, Engine]:
     """Makes an engine for each way to run; all share the model."""
     counts, num_vocab, ends = args.requests, model.config.vocab_size, frozenset[int]()
     if args.shape == "trained":
         ends = read_end_tokens(default_model_dir(), model.config).ids
-    plain = Decoder(model, max(counts), num_vocab)
-    captured(plain, counts, args.device)
-    found = {"plain": Engine(model, config, num_vocab, end_token_ids=ends, decoder=plain)}
+    found = {"plain": Engine(model, config, num_vocab, end_token_ids=ends, decoder=plain_decoder(args, model))}
     judges = {f"drafts, {share:g} accepted by force": accept_by_chance(share, args.device) for share in args.accepted}
     for name, judge in {"drafts": None}.items() if args.shape == "trained" else judges.items():
         decoder = DraftDecoder(model, max(counts), num_vocab, judge)
         captured(decoder, counts, args.device)
-        drafts = Drafts(model, decoder, DraftPolicy())
+        drafts, plain = Drafts(model, decoder, DraftPolicy()), plain_decoder(args, model)
         found[name] = Engine(model, config, num_vocab, end_token_ids=ends, decoder=plain, drafts=drafts)
     return found
 
@@ -196,6 +201,14 @@ def rates(args: argparse.Namespace, model: Model, config: EngineConfig) -> Itera
     finally:
         for engine in engines.values():
             engine.stop()
+
+
+def wait_for_rest(engine: Engine) -> None:
+    """Waits until an engine has read its last step, so that it does not run beside the next one."""
+    before = -1
+    while engine.num_steps != before or engine.is_stepping:
+        before = engine.num_steps
+        time.sleep(0.002)
 
 
 def counts_of(engine: Engine) -> tuple[int, int, int]:
@@ -216,6 +229,7 @@ def measured(
         while min(map(len, found.values())) < least or min(map(seconds_of, found.values())) < seconds:
             for name, engine in engines.items():
                 found[name].append(round_of(engine, asked, facts["requests"]))
+                wait_for_rest(engine)
     of_plain = rate_of(found["plain"])
     for name, engine in engines.items():
         rounds = found[name]
