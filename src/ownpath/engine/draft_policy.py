@@ -29,6 +29,8 @@ NUM_KEPT = 256
 """A pace is of about so many of the last steps."""
 MOST_LOST = 0.005
 """The share of all time that trials may lose."""
+MOST_LATE = 20
+"""A step counts as so many times the mean at most. A host that is busy keeps steps with drafts waiting: that counts."""
 _MARGIN = 0.02
 """By which the other kind must be better to be chosen."""
 
@@ -42,9 +44,9 @@ class Pace:
     num_steps: int = 0
 
     def add(self, seconds: float, tokens: float) -> None:
-        """Takes up a step. It counts as four times the mean at most: it may have waited for something else."""
+        """Takes up a step. It counts as ``MOST_LATE`` means at most: it may have waited for something else."""
         if self.num_steps:
-            seconds = min(seconds, 4 * self.seconds / min(self.num_steps, NUM_KEPT))
+            seconds = min(seconds, MOST_LATE * self.seconds / min(self.num_steps, NUM_KEPT))
         if self.num_steps >= NUM_KEPT:
             self.seconds, self.tokens = (part * (1 - 1 / NUM_KEPT) for part in (self.seconds, self.tokens))
         self.seconds, self.tokens, self.num_steps = self.seconds + seconds, self.tokens + tokens, self.num_steps + 1
