@@ -100,7 +100,7 @@ test-gpu:
 # As test-gpu, where the CUDA toolkit has compute-sanitizer.
 sanitize:
 	PYTHONPATH=src:$$PYTHONPATH compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tools/small_shapes.py
-	PYTHONPATH=src:$$PYTHONPATH compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) tools/small_shapes.py
+	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) tools/hazards.py compute-sanitizer --tool racecheck $(PYTHON) tools/small_shapes.py
 
 bench: $(VENV)/.base
 	$(BIN)/python bench/first_light.py --out bench/results/first_light.jsonl

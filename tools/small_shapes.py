@@ -1,9 +1,10 @@
 """Runs the Hopper kernels once each on small shapes, and steps of the embedded model, for a checker of memory accesses.
 
     compute-sanitizer --tool memcheck --error-exitcode 1 python3 tools/small_shapes.py
-    compute-sanitizer --tool racecheck --error-exitcode 1 python3 tools/small_shapes.py
+    python3 tools/hazards.py compute-sanitizer --tool racecheck python3 tools/small_shapes.py
 
-(``make sanitize`` does both.) Names of parts behind it, such as ``experts fp8_experts``, run those alone. The answers are compared elsewhere, in tests/gpu; here they only have to be finite.
+(``make sanitize`` does both.) Names of parts behind it, such as ``experts fp8_experts``, run those alone. Answers are
+compared elsewhere, in tests/gpu; here they only have to be finite.
 """
 
 import sys
