@@ -1,4 +1,4 @@
-"""Interprets a few instructions of PTX on arrays of 32-bit words, for tests only: those that kernels write as assembly."""
+"""Interprets a few instructions of PTX on arrays of words, for tests only: those that kernels write as assembly."""
 
 import re
 from collections.abc import Sequence
@@ -24,7 +24,11 @@ def run(text: str, given: Sequence[np.ndarray], num_results: int) -> list[np.nda
 
 
 def _operand(kept: dict[str, np.ndarray], text: str, like: np.ndarray) -> np.ndarray:
-    return np.full_like(like, int(text, 0)) if re.fullmatch(r"(0x)?[0-9A-Fa-f]+", text) and text not in kept else kept[text]
+    return (
+        np.full_like(like, int(text, 0))
+        if re.fullmatch(r"(0x)?[0-9A-Fa-f]+", text) and text not in kept
+        else kept[text]
+    )
 
 
 def _permute(low: np.ndarray, high: np.ndarray, selectors: np.ndarray) -> np.ndarray:
@@ -37,6 +41,16 @@ def _permute(low: np.ndarray, high: np.ndarray, selectors: np.ndarray) -> np.nda
             byte = np.where(byte & 128, np.uint32(255), np.uint32(0))
         chosen |= byte << np.uint32(8 * number)
     return chosen
+
+
+def _look_up(first: np.ndarray, second: np.ndarray, third: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Joins each bit of three words by a table of eight bits."""
+    found = np.zeros_like(first)
+    for number in range(8):
+        if int(table.ravel()[0]) >> number & 1:
+            bits = zip((first, second, third), (4, 2, 1), strict=True)
+            found |= np.bitwise_and.reduce([word if number & bit else ~word for word, bit in bits])
+    return found
 
 
 def _multiply_halves(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -53,6 +67,8 @@ OPERATIONS = {
     "mov.b32": lambda value: value,
     "prmt.b32": _permute,
     "shl.b32": lambda value, count: value << count,
+    "shr.u32": lambda value, count: value >> count,
     "and.b32": lambda left, right: left & right,
+    "lop3.b32": _look_up,
     "mul.rn.bf16x2": _multiply_halves,
 }
