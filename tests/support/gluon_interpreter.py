@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from support import ptx
+
 
 class _Language(ModuleType):
     """Gluon's language: Triton's, looked up when called, because the interpreter replaces it for each launch."""
@@ -51,6 +53,13 @@ class _Shared:
         kept = (builtins.slice(None),) * int(dim) + (builtins.slice(int(start), int(start) + int(length)),)
         return _Shared(self.values[kept], self.dtype)
 
+    def _reinterpret(self, dtype: Any, shape: Any, layout: object = None) -> "_Shared":
+        from triton.runtime import interpreter
+
+        values = self.values.view(interpreter._get_np_dtype(dtype))
+        assert list(values.shape) == [int(size) for size in shape]
+        return _Shared(values, dtype)
+
     def permute(self, order: Any) -> "_Shared":
         return _Shared(self.values.transpose(order), self.dtype)
 
@@ -79,11 +88,20 @@ def _copy(shared: _Shared, pointer: Any, mask: Any = None) -> None:
     shared.store(tl.load(pointer, mask=mask, other=None if mask is None else 0))
 
 
-def _assembly(text: Any, _: object, given: Sequence[Any], **__: object) -> Any:
-    """Returns what a move moves, and nothing for a prefetch. Errors: NotImplementedError for any other instruction."""
-    if not str(text).startswith(("prefetch.", "mov.b32 $0, $1;")):
-        raise NotImplementedError("assembly is not interpreted")
-    return given[0] if str(text).startswith("mov.") else None
+def _assembly(text: Any, _: object, given: Sequence[Any], dtype: Any = None, **__: object) -> Any:
+    """Returns what the instructions give; nothing for a prefetch."""
+    if str(text).startswith("prefetch."):
+        return None
+    if str(text).startswith("mov.b32 $0, $1;"):
+        return given[0]
+    from triton.runtime import interpreter
+
+    words = np.broadcast_arrays(*(one.handle.data.view(np.uint32) for one in given))
+    of_each = interpreter.tl.block_type(dtype[0], list(words[0].shape))
+    found = ptx.run(str(text), words, len(dtype))
+    return tuple(
+        interpreter.tl.tensor(interpreter.TensorHandle(one.view(np.int32), dtype[0]), of_each) for one in found
+    )
 
 
 def _warpgroup_mma(left: Any, right: _Shared, total: Any, use_acc: bool = True, is_async: bool = False) -> Any:
