@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from cpu.server.harness import harness, listening
 from cpu.server.model_folder import write_model_folder
 
 from ownpath.cli import main
+from ownpath.commands import diff as diff_command
 from ownpath.commands import session
 from ownpath.config import EngineConfig
 from ownpath.diff.local_model import LocalModel
@@ -58,11 +60,21 @@ def logprobs() -> Callable[[LocalModel, SequenceReading], torch.Tensor]:
     return compute_once
 
 
+@pytest.fixture(scope="module")
+def suspects() -> Callable[[Path], tuple[str, ...]]:
+    """The checkpoint's own scalars, read once: no server changes them."""
+    return lru_cache(maxsize=8)(diff_command._suspects)
+
+
 @pytest.fixture(autouse=True)
 def _load_and_compute_once(
-    monkeypatch: pytest.MonkeyPatch, model: Model, logprobs: Callable[[LocalModel, SequenceReading], torch.Tensor]
+    monkeypatch: pytest.MonkeyPatch,
+    model: Model,
+    logprobs: Callable[[LocalModel, SequenceReading], torch.Tensor],
+    suspects: Callable[[Path], tuple[str, ...]],
 ) -> None:
     monkeypatch.setattr(session, "load_model", lambda *_: model)
+    monkeypatch.setattr(diff_command, "_suspects", suspects)
     monkeypatch.setattr(LocalModel, "logprobs", logprobs)
 
 

@@ -159,9 +159,10 @@ def test_intact_checkpoints_raise_no_alarm(seed: int, layout: str, tmp_path: Pat
         assert {f.id for f in of_stage(result, "file") if f.verdict is Verdict.SKIPPED} == {"F13"}
 
 
-@pytest.mark.parametrize("cache_format", [CacheFormat.FP8, CacheFormat.FP4_INDEX])
+@pytest.mark.parametrize("cache_format", [CacheFormat.FP4_INDEX, pytest.param(CacheFormat.FP8, marks=pytest.mark.slow)])
 def test_caches_in_pages_raise_no_alarm(cache_format: CacheFormat) -> None:
-    """Of a CSA layer, which has all kinds of keys; test_decode_check has the other layers' decode steps."""
+    """Of a CSA layer, which has all kinds of keys; beside FP4 index keys the others are FP8's. test_decode_check has
+    the other layers' decode steps."""
     job = VerifyJob(default_model_dir(), EngineConfig(cache_format=cache_format), Selection(frozenset({1}), 1))
     result = verify(job, ("kernels", "layers"))
     assert result.passed, failed(result.findings)
