@@ -3,9 +3,9 @@
     python3 tools/hazards.py compute-sanitizer --tool racecheck python3 tools/small_shapes.py
 
 Gluon's ``warp_specialize`` tells warps their part by a byte in shared memory: written, barrier 1 of all warps, read,
-barrier 1 again; and once more at the end. Racecheck reports these accesses now and then, though both barriers are in the
-machine code (sm_90a, Triton 3.6). They have the lines of the kernel's ``def`` and of that call. Any other line is a
-hazard of ours.
+barrier 1 again; and once more at the end. Racecheck reports these accesses now and then, though both barriers are in
+the machine code (sm_90a, Triton 3.6). They have the lines of the kernel's ``def`` and of that call. Any other line is
+a hazard of ours.
 
 Exit code: the command's; 1 if a hazard is ours, or if no summary came.
 """
