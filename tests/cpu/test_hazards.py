@@ -1,4 +1,4 @@
-"""What racecheck reports of a kernel is ours, but for the byte by which warps are told their part."""
+"""Hazards that racecheck reports are ours, but for the byte by which warps are told their part."""
 
 import sys
 from pathlib import Path
