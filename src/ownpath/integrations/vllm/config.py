@@ -19,6 +19,7 @@ from ownpath.integrations.vllm.breaks import take_breaks
 from ownpath.integrations.vllm.intake import Intake
 from ownpath.integrations.vllm.methods import OwnpathExpertsMethod, OwnpathGroupMethod, OwnpathLinearMethod
 from ownpath.integrations.vllm.names import QUANTIZATION, VARIABLE, VllmPart, chosen_parts, slot_of
+from ownpath.integrations.vllm.rope import take_rope
 from ownpath.integrations.vllm.seam import take_hyper
 from ownpath.integrations.vllm.versions import check_device
 
@@ -112,7 +113,8 @@ class OwnpathConfig(QuantizationConfig):  # type: ignore[misc]
             for warning in check_device(current_platform.get_device_capability(), os.environ):
                 logger.warning(warning)
             said = take_hyper(os.environ) if VllmPart.HYPER in self.parts else ""
-            for line in filter(None, (take_breaks(), said)):
+            rotated = take_rope() if VllmPart.ROPE in self.parts else ""
+            for line in filter(None, (take_breaks(), said, rotated)):
                 logger.info(line)
             vllm_config = get_current_vllm_config()
             model, device = vllm_config.model_config, vllm_config.device_config.device

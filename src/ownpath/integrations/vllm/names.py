@@ -20,6 +20,7 @@ class VllmPart(StrEnum):
     EXPERTS = "experts"
     WO_A = "wo_a"
     HYPER = "hyper"
+    ROPE = "rope"
 
 
 _SLOTS = {

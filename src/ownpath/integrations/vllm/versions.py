@@ -173,6 +173,17 @@ BREAK = _rows(
     ),
 )
 """The method of V4's attention at which 0.26 breaks graphs."""
+ROPE = (
+    *_rows("models.deepseek_v4.attention", ("build_deepseek_v4_rope", None)),
+    *_rows(
+        "models.deepseek_v4.common.rope",
+        (
+            "build_deepseek_v4_rope",
+            "config, *, head_dim, rope_head_dim, max_position_embeddings, compress_ratio",
+        ),
+    ),
+)
+"""The rotation's table, of which 0.26 makes sliding layers' as compressing ones'."""
 BREAKS = _rows(
     "models.deepseek_v4.attention",
     (
@@ -186,7 +197,7 @@ BREAKS = _rows(
 )
 """Those of 0.32 and 0.33."""
 TABLES: Mapping[str, tuple[Relied, ...]] = {
-    "0.26": (*REGISTRATION, *USED, *LAYERS, *MODULAR_MOE, *NVIDIA_MODEL, *BREAK),
+    "0.26": (*REGISTRATION, *USED, *LAYERS, *MODULAR_MOE, *NVIDIA_MODEL, *BREAK, *ROPE),
     "0.32": (*REGISTRATION, *USED, *LAYERS, *NVIDIA_MODEL, *BREAKS, *CPU_MODEL),
     "0.33": (*REGISTRATION, *USED, *LAYERS, *NVIDIA_MODEL, *BREAKS, *CPU_MODEL),
 }
