@@ -13,6 +13,7 @@ from ownpath.commands.rank_options import add_ranks_arguments, parallel_of
 from ownpath.commands.ranks import beside, rank_of
 from ownpath.commands.start import starting
 from ownpath.formats import CacheFormat
+from ownpath.official import numerics_name
 from ownpath.ranks.started import is_rank
 from ownpath.terminal.console import show
 from ownpath.terminal.progress import Progress
@@ -271,5 +272,12 @@ def _command(args: argparse.Namespace) -> str:
         value = getattr(args, option).partition(":")[0] if option == "device" and of_ranks else getattr(args, option)
         if value is not None:
             words.append(f"--{option.replace('_', '-')}")
-            words += [] if value is True else [",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+            words += [] if value is True else [_word(value)]
     return shlex.join(words)
+
+
+def _word(value: object) -> str:
+    """Returns an option's value as it is given on the command line."""
+    if isinstance(value, frozenset):
+        return numerics_name(value)
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -321,6 +321,7 @@ def test_the_command_writes_a_line_and_a_table_for_a_step(capsys: pytest.Capture
 def test_the_command_writes_a_line_for_a_prompt_of_each_length_and_chunk(tmp_path: Path) -> None:
     arguments = ["bench", "prompt", "--shape", "small", "--layers", "3", "--tokens", "9,20", "--chunks", "8,512"]
     arguments += ["--device", "cpu", "--expert-sets", "1", "--seconds", "0", "--out", str(tmp_path / "rows.jsonl")]
+    arguments += ["--numerics", "fp8_inputs"]
     assert main(arguments) == 0
     records = [json.loads(text) for text in (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(one["tokens"], one["chunk"]) for one in records] == [(9, 8), (9, 9), (20, 8), (20, 20)]
@@ -328,7 +329,7 @@ def test_the_command_writes_a_line_for_a_prompt_of_each_length_and_chunk(tmp_pat
     for one in records:
         assert one["tokens_per_s"] == pytest.approx(1e6 * one["tokens"] / one["us"], abs=1)
         assert [*one["host_layer_us"]] == ["ratio 0", "ratio 4"]
-    assert records[0]["command"].endswith("--layers 3 --expert-sets 1 --chunks 8,512")
+    assert records[0]["command"].endswith("--layers 3 --expert-sets 1 --chunks 8,512 --numerics fp8_inputs")
 
 
 def test_a_prompts_fp8_path_is_one_of_mxfp4_experts_and_fp8_products() -> None:
