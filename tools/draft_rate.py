@@ -167,24 +167,20 @@ def captured(decoder: StepGraphs, counts: Sequence[int], device: str) -> None:
         (decoder.warm_up if device == "cpu" else decoder.capture)(lambda *_: None)
 
 
-def plain_decoder(args: argparse.Namespace, model: Model) -> Decoder:
-    """Makes the decoder of one engine: an engine may still run a step that nobody waits for when another begins."""
-    decoder = Decoder(model, max(args.requests), model.config.vocab_size)
-    captured(decoder, args.requests, args.device)
-    return decoder
-
-
 def engines_of(args: argparse.Namespace, model: Model, config: EngineConfig) -> dict[str, Engine]:
-    """Makes an engine for each way to run; all share the model."""
+    """Makes an engine for each way to run; all share the model, its caches and the decoder of plain steps, which know
+    one engine at a time: see ``wait_for_rest``."""
     counts, num_vocab, ends = args.requests, model.config.vocab_size, frozenset[int]()
     if args.shape == "trained":
         ends = read_end_tokens(default_model_dir(), model.config).ids
-    found = {"plain": Engine(model, config, num_vocab, end_token_ids=ends, decoder=plain_decoder(args, model))}
+    plain = Decoder(model, max(counts), num_vocab)
+    captured(plain, counts, args.device)
+    found = {"plain": Engine(model, config, num_vocab, end_token_ids=ends, decoder=plain)}
     judges = {f"drafts, {share:g} accepted by force": accept_by_chance(share, args.device) for share in args.accepted}
     for name, judge in {"drafts": None}.items() if args.shape == "trained" else judges.items():
         decoder = DraftDecoder(model, max(counts), num_vocab, judge)
         captured(decoder, counts, args.device)
-        drafts, plain = Drafts(model, decoder, DraftPolicy()), plain_decoder(args, model)
+        drafts = Drafts(model, decoder, DraftPolicy())
         found[name] = Engine(model, config, num_vocab, end_token_ids=ends, decoder=plain, drafts=drafts)
     return found
 
@@ -204,11 +200,9 @@ def rates(args: argparse.Namespace, model: Model, config: EngineConfig) -> Itera
 
 
 def wait_for_rest(engine: Engine) -> None:
-    """Waits until an engine has read its last step, so that it does not run beside the next one."""
-    before = -1
-    while engine.num_steps != before or engine.is_stepping:
-        before = engine.num_steps
-        time.sleep(0.002)
+    """Waits until an engine has read its last step, which an ended answer does not wait for: caches are back then."""
+    while engine.load().slots.used:
+        time.sleep(0.001)
 
 
 def counts_of(engine: Engine) -> tuple[int, int, int]:

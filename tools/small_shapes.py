@@ -3,11 +3,11 @@
     compute-sanitizer --tool memcheck --error-exitcode 1 python3 tools/small_shapes.py
     python3 tools/hazards.py compute-sanitizer --tool racecheck python3 tools/small_shapes.py
 
-(``make sanitize`` does both.) Names of parts behind it, such as ``experts fp8_experts``, run those alone. Answers are
-compared elsewhere, in tests/gpu; here they only have to be finite.
+(``make sanitize`` does both.) ``--parts experts fp8_experts`` runs those alone. Answers are compared elsewhere, in
+tests/gpu; here they only have to be finite.
 """
 
-import sys
+import argparse
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -131,7 +131,9 @@ def main() -> None:
     torch.manual_seed(0)
     parts = linears, experts, fp8_experts, fp8, attention, attention_of_prompts, decode_steps, several_rows
     known = {part.__name__: part for part in parts}
-    for part in sys.argv[1:] or known:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=known, default=list(known), metavar="PART")
+    for part in parser.parse_args().parts:
         for name, y in known[part]():
             torch.cuda.synchronize()
             assert torch.isfinite(y).all(), name

@@ -13,78 +13,60 @@ checked: stock may hold nothing of ours, and the record of our decode steps must
 (``PlannedStep``). A JSON line for each case at once, and a table last. Exit code: 1 if a check fails.
 
 Each side is a process of its own; both are started at once on one device, and take turns, a case each, those with the
-most prompt tokens last. All cases' host times come first, in ``--visits``, then device and, with ``--calls``, what the
-host calls (``vllm_host``). Stock compiles for each new class of rows, so every step that only reads prompts has 1,024
-rows, or all of the prompts of a case in one step. vLLM's warm-ups of sizes and of routers that no case has are left out
+most prompt tokens last (``vllm_cases``). All cases' host times come first, in ``--visits``, then device and, with
+``--calls``, what the host calls (``vllm_host``). vLLM's warm-ups of sizes and of routers that no case has are left out
 on both sides. ``--seconds`` bounds the time from when both sides are up: nothing begins after it, and no visit but the
-first in its second half, or where the case's last one would have reached into that. Each host time is a row of its own
-(``vllm_host``) at once. With ``--gate`` both sides start beside other work, and wait for it.
+first in its second half, or where the case's last one would have reached into that. Each host time is a row at once.
+With ``--gate`` both sides start beside other work, and wait for it.
 """
 
 import argparse
 import json
 import os
 import random
-import re
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from vllm_cases import (
+    CHUNK,
+    LONG,
+    PROFILED,
+    SHORT,
+    TIMED,
+    WARM_UPS,
+    Case,
+    all_cases,
+    num_steps,
+    prompt_groups,
+    steps_of_a_prompt,
+)
 from vllm_host import HostTime, Turns, collected, host_calls
+from vllm_record import Timed, experts_record, kernels_record, split_steps, summed
 
 from ownpath.bench.record import append_lines, provenance
 from ownpath.integrations.vllm.breaks import SWITCH
 from ownpath.integrations.vllm.names import VARIABLE
-from ownpath.integrations.vllm.proof.device import STOCK_EXPERTS, STOCK_HYPER, PlannedStep
+from ownpath.integrations.vllm.proof.device import PlannedStep
 from ownpath.integrations.vllm.proof.walk import describe_modules
 from ownpath.integrations.vllm.seam import installed_kernel
-from ownpath.kernels.registry import SPECS
-from ownpath.ops import OpKind
-from ownpath.trace.launches import DeviceLaunch, DeviceRecord, MarkedTime, busy_times
+from ownpath.trace.launches import DeviceRecord
 
-CHUNK = 1024
-SHORT, LONG = 16, 1024
-WARM_UPS, PROFILED, TIMED, VISITS = 3, 8, 24, 3
+VISITS, STEP = 3, "step "
 NEEDLESS = ("deepseek_v4_mhc_warmup", "_warmup_ll_bf16_router_gemm")
 """Of vLLM's warm-ups: for token counts from 1 to 1,024, with a kernel that V4's layers do not call, and for routers of
 other widths than V4-Flash's."""
-STEP = "step "
-_OF_DEVICE = ("span_us", "busy_us", "experts_us", "hyper_us", "sum_us", "experts_sum_us", "hyper_sum_us")
-_NAME_LENGTH, _SHOWN = 120, 40
-ACTIVATION, SUM = re.compile("silu_and_mul_with_clamp|clamp.*silu|act_and_mul"), re.compile("reduce_kernel")
-MARLIN = re.compile("marlin_moe")
 SIDES: Mapping[str, str] = {"stock": "none", "ours": "all"}
-Case = tuple[str, int, int]
-"""Kind, requests, context."""
-
-
-@dataclass(frozen=True)
-class Timed:
-    """Medians of one case, in microseconds. wall: of a step, on the host. Of the device: the span of a step, the time
-    that it was busy, and the part that experts and hyper-connections add to it; plain sums of durations. kernels: of
-    one step; the names' number."""
-
-    wall_us: float
-    span_us: float = 0.0
-    busy_us: float = 0.0
-    experts_us: float = 0.0
-    hyper_us: float = 0.0
-    sum_us: float = 0.0
-    experts_sum_us: float = 0.0
-    hyper_sum_us: float = 0.0
-    num_kernels: int = 0
 
 
 @dataclass(frozen=True)
@@ -393,129 +375,10 @@ def leave_out(names: Sequence[str]) -> None:
         setattr(kernel_warmup, name, lambda *_, **__: None)
 
 
-def all_cases(requests: Sequence[int], contexts: Sequence[int], chunks: Sequence[int]) -> list[Case]:
-    """Returns every case, those with the most prompt tokens last."""
-    decodes = [("decode", count, context) for context in contexts for count in requests]
-    return sorted([*decodes, *(("chunk", count, 0) for count in chunks)], key=lambda case: case[1] * case[2])
-
-
-def num_steps(num_requests: int, context: int) -> int:
-    """Returns the most steps that a request may be answered in: those in which the others are read, and the timed."""
-    return len(prompt_groups(num_requests, context)) * steps_of_a_prompt(context) + WARM_UPS + PROFILED + TIMED + 2
-
-
-def steps_of_a_prompt(context: int) -> int:
-    """Returns the number of steps that read one group of prompts."""
-    return max(1, context // CHUNK)
-
-
-def prompt_groups(num_requests: int, context: int) -> list[list[int]]:
-    """Returns lengths of prompts, group by group; a group is read before the next one is added.
-
-    If they do not fit one step together, all steps have the same number of rows, ``CHUNK`` where contexts divide it:
-    one of each request that already decodes, and the rest of prompts. So later prompts are shorter, by what earlier
-    requests have answered when all are read.
-    """
-    if num_requests * context <= CHUNK:
-        return [[context] * num_requests]
-    num_groups = -(-num_requests // max(1, CHUNK // context))
-    num_reading = steps_of_a_prompt(context)
-    rows = num_requests * context // (num_groups * num_reading)
-    firsts = [num_requests * idx // num_groups for idx in range(num_groups + 1)]
-    groups = []
-    for first, last in pairwise(firsts):
-        short, num_longer = divmod(num_reading * (rows - first), last - first)
-        groups.append([short + 1] * num_longer + [short] * (last - first - num_longer))
-    return groups
-
-
 def look(model: torch.nn.Module) -> dict[str, Any]:
     """Describes a worker's model, as ``PlannedStep.of`` takes it."""
     own = next(kind for kind in type(model).__mro__ if kind.__module__.startswith("vllm."))
     return {"modules": describe_modules(model), "hyper": installed_kernel(sys.modules[own.__module__])}
-
-
-def split_steps(launches: Iterable[DeviceLaunch], marks: Sequence[MarkedTime]) -> tuple[list[list[DeviceLaunch]], int]:
-    """Splits a record by the step in which the host launched each kernel; returns how many belong to no step too.
-
-    A kernel whose launch was not seen belongs to the step during which it began: a step waits for the device.
-    """
-    steps: dict[str, list[DeviceLaunch]] = {mark.slot: [] for mark in marks}
-    num_others = 0
-    for launch in sorted(launches, key=lambda launch: launch.start_us):
-        around = (mark.slot for mark in marks if mark.start_us <= launch.start_us <= mark.end_us)
-        slot = launch.slot if launch.slot in steps else next(around, None)
-        if slot is None:
-            num_others += 1
-        else:
-            steps[slot].append(launch)
-    return [step for step in steps.values() if step], num_others
-
-
-def summed(steps: Sequence[Sequence[DeviceLaunch]], wall_us: float) -> Timed:
-    """Returns medians over steps."""
-    hyper = re.compile("|".join((STOCK_HYPER, *_patterns(OpKind.HYPER))))
-    rows = []
-    for step in steps:
-        busy = busy_times(step)
-        experts = {id(one) for one in experts_of(step)}
-        parts = [(one, added) for one, added in busy if id(one) in experts]
-        mixing = [(one, added) for one, added in busy if hyper.search(one.kernel)]
-        span = max(one.start_us + one.duration_us for one in step) - step[0].start_us
-        added = [sum(added for _, added in chosen) for chosen in (busy, parts, mixing)]
-        plain = [sum(one.duration_us for one, _ in chosen) for chosen in (busy, parts, mixing)]
-        rows.append([span, *added, *plain])
-    medians = [round(statistics.median(column), 1) for column in zip(*rows, strict=True)]
-    timed = dict(zip(_OF_DEVICE, medians, strict=True))
-    return Timed(round(wall_us, 1), **timed, num_kernels=int(statistics.median(len(step) for step in steps)))
-
-
-def experts_record(step: Sequence[DeviceLaunch]) -> Iterator[dict[str, object]]:
-    """Yields the experts' kernels of a step, and those right before and behind: start and end from the step's start,
-    and the time that each adds, in microseconds."""
-    busy, experts = busy_times(step), {id(one) for one in experts_of(step)}
-    chosen = [id(one) in experts for one, _ in busy]
-    for idx, (one, added) in enumerate(busy):
-        if any(chosen[max(0, idx - 1) : idx + 2]):
-            start = one.start_us - step[0].start_us
-            times = {"start": start, "end": start + one.duration_us, "added": added}
-            rounded = {key: round(value, 1) for key, value in times.items()}
-            yield {"kernel": one.kernel[:_NAME_LENGTH], "is_expert": chosen[idx]} | rounded
-
-
-def kernels_record(step: Sequence[DeviceLaunch]) -> list[dict[str, object]]:
-    """Returns the kernels that add the most time to a step, by name: launches, and the microseconds that they add."""
-    times, counts = defaultdict[str, float](float), Counter[str]()
-    for one, added in busy_times(step):
-        times[one.kernel[:_NAME_LENGTH]] += added
-        counts[one.kernel[:_NAME_LENGTH]] += 1
-    most = sorted(times, key=lambda name: -times[name])[:_SHOWN]
-    return [{"kernel": name, "launches": counts[name], "added": round(times[name], 1)} for name in most]
-
-
-def experts_of(step: Sequence[DeviceLaunch]) -> Iterator[DeviceLaunch]:
-    """Yields the kernels of routed experts: those that bear their names, and of vLLM's also the activation and the sum.
-
-    Shared and routed experts have one activation kernel: that over more rows is the routed ones'. The sum over a
-    token's experts is torch's, the first reduction behind a product.
-    """
-    named = re.compile("|".join((STOCK_EXPERTS, *_patterns(OpKind.MOE))))
-    is_stock = any(MARLIN.search(one.kernel) for one in step)
-    most = max((one.num_ctas for one in step if ACTIVATION.search(one.kernel)), default=0)
-    is_behind_product = False
-    for one in step:
-        if named.search(one.kernel):
-            is_behind_product |= bool(MARLIN.search(one.kernel))
-            yield one
-        elif is_stock and ACTIVATION.search(one.kernel) and one.num_ctas == most:
-            yield one
-        elif is_behind_product and SUM.search(one.kernel):
-            is_behind_product = False
-            yield one
-
-
-def _patterns(kind: OpKind) -> list[str]:
-    return [pattern for spec in SPECS if spec.kind is kind for pattern in spec.launches]
 
 
 def table(found: Mapping[tuple[str, int, int], Mapping[str, Timed]]) -> Iterator[str]:

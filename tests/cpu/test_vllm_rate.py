@@ -14,26 +14,10 @@ import pytest
 from ownpath.trace.launches import DeviceLaunch, MarkedTime, launches_of, marks_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+from vllm_cases import CHUNK, LONG, SHORT, Case, all_cases, num_steps, prompt_groups, steps_of_a_prompt
 from vllm_host import HostTime, Turns, collected, host_calls
-from vllm_rate import (
-    CHUNK,
-    LONG,
-    SHORT,
-    Case,
-    Measurement,
-    Timed,
-    TimedCase,
-    all_cases,
-    experts_of,
-    experts_record,
-    kernels_record,
-    num_steps,
-    prompt_groups,
-    split_steps,
-    steps_of_a_prompt,
-    summed,
-    table,
-)
+from vllm_rate import Measurement, TimedCase, table
+from vllm_record import Timed, experts_of, experts_record, kernels_record, split_steps, summed
 
 MARLIN, CLAMP, ALIGN = (
     "void marlin_moe_wna16::Marlin<1>()",

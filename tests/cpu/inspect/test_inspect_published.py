@@ -54,8 +54,8 @@ def write_model(folder: Path, config: dict[str, Any]) -> None:
     (folder / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
 
 
-@pytest.mark.parametrize("num_layers", [4, pytest.param(43, marks=pytest.mark.slow)])
-def test_v4_flash_is_inspected_in_seconds(num_layers: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("num_layers", "most_seconds"), [(4, 10), pytest.param(43, 60, marks=pytest.mark.slow)])
+def test_v4_flash_is_inspected_in_seconds(num_layers: int, most_seconds: int, tmp_path: Path) -> None:
     folder = tmp_path / "flash"
     write_model(folder, first_layers(num_layers))
     start = time.process_time()
@@ -68,7 +68,7 @@ def test_v4_flash_is_inspected_in_seconds(num_layers: int, tmp_path: Path) -> No
     assert [problem.id for problem in inspection.problems] == ["tokenizer"], "weights without a tokenizer"
     assert total > 160e9 / 43 * num_layers
     assert inspection.contents is not None
-    assert seconds < 60 / 43 * num_layers + 5, "of one core: a tool that takes longer is one that nobody runs first"
+    assert seconds < most_seconds, "of one core: a tool that takes longer is one that nobody runs first"
     census, index = inspection.contents.census, inspection.index
     rows = {row.modules: row for row in module_rows(census, index)}
     experts = rows[f"layers.{{0-{num_layers - 1}}}.ffn.experts.{{0-255}}.w1"]
