@@ -191,10 +191,11 @@ def test_a_failed_request_leaves_no_tail_and_takes_the_one_it_began_with() -> No
 def test_no_tail_lies_behind_blocks_that_were_withdrawn() -> None:
     """The one that begins alike, and whose blocks were taken up, has no finite logits in the step that ends the other's
     prompt."""
-    model, are_submitted = StampModel(), threading.Event()
+    model, is_running, are_submitted = StampModel(), threading.Event(), threading.Event()
     forward = model.forward
 
     def failing(batch: ForwardBatch) -> torch.Tensor:
+        is_running.set()
         assert are_submitted.wait(60)
         logits = forward(batch)
         logits[batch.token_ids_T[batch.logits_ids] == 95] = torch.nan
@@ -206,6 +207,7 @@ def test_no_tail_lies_behind_blocks_that_were_withdrawn() -> None:
     with Served(model, PLACES, max_prefill_tokens=300) as served:
         assert served.prefix is not None
         first = served.submit([1], 1)  # while it runs, both others come
+        assert is_running.wait(60)
         bad, good = served.submit([*good_ids[:300], 95]), served.submit(good_ids, 2)
         are_submitted.set()
         first.tokens()
