@@ -197,7 +197,7 @@ def test_a_policy_that_declines_leaves_plain_steps() -> None:
 
 @pytest.mark.parametrize("policy", [Always(), Never()], ids=["drafts", "plain"])
 def test_an_engine_without_requests_reads_its_last_step_and_rests(policy: DraftPolicy) -> None:
-    """An answer that a token ends leaves a step that goes on from it; a plain one was never read, and kept its cache."""
+    """An answer that a token ends leaves a step that goes on from it; a plain one was never read and kept its cache."""
     with served(1.0, policy=policy) as running:
         ends = set()
         for prompt in range(5, 15):
