@@ -1,16 +1,19 @@
 """Gluon function of attention over chunks on Hopper: programs that take rows in turn, 64 of a row's heads at a time.
 
-Written in Gluon, Triton's form with explicit layouts and warps of two kinds. Four warps bring keys, a tile of 64 at a
-time, to two buffers (``producer``); two warpgroups multiply, and share every product: of the scores each computes half
-of a tile's keys, of the sums over values half of the channels. Barriers in shared memory tell each kind that a tile is
-there, or may be replaced. So nobody who multiplies waits for a copy of its own. Tiles go in pairs, so that weights are
-made while a product runs. Queries and results are ``queries``.
+Written in Gluon, Triton's form with explicit layouts and warps of three kinds. Four warps bring keys, a tile of 64 at a
+time, to two buffers (``producer``). Four make weights of them: a tile's scores are one instruction's 64 by 64, which
+reads its operands from shared memory no slower than it multiplies. Eight sum over values, 256 channels a warpgroup.
+So a tile's scores and softmax run beside the sums of the tile before, and a row's queries beside the end of the row
+before.
+
+Tiles come and go in halves of the channels: as soon as one half is summed, the bringing warps replace it, and scores
+begin with the half that is there first. Barriers in shared memory tell each kind that half a tile, the queries or the
+weights are there, or may be replaced. Queries and results are ``halves``.
 
 Without a running maximum. A query's norm is sqrt(H), and of keys the operand knows a bound: where no score is beyond
 +-SAFE, in powers of two, weights are 2^score without a maximum that is taken away first. They have float32's
 exponents, and BF16's, which are the same, so that nothing overflows or vanishes, and their ratios are those of the
-definition. This saves a round of both warpgroups to agree on a maximum, and the multiplication of all sums by what it
-has grown.
+definition. Elsewhere each tile's sums are multiplied by what the maximum has grown.
 
 Legend: N heads at a time, K keys of a tile, H channels, R rotary channels, F pairs of them.
 """
@@ -25,8 +28,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ownpath.kernels.chunks.halves import HALF_SUMS, HEADS, copy_halves, norm_halves, store_halves
 from ownpath.kernels.chunks.producer import (
     BUFFERS,
+    HALF,
     PLACES,
     PRODUCERS,
     TILE,
@@ -37,51 +42,16 @@ from ownpath.kernels.chunks.producer import (
     row_facts,
     row_sizes,
 )
-from ownpath.kernels.chunks.queries import (
-    ANGLES,
-    SCORES,
-    SHARED,
-    SUMS,
-    F,
-    H,
-    N,
-    copy_queries,
-    fetch_queries,
-    fill_angles,
-    load_sink,
-    norm_queries,
-    start_scores,
-    store_row,
-)
+from ownpath.kernels.chunks.queries import ANGLES, LOG2E, SHARED, F, N, fetch_queries, fill_angles
 
-
-@gluon.jit
-def _add_up(weights):
-    """Adds weights [N, TILE] that a thread holds of a row: [N, 2, 8]."""
-    return gl.sum(gl.reshape(weights, (N, 2, TILE // 16, 8)), axis=2)
-
-
-@gluon.jit
-def _weigh(scores, left, score_scale, p_shared, o, sums, largest, BOUNDED: tl.constexpr):
-    """Stores the weights of a tile of which ``left`` keys are there; returns the sums over values and weights as they
-    are to be added to, and the maximum."""
-    key = gl.arange(0, TILE, gl.SliceLayout(0, SCORES))
-    scores = gl.where((key < left)[None, :], scores * score_scale, float("-inf"))
-    if BOUNDED:
-        weights = gl.exp2(scores)
-        sums += _add_up(weights)
-    else:
-        higher = gl.maximum(largest, gl.max(scores, axis=1))
-        weights = gl.exp2(scores - higher[:, None])
-        keep = gl.exp2(largest - higher)
-        of_sums: tl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, sums.type.layout))
-        sums = sums * gl.convert_layout(keep, of_sums)[:, None][:, :, None] + _add_up(weights)
-        largest = higher
-        o = o * gl.convert_layout(keep, gl.SliceLayout(1, SUMS))[:, None]
-    p_shared.store(weights.to(gl.bfloat16))
-    fence_async_shared()
-    gl.thread_barrier()
-    return o, sums, largest
+SCORES = tl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+ROW_OF_SUMS = tl.constexpr(gl.SliceLayout(1, HALF_SUMS.value))
+FACTORS = tl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+PART = tl.constexpr(32)
+"""Keys whose weights are passed on together."""
+PARTS = tl.constexpr(gl.NVMMASharedLayout(64, 16, 2))
+SCORERS = tl.constexpr(4)
+"""Warps that make weights."""
 
 
 @gluon.jit
@@ -92,95 +62,161 @@ def _left(i, sizes):
 
 
 @gluon.jit
-def _wait_keys(full, turn, phase):
-    mbarrier.wait(full.index(turn), phase)
+def _wait_for(barriers, turn, phase):
+    mbarrier.wait(barriers.index(turn), phase)
     fence_async_shared()
 
 
 @gluon.jit
-def _multiply(
-    sizes, keys, full, empty, q_shared, q_empty, p_shared, score_scale, turn, phase, BOUNDED: tl.constexpr
-):  # fmt: skip
-    """Attends to a row's tiles: returns the sums over values [N, H], those of weights [N], the maximum [N] that was
-    taken away (0 where scores are bounded), the next buffer and its phase.
-
-    Two tiles at a time: weights of the first are made while the second's scores are computed, and weights of the second
-    while the first's values are summed.
-    """
-    largest = gl.full([N], 0.0 if BOUNDED else float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
-    sums = _add_up(gl.zeros([N, TILE], gl.float32, SCORES))
-    o = gl.zeros([N, H], gl.float32, SUMS)
-    num_tiles = sizes[2] + (sizes[3] + TILE - 1) // TILE
-    for pair in range(num_tiles // 2):
-        i = 2 * pair
-        then, then_phase = next_buffer(turn, phase)
-        _wait_keys(full, turn, phase)
-        scores = start_scores(q_shared, keys.index(turn))
-        _wait_keys(full, then, then_phase)
-        next_scores = start_scores(q_shared, keys.index(then))
-        scores = warpgroup_mma_wait(1, deps=(scores,))
-        o, sums, largest = _weigh(scores, _left(i, sizes), score_scale, p_shared.index(0), o, sums, largest, BOUNDED)
-        o = warpgroup_mma(p_shared.index(0), keys.index(turn), o, is_async=True)
-        if BOUNDED:
-            next_scores = warpgroup_mma_wait(1, deps=(next_scores,))
-        else:
-            o, next_scores = warpgroup_mma_wait(0, deps=(o, next_scores))
-        left = _left(i + 1, sizes)
-        o, sums, largest = _weigh(next_scores, left, score_scale, p_shared.index(1), o, sums, largest, BOUNDED)
-        mbarrier.arrive(q_empty, count=1, pred=i + 2 >= num_tiles)
-        o = warpgroup_mma(p_shared.index(1), keys.index(then), o, is_async=True)
-        o = warpgroup_mma_wait(1, deps=(o,))
-        gl.thread_barrier()
-        mbarrier.arrive(empty.index(turn), count=1)
-        o = warpgroup_mma_wait(0, deps=(o,))
-        gl.thread_barrier()
-        mbarrier.arrive(empty.index(then), count=1)
-        turn, phase = next_buffer(then, then_phase)
-    for i in range(num_tiles - num_tiles % 2, num_tiles):
-        _wait_keys(full, turn, phase)
-        scores = warpgroup_mma_wait(0, deps=(start_scores(q_shared, keys.index(turn)),))
-        o, sums, largest = _weigh(scores, _left(i, sizes), score_scale, p_shared.index(0), o, sums, largest, BOUNDED)
-        mbarrier.arrive(q_empty, count=1)
-        o = warpgroup_mma_wait(0, deps=(warpgroup_mma(p_shared.index(0), keys.index(turn), o, is_async=True),))
-        gl.thread_barrier()
-        mbarrier.arrive(empty.index(turn), count=1)
-        turn, phase = next_buffer(turn, phase)
-    total = gl.convert_layout(gl.sum(gl.sum(sums, axis=2), axis=1), gl.SliceLayout(1, SCORES))
-    return o, total, largest, turn, phase
+def _parts(scores):
+    """Returns the two halves of a tile's keys."""
+    return gl.split(gl.permute(gl.reshape(scores, (N, 2, PART)), (0, 2, 1)))
 
 
 @gluon.jit
-def _consume(
-    keys, full, empty, q_shared, q_full, q_empty, p_shared, angles, sink_ptr, out_ptr,
+def _add_up(weights):
+    """Adds weights [N, PART] that a thread holds of a row: [N, 8]."""
+    return gl.sum(gl.reshape(weights, (N, PART // 8, 8)), axis=1)
+
+
+@gluon.jit
+def _score(
+    low, high, full, q_low, q_high, q_full, q_empty, p_shared, p_full, factors, keeps, angles, sink_ptr,
     positions_ptr, places_ptr, requests_ptr, blocks_ptr, selected_ptr, num_selected_ptr,
     num_blocks, num_listed, most_entries, num_heads, num_parts, score_scale, eps,
-    RATIO: tl.constexpr, STEPWISE: tl.constexpr, BOUNDED: tl.constexpr,
+    RATIO: tl.constexpr, STEPWISE: tl.constexpr, BOUNDED: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """Multiplies: of each row that is this program's, its queries, its tiles and its result."""
+    """Makes weights: of each row that is this program's, its queries, its tiles' scores and what they add up to.
+
+    Those who sum have a fence of their own between weights and products. A second one here costs FP8 pages 3%, and BF16
+    was no faster without it.
+    """
     bits = (num_heads - 1) // N
     turn, phase, q_phase = 0, 0, 0
     facts = row_facts(gl.program_id(0) >> bits, positions_ptr, places_ptr, requests_ptr, num_selected_ptr, RATIO)
+    key = gl.arange(0, TILE, gl.SliceLayout(0, SCORES))
     for number in range(gl.program_id(0), num_parts, gl.num_programs(0)):
         t, first_head = number >> bits, (number & bits) * N
         sizes = row_sizes(t, facts, blocks_ptr, selected_ptr, num_blocks, num_listed, most_entries, RATIO)
         later = gl.minimum(number + gl.num_programs(0), num_parts - 1) >> bits
         facts = row_facts(later, positions_ptr, places_ptr, requests_ptr, num_selected_ptr, RATIO)
-        cos, sin = angles.index(2 * q_phase), angles.index(2 * q_phase + 1)
-        mbarrier.wait(q_full, q_phase)
-        norm_queries(q_shared, cos, sin, eps, STEPWISE)
+        norm_halves(
+            q_low.index(0),
+            q_high.index(0),
+            q_full,
+            q_phase,
+            angles.index(2 * q_phase),
+            angles.index(2 * q_phase + 1),
+            eps,
+            STEPWISE,
+        )
         fence_async_shared()
         gl.thread_barrier()
-        o, total, largest, turn, phase = _multiply(
-            sizes, keys, full, empty, q_shared, q_empty, p_shared, score_scale, turn, phase, BOUNDED
-        )
-        sink = load_sink(sink_ptr, first_head, num_heads)
-        store_row(o, total, largest, sink, cos, sin, t, first_head, num_heads, out_ptr)
+        largest = gl.full([N], 0.0 if BOUNDED else float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
+        sums = _add_up(_parts(gl.zeros([N, TILE], gl.float32, SCORES))[0])
+        head = first_head + gl.arange(0, N, gl.SliceLayout(1, SCORES))
+        sink = gl.load(sink_ptr + head, mask=head < num_heads, other=0.0) * LOG2E
+        num_tiles = sizes[2] + (sizes[3] + TILE - 1) // TILE
+        for i in range(num_tiles):
+            is_last = i == num_tiles - 1
+            scores = gl.zeros([N, TILE], gl.float32, SCORES)
+            # The addresses of queries are not kept over the loop over tiles, for which there are no registers.
+            only = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [i * 0], dtype=gl.int32, is_pure=False, pack=1)
+            _wait_for(full, 2 * turn, phase)
+            scores = warpgroup_mma(
+                q_low.index(only), low.index(turn).permute((1, 0)), scores, use_acc=False, is_async=True
+            )
+            _wait_for(full, 2 * turn + 1, phase)
+            scores = warpgroup_mma(q_high.index(only), high.index(turn).permute((1, 0)), scores, is_async=True)
+            scores = warpgroup_mma_wait(0, deps=(scores,))
+            if is_last:
+                gl.thread_barrier()
+                mbarrier.arrive(q_empty, count=1)
+            scores = scores * score_scale
+            left = _left(i, sizes)
+            if left < TILE:
+                scores = gl.where((key < left)[None, :], scores, float("-inf"))
+            if not BOUNDED:
+                higher = gl.maximum(largest, gl.max(scores, axis=1))
+                keep = gl.exp2(largest - higher)
+                keeps.index(turn).store(keep)
+                sums = sums * gl.convert_layout(keep, gl.SliceLayout(1, sums.type.layout))[:, None]
+                scores = scores - higher[:, None]
+                largest = higher
+            # The tile's keys are there, so those two tiles before were done with, and so were their weights.
+            first, second = _parts(scores)
+            weights = gl.exp2(first)
+            p_shared.index(2 * turn).store(weights.to(gl.bfloat16))
+            if not FP8:
+                fence_async_shared()
+            gl.thread_barrier()
+            mbarrier.arrive(p_full.index(2 * turn), count=1)
+            sums += _add_up(weights)
+            weights = gl.exp2(second)
+            sums += _add_up(weights)
+            p_shared.index(2 * turn + 1).store(weights.to(gl.bfloat16))
+            if is_last:
+                total = gl.convert_layout(gl.sum(sums, axis=1), gl.SliceLayout(1, SCORES))
+                factors.index(q_phase).store(1.0 / (total + gl.exp2(sink - largest)))
+            if not FP8:
+                fence_async_shared()
+            gl.thread_barrier()
+            mbarrier.arrive(p_full.index(2 * turn + 1), count=1)
+            turn, phase = next_buffer(turn, phase)
         q_phase ^= 1
 
 
 @gluon.jit
+def _sum(
+    low, high, full, empty, p_shared, p_full, factors, keeps, cos_ptr, sin_ptr, out_ptr,
+    positions_ptr, places_ptr, requests_ptr, blocks_ptr, selected_ptr, num_selected_ptr,
+    num_blocks, num_listed, most_entries, num_heads, num_parts, RATIO: tl.constexpr, BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """Sums over values: of each row that is this program's, its tiles and its result."""
+    bits = (num_heads - 1) // N
+    turn, phase, parity = 0, 0, 0
+    for number in range(gl.program_id(0), num_parts, gl.num_programs(0)):
+        t, first_head = number >> bits, (number & bits) * N
+        # Not asked for a row ahead: Triton 3.6 takes facts carried by this loop for the first row's.
+        facts = row_facts(t, positions_ptr, places_ptr, requests_ptr, num_selected_ptr, RATIO)
+        sizes = row_sizes(t, facts, blocks_ptr, selected_ptr, num_blocks, num_listed, most_entries, RATIO)
+        o_low = gl.zeros([N, HALF], gl.float32, HALF_SUMS)
+        o_high = gl.zeros([N, HALF], gl.float32, HALF_SUMS)
+        factor = gl.zeros([N], gl.float32, ROW_OF_SUMS)
+        for _ in range(sizes[2] + (sizes[3] + TILE - 1) // TILE):
+            mbarrier.wait(full.index(2 * turn), phase)
+            mbarrier.wait(full.index(2 * turn + 1), phase)
+            _wait_for(p_full, 2 * turn, phase)
+            if not BOUNDED:
+                keep = keeps.index(turn).load(ROW_OF_SUMS)[:, None]
+                o_low, o_high = o_low * keep, o_high * keep
+            p, of_low, of_high = p_shared.index(2 * turn), low.index(turn), high.index(turn)
+            o_low = warpgroup_mma(p, of_low.slice(0, PART), o_low, is_async=True)
+            o_high = warpgroup_mma(p, of_high.slice(0, PART), o_high, is_async=True)
+            _wait_for(p_full, 2 * turn + 1, phase)
+            # Of use behind the last tile; before the tile's room is given away.
+            factor = factors.index(parity).load(ROW_OF_SUMS)
+            p = p_shared.index(2 * turn + 1)
+            o_low = warpgroup_mma(p, of_low.slice(PART, PART), o_low, is_async=True)
+            o_high = warpgroup_mma(p, of_high.slice(PART, PART), o_high, is_async=True)
+            o_low, o_high = warpgroup_mma_wait(1, deps=(o_low, o_high))
+            gl.thread_barrier()
+            mbarrier.arrive(empty.index(2 * turn), count=1)
+            o_low, o_high = warpgroup_mma_wait(0, deps=(o_low, o_high))
+            gl.thread_barrier()
+            mbarrier.arrive(empty.index(2 * turn + 1), count=1)
+            turn, phase = next_buffer(turn, phase)
+        factor = factor[:, None]
+        store_halves(
+            o_low * factor, o_high * factor, cos_ptr + t * F, sin_ptr + t * F, t, first_head, num_heads, out_ptr
+        )
+        parity ^= 1
+
+
+@gluon.jit
 def _produce(
-    keys, full, empty, places, q_shared, q_full, q_empty, angles, q_ptr, cos_ptr, sin_ptr, near_ptr, entries_ptr,
+    low, high, full, empty, places, q_low, q_high, q_full, q_empty, angles,
+    q_ptr, cos_ptr, sin_ptr, near_ptr, entries_ptr,
     positions_ptr, places_ptr, requests_ptr, blocks_ptr, selected_ptr, num_selected_ptr,
     num_blocks, num_listed, most_entries, row_stride, head_stride, num_heads, num_parts,
     RATIO: tl.constexpr, BLOCK_BITS: tl.constexpr, FP8: tl.constexpr,
@@ -195,12 +231,13 @@ def _produce(
         later = number + gl.num_programs(0)
         later_t = gl.minimum(later, num_parts - 1) >> bits
         facts = row_facts(later_t, positions_ptr, places_ptr, requests_ptr, num_selected_ptr, RATIO)
-        turn, phase = copy_near(0, sizes, near_ptr, keys, full, empty, turn, phase, FP8)
+        turn, phase = copy_near(0, sizes, near_ptr, low, high, full, empty, turn, phase, FP8)
         q_row = q_ptr + t.to(gl.int64) * row_stride + first_head * head_stride
         cos_row, sin_row = cos_ptr + t * F, sin_ptr + t * F
         # fmt: off
-        copy_queries(
-            q_row, head_stride, num_heads - first_head, cos_row, sin_row, q_shared, q_full, q_empty, angles, q_phase
+        copy_halves(
+            q_row, head_stride, num_heads - first_head, cos_row, sin_row,
+            q_low.index(0), q_high.index(0), q_full, q_empty, angles, q_phase,
         )
         # fmt: on
         q_phase ^= 1
@@ -210,11 +247,11 @@ def _produce(
             fetch_queries(later_row, head_stride, num_heads - later_head)
         if FP8:
             turn, phase = decode_keys(
-                sizes, near_ptr, entries_ptr, keys, full, empty, places, turn, phase, RATIO, BLOCK_BITS
+                sizes, near_ptr, entries_ptr, low, high, full, empty, places, turn, phase, RATIO, BLOCK_BITS
             )
         else:
             turn, phase = copy_keys(
-                sizes, near_ptr, entries_ptr, keys, full, empty, places, turn, phase, RATIO, BLOCK_BITS
+                sizes, near_ptr, entries_ptr, low, high, full, empty, places, turn, phase, RATIO, BLOCK_BITS
             )
 
 
@@ -245,50 +282,64 @@ def attend_chunk_hopper_kernel(
     RATIO: tl.constexpr,
     BLOCK_BITS: tl.constexpr,
     STEPWISE: tl.constexpr,
-    FP8: tl.constexpr,
     BOUNDED: tl.constexpr,
     REGISTERS: tl.constexpr,
+    FP8: tl.constexpr,
+    SCORE_REGISTERS: tl.constexpr,
 ):
     """Attends with 64 heads of rows: each to its window in ``near``, in the order of positions, then to its entries.
 
     num_parts: rows times blocks of 64 heads, which programs take in turn. score_scale: softmax scale times log2(e).
     BLOCK_BITS: log2 of a page's entries. most_entries: that lists or tables have room for. BOUNDED: no score is beyond
-    +-SAFE. REGISTERS: of a thread that brings keys.
+    +-SAFE. REGISTERS, SCORE_REGISTERS: of a thread that brings keys, that makes weights.
     """
-    keys = gl.allocate_shared_memory(gl.bfloat16, [BUFFERS, TILE, H], SHARED)
-    q_shared = gl.allocate_shared_memory(gl.bfloat16, [N, H], SHARED)
-    p_shared = gl.allocate_shared_memory(gl.bfloat16, [BUFFERS, N, TILE], SHARED)
+    low = gl.allocate_shared_memory(gl.bfloat16, [BUFFERS, TILE, HALF], SHARED)
+    high = gl.allocate_shared_memory(gl.bfloat16, [BUFFERS, TILE, HALF], SHARED)
+    q_low = gl.allocate_shared_memory(gl.bfloat16, [1, N, HALF], SHARED)
+    q_high = gl.allocate_shared_memory(gl.bfloat16, [1, N, HALF], SHARED)
+    p_shared = gl.allocate_shared_memory(gl.bfloat16, [2 * BUFFERS, N, PART], PARTS)
     angles = gl.allocate_shared_memory(gl.float32, [4, 2, F], ANGLES)
     places = gl.allocate_shared_memory(gl.int32, [BUFFERS, TILE], PLACES)
-    full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
-    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    factors = gl.allocate_shared_memory(gl.float32, [2, N], FACTORS)
+    keeps = gl.allocate_shared_memory(gl.float32, [BUFFERS, N], FACTORS)
+    p_full = gl.allocate_shared_memory(gl.int64, [2 * BUFFERS, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [2 * BUFFERS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [2 * BUFFERS, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [N // HEADS, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_full, count=32 * PRODUCERS + 1)
+    for i in gl.static_range(N // HEADS):
+        mbarrier.init(q_full.index(i), count=32 * PRODUCERS + (1 if i == N // HEADS - 1 else 0))
     mbarrier.init(q_empty, count=1)
     fill_angles(angles)
-    for i in gl.static_range(BUFFERS):
+    for i in gl.static_range(2 * BUFFERS):
         # Every thread's copies, and once more for codes that went through registers.
         mbarrier.init(full.index(i), count=32 * PRODUCERS + (1 if FP8 else 0))
         mbarrier.init(empty.index(i), count=1)
+    for i in gl.static_range(2 * BUFFERS):
+        mbarrier.init(p_full.index(i), count=1)
     # fmt: off
     gl.warp_specialize(
         [
-            (_consume, (
-                keys, full, empty, q_shared, q_full, q_empty, p_shared, angles, sink_ptr, out_ptr,
+            (_sum, (
+                low, high, full, empty, p_shared, p_full, factors, keeps, cos_ptr, sin_ptr, out_ptr,
+                positions_ptr, places_ptr, requests_ptr, blocks_ptr, selected_ptr, num_selected_ptr,
+                num_blocks, num_listed, most_entries, num_heads, num_parts, RATIO, BOUNDED,
+            )),
+            (_score, (
+                low, high, full, q_low, q_high, q_full, q_empty, p_shared, p_full, factors, keeps, angles, sink_ptr,
                 positions_ptr, places_ptr, requests_ptr, blocks_ptr, selected_ptr, num_selected_ptr,
                 num_blocks, num_listed, most_entries, num_heads, num_parts, score_scale, eps,
-                RATIO, STEPWISE, BOUNDED,
+                RATIO, STEPWISE, BOUNDED, FP8,
             )),
             (_produce, (
-                keys, full, empty, places, q_shared, q_full, q_empty, angles,
+                low, high, full, empty, places, q_low, q_high, q_full, q_empty, angles,
                 q_ptr, cos_ptr, sin_ptr, near_ptr, entries_ptr,
                 positions_ptr, places_ptr, requests_ptr, blocks_ptr, selected_ptr, num_selected_ptr,
                 num_blocks, num_listed, most_entries, row_stride, head_stride, num_heads, num_parts,
                 RATIO, BLOCK_BITS, FP8,
             )),
         ],
-        [PRODUCERS],
-        [REGISTERS],
+        [SCORERS, PRODUCERS],
+        [SCORE_REGISTERS, REGISTERS],
     )
     # fmt: on

@@ -6,9 +6,10 @@ names; a key is read once, for scores and for values. Softmax runs in float32. T
 rounds. Neighbouring rows run at the same time and find most of their keys in L2.
 
 Three forms. On Hopper, with 64 heads or more, a program an SM takes rows in turn: warps that bring keys, BF16 or of
-FP8 pages, run ahead of two warpgroups that share the products (``hopper``, ``producer``, ``queries``). Where rows have
-their window alone, the program keeps it from row to row (``window``). Where the keys' norms bound the scores, no
-maximum is taken away from them. Elsewhere a program has one row, and Triton lays it out (``kernel``).
+FP8 pages, run ahead of those that make weights, and these of those that sum over values (``hopper``, ``producer``,
+``halves``). Where rows have their window alone, the program keeps it from row to row (``window``, ``queries``). Where
+the keys' norms bound the scores, no maximum is taken away from them. Elsewhere a program has one row, and Triton lays
+it out (``kernel``).
 
 Roofline. 4 * N * H flops a key on the tensor cores; where a row has 128 keys alone, its queries and results: 4 * N * H
 bytes. 64 heads by 512 channels of float32 sums are half of an SM's registers, 64 queries and two tiles of keys nearly
@@ -46,8 +47,8 @@ HOPPER_HEADS, FEW_HEADS = 64, 16
 WARPS, TILE, STAGES = 8, 64, 2
 NUM_SMS = 132
 """Of an H200: programs on Hopper, one an SM, take rows in turn."""
-REGISTERS = (72, 120)
-"""Of a thread that brings keys, BF16 or FP8."""
+REGISTERS, SCORE_REGISTERS = (72, 112), (104, 80)
+"""Of a thread that brings keys, BF16 or FP8, and of one that makes weights beside it."""
 
 
 class ChunkForm(NamedTuple):
@@ -224,8 +225,9 @@ def _launch(
     constants |= {"STEPWISE": weights.is_stepwise}
     if form.is_hopper:
         sizes = *sizes, num_parts
-        constants |= {} if form.is_window else {"FP8": keys.is_fp8}
         constants |= {"BOUNDED": weights.is_bounded, "REGISTERS": REGISTERS[keys.is_fp8]}
+        if not form.is_window:
+            constants |= {"FP8": keys.is_fp8, "SCORE_REGISTERS": SCORE_REGISTERS[keys.is_fp8]}
     else:
         constants |= {"N": form.heads, "FP8": keys.is_fp8, "TILE": form.tile, "STAGES": form.stages}
     return launch(

@@ -1,18 +1,20 @@
 """Gluon functions of the warps that bring keys, in attention over chunks on Hopper: a tile at a time to shared memory.
 
-Both kinds of keys end as BF16 rows of a tile: rows of ``near`` and of BF16 pools by asynchronous copies, codes of FP8
-pages through registers, where they become BF16 exactly. The rows of a tile are looked up a tile ahead.
+Both kinds of keys end as BF16 rows of a tile, of which each half of the channels has barriers of its own: rows of
+``near`` and of BF16 pools by asynchronous copies, codes of FP8 pages through registers, where they become BF16 exactly.
+The rows of a tile are looked up a tile ahead; a half's codes are asked for as soon as those before have become BF16.
 
-Legend: K keys of a tile, G groups of 16 channels, W words of four codes.
+Legend: K keys of a tile, B blocks of 64 channels, W words of four codes.
 """
 
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 H = tl.constexpr(512)
+HALF = tl.constexpr(256)
 R = tl.constexpr(64)
 TILE = tl.constexpr(64)
 BUFFERS = tl.constexpr(2)
@@ -23,6 +25,8 @@ LOOK_UP = tl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 PLACES = tl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 PRODUCERS = tl.constexpr(4)
 """Warps that bring keys."""
+CODES = tl.constexpr(gl.BlockedLayout([1, 1, 4], [8, 1, 4], [4, 1, 1], [2, 1, 0]))
+"""Eight rows of a block in a warp, 16 codes in a thread: stores of 16 bytes meet in no bank."""
 KEY_WORDS = tl.constexpr(144)
 """Words of a key in an FP8 page: 112 of codes, 32 of BF16 channels."""
 KEY_BYTES = tl.constexpr(576)
@@ -95,23 +99,38 @@ def next_buffer(turn, phase):
 
 
 @gluon.jit
-def copy_near(i, sizes, near_ptr, keys, full, empty, turn, phase, FP8: tl.constexpr):
+def _copy_half(row, source, buffer):
+    """Starts the copies of half of a tile's channels, of which ``source`` is the first; keys that are not there become
+    zeros."""
+    COPY: tl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [PRODUCERS, 1], [1, 0])
+    c = gl.arange(0, HALF, gl.SliceLayout(0, COPY))
+    at = source + gl.maximum(row, 0).to(gl.int64) * H
+    async_copy.async_copy_global_to_shared(buffer, at[:, None] + c[None, :], mask=(row >= 0)[:, None])
+
+
+@gluon.jit
+def copy_near(i, sizes, near_ptr, low, high, full, empty, turn, phase, FP8: tl.constexpr):
     """Brings the i-th tile of near keys; returns the next buffer and its phase."""
     COPY: tl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [PRODUCERS, 1], [1, 0])
     first, num_near, _, _, _ = sizes
     j = i * TILE + gl.arange(0, TILE, gl.SliceLayout(1, COPY))
     row = gl.where(j < num_near, first + j, -1)
-    mbarrier.wait(empty.index(turn), phase)
-    copy_rows(row, near_ptr, keys.index(turn), COPY)
-    async_copy.mbarrier_arrive(full.index(turn), increment_count=False)
+    mbarrier.wait(empty.index(2 * turn), phase)
+    _copy_half(row, near_ptr, low.index(turn))
+    async_copy.mbarrier_arrive(full.index(2 * turn), increment_count=False)
     if FP8:
-        mbarrier.arrive(full.index(turn), count=1)
+        mbarrier.arrive(full.index(2 * turn), count=1)
+    mbarrier.wait(empty.index(2 * turn + 1), phase)
+    _copy_half(row, near_ptr + HALF, high.index(turn))
+    async_copy.mbarrier_arrive(full.index(2 * turn + 1), increment_count=False)
+    if FP8:
+        mbarrier.arrive(full.index(2 * turn + 1), count=1)
     return next_buffer(turn, phase)
 
 
 @gluon.jit
 def copy_keys(
-    sizes, near_ptr, entries_ptr, keys, full, empty, places, turn, phase,
+    sizes, near_ptr, entries_ptr, low, high, full, empty, places, turn, phase,
     RATIO: tl.constexpr, BLOCK_BITS: tl.constexpr,
 ):  # fmt: skip
     """Brings a row's tiles of BF16 keys, from the second on; returns the next buffer and its phase."""
@@ -124,57 +143,63 @@ def copy_keys(
         source = entries_ptr
         if i < near_tiles:
             source = near_ptr
-        mbarrier.wait(empty.index(turn), phase)
-        copy_rows(places.index(turn).load(gl.SliceLayout(1, COPY)), source, keys.index(turn), COPY)
-        async_copy.mbarrier_arrive(full.index(turn), increment_count=False)
+        mbarrier.wait(empty.index(2 * turn), phase)
+        _copy_half(places.index(turn).load(gl.SliceLayout(1, COPY)), source, low.index(turn))
+        async_copy.mbarrier_arrive(full.index(2 * turn), increment_count=False)
+        mbarrier.wait(empty.index(2 * turn + 1), phase)
+        _copy_half(places.index(turn).load(gl.SliceLayout(1, COPY)), source + HALF, high.index(turn))
+        async_copy.mbarrier_arrive(full.index(2 * turn + 1), increment_count=False)
         turn, phase = next_buffer(turn, phase)
     return turn, phase
 
 
 @gluon.jit
-def _load_codes(rows, entries_ptr, FIRST: tl.constexpr, GROUPS: tl.constexpr, BLOCK_BITS: tl.constexpr):
-    """Loads words int32 [K, G, 4] of 16 codes a group, from group FIRST on, of a tile of entries, and their scales'
-    bytes [K, G]."""
-    CODES: tl.constexpr = gl.BlockedLayout([1, 1, 4], [32 // GROUPS, GROUPS, 1], [PRODUCERS, 1, 1], [2, 1, 0])
+def _load_codes(rows, entries_ptr, FIRST: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_BITS: tl.constexpr):
+    """Loads words int32 [K, B, W] of blocks of 64 codes, from block FIRST on, of a tile of entries. Where there is no
+    entry they are some other's, of which ``_load_scales`` makes next to nothing."""
     row = rows.load(gl.SliceLayout(1, gl.SliceLayout(2, CODES)))
-    there, row = row >= 0, gl.maximum(row, 0)
-    block, place = (row >> BLOCK_BITS).to(gl.int64), row & ((1 << BLOCK_BITS) - 1)
-    g = FIRST + gl.arange(0, GROUPS, gl.SliceLayout(0, gl.SliceLayout(2, CODES)))
-    w = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, CODES)))
-    at = block * ((PAGE_BYTES // 4) << BLOCK_BITS) + place * KEY_WORDS
-    at = (at[:, None] + g[None, :] * 4)[:, :, None] + gl.expand_dims(gl.expand_dims(w, 0), 1)
-    words_ptr = entries_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
-    words = gl.load(words_ptr + at, mask=there[:, None][:, :, None], other=0)
-    scale_at = block * (PAGE_BYTES << BLOCK_BITS) + (KEY_BYTES << BLOCK_BITS) + place * 8
-    scales = gl.load(entries_ptr + (scale_at[:, None] + (g >> 2)[None, :]), mask=there[:, None], other=0)
-    return words, scales
+    row = gl.maximum(row, 0)
+    at = (row >> BLOCK_BITS).to(gl.int64) * ((PAGE_BYTES // 4) << BLOCK_BITS) + (
+        row & ((1 << BLOCK_BITS) - 1)
+    ) * KEY_WORDS
+    b = FIRST + gl.arange(0, BLOCKS, gl.SliceLayout(0, gl.SliceLayout(2, CODES)))
+    w = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(1, CODES)))
+    at = gl.expand_dims(at[:, None] + (b * 16)[None, :], 2) + gl.expand_dims(w[None, :], 1)
+    return gl.load(entries_ptr.to(gl.pointer_type(gl.int32), bitcast=True) + at)
 
 
 @gluon.jit
-def _store_codes(words, scales, buffer, FIRST: tl.constexpr, GROUPS: tl.constexpr):
-    """Stores groups of codes as BF16, two to a word.
+def _load_scales(rows, entries_ptr, BLOCK_BITS: tl.constexpr):
+    """Loads the eight bytes of an entry's scales, a block of 64 codes each, int64 [K]; zeros where there is none."""
+    row = rows.load(gl.SliceLayout(1, gl.SliceLayout(2, CODES)))
+    there, row = row >= 0, gl.maximum(row, 0)
+    at = (row >> BLOCK_BITS).to(gl.int64) * ((PAGE_BYTES // 8) << BLOCK_BITS) + ((KEY_BYTES // 8) << BLOCK_BITS)
+    at += row & ((1 << BLOCK_BITS) - 1)
+    return gl.load(entries_ptr.to(gl.pointer_type(gl.int64), bitcast=True) + at, mask=there, other=0)
 
-    A code's bits, moved by 4, are a BF16 number of 2^-120 of its value. The scale is a power of two, of which byte 0 is
-    2^-127.
+
+@gluon.jit
+def _store_codes(words, scales, buffer, FIRST: tl.constexpr, BLOCKS: tl.constexpr):
+    """Stores blocks of 64 codes as BF16, two to a word. scales: a byte of each block from 0 on, int32 [K].
+
+    A code's bits with its sign in front, moved by 4, are a BF16 number of 2^-120 of its value. The scale is a power of
+    two, of which byte 0 is 2^-127; beyond 2^7, which no normed key reaches, keys become infinite.
     """
-    factor = scales.to(gl.int32)
-    factor = gl.where(factor == 0, 64, factor << 7)
+    b = FIRST + gl.arange(0, BLOCKS, gl.SliceLayout(0, gl.SliceLayout(2, CODES)))
+    factor = (scales[:, None] >> (8 * b)[None, :]) & 255
+    # 2^120 times the scale, infinite where that is beyond BF16.
+    factor = gl.minimum(factor + 120, 255) << 7
     low, high = gl.inline_asm_elementwise(
         """{
-        .reg .b32 a, b, u;
-        mov.b32 u, 0x7B807B80;
-        prmt.b32 a, $2, 0, 0x1404;
-        shr.u32 b, a, 4;
-        and.b32 b, b, 0x07F007F0;
-        lop3.b32 a, a, 0x80008000, b, 0xEA;
-        mul.rn.bf16x2 a, a, u;
+        .reg .b32 a, b;
+        prmt.b32 a, $2, 0, 0x9180;
+        prmt.b32 b, $2, 0, 0xB3A2;
+        shl.b32 a, a, 4;
+        shl.b32 b, b, 4;
+        and.b32 a, a, 0x87F087F0;
+        and.b32 b, b, 0x87F087F0;
         mul.rn.bf16x2 $0, a, $3;
-        prmt.b32 a, $2, 0, 0x3424;
-        shr.u32 b, a, 4;
-        and.b32 b, b, 0x07F007F0;
-        lop3.b32 a, a, 0x80008000, b, 0xEA;
-        mul.rn.bf16x2 a, a, u;
-        mul.rn.bf16x2 $1, a, $3;
+        mul.rn.bf16x2 $1, b, $3;
         }""",
         "=&r,=&r,r,r",
         [words, gl.expand_dims(factor | (factor << 16), 2)],
@@ -182,7 +207,7 @@ def _store_codes(words, scales, buffer, FIRST: tl.constexpr, GROUPS: tl.constexp
         is_pure=True,
         pack=1,
     )
-    buffer.slice(FIRST * 8, GROUPS * 8, dim=1).store(gl.reshape(gl.join(low, high), (TILE, GROUPS * 8)))
+    buffer.slice(FIRST * 32, BLOCKS * 32, dim=1).store(gl.reshape(gl.join(low, high), (TILE, BLOCKS * 32)))
 
 
 @gluon.jit
@@ -196,13 +221,13 @@ def _copy_rotary(rows, entries_ptr, buffer, BLOCK_BITS: tl.constexpr):
     at = block * ((PAGE_BYTES // 2) << BLOCK_BITS) + place * (KEY_BYTES // 2) + (H - R) // 2
     source = entries_ptr.to(gl.pointer_type(gl.bfloat16), bitcast=True) + at
     async_copy.async_copy_global_to_shared(
-        buffer.slice(H - R, R, dim=1), source[:, None] + r[None, :], mask=there[:, None]
+        buffer.slice(HALF - R, R, dim=1), source[:, None] + r[None, :], mask=there[:, None]
     )
 
 
 @gluon.jit
 def decode_keys(
-    sizes, near_ptr, entries_ptr, keys, full, empty, places, turn, phase,
+    sizes, near_ptr, entries_ptr, low, high, full, empty, places, turn, phase,
     RATIO: tl.constexpr, BLOCK_BITS: tl.constexpr,
 ):  # fmt: skip
     """Brings a row's tiles of near keys, from the second on, and of entries in FP8 pages; returns the next buffer and
@@ -210,32 +235,40 @@ def decode_keys(
     WORDS: tl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
     _, _, near_tiles, num_entries, lists = sizes
     for i in range(1, near_tiles):
-        turn, phase = copy_near(i, sizes, near_ptr, keys, full, empty, turn, phase, True)
+        turn, phase = copy_near(i, sizes, near_ptr, low, high, full, empty, turn, phase, True)
     e = gl.arange(0, TILE, LOOK_UP)
     rows = places.index(turn)
     rows.store(_entry_rows(e, num_entries, lists, RATIO, BLOCK_BITS))
     ahead = _entry_rows(TILE + e, num_entries, lists, RATIO, BLOCK_BITS)
-    words0, scales0 = _load_codes(rows, entries_ptr, 0, 16, BLOCK_BITS)
-    words1, scales1 = _load_codes(rows, entries_ptr, 16, 8, BLOCK_BITS)
-    words2, scales2 = _load_codes(rows, entries_ptr, 24, 4, BLOCK_BITS)
+    scales = _load_scales(rows, entries_ptr, BLOCK_BITS)
+    words0 = _load_codes(rows, entries_ptr, 0, 4, BLOCK_BITS)
+    words1 = _load_codes(rows, entries_ptr, 4, 2, BLOCK_BITS)
+    words2 = _load_codes(rows, entries_ptr, 6, 1, BLOCK_BITS)
     for i in range((num_entries + TILE - 1) // TILE):
-        mbarrier.wait(empty.index(turn), phase)
-        buffer = keys.index(turn)
-        _copy_rotary(places.index(turn), entries_ptr, buffer, BLOCK_BITS)
-        async_copy.mbarrier_arrive(full.index(turn), increment_count=False)
-        as_words = buffer._reinterpret(gl.int32, [TILE, H // 2], WORDS)
-        _store_codes(words0, scales0, as_words, 0, 16)
-        _store_codes(words1, scales1, as_words, 16, 8)
-        _store_codes(words2, scales2, as_words, 24, 4)
         then, then_phase = next_buffer(turn, phase)
-        rows = places.index(then)
-        rows.store(ahead)
-        fence_async_shared()
+        then_rows = places.index(then)
+        then_rows.store(ahead)
+        mbarrier.wait(empty.index(2 * turn), phase)
+        # Half of a tile has no copies of its own here; each thread arrives as if it had.
+        async_copy.mbarrier_arrive(full.index(2 * turn), increment_count=False)
+        as_words = low.index(turn)._reinterpret(gl.int32, [TILE, HALF // 2], WORDS)
+        _store_codes(words0, scales.to(gl.int32), as_words, 0, 4)
+        scales_high = (scales >> 32).to(gl.int32)
         gl.thread_barrier()
-        mbarrier.arrive(full.index(turn), count=1)
-        words0, scales0 = _load_codes(rows, entries_ptr, 0, 16, BLOCK_BITS)
-        words1, scales1 = _load_codes(rows, entries_ptr, 16, 8, BLOCK_BITS)
-        words2, scales2 = _load_codes(rows, entries_ptr, 24, 4, BLOCK_BITS)
+        mbarrier.arrive(full.index(2 * turn), count=1)
+        scales = _load_scales(then_rows, entries_ptr, BLOCK_BITS)
+        words0 = _load_codes(then_rows, entries_ptr, 0, 4, BLOCK_BITS)
+        mbarrier.wait(empty.index(2 * turn + 1), phase)
+        buffer = high.index(turn)
+        _copy_rotary(places.index(turn), entries_ptr, buffer, BLOCK_BITS)
+        async_copy.mbarrier_arrive(full.index(2 * turn + 1), increment_count=False)
+        as_words = buffer._reinterpret(gl.int32, [TILE, HALF // 2], WORDS)
+        _store_codes(words1, scales_high, as_words, 0, 2)
+        _store_codes(words2, scales_high, as_words, 2, 1)
+        gl.thread_barrier()
+        mbarrier.arrive(full.index(2 * turn + 1), count=1)
+        words1 = _load_codes(then_rows, entries_ptr, 4, 2, BLOCK_BITS)
+        words2 = _load_codes(then_rows, entries_ptr, 6, 1, BLOCK_BITS)
         ahead = _entry_rows((i + 2) * TILE + e, num_entries, lists, RATIO, BLOCK_BITS)
         turn, phase = then, then_phase
     return turn, phase

@@ -10,9 +10,9 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from ownpath.kernels.chunks.producer import PRODUCERS, TILE
+from ownpath.kernels.chunks.producer import PRODUCERS
 
 LOG2E = tl.constexpr(1.4426950408889634)
 N = tl.constexpr(64)
@@ -39,6 +39,16 @@ ANGLES = tl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 
 @gluon.jit
+def rotate(rotary, cos, sin, LAYOUT: tl.constexpr):
+    """Rotates normed queries' last channels, rounded again. cos, sin: shared [2, F]."""
+    even, odd = gl.split(gl.reshape(rotary.load(LAYOUT).to(gl.float32), (N, F, 2)))
+    OF_EVEN: tl.constexpr = even.type.layout
+    c, s = cos.slice(1, 1, dim=0).load(OF_EVEN), sin.slice(1, 1, dim=0).load(OF_EVEN)
+    turned = gl.join(even * c - odd * s, even * s + odd * c)
+    rotary.store(gl.convert_layout(gl.reshape(turned, (N, R)).to(gl.bfloat16), LAYOUT))
+
+
+@gluon.jit
 def norm_queries(q_shared, cos, sin, eps, STEPWISE: tl.constexpr):
     """Norms each head's query in shared memory and rotates its last channels, both rounded. cos, sin: shared [2, F]."""
     x = q_shared.load(COPY).to(gl.float32)
@@ -50,12 +60,7 @@ def norm_queries(q_shared, cos, sin, eps, STEPWISE: tl.constexpr):
         factor = gl.rsqrt(gl.sum(x * x, axis=1) / H + eps)
     q_shared.store((x * factor[:, None]).to(gl.bfloat16))
     gl.thread_barrier()
-    rotary = q_shared.slice(H - R, R, dim=1)
-    even, odd = gl.split(gl.reshape(rotary.load(ROTARY).to(gl.float32), (N, F, 2)))
-    OF_EVEN: tl.constexpr = even.type.layout
-    c, s = cos.slice(1, 1, dim=0).load(OF_EVEN), sin.slice(1, 1, dim=0).load(OF_EVEN)
-    turned = gl.join(even * c - odd * s, even * s + odd * c)
-    rotary.store(gl.convert_layout(gl.reshape(turned, (N, R)).to(gl.bfloat16), ROTARY))
+    rotate(q_shared.slice(H - R, R, dim=1), cos, sin, ROTARY)
 
 
 @gluon.jit
@@ -73,13 +78,6 @@ def turn_back(o, cos, sin):
     second = gl.permute(gl.join(third, gl.convert_layout(turned, third.type.layout)), (0, 1, 3, 2))
     second = gl.convert_layout(second, first.type.layout)
     return gl.reshape(gl.permute(gl.join(first, second), (0, 1, 4, 2, 3)), (N, H))
-
-
-@gluon.jit
-def start_scores(q_shared, buffer):
-    """Starts the product of queries and a tile's keys."""
-    zeros = gl.zeros([N, TILE], gl.float32, SCORES)
-    return warpgroup_mma(q_shared, buffer.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
