@@ -197,8 +197,6 @@ def _check_names(args: argparse.Namespace) -> None:
 
 
 def _asked(args: argparse.Namespace, group: "Group | None") -> "BenchRequest":
-    from dataclasses import replace
-
     from ownpath.bench.measure import Settings
     from ownpath.bench.request import BenchRequest, StepOptions
     from ownpath.commands.rank_start import window_opener
@@ -210,8 +208,7 @@ def _asked(args: argparse.Namespace, group: "Group | None") -> "BenchRequest":
     if args.bench == _STARTS_RANKS:
         return BenchRequest(*shared, ranks=args.ranks if args.ranks > 1 else None, command_line=args.command_line)
     peers = group or Alone()
-    parallel = replace(parallel_of(args, peers.rank), is_even=True)
-    return BenchRequest(*shared, parallel, peers, window_opener(args.device, group))
+    return BenchRequest(*shared, parallel_of(args, peers.rank), peers, window_opener(args.device, group))
 
 
 def _counts(text: str) -> tuple[int, ...]:
