@@ -47,8 +47,10 @@ def add_rank_limit(parser: OptionHolder) -> None:
 
 
 def parallel_of(args: argparse.Namespace, rank: int = 0) -> "Parallel":
-    """Returns what the options say, for one of the ranks. By data steps are padded: every rank has as many rows, also one
-    that has nothing to do."""
+    """Returns what the options say, for one of the ranks.
+
+    By data steps are padded: every rank has as many rows, also one that has nothing to do.
+    """
     from ownpath.config import Parallel
 
     attention = AttentionSplit(args.attention)

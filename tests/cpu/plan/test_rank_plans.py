@@ -115,7 +115,9 @@ def test_plan_shows_what_a_rank_holds_and_sends(tmp_path: Path, capsys: pytest.C
     # A server pads its steps by data, so that kernels of fixed sizes exchange their rows: the plan is the server's.
     assert main(["plan", str(tmp_path), *by_data, "--device", "sm_90", "--json"]) == 0
     companions = json.loads(capsys.readouterr().out)["companions"]
-    exchanges = {one["kind"]: one["kernel"] for one in companions if one["slot"].partition(".")[0] in ("layers", "head")}
+    exchanges = {
+        one["kind"]: one["kernel"] for one in companions if one["slot"].partition(".")[0] in ("layers", "head")
+    }
     kinds = {"all_gather": "triton.gather", "reduce_scatter": "triton.scatter", "all_to_all": "triton.turn"}
     assert {kind: exchanges[kind] for kind in kinds} == kinds
 
