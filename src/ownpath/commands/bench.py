@@ -14,7 +14,7 @@ from ownpath.commands.ranks import beside, rank_of
 from ownpath.commands.start import starting
 from ownpath.formats import CacheFormat
 from ownpath.official import numerics_name
-from ownpath.ranks.started import is_rank
+from ownpath.ranks.started import end_with_parent, is_rank
 from ownpath.terminal.console import show
 from ownpath.terminal.progress import Progress
 
@@ -132,6 +132,7 @@ def run(args: argparse.Namespace) -> int:
         return _tune(args)
     _check_names(args)
     if args.bench == _STARTS_RANKS:
+        end_with_parent(os.environ)
         args.device = _own_device(args)
         with starting(args.device):
             asked = _asked(args, None)

@@ -24,6 +24,7 @@ from ownpath.model.model import Model
 from ownpath.ranks.group import join, leave
 from ownpath.ranks.peers import PeerLost, RanksDiffer
 from ownpath.ranks.start import RankFailed
+from ownpath.ranks.started import RANK_LOST, launch_mark
 from ownpath.ranks.virtual import VirtualPeers, run_virtual
 from ownpath.ranks.wire import WireHeader, packed, unpacked
 
@@ -145,3 +146,30 @@ def test_ranks_of_two_hosts_are_refused() -> None:
     """As torchrun tells of four ranks, two of them on each host."""
     with pytest.raises(ValueError, match="4 ranks, 2 of them on this host: ownpath runs a model on one host"):
         join({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"})
+
+
+MEETING = """
+from ownpath.ranks.launch import launched
+from ownpath.ranks.peers import PeerLost
+try:
+    with launched(2, ["--version"]):
+        pass
+except PeerLost as error:
+    print(error)
+"""
+
+
+def test_a_rank_that_ends_before_all_have_met_is_lost_at_once() -> None:
+    """Its process prints a version and ends; the first rank does not wait for it until the start's limit is over."""
+    told = subprocess.run([sys.executable, "-c", MEETING], capture_output=True, text=True, timeout=120, check=True)
+    assert told.stdout.splitlines()[-1] == "rank 1 is lost, in start: its process has ended"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system ends it")
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_rank_ends_with_the_process_that_started_it(is_there: bool) -> None:
+    """One that comes late, when that process has ended already, sees that it has another parent."""
+    mark = launch_mark() if is_there else {name: f"{value}0" for name, value in launch_mark().items()}
+    script = "import os; from ownpath.ranks.started import end_with_parent as e; e(os.environ); print('goes on')"
+    told = subprocess.run([sys.executable, "-c", script], env=os.environ | mark, capture_output=True, text=True)
+    assert (told.returncode, told.stdout) == ((0, "goes on\n") if is_there else (RANK_LOST, ""))
