@@ -1,5 +1,5 @@
-"""Exchanges between GPUs, a process each: replays with delays, and a rank that dies. Not run yet: no two GPUs were at
-hand when they were written."""
+"""Exchanges between GPUs, a process each: replays with delays, and a rank that dies. On as many GPUs as there are, up
+to eight; docs/parallel.md says on how many they ran."""
 
 import os
 import subprocess

@@ -63,7 +63,7 @@ def share_of(num_rows: int, parallel: Parallel) -> int:
     if parallel.attention is AttentionSplit.HEADS or parallel.size == 1:
         return num_rows
     if num_rows % parallel.size:
-        raise ValueError(f"--tokens {num_rows}: by data, they divide into {parallel.size} ranks")
+        raise ValueError(f"--tokens {num_rows}: by data, rows must divide into {parallel.size} ranks")
     return num_rows // parallel.size
 
 

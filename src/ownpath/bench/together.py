@@ -19,7 +19,7 @@ from ownpath.bench.request import BenchRequest
 from ownpath.bench.row import Case, Row, Timing
 from ownpath.bench.timing import CudaGraph, WallClock
 from ownpath.ranks.group import Group, join, leave
-from ownpath.ranks.launch import end_with_parent, launched
+from ownpath.ranks.launch import launched
 from ownpath.ranks.start import RankFailed, swap_text
 from ownpath.ranks.started import is_rank
 from ownpath.runners.window import WindowedPeers, open_window
@@ -183,7 +183,6 @@ def _timer(asked: BenchRequest) -> CudaGraph | WallClock:
 @contextmanager
 def _group(asked: BenchRequest, device: torch.device) -> Iterator[Group]:
     if is_rank(os.environ):
-        end_with_parent(os.environ)
         try:
             yield join(os.environ)
         finally:

@@ -14,7 +14,7 @@ from ownpath.commands.ranks import beside, rank_of
 from ownpath.commands.start import starting
 from ownpath.formats import CacheFormat
 from ownpath.official import numerics_name
-from ownpath.ranks.started import is_rank
+from ownpath.ranks.started import end_with_parent, is_rank
 from ownpath.terminal.console import show
 from ownpath.terminal.progress import Progress
 
@@ -132,6 +132,7 @@ def run(args: argparse.Namespace) -> int:
         return _tune(args)
     _check_names(args)
     if args.bench == _STARTS_RANKS:
+        end_with_parent(os.environ)
         args.device = _own_device(args)
         with starting(args.device):
             asked = _asked(args, None)
@@ -197,8 +198,6 @@ def _check_names(args: argparse.Namespace) -> None:
 
 
 def _asked(args: argparse.Namespace, group: "Group | None") -> "BenchRequest":
-    from dataclasses import replace
-
     from ownpath.bench.measure import Settings
     from ownpath.bench.request import BenchRequest, StepOptions
     from ownpath.commands.rank_start import window_opener
@@ -210,8 +209,7 @@ def _asked(args: argparse.Namespace, group: "Group | None") -> "BenchRequest":
     if args.bench == _STARTS_RANKS:
         return BenchRequest(*shared, ranks=args.ranks if args.ranks > 1 else None, command_line=args.command_line)
     peers = group or Alone()
-    parallel = replace(parallel_of(args, peers.rank), is_even=True)
-    return BenchRequest(*shared, parallel, peers, window_opener(args.device, group))
+    return BenchRequest(*shared, parallel_of(args, peers.rank), peers, window_opener(args.device, group))
 
 
 def _counts(text: str) -> tuple[int, ...]:

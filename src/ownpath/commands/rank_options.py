@@ -47,7 +47,11 @@ def add_rank_limit(parser: OptionHolder) -> None:
 
 
 def parallel_of(args: argparse.Namespace, rank: int = 0) -> "Parallel":
-    """Returns what the options say, for one of the ranks."""
+    """Returns what the options say, for one of the ranks.
+
+    By data steps are padded: every rank has as many rows, also one that has nothing to do.
+    """
     from ownpath.config import Parallel
 
-    return Parallel(rank, args.ranks, AttentionSplit(args.attention), ExpertSplit(args.experts))
+    attention = AttentionSplit(args.attention)
+    return Parallel(rank, args.ranks, attention, ExpertSplit(args.experts), is_even=attention is AttentionSplit.DATA)

@@ -9,15 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
-from ownpath.ranks.started import is_rank
+from ownpath.ranks.started import RANK_LOST, end_with_parent, is_rank
 from ownpath.splits import AttentionSplit
 
 if TYPE_CHECKING:
     from ownpath.engine.prefix import PrefixSettings
     from ownpath.ranks.group import Group
 
-RANK_LOST = 75
-"""Exit code of a rank that another one has left (EX_TEMPFAIL: started again, it may work)."""
 _LINGER_S = 10.0
 """The longest that a rank goes on after SIGTERM, so that rank 0, which may have been sent one too, can end answers."""
 
@@ -25,8 +23,9 @@ _LINGER_S = 10.0
 def rank_of(args: argparse.Namespace, *, takes_data: bool = False) -> int:
     """Returns this process's rank, and settles ``args.ranks``. takes_data: each rank may have tokens of its own.
 
-    Errors: ValueError for options that do not fit.
+    A rank that another process has started ends with it from here on. Errors: ValueError for options that do not fit.
     """
+    end_with_parent(os.environ)
     if is_rank(os.environ):
         size = int(os.environ["WORLD_SIZE"])
         if args.ranks not in (1, size):
@@ -69,9 +68,7 @@ def beside(args: argparse.Namespace, rank: int) -> "Iterator[Group | None]":
             yield group
         return
     from ownpath.ranks.group import join, leave
-    from ownpath.ranks.launch import end_with_parent
 
-    end_with_parent(os.environ)
     try:
         yield join(os.environ)
     finally:
@@ -92,14 +89,12 @@ def follow(args: argparse.Namespace, prefix: "PrefixSettings | None") -> NoRetur
     from ownpath.loading import leave_a_core, load_model
     from ownpath.ranks.control import Listener
     from ownpath.ranks.group import join
-    from ownpath.ranks.launch import end_with_parent
     from ownpath.ranks.peers import PeerLost
     from ownpath.ranks.start import phase
     from ownpath.startup import warm_up
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: _end_later())
-    end_with_parent(os.environ)
     group = join(os.environ)
     try:
         with phase(group, "open"):

@@ -89,9 +89,7 @@ def engine_config_of(
         config = replace(config, loads_draft=True, rows_per_request=ROWS)
     if group is None:
         return config
-    # By data the engine pads steps: every rank has as many rows, also one that has nothing to do.
-    parallel = parallel_of(args, group.rank)
-    return replace(config, parallel=replace(parallel, is_even=parallel.attention is AttentionSplit.DATA))
+    return replace(config, parallel=parallel_of(args, group.rank))
 
 
 def load_for(

@@ -2,15 +2,23 @@
 
 import json
 import math
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from bench_rows import case, row
 from support.pages import table_text
 
+sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
+
+import bench_tables
+
 from ownpath.bench.plot import plot_rows
 from ownpath.bench.record import append_lines, provenance, row_dict
-from ownpath.bench.row import compare, geometric_mean
+from ownpath.bench.row import Row, compare, geometric_mean
+
+RECORDS = Path(__file__).parents[3] / "bench" / "results"
 
 
 def test_a_lost_case_stays_and_says_so() -> None:
@@ -100,3 +108,35 @@ def test_the_plot_is_a_png(tmp_path: Path) -> None:
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(ValueError, match="no contender has a time"):
         plot_rows([row(case(1), "quack", None, "not installed")], "title", tmp_path / "none.png")
+
+
+def written(path: Path, rows: list[Row]) -> None:
+    """Writes rows as ``ownpath bench --out`` does."""
+    origin = provenance("cpu", "abc123", "ownpath bench moe", "cpu wall clock")
+    append_lines(path, [row_dict(one, 0, origin) for one in rows])
+
+
+def test_the_tool_shows_rows_without_a_floor_or_a_plans_kernel_and_counts_other_lines(tmp_path: Path) -> None:
+    alone = replace(row(case(1), "ownpath", 8.0), case=replace(case(1), shape="alone", floor_us=None))
+    named = replace(row(case(8), "a kernel", 9.0), is_peer=False)
+    found = row(case(1), "ownpath", 20.0), row(case(1), "humming", 10.0), named, row(case(8), "humming", 18.0)
+    written(tmp_path / "rows.jsonl", [alone, *found])
+    append_lines(tmp_path / "rows.jsonl", [{"bench": "ncu", "dram_pct": 55.6}])
+    rows, others = bench_tables.read([tmp_path / "rows.jsonl"])
+    assert others == 1
+    text = bench_tables.table(rows)
+    assert "| alone | 1 | - | 8.0 | - | - | - | - |" in text
+    assert "| 20.0 | 10.0 | - | 0.50 lost |" in text
+    assert "| 18.0 | 9.0 | 2.00 | 111% |" in text
+    (tmp_path / "ncu.jsonl").write_text('{"bench": "ncu"}\n')
+    with pytest.raises(ValueError, match="holds no rows of"):
+        bench_tables.read([tmp_path / "ncu.jsonl"])
+    drawn = bench_tables.newest(rows)
+    assert {one.case.shape for one in drawn} == {"tiny"}
+    assert [one.contender for one in drawn] == ["ownpath", "humming", "a kernel", "humming"]
+
+
+@pytest.mark.parametrize("bench", ["parallel", "prompt", "drafts", "attend_chunk", "moe_v4_flash", "parallel_step"])
+def test_the_tool_shows_the_records_of_every_bench(bench: str) -> None:
+    rows, _ = bench_tables.read([RECORDS / f"{bench}_h200.jsonl"])
+    assert len(bench_tables.table(rows).splitlines()) > 4

@@ -107,10 +107,19 @@ def test_plan_shows_what_a_rank_holds_and_sends(tmp_path: Path, capsys: pytest.C
     assert told["rank_memory"]["weights"] > told["rank_memory"]["replicated"] > 0
     shapes = {one["slot"]: one["local_shape"] for one in told["ops"]}
     assert shapes["layers.0.attn.wo_b"] == [128, 128]
-    assert main(["plan", str(tmp_path), "--ranks", "2", "--attention", "data", "--experts", "ids"]) == 0
+    by_data = "--ranks", "2", "--attention", "data", "--experts", "ids"
+    assert main(["plan", str(tmp_path), *by_data]) == 0
     page = capsys.readouterr().out
     assert "2, attention by data, experts by ids" in page
     assert "all_to_all" in page
+    # A server pads its steps by data, so that kernels of fixed sizes exchange their rows: the plan is the server's.
+    assert main(["plan", str(tmp_path), *by_data, "--device", "sm_90", "--json"]) == 0
+    companions = json.loads(capsys.readouterr().out)["companions"]
+    exchanges = {
+        one["kind"]: one["kernel"] for one in companions if one["slot"].partition(".")[0] in ("layers", "head")
+    }
+    kinds = {"all_gather": "triton.gather", "reduce_scatter": "triton.scatter", "all_to_all": "triton.turn"}
+    assert {kind: exchanges[kind] for kind in kinds} == kinds
 
 
 def test_plan_refuses_ranks_that_do_not_fit_by_module_and_size(

@@ -40,13 +40,13 @@ class Served:
 
     def ranks(self) -> dict[int, int]:
         """The process ids of all ranks but the first, by rank."""
-        found = {}
+        found, mark = {}, f"TORCHELASTIC_RUN_ID=ownpath-{self.process.pid}".encode()
         for folder in Path("/proc").iterdir():
             if folder.name.isdecimal() and (folder / "environ").exists():
                 with suppress(OSError):
                     entries = (folder / "environ").read_bytes().split(b"\0")
                     parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
-                    if int(parent) == self.process.pid and b"TORCHELASTIC_RUN_ID=ownpath" in entries:
+                    if int(parent) == self.process.pid and mark in entries:
                         rank = next(entry for entry in entries if entry.startswith(b"RANK="))
                         found[int(rank.partition(b"=")[2])] = int(folder.name)
         return found
