@@ -112,7 +112,7 @@ class StepRunner:
         What the decoder runs as a graph is only launched; the step before it is read meanwhile. Whoever ends there has
         a row too many in this one, which nobody reads. Without chunks, reads what is left.
         """
-        if self._drafting is not None:
+        if self._drafting is not None and chunks:
             chunks = self._draft(self._drafting, chunks)
             if not chunks:
                 return

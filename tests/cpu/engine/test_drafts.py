@@ -32,7 +32,7 @@ from ownpath.engine.draft_policy import DraftPolicy
 from ownpath.engine.drafting import Drafts
 from ownpath.engine.engine import Engine
 from ownpath.engine.load import DraftCounts
-from ownpath.engine.request import NonFinite, SamplingParams, StepOutput
+from ownpath.engine.request import FinishReason, NonFinite, SamplingParams, StepOutput
 
 
 class Never(DraftPolicy):
@@ -193,6 +193,21 @@ def test_a_policy_that_declines_leaves_plain_steps() -> None:
         assert [len(ids_of(one.all())) for one in asked] == [30] * 3
         assert running.counts.num_steps == 0
         assert len(running.model.rows) >= 29
+
+
+@pytest.mark.parametrize("policy", [Always(), Never()], ids=["drafts", "plain"])
+def test_an_engine_without_requests_reads_its_last_step_and_rests(policy: DraftPolicy) -> None:
+    """An answer that a token ends leaves a step that goes on from it; a plain one was never read and kept its cache."""
+    with served(1.0, policy=policy) as running:
+        ends = set()
+        for prompt in range(5, 15):
+            (asked,) = running.start(([prompt], SamplingParams(40, temperature=0.9, seed=prompt)))
+            ends.add(asked.all()[-1].finish_reason)
+            until(lambda: not running.engine.load().slots.used)
+        assert FinishReason.STOP in ends
+        steps = running.engine.num_steps
+        time.sleep(0.05)
+        assert running.engine.num_steps == steps
 
 
 def expected(prompt: list[int], params: SamplingParams) -> list[StepOutput]:
