@@ -43,7 +43,7 @@ FP8_CASES = (
     GroupedFp8Case("wide scales", (2, 2, 256, 64, 128), "e8m0-wide", (1, 16, 65)),
     GroupedFp8Case("flash, float32 scales", (8, 8, 512, 64, 1024), "float32", (1, 17, 64, 130)),
     GroupedFp8Case(
-        "flash", (8, 8, 512, 64, 1024), "e8m0", (1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 255, 1024), bench=True
+        "flash", (8, 8, 512, 64, 1024), "e8m0", (1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 255, 511, 1024), bench=True
     ),
     GroupedFp8Case("flash, half", (4, 8, 512, 64, 1024), "e8m0", (1, 8, 16, 17, 33, 64, 65), bench=True),
     GroupedFp8Case("flash, no angles", (8, 8, 512, 0, 1024), "e8m0", (1, 8, 17, 64, 128), bench=True),

@@ -33,7 +33,11 @@ class GroupedShape:
 FEW = tuple(GroupedShape(1, num_n, 2, 2, 1) for num_n in (8, 16))
 SHORT = tuple(GroupedShape(1, num_n, 4, 3, 1, num_n >= 32) for num_n in (8, 16, 32, 64))
 """For few rows of weights: CTAs of 64, four to a cluster, that run in one wave, three to an SM."""
-MANY = (GroupedShape(2, 32, 2, 1, 2, True), GroupedShape(2, 64, 2, 1, 2, True), GroupedShape(2, 128, 2, 1, 2, True))
+SOME = (GroupedShape(2, 32, 2, 1, 2, True), GroupedShape(2, 64, 2, 1, 2, True))
+MANY = (GroupedShape(2, 128, 2, 1, 2, True), GroupedShape(2, 128, 1, 1, 2, True), GroupedShape(4, 128, 1, 1, 2, True))
+"""For more tokens than a tile has: the one whose waves of CTAs cost least."""
+BLOCK_COST, WAVE_COST = {2: 13, 4: 23}, 46
+"""Of a block of K by row blocks of a CTA, and of a wave: tenths of a microsecond, from whole waves on an H200."""
 INVARIANT = tuple(GroupedShape(1, num_n, 2, 2, 1) for num_n in (8, 16))
 """Shapes by tokens of a tile, ascending. The invariant kernel's have one order of sums: only their width differs."""
 
@@ -41,16 +45,31 @@ INVARIANT = tuple(GroupedShape(1, num_n, 2, 2, 1) for num_n in (8, 16))
 @lru_cache(maxsize=4096)
 def choose(num_tokens: int, sizes: WeightSizes, is_batch_invariant: bool = False) -> GroupedFp8Config:
     """Chooses the kernel for a token count. Tuned on an H200 with V4-Flash's eight groups of 1024 x 4096, and four."""
-    shapes = _shapes(sizes, is_batch_invariant)
+    shapes = _few(sizes, is_batch_invariant)
     shape = next((shape for shape in shapes if num_tokens <= shape.num_n), shapes[-1])
-    return fit(shape, sizes)
+    if is_batch_invariant or num_tokens <= shape.num_n:
+        return fit(shape, sizes)
+    return min(_many(sizes), key=lambda config: _cost(config, num_tokens, sizes))
 
 
-def _shapes(sizes: WeightSizes, is_batch_invariant: bool) -> tuple[GroupedShape, ...]:
+def _few(sizes: WeightSizes, is_batch_invariant: bool) -> tuple[GroupedShape, ...]:
+    """Returns the shapes for one tile of tokens."""
     if is_batch_invariant:
         return INVARIANT
     runs_at_once = sizes[0] * SHORT[0].cluster_k <= SHORT[0].per_sm * SMS
-    return (*SHORT, MANY[-1]) if runs_at_once else (*FEW, *MANY)
+    return SHORT if runs_at_once else (*FEW, *SOME)
+
+
+def _many(sizes: WeightSizes) -> list[GroupedFp8Config]:
+    """Returns the kernels for more tokens. Four row blocks leave registers for one set of sums: scales must fold."""
+    shapes = MANY if sizes[2] else MANY[:2]
+    return [fit(shape, sizes) for shape in shapes]
+
+
+def _cost(config: GroupedFp8Config, num_tokens: int, sizes: WeightSizes) -> int:
+    num_row_blocks, num_k_blocks, _ = sizes
+    waves = -(-config.grid(num_tokens, num_row_blocks) // (SMS - SMS % config.cluster_k))
+    return waves * (BLOCK_COST[config.num_m64] * -(-num_k_blocks // config.cluster_k) + WAVE_COST)
 
 
 def fit(shape: GroupedShape, sizes: WeightSizes) -> GroupedFp8Config:
@@ -64,5 +83,6 @@ def fit(shape: GroupedShape, sizes: WeightSizes) -> GroupedFp8Config:
 
 
 def choices(sizes: WeightSizes, is_batch_invariant: bool) -> list[GroupedFp8Config]:
-    """Returns every result of ``choose`` for any number of tokens."""
-    return [fit(shape, sizes) for shape in _shapes(sizes, is_batch_invariant)]
+    """Returns every result of ``choose`` for any number of tokens, and in some cases more."""
+    few = [fit(shape, sizes) for shape in _few(sizes, is_batch_invariant)]
+    return few if is_batch_invariant else few + _many(sizes)
