@@ -30,7 +30,7 @@ NUM_KEPT = 256
 MOST_LOST = 0.005
 """The share of all time that trials may lose."""
 MOST_LATE = 20
-"""A step counts as so many times the mean at most, in paces and in what was lost: it may have waited for something else,
+"""A step counts as so many times the mean at most, in paces and in what was lost: it may have waited for other work,
 such as code that was loaded. A host that is busy keeps steps with drafts waiting: that counts."""
 _MARGIN = 0.02
 """By which the other kind must be better to be chosen."""

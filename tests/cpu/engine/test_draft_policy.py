@@ -244,7 +244,7 @@ def test_a_step_that_waited_does_not_decide() -> None:
 
 @pytest.mark.parametrize("late", [0, 1, 5])
 def test_a_stall_in_the_first_trial_is_made_up_for_in_seconds(late: int) -> None:
-    """The embedded model at one request, 0.2 ms a step; a step of the first trial loads code for 0.3 s, whose debt had kept
+    """The embedded model, one request, 0.2 ms a step; a step of the first trial loads code for 0.3 s, whose debt kept
     drafts off for a minute."""
     policy = DraftPolicy()
     while not policy.drafts(1):
