@@ -6,6 +6,9 @@ A folder of a config.json and the embedded model's tokenizer is enough: ``ownpat
 rank's part of the weights in its memory. Prompts have 1 to 2,000 tokens, as many of each magnitude; answers 1 to 64.
 Half are greedy, a third is streamed, and every twentieth is cancelled after a few tokens. An answer counts as failed if
 it is not as long as was asked for, or ends in an error; the exit code is 1 if any does, or the server ends badly.
+
+``--write FOLDER`` writes that folder and ends: a MODEL for ``ownpath plan``, ``verify`` and ``serve`` with
+``--random-weights``.
 """
 
 import argparse
@@ -246,6 +249,10 @@ def serve_mixed(server: Server, args: argparse.Namespace) -> dict[str, object]:
 def main() -> int:
     """Prints the server's remarks and a line of figures; 1 if an answer failed."""
     args = _arguments()
+    if args.write is not None:
+        args.write.mkdir(parents=True, exist_ok=True)
+        write_folder(args.write, args.shape, args.layers)
+        return 0
     with tempfile.TemporaryDirectory(prefix="full-shape-") as name:
         folder = Path(name)
         write_folder(folder, args.shape, args.layers)
@@ -269,6 +276,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=tuple(SHAPES), default="flash")
     parser.add_argument("--layers", type=int, help="the first layers only (default: all)")
+    parser.add_argument("--write", type=Path, metavar="FOLDER", help="write config.json and tokenizer there, and end")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--experts", choices=("width", "ids"), default="width")
     parser.add_argument("--device", default="cuda")

@@ -13,7 +13,8 @@ MARK = "TORCHELASTIC_RUN_ID"
 """The variable that torchrun sets, and ``launch`` too."""
 RANK_LOST = 75
 """Exit code of a rank that another one has left (EX_TEMPFAIL: started again, it may work)."""
-_LAUNCHED = "ownpath-"
+_LAUNCHED = "started by ownpath, process "
+"""No name that a job has under torchrun."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -33,10 +34,10 @@ def end_with_parent(environment: Mapping[str, str]) -> None:
     If that has happened already, it ends here. To be called before anything heavy is imported. On Linux; elsewhere a
     rank ends once it misses the other.
     """
-    _, is_launched, launcher = environment.get(MARK, "").partition(_LAUNCHED)
-    if not is_launched:
+    mark = environment.get(MARK, "")
+    if not mark.startswith(_LAUNCHED):
         return
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(launcher):
+    if os.getppid() != int(mark.removeprefix(_LAUNCHED)):
         os._exit(RANK_LOST)

@@ -148,9 +148,28 @@ def test_an_error_of_a_command_is_one_escaped_line(
     assert capsys.readouterr().err == f"ownpath: {ESCAPED}\n"
 
 
-def test_several_ranks_do_not_draft(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", "--draft", "--ranks", "2"]) == 2
-    assert "--draft: several ranks (--ranks) do not draft" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        ("serve --draft --ranks 2", "--draft: several ranks (--ranks) do not draft"),
+        ("serve --ranks 2 --device cuda:1", "--device cuda:1: of several ranks each has a device of its own"),
+        ("serve --ranks 9", "--ranks: must be a whole number from 1 to 8"),
+        ("verify --ranks 2 --work w", "--work: several ranks compare layers alone"),
+        ("bench moe --ranks 2 --device cpu", "--ranks: an option of bench step and bench parallel"),
+    ],
+)
+def test_what_several_ranks_do_not_take_is_refused(argv: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv.split()) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_as_many_ranks_as_torchrun_has_started(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", "RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["serve", "--ranks", "3"]) == 2
+    assert "--ranks 3: 2 were started" in capsys.readouterr().err
 
 
 def test_a_draft_is_refused_where_the_checkpoint_has_none(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

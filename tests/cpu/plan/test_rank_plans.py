@@ -5,6 +5,7 @@ Bytes are counted here from the headers' names by rules of this file's own, and 
 
 import json
 import re
+import sys
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,6 +13,10 @@ from typing import Any
 import pytest
 from support.checkpoints import random_checkpoint
 from test_published_shapes import model_headers, nvfp4
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
+
+import full_shape
 
 from ownpath.bench.published import FLASH, PRO
 from ownpath.checkpoint.dtypes import TORCH_DTYPES
@@ -115,11 +120,19 @@ def test_plan_shows_what_a_rank_holds_and_sends(tmp_path: Path, capsys: pytest.C
     # A server pads its steps by data, so that kernels of fixed sizes exchange their rows: the plan is the server's.
     assert main(["plan", str(tmp_path), *by_data, "--device", "sm_90", "--json"]) == 0
     companions = json.loads(capsys.readouterr().out)["companions"]
-    exchanges = {
-        one["kind"]: one["kernel"] for one in companions if one["slot"].partition(".")[0] in ("layers", "head")
-    }
+    kernels = {one["kind"]: one["kernel"] for one in companions}
     kinds = {"all_gather": "triton.gather", "reduce_scatter": "triton.scatter", "all_to_all": "triton.turn"}
-    assert {kind: exchanges[kind] for kind in kinds} == kinds
+    assert {kind: kernels[kind] for kind in kinds} == kinds
+
+
+def test_a_shape_without_files_is_planned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tool writes what a plan by ``--random-weights`` needs: the way to plan V4-Flash and V4-Pro without them."""
+    monkeypatch.setattr(sys, "argv", ["full_shape.py", "--shape", "small", "--layers", "4", "--write", str(tmp_path)])
+    assert full_shape.main() == 0
+    assert main(["plan", str(tmp_path), "--random-weights", "--ranks", "2", "--device", "sm_90", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rank_memory"]["weights"] > 0
 
 
 def test_plan_refuses_ranks_that_do_not_fit_by_module_and_size(

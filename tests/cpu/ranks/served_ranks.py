@@ -40,7 +40,7 @@ class Served:
 
     def ranks(self) -> dict[int, int]:
         """The process ids of all ranks but the first, by rank."""
-        found, mark = {}, f"TORCHELASTIC_RUN_ID=ownpath-{self.process.pid}".encode()
+        found, mark = {}, f"TORCHELASTIC_RUN_ID=started by ownpath, process {self.process.pid}".encode()
         for folder in Path("/proc").iterdir():
             if folder.name.isdecimal() and (folder / "environ").exists():
                 with suppress(OSError):

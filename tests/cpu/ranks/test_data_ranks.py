@@ -21,7 +21,7 @@ from ownpath.engine.data_steps import DataFollower, RankRows, coded_flags, flag_
 from ownpath.engine.decoding_ranks import DECODE, REDRAW
 from ownpath.engine.engine import Engine
 from ownpath.engine.prefix import PrefixCache, PrefixSettings
-from ownpath.engine.rank_memory import RanksMemory
+from ownpath.engine.rank_memory import RankPrefixes, RanksMemory
 from ownpath.engine.request import ROOM_AHEAD, Request, SamplingParams, StepOutput
 from ownpath.engine.scheduler import Scheduler
 from ownpath.loading import load_model
@@ -265,3 +265,21 @@ def test_room_is_made_and_prompts_are_read_rank_by_rank(folder: Path) -> None:
     assert third in scheduler.running
     assert third.rank == 1
     assert whole.slots.faults() == []
+
+
+@pytest.mark.parametrize(("num_running", "rank"), [(100, 1), (400, 0)])
+def test_a_request_goes_where_its_beginning_is_known_unless_others_crowd_there(
+    num_running: int, rank: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 knows 256 of its 300 tokens: with 100 that run there it would have 144, with 400 it would have 444."""
+    whole, pools = rank_pools(load_model(folder, ENGINE).cache_spec, 2)
+    prefixes = RankPrefixes([PrefixCache(pool, PrefixSettings(2, num_tails=1)) for pool in pools])
+    memory = RanksMemory(whole.slots, pools, release_cache, prefixes, ROOM_AHEAD)
+    busy, asked = request_of(num_running), request_of(300)
+    with monkeypatch.context() as patched:
+        patched.setattr(prefixes.caches[0], "num_known", lambda _: -1)  # one token more than on rank 1
+        assert memory.begin(busy, 0)
+    assert busy.rank == 1
+    monkeypatch.setattr(prefixes.caches[1], "num_known", lambda _: 256)
+    assert memory.begin(asked, 0)
+    assert asked.rank == rank
