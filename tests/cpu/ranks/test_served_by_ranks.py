@@ -69,9 +69,11 @@ def alone(ids: list[int]) -> tuple[list[int], torch.Tensor]:
     return found, logits.log_softmax(-1)
 
 
+@pytest.mark.slow
 def test_two_processes_under_torchrun_equal_one(
     ids: list[int], alone: tuple[list[int], torch.Tensor], tmp_path: Path
 ) -> None:
+    """At night: the server's two processes, below, give the same tokens and log-probs, from the same ``join``."""
     script = tmp_path / "ranks.py"
     script.write_text(SCRIPT)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
