@@ -20,6 +20,7 @@ from ownpath.loading import default_model_dir
 from ownpath.plan.opspec import STEP_ANGLES
 from ownpath.verify import kernel_stage
 from ownpath.verify.checks import TITLES
+from ownpath.verify.layers.batching import Batching
 from ownpath.verify.report import report_dict
 from ownpath.verify.run import STAGES, Verification, VerifyJob, verify
 from ownpath.verify.subject import Selection
@@ -64,9 +65,12 @@ OF_A_LAYER = (
     *("V01", "V02", "V03", "V05", "V08", "V09", "V10"),
 )
 """Checks that say something of each layer by its name."""
-
 FINDS = {"K01": {"K01", "K04", "K06"}}
 """What a check of the kernels stage finds besides its own id."""
+OF_BATCHES = frozenset({"V05", "V08", "V09"})
+"""Checks of a layer run in other batches."""
+RUN = frozenset({"kernels", "layers"})
+"""Stages that take time."""
 AFTER_PRODUCTS = ("stale input buffer",)
 """What they do wrong shows in what an earlier check's calls left."""
 
@@ -80,14 +84,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_mutation_is_caught_and_named(
     name: str, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the kernels stage by the checks that are to see it alone, at half the time; the next test runs all."""
+    """By the checks of kernels and batches that are to see it alone, in half the time; the next test runs all."""
     mutation = MUTATIONS[name]
     if mutation.device != "CPU":
         allow_packing_on_cpu(monkeypatch)
     (row,) = (row for row in rows() if row.name == name)
-    found = {*row.ids, "K01"} if name in AFTER_PRODUCTS else set(row.ids)
-    checks = [pair for pair in kernel_stage.CHECKS if not FINDS.get(pair[0], {pair[0]}).isdisjoint(found)]
+    wanted = {*row.ids, "K01"} if name in AFTER_PRODUCTS else set(row.ids)
+    checks = [pair for pair in kernel_stage.CHECKS if not FINDS.get(pair[0], {pair[0]}).isdisjoint(wanted)]
     monkeypatch.setattr(kernel_stage, "CHECKS", tuple(checks))
+    if OF_BATCHES.isdisjoint(row.ids):
+        monkeypatch.setattr(Batching, "findings", lambda _: iter(()))
     result = verified(mutation, models, tmp_path)
     assert result.passed == mutation.is_warning
     found = warned(result.findings) if mutation.is_warning else failed(result.findings)
@@ -103,8 +109,8 @@ def test_a_mutation_is_caught_and_named(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, it in MUTATIONS.items() if "kernels" in (it.stages or STAGES)])
-def test_no_other_check_of_kernels_fails(name: str, models: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [name for name, it in MUTATIONS.items() if not it.stages or {*it.stages} & RUN])
+def test_no_other_check_fails(name: str, models: dict[str, Path], tmp_path: Path) -> None:
     (row,) = (row for row in rows() if row.name == name)
     assert outcome_of(MUTATIONS[name], verified(MUTATIONS[name], models, tmp_path)).ids == row.ids
 
