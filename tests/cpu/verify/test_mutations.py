@@ -66,13 +66,13 @@ OF_A_LAYER = (
 )
 """Checks that say something of each layer by its name."""
 FINDS = {"K01": {"K01", "K04", "K06"}}
-"""What a check of the kernels stage finds besides its own id."""
+"""Ids that a check of the kernels stage tells besides its own."""
 OF_BATCHES = frozenset({"V05", "V08", "V09"})
 """Checks of a layer run in other batches."""
 RUN = frozenset({"kernels", "layers"})
 """Stages that take time."""
 AFTER_PRODUCTS = ("stale input buffer",)
-"""What they do wrong shows in what an earlier check's calls left."""
+"""Their fault shows in memory that an earlier check's calls left."""
 
 
 @pytest.fixture(scope="module")
