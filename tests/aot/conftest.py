@@ -14,11 +14,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 @pytest.fixture(scope="session")
 def cubins(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of its own with the CuTe kernels of all selected tests, each compiled once. All modules' together: a
-    process that compiles takes longer to start than for most kernels."""
+    """A cache of its own with the CuTe kernels of all selected tests, each compiled once. All modules' together and in
+    one process, which takes longer to start than for most kernels: other tests have the other core."""
     folder = tmp_path_factory.mktemp("kernels")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OWNPATH_KERNEL_CACHE", str(folder))
+        patch.setattr(os, "cpu_count", lambda: 1)
         compile_missing(configs_of(request.session.items))
     return folder
 

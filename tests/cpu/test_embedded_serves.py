@@ -77,6 +77,16 @@ def ask_together(url: str, questions: list[tuple[str, dict[str, Any]]]) -> list[
         return list(pool.map(lambda question: ask(url, question[0], **question[1]), questions))
 
 
+ABOUT_WEATHER = "What is the weather in Paris?"
+THINKING: dict[str, Any] = {"tools": [CAPITAL, WEATHER], "thinking": {"type": "enabled"}}
+
+
+@pytest.fixture(scope="module")
+def thought(url: str) -> dict[str, Any]:
+    """The answer to a question that takes a tool, with the thinking before it."""
+    return ask(url, ABOUT_WEATHER, **THINKING)
+
+
 def test_the_request_that_started_this_project(url: str, model: Path) -> None:
     """The model is named by the path that ``serve`` was given; the name of its folder works as well."""
     for name in (str(model), "tiny-v4"):
@@ -107,15 +117,15 @@ def test_it_thinks_when_asked_to(url: str) -> None:
 
 
 @pytest.mark.parametrize("thinking", ["enabled", "disabled"])
-def test_it_calls_a_tool_and_uses_what_it_says(url: str, thinking: str) -> None:
-    fields: dict[str, Any] = {"tools": [CAPITAL, WEATHER], "thinking": {"type": thinking}}
-    choice = ask(url, "What is the weather in Paris?", **fields)
+def test_it_calls_a_tool_and_uses_what_it_says(url: str, thought: dict[str, Any], thinking: str) -> None:
+    fields = THINKING | {"thinking": {"type": thinking}}
+    choice = thought if thinking == "enabled" else ask(url, ABOUT_WEATHER, **fields)
     assert called(choice) == [("get_weather", {"city": "Paris"})]
     assert choice["finish_reason"] == "tool_calls"
     assert bool(choice["message"].get("reasoning_content")) == (thinking == "enabled")
     answer = {key: value for key, value in choice["message"].items() if key != "refusal"}
     call_id = answer["tool_calls"][0]["id"]
-    asked = {"role": "user", "content": "What is the weather in Paris?"}
+    asked = {"role": "user", "content": ABOUT_WEATHER}
     result = {"role": "tool", "tool_call_id": call_id, "content": "sunny"}
     final = ask(url, "", messages=[asked, answer, result], **fields)
     assert final["message"]["content"] == "The weather in Paris is sunny."
@@ -133,9 +143,8 @@ def test_it_calls_several_tools(url: str) -> None:
 
 
 def test_it_answers_plainly_where_no_tool_is_needed(url: str) -> None:
-    weather = "What is the weather in Paris?"
-    questions = [("What is the capital of Japan?", {"tools": [WEATHER, ADD]}), (weather, {})]
-    questions += [(weather, {"tools": [WEATHER], "tool_choice": "none"})]
+    questions = [("What is the capital of Japan?", {"tools": [WEATHER, ADD]}), (ABOUT_WEATHER, {})]
+    questions += [(ABOUT_WEATHER, {"tools": [WEATHER], "tool_choice": "none"})]
     plain, *others = ask_together(url, questions)
     assert called(plain) == []
     assert plain["message"]["content"] == "The capital of Japan is Tokyo."
@@ -161,10 +170,8 @@ def test_it_answers_in_json(url: str) -> None:
     assert "Nairobi" in anything.values()
 
 
-def test_a_stream_says_the_same(url: str) -> None:
-    body = {"messages": [{"role": "user", "content": "What is the weather in Paris?"}], "temperature": 0}
-    body |= {"tools": [WEATHER], "thinking": {"type": "enabled"}, "max_tokens": 200}
-    whole = ask(url, "", **body)["message"]
+def test_a_stream_says_the_same(url: str, thought: dict[str, Any]) -> None:
+    body = {"messages": [{"role": "user", "content": ABOUT_WEATHER}], "temperature": 0, "max_tokens": 200} | THINKING
     response = httpx.post(f"{url}/chat/completions", json=body | {"stream": True}, timeout=WAIT_S)
     events = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
     assert events.pop() == "[DONE]"
@@ -175,5 +182,5 @@ def test_a_stream_says_the_same(url: str) -> None:
         for call in delta.get("tool_calls") or []:
             name += call["function"].get("name") or ""
             arguments += call["function"].get("arguments") or ""
-    assert reasoning == whole["reasoning_content"]
+    assert reasoning == thought["message"]["reasoning_content"]
     assert (name, json.loads(arguments)) == ("get_weather", {"city": "Paris"})

@@ -69,9 +69,11 @@ def alone(ids: list[int]) -> tuple[list[int], torch.Tensor]:
     return found, logits.log_softmax(-1)
 
 
+@pytest.mark.slow
 def test_two_processes_under_torchrun_equal_one(
     ids: list[int], alone: tuple[list[int], torch.Tensor], tmp_path: Path
 ) -> None:
+    """At night: the server's two processes, below, give the same tokens and log-probs, from the same ``join``."""
     script = tmp_path / "ranks.py"
     script.write_text(SCRIPT)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
@@ -143,10 +145,12 @@ def test_a_killed_rank_ends_open_answers_and_the_server(server: Served) -> None:
     assert "rank 1 is lost, in " in server.log.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_ranks_with_their_own_requests_serve_as_one_process(
     ids: list[int], alone: tuple[list[int], torch.Tensor], tmp_path: Path
 ) -> None:
-    """By data: the answer of one process, twice; mixed requests, some cancelled; then a rank is killed."""
+    """By data: the answer of one process, twice; mixed requests, some cancelled; then a rank is killed. At night: the
+    server above has the same processes, and test_data_ranks the same division, among threads."""
     asked: dict[str, Any] = {"model": "tiny-v4", "prompt": ids, "max_tokens": NUM_TOKENS, "temperature": 0}
     arguments = ["--ranks", "2", "--attention", "data", "--experts", "ids", "--rank-timeout", "120"]
     with served(tmp_path / "log", [*arguments, "--max-model-len", "512", "--max-num-seqs", "3"]) as server:

@@ -26,8 +26,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_named(name: str, folder: Path) -> None:
+def test_a_fault_is_named(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fault = FAULTS[name]
+    if fault.check == "V01":  # told before other batches run, which take half of the time
+        monkeypatch.setattr(stage.Batching, "findings", lambda _: iter(()))
     layers = {fault.layer_idx, fault.layer_idx + (name in REACHES_OUT)}
     chosen = Selection(frozenset(layers))
     with on_layer(fault.layer_idx, fault.change).applied():
