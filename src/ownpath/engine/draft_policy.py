@@ -30,7 +30,8 @@ NUM_KEPT = 256
 MOST_LOST = 0.005
 """The share of all time that trials may lose."""
 MOST_LATE = 20
-"""A step counts as so many times the mean at most. A host that is busy keeps steps with drafts waiting: that counts."""
+"""A step counts as so many times the mean at most, in paces and in what was lost: it may have waited for other work,
+such as code that was loaded. A host that is busy keeps steps with drafts waiting: that counts."""
 _MARGIN = 0.02
 """By which the other kind must be better to be chosen."""
 
@@ -44,9 +45,7 @@ class Pace:
     num_steps: int = 0
 
     def add(self, seconds: float, tokens: float) -> None:
-        """Takes up a step. It counts as ``MOST_LATE`` means at most: it may have waited for something else."""
-        if self.num_steps:
-            seconds = min(seconds, MOST_LATE * self.seconds / min(self.num_steps, NUM_KEPT))
+        """Takes up a step."""
         if self.num_steps >= NUM_KEPT:
             self.seconds, self.tokens = (part * (1 - 1 / NUM_KEPT) for part in (self.seconds, self.tokens))
         self.seconds, self.tokens, self.num_steps = self.seconds + seconds, self.tokens + tokens, self.num_steps + 1
@@ -64,6 +63,11 @@ class Pace:
     def is_known(self) -> bool:
         """True if a step was taken up."""
         return self.num_steps > 0
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step, in the mean; 0 where none was taken up."""
+        return self.seconds / min(self.num_steps, NUM_KEPT) if self.num_steps else 0.0
 
     @property
     def value(self) -> float:
@@ -106,11 +110,17 @@ class _Sized:
     def note(self, seconds: float, tokens: float) -> bool:
         """Takes up a step of the run. Returns True if the run ends with it. The first step after a change is not one
         of the pace: it was not overlapped with what came before."""
+        seconds = self.bounded(seconds)
         if not self.is_fresh:
             self.own.add(seconds, tokens)
         self.spent.add(seconds, tokens)
         self.is_fresh, self.num_left, self.num_same = False, self.num_left - 1, self.num_same + 1
         return self.num_left <= 0 or (self.is_trial and self.loss > NUM_LOST * self.other.value)
+
+    def bounded(self, seconds: float) -> float:
+        """Returns what a step counts as: ``MOST_LATE`` steps of the slower kind at most, as far as one is known."""
+        mean = max(self.plain.step, self.drafted.step)
+        return min(seconds, MOST_LATE * mean) if mean else seconds
 
     @property
     def loss(self) -> float:
@@ -159,7 +169,7 @@ class DraftPolicy:
         if before is not None and not is_drafted:
             # It waited for the step with drafts before it.
             if sized.plain.is_known:
-                excess = max(0.0, seconds - tokens * sized.plain.value)
+                excess = max(0.0, sized.bounded(seconds) - tokens * sized.plain.value)
                 before.drafted.charge(excess)
                 if not before.held:
                     self.debt += excess

@@ -240,3 +240,18 @@ def test_a_step_that_waited_does_not_decide() -> None:
     steps(policy, 400, (1.0, 1.3), 0.8)
     policy.note(1, 1000.0, 2.0, is_drafted=True)
     assert steps(policy, 200, (1.0, 1.3), 0.8) > 1.3
+
+
+@pytest.mark.parametrize("late", [0, 1, 5])
+def test_a_stall_in_the_first_trial_is_made_up_for_in_seconds(late: int) -> None:
+    """The embedded model, one request, 0.2 ms a step; a step of the first trial loads code for 0.3 s, whose debt kept
+    drafts off for a minute."""
+    policy = DraftPolicy()
+    while not policy.drafts(1):
+        policy.note(1, 0.2e-3, 1.0, is_drafted=False)
+    for idx in range(late + 1):
+        assert policy.drafts(1)
+        policy.note(1, 0.3 if idx == late else 0.27e-3, 1.9, is_drafted=True)
+    assert steps(policy, 5_000, (0.2e-3, 0.27e-3), 0.95) > 0.95
+    assert policy.drafts(1)
+    assert steps(policy, 5_000, (0.2e-3, 0.27e-3), 0.95) > 1.35
