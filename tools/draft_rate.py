@@ -13,12 +13,14 @@ from each group's first one to its last, ``with_prompts`` from the first request
 by the next one, and the rate has the prompts in it.
 
 The policy decides as in a server. Each way runs in turns of rounds; those of the first ``--warm-up`` seconds do not
-count. Rates are of all rounds that count together, so that the policy's trials are in them.
+count. Rates are of all rounds that count together, so that the policy's trials are in them; ``over_plain_median`` is of
+the rounds' own ratios, which a few rounds that the host held up do not move.
 """
 
 import argparse
 import queue
 import random
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -228,12 +230,14 @@ def measured(
     for name, engine in engines.items():
         rounds = found[name]
         steps, guesses, right = (now - then for now, then in zip(counts_of(engine), before[name], strict=True))
+        ratios = [rate_of([own]) / rate_of([other]) for own, other in zip(rounds, found["plain"], strict=True)]
         same = sum(one == other for one, other in zip(rounds[-1].ids, found["plain"][-1].ids, strict=True))
         yield {
             "how": name,
             **facts,
             "tokens_per_s": round(rate_of(rounds), 1),
             "over_plain": round(rate_of(rounds) / of_plain, 3),
+            "over_plain_median": round(statistics.median(ratios), 3),
             "with_prompts": round(sum(one.num_tokens for one in rounds) / seconds_of(rounds), 1),
             "rounds": len(rounds),
             "seconds": round(seconds_of(rounds), 3),
