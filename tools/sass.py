@@ -74,7 +74,7 @@ def fp8_kernels() -> Iterator[Config]:
             for invariant in (False, True):
                 yield from w8a16_configs(key, SMS, None, invariant)
             yield from w8a8_configs(key)
-    yield from (W8A8Config(2, 1, w8a8_stages(2), 2, ragged=ragged) for ragged in (False, True))
+    yield from (W8A8Config(2, 1, w8a8_stages(2, 1), 2, ragged=ragged) for ragged in (False, True))
 
 
 def few_kernels() -> Iterator[Config]:
@@ -94,8 +94,8 @@ def few_kernels() -> Iterator[Config]:
         stages = w8a16_stages(4, num_n)
         yield W8A16Config(4, num_n, stages, 1 + 3 * folded, folded, ragged, wgmma=wgmma)
     yield W8A16Config(2, 32, 4, 2, True, per_sm=2, wgmma=True)
-    yield from (W8A8Config(2, 2, w8a8_stages(4), 1), W8A8Config(2, 1, w8a8_stages(2), 2, ragged=True))
-    yield W8A8Config(2, 1, w8a8_stages(2), 1, 4)
+    yield from (W8A8Config(2, 2, w8a8_stages(2, 2), 1), W8A8Config(2, 1, w8a8_stages(2, 1), 2, ragged=True))
+    yield W8A8Config(2, 1, w8a8_stages(2, 1, 4), 1, 4)
     yield from (QuantizeConfig(power_of_two) for power_of_two in (False, True))
 
 

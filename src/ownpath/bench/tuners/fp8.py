@@ -86,10 +86,10 @@ def many(tokens: int) -> list[Candidate]:
     CTAs, and with one stage fewer."""
     found: list[Candidate] = []
     for warpgroups, num_m64 in TILES_OF_MANY:
-        stages = w8a8_stages(warpgroups * num_m64)
+        stages = w8a8_stages(warpgroups, num_m64)
         kinds = [(1, 1, stages), (2, 1, stages), (1, 1, stages - 1)]
         if tokens <= SPLIT_UP_TO:
-            kinds = [(1, cluster_k, stages) for cluster_k in (1, *SPLITS)]
+            kinds = [(1, cluster_k, w8a8_stages(warpgroups, num_m64, cluster_k)) for cluster_k in (1, *SPLITS)]
         for cluster_n, cluster_k, num_stages in kinds:
             named = {"warpgroups": warpgroups, "num_m64": num_m64, "cluster_n": cluster_n, "cluster_k": cluster_k}
             found.append(named | {"num_stages": num_stages})

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ownpath.kernels.fp8.config import CTA_SMEM, MAX_K_BLOCKS, w8a16_stages
+from ownpath.kernels.fp8.config import MAX_K_BLOCKS, w8a16_stages_of
 from ownpath.kernels.grouped.config import GroupedFp8Config
 
 WeightSizes = tuple[int, int, bool]
@@ -24,7 +24,7 @@ class GroupedShape:
 
     def config(self, folded: bool) -> GroupedFp8Config:
         """Returns the kernel with as many stages as fit."""
-        stages = w8a16_stages(self.num_m64, self.num_n, CTA_SMEM[self.per_sm])
+        stages = w8a16_stages_of(self.num_m64, self.num_n, self.cluster_k, self.per_sm, self.consumers)
         return GroupedFp8Config(
             self.num_m64, self.num_n, stages, self.cluster_k, folded, False, self.per_sm, self.consumers, self.wgmma
         )
