@@ -39,6 +39,8 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "tokens=2048,rows=4096,cols=4096": {"config": LONG},
 }
 
+FEW_OF_THREE = W8A16Config(2, 32, 4, 3, folded=True)
+
 
 @pytest.fixture
 def entries(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, dict[str, Any]]]:
@@ -177,10 +179,29 @@ def test_few_rows_split_k_until_the_device_is_full() -> None:
 
 def test_a_quantiser_takes_two_blocks_where_one_each_is_too_many_ctas() -> None:
     """132 SMs have places for 1056. 2048 x 4096: 2048 CTAs of one block, 1024 of two; x 8192: twice as many."""
-    assert quantize_config(2048, 32, SMS, True) == QuantizeConfig(True, 2)
-    assert quantize_config(2048, 32, SMS, True).grid(2048, 32) == (16, 64, 1)
-    assert quantize_config(2048, 64, SMS, True) == QuantizeConfig(True)
-    assert quantize_config(256, 32, SMS, False) == QuantizeConfig(False)
+    product = W8A8Config(3, 1, 4, 1)
+    two = quantize_config(product, 2048, (24, 32, True, False), SMS, True)
+    assert two == QuantizeConfig(True, 2)
+    assert two.grid(2048, 32) == (16, 64, 1)
+    assert quantize_config(product, 2048, (24, 64, True, False), SMS, True) == QuantizeConfig(True)
+
+
+def test_a_quantiser_is_spread_where_the_product_fills_the_device() -> None:
+    """256 rows. 1536 features with K in four: 96 CTAs leave 36 SMs. 4096 with K in two: 128 leave four."""
+    assert quantize_config(W8A8Config(2, 1, 5, 1, 4), 256, (24, 32, True, False), SMS, False) == QuantizeConfig(False)
+    product = W8A8Config(2, 1, 5, 1, 2)
+    assert quantize_config(product, 256, (64, 16, True, False), SMS, True) == QuantizeConfig(True, is_spread=True)
+    assert quantize_config(product, 256, (64, 64, True, False), SMS, True) == QuantizeConfig(True), "512 CTAs"
+
+
+@pytest.mark.parametrize("config", [W8A8Config(2, 1, 5, 1, 4), W8A8Config(3, 1, 3, 1, 8), FEW_OF_THREE], ids=str)
+def test_parts_of_a_cluster_have_places_of_their_own(config: W8A8Config | W8A16Config) -> None:
+    shares = config.shares
+    step = shares.num_threads * 16
+    for rank in range(shares.cluster_k):
+        mine = [part for part in range(shares.num_parts) if shares.owner(part) == rank]
+        assert [shares.place(part) for part in mine] == [step * idx for idx in range(len(mine))]
+        assert step * len(mine) <= shares.slot_bytes
 
 
 def test_the_package_s_table_is_valid() -> None:

@@ -96,15 +96,27 @@ def w8a8_config(num_tokens: int, key: WeightKey, sms: int) -> W8A8Config:
     return min(shapes, key=lambda config: _w8a8_steps(config, num_tokens, key, sms))
 
 
-def quantize_config(num_tokens: int, num_k_blocks: int, sms: int, power_of_two: bool) -> QuantizeConfig:
-    """Chooses the quantiser in front of W8A8: two blocks a CTA where that brings its CTAs to one for each place.
+def quantize_config(
+    product: W8A8Config, num_tokens: int, key: WeightKey, sms: int, power_of_two: bool
+) -> QuantizeConfig:
+    """Chooses the quantiser in front of a product: two blocks a CTA where that brings its CTAs to one for each place.
 
-    The product's CTAs may start when all of the quantiser's have. Two blocks are slower alone.
+    The product's CTAs may start when all of the quantiser's have. Two blocks are slower alone. Where the product before
+    fills the device, the few SMs that it leaves first would get most of the quantiser's CTAs: those are spread.
     """
-    one, two = QuantizeConfig(power_of_two), QuantizeConfig(power_of_two, 2)
+    num_row_blocks, num_k_blocks, _, _ = key
+    one, two, spread = quantize_configs(power_of_two)
     places = QUANTIZE_PER_SM * sms
+    is_full = product.grid(num_tokens, num_row_blocks, sms) > sms * 9 // 10
+    if is_full and prod(one.grid(num_tokens, num_k_blocks)) <= 2 * sms:
+        return spread
     is_two = prod(two.grid(num_tokens, num_k_blocks)) <= places < prod(one.grid(num_tokens, num_k_blocks))
     return two if is_two else one
+
+
+def quantize_configs(power_of_two: bool) -> tuple[QuantizeConfig, QuantizeConfig, QuantizeConfig]:
+    """Returns every result of ``quantize_config``: one block a CTA, two, and one spread."""
+    return QuantizeConfig(power_of_two), QuantizeConfig(power_of_two, 2), QuantizeConfig(power_of_two, is_spread=True)
 
 
 def _w8a8_steps(config: W8A8Config, num_tokens: int, key: WeightKey, sms: int) -> int:

@@ -21,7 +21,7 @@ from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32, cute
 
 from ownpath.kernels.dsl import ptx
 from ownpath.kernels.fp8 import ptx as fp8_ptx
-from ownpath.kernels.fp8.config import QUANTIZE_ROWS, QUANTIZE_THREADS, QuantizeConfig
+from ownpath.kernels.fp8.config import QUANTIZE_ROWS, QUANTIZE_SPREAD_BYTES, QUANTIZE_THREADS, QuantizeConfig
 from ownpath.kernels.fp8.layout import ACT_BLOCK_BYTES, BLOCK_BYTES
 
 
@@ -60,6 +60,9 @@ class Quantize:
     ) -> None:
         thread, _, _ = cute.arch.thread_idx()
         group, rows, _ = cute.arch.block_idx()
+        if cutlass.const_expr(self.cfg.is_spread):
+            taken = cute.arch.alloc_smem(Uint8, QUANTIZE_SPREAD_BYTES, 16)
+            ptx.store_shared_vec4(taken.toint(), (Float32(0.0),) * 4)  # or the compiler drops it
         cute.arch.griddepcontrol_launch_dependents()
         part, line = thread & 7, thread >> 3
         token, first = rows * QUANTIZE_ROWS + line, group * self.cfg.num_k
@@ -98,13 +101,14 @@ class Quantize:
             largest = fp8_ptx.max_u16x2(largest, word & Uint32(0x7FFF7FFF))
         for step in (1, 2, 4):
             largest = fp8_ptx.max_u16x2(largest, cute.arch.shuffle_sync_bfly(largest, offset=step))
-        scale, scaled = self.scale_values(fp8_ptx.max_u32(largest << 16, largest & Uint32(0xFFFF0000)), words)
+        values = [value for word in words for value in (ptx.widen_bf16(word, False), ptx.widen_bf16(word, True))]
+        scale, scaled = self.scale_values(fp8_ptx.max_u32(largest << 16, largest & Uint32(0xFFFF0000)), values)
         if is_there:
             self.write(target, scaled)
             if is_first:
                 fp8_ptx.store_global_float(scale_at, scale)
 
-    def scale_values(self, amax_bits: Uint32, words: list[Uint32]) -> tuple[Float32, list[Float32]]:
+    def scale_values(self, amax_bits: Uint32, values: list[Float32]) -> tuple[Float32, list[Float32]]:
         """Returns a block's scale, from the float32 bits of its largest magnitude, and its values over the scale."""
         floor = Uint32(0x38D1B717)  # 1e-4
         bits = fp8_ptx.max_u32(amax_bits, floor)
@@ -114,10 +118,10 @@ class Quantize:
             exponent = exponent - Uint32(8)
             scale = ptx.as_float(exponent << 23)
             factor = ptx.as_float((Uint32(254) - exponent) << 23)
-            scaled = [value * factor for word in words for value in pair(word)]
+            scaled = [value * factor for value in values]
         else:
             scale = fp8_ptx.divide(ptx.as_float(bits), Float32(448.0))
-            scaled = [fp8_ptx.divide(value, scale) for word in words for value in pair(word)]
+            scaled = [fp8_ptx.divide(value, scale) for value in values]
         return fp8_ptx.nan_unless_finite(scale, amax_bits), scaled
 
     def write(self, target: Int64, scaled: list[Float32]) -> None:
@@ -128,11 +132,6 @@ class Quantize:
         for q in range(4):
             word = fp8_ptx.to_e4m3x4(scaled[2 * q + 8], scaled[2 * q], scaled[2 * q + 9], scaled[2 * q + 1])
             ptx.store_global(target ^ Int64(32 * q), word)
-
-
-def pair(word: Uint32) -> tuple[Float32, Float32]:
-    """Returns the two BF16 values of a word."""
-    return ptx.as_float(word << 16), ptx.as_float(word & Uint32(0xFFFF0000))
 
 
 def compile_quantize(config: QuantizeConfig) -> Any:

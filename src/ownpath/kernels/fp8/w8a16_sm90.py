@@ -117,9 +117,9 @@ class W8A16:
         cute.arch.sync_threads()
         self.announce()
         cute.arch.griddepcontrol_launch_dependents()
-        tile = self.tile(cta, num_row_blocks, num_k_blocks)
         if warp_group == cfg.consumers:
             cute.arch.setmaxregister_decrease(self.registers[0])
+            tile = self.tile(cta, num_row_blocks, num_k_blocks)
             worker = thread - cfg.consumers * WG
             if worker == 0:
                 self.load_weights(blocks, scales, stages, tile, num_row_blocks, num_k_blocks)
@@ -127,8 +127,9 @@ class W8A16:
                 self.load_tokens(ptx.descriptor_address(tma_x), stages, tile)
         else:
             cute.arch.setmaxregister_increase(self.registers[1])
-            operands = Operands(Thread(thread % WG, warp_group), stages, tile.k_iters)
-            self.consume(tile, operands, Output(out, row_table, num_tokens, ld_out, num_row_blocks), inbox)
+            own_tile = self.tile(cta, num_row_blocks, num_k_blocks)  # again: one for both branches is spilled
+            operands = Operands(Thread(thread % WG, warp_group), stages, own_tile.k_iters)
+            self.consume(own_tile, operands, Output(out, row_table, num_tokens, ld_out, num_row_blocks), inbox)
 
     def allocate(self) -> Stages:
         """Allocates all of a CTA's shared memory."""
