@@ -34,8 +34,9 @@ MAX_CLUSTER = 8
 TOKEN_TILES = (8, 16, 32, 64, 128)
 ACT_STRIDE = 9216
 """Activation blocks start at multiples of 1024, as the swizzle needs: 8192 bytes, 256 of scales, a gap."""
-FEWEST_STAGES = 3
-"""Stages that W8A16 keeps where the sums of the cluster's other CTAs get a place beside the ring, not over it."""
+FEWEST_STAGES, FEWEST_STAGES_OF_FEW, FEW = 3, 2, 16
+"""Stages that W8A16 keeps where the sums of the cluster's other CTAs get a place beside the ring, not over it; the
+same for tiles of few tokens, and how many are few. Measured on an H200."""
 
 assert ACT_BLOCK_BYTES <= ACT_STRIDE
 
@@ -259,7 +260,8 @@ def w8a16_stages_of(num_m64: int, num_n: int, cluster_k: int, per_sm: int, consu
     """Returns the number of stages that fit, beside the cluster's sums where that leaves enough of them."""
     shares = Shares(cluster_k, num_m64 // consumers * num_n // 8, 1, consumers * WG)
     beside = w8a16_stages(num_m64, num_n, CTA_SMEM[per_sm] - shares.num_bytes)
-    return beside if beside >= FEWEST_STAGES else w8a16_stages(num_m64, num_n, CTA_SMEM[per_sm])
+    is_enough = beside >= (FEWEST_STAGES_OF_FEW if num_n <= FEW else FEWEST_STAGES)
+    return beside if is_enough else w8a16_stages(num_m64, num_n, CTA_SMEM[per_sm])
 
 
 def w8a8_shares(warpgroups: int, num_m64: int, cluster_k: int) -> Shares:

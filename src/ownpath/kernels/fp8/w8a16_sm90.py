@@ -6,9 +6,9 @@ a share of K. One thread streams 8 KiB weight blocks into a ring of shared-memor
 the tokens as TMA boxes of all rows by 64 columns, swizzled as the tensor cores read them. Consumer warpgroups read
 their blocks with conflict-free 16-byte loads (``kernels.fp8.layout``), decode to BF16 in registers and multiply from
 there: below 32 tokens by ``mma``, each warp its own 16 rows without waiting; from 32 by ``wgmma``, decoding one group
-of steps while the tensor cores work on the other. CTAs that share rows and split K form a cluster and add their
-float32 sums through distributed shared memory in the order of their rank: no workspace, and always the same bits. The
-next kernel may start at once: its CTAs fetch weights while this one's finish, and wait before they read a token.
+of steps while the tensor cores work on the other. CTAs that share rows and split K form a cluster, send each
+other their float32 sums (``output_sm90``) and add them in the order of ranks: no workspace, and always the same bits.
+The next kernel may start at once: its CTAs fetch weights while this one's finish, and wait before they read a token.
 
 Decode. E4M3's sign, exponent and mantissa are moved into BF16's fields, which gives value * 2**-120, subnormals
 included; one BF16 multiply by 2**120 makes it exact. Where every block scale is a power of two in range, that multiply
