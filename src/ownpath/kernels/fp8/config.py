@@ -48,7 +48,7 @@ _SHARED_SOURCES = (
 
 @dataclass(frozen=True)
 class Shares:
-    """How the CTAs of a cluster that split K divide the sums of a tile, which each adds up for itself.
+    """The division of a tile's sums among the CTAs of a cluster that split K.
 
     A thread has ``num_parts`` parts of four sums; every ``width`` of them have the same owner. num_threads: of a CTA.
     """

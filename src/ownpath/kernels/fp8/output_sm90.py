@@ -47,8 +47,8 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Inbox:
-    """Where a CTA gets its parts of the other CTAs' sums. barrier: counts their bytes; for one use."""
+class ClusterSums:
+    """The place where a CTA gets its parts of the other CTAs' sums. barrier: counts their bytes; for one use."""
 
     shares: Shares
     sums: cute.Pointer

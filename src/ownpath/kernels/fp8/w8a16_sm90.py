@@ -37,7 +37,7 @@ from ownpath.kernels.dsl.warpgroup import Operands, Thread, decoded_mma, shared_
 from ownpath.kernels.fp8 import ptx as fp8_ptx
 from ownpath.kernels.fp8.config import BLOCK_K, CHUNK_K, ENTRY_BYTES, MAX_K_BLOCKS, W8A16_REGISTERS, WG, W8A16Config
 from ownpath.kernels.fp8.layout import BLOCK_BYTES
-from ownpath.kernels.fp8.output_sm90 import Inbox, Output, RowBlock
+from ownpath.kernels.fp8.output_sm90 import ClusterSums, Output, RowBlock
 
 Words = tuple[Uint32, Uint32, Uint32, Uint32]
 """16 bytes of shared memory."""
@@ -141,15 +141,15 @@ class W8A16:
         return Stages(tokens, weights, scales, Pipeline.allocate(cfg.num_stages))
 
     @cute.jit
-    def open_inbox(self, stages: Stages, thread: Int32, cta: Int32) -> Inbox:
+    def open_inbox(self, stages: Stages, thread: Int32, cta: Int32) -> ClusterSums:
         """Makes the place where the cluster's other CTAs put sums, beside the ring or, without room, over it."""
         cfg = self.cfg
-        inbox = Inbox(cfg.shares, cute.recast_ptr(stages.tokens, dtype=Uint8), stages.pipeline.full)
+        inbox = ClusterSums(cfg.shares, cute.recast_ptr(stages.tokens, dtype=Uint8), stages.pipeline.full)
         if cutlass.const_expr(cfg.cluster_k > 1):
             sums = inbox.sums
             if cutlass.const_expr(cfg.has_inbox):
                 sums = cute.arch.alloc_smem(Uint8, cfg.shares.num_bytes, 128)
-            inbox = Inbox(cfg.shares, sums, cute.arch.alloc_smem(Int64, 1, 8))
+            inbox = ClusterSums(cfg.shares, sums, cute.arch.alloc_smem(Int64, 1, 8))
             if thread == 0:
                 cute.arch.mbarrier_init(inbox.barrier, 1)
                 cute.arch.mbarrier_init_fence()
@@ -227,7 +227,7 @@ class W8A16:
             ring.advance()
 
     @cute.jit
-    def consume(self, tile: CtaTile, operands: Operands, output: Output, inbox: Inbox) -> None:
+    def consume(self, tile: CtaTile, operands: Operands, output: Output, inbox: ClusterSums) -> None:
         """Multiplies a warpgroup's row blocks by the tile's tokens, then reduces and stores."""
         cfg = self.cfg
         totals = [cute.make_rmem_tensor(cfg.num_n // 2, Float32) for _ in range(self.per_wg)]
@@ -375,7 +375,7 @@ class W8A16:
 
     @cute.jit
     def reduce_and_store(
-        self, totals: list[cute.Tensor], tile: CtaTile, operands: Operands, output: Output, inbox: Inbox
+        self, totals: list[cute.Tensor], tile: CtaTile, operands: Operands, output: Output, inbox: ClusterSums
     ) -> None:
         """Adds the cluster's sums in rank order, each CTA a share of the pieces, and writes BF16."""
         cfg, thread = self.cfg, operands.thread

@@ -32,7 +32,7 @@ from ownpath.kernels.dsl.warpgroup import Thread, shared_operand, wgmma
 from ownpath.kernels.fp8 import ptx as fp8_ptx
 from ownpath.kernels.fp8.config import ACT_STRIDE, ENTRY_BYTES, W8A8_REGISTERS, WG, W8A8Config
 from ownpath.kernels.fp8.layout import ACT_BLOCK_BYTES, BLOCK_BYTES
-from ownpath.kernels.fp8.output_sm90 import Inbox, Output, RowBlock
+from ownpath.kernels.fp8.output_sm90 import ClusterSums, Output, RowBlock
 
 TILE_N = 128
 Scales = tuple[Float32, Float32]
@@ -140,13 +140,13 @@ class W8A8:
         return Stages(acts, weights, scales, Pipeline.allocate(cfg.num_stages, cfg.cluster_n))
 
     @cute.jit
-    def open_inbox(self, stages: Stages, thread: Int32, cta: Int32) -> Inbox:
+    def open_inbox(self, stages: Stages, thread: Int32, cta: Int32) -> ClusterSums:
         """Makes the place where the cluster's other CTAs put sums."""
         cfg = self.cfg
-        inbox = Inbox(cfg.shares, stages.tokens, stages.pipeline.full)
+        inbox = ClusterSums(cfg.shares, stages.tokens, stages.pipeline.full)
         if cutlass.const_expr(cfg.cluster_k > 1):
             sums = cute.arch.alloc_smem(Uint8, cfg.shares.num_bytes, 128)
-            inbox = Inbox(cfg.shares, sums, cute.arch.alloc_smem(Int64, 1, 8))
+            inbox = ClusterSums(cfg.shares, sums, cute.arch.alloc_smem(Int64, 1, 8))
             if thread == 0:
                 cute.arch.mbarrier_init(inbox.barrier, 1)
                 cute.arch.mbarrier_init_fence()
@@ -215,7 +215,7 @@ class W8A8:
                 ring.advance()
 
     @cute.jit
-    def consume(self, tiles: CtaTiles, stages: Stages, output: Output, thread: Thread, inbox: Inbox) -> None:
+    def consume(self, tiles: CtaTiles, stages: Stages, output: Output, thread: Thread, inbox: ClusterSums) -> None:
         """Computes a warpgroup's 64-token blocks of every tile."""
         cfg = self.cfg
         mma = make_trivial_tiled_mma(
@@ -284,7 +284,7 @@ class W8A8:
                     total[at] = total[at] + factors[idx // 2] * sums[at]
 
     @cute.jit
-    def share_sums(self, totals: list[cute.Tensor], tiles: CtaTiles, thread: Thread, inbox: Inbox) -> None:
+    def share_sums(self, totals: list[cute.Tensor], tiles: CtaTiles, thread: Thread, inbox: ClusterSums) -> None:
         """Sends the cluster's other CTAs their sums, and waits for this one's. A cluster has one tile."""
         fp8_ptx.cluster_wait()
         for part in cutlass.range_constexpr(self.cfg.shares.num_parts):
@@ -292,7 +292,7 @@ class W8A8:
             inbox.send(part, values, tiles.k_rank, thread.wg_m * WG + thread.idx)
         inbox.wait()
 
-    def added_sums(self, totals: list[cute.Tensor], thread: Thread, inbox: Inbox, part: int) -> list[Float32]:
+    def added_sums(self, totals: list[cute.Tensor], thread: Thread, inbox: ClusterSums, part: int) -> list[Float32]:
         """Adds up eight sums of one of this thread's 64-token blocks over the cluster."""
         found: list[Float32] = []
         for at in (part, part + 1):
@@ -308,7 +308,7 @@ class W8A8:
         tiles: CtaTiles,
         output: Output,
         thread: Thread,
-        inbox: Inbox,
+        inbox: ClusterSums,
     ) -> None:
         """Writes a warpgroup's part of a tile, 16 features of 64 tokens at a time; of a split K, this CTA's share."""
         cfg = self.cfg
