@@ -21,7 +21,7 @@ import triton.backends.nvidia.compiler as nvidia
 
 from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.cache import compile_missing, stem
-from ownpath.kernels.fp8.choose import fp8_table, w8a8_configs, w8a16_configs
+from ownpath.kernels.fp8.choose import fp8_table, quantize_configs, w8a8_configs, w8a16_configs
 from ownpath.kernels.fp8.config import QuantizeConfig, W8A8Config, W8A16Config, w8a8_stages, w8a16_stages
 from ownpath.kernels.nvfp4.choose import choose_linear, fit, linear_config, linear_table, moe_choice, moe_table
 from ownpath.kernels.nvfp4.config import AlignConfig, CombineConfig, GemmConfig, PermuteConfig
@@ -66,7 +66,7 @@ def linear_kernels() -> Iterator[Config]:
 
 def fp8_kernels() -> Iterator[Config]:
     """Yields FP8 products: the table's, and the rules' for V4's matrices, scales that do not fold, and uneven rows."""
-    yield from (QuantizeConfig(power_of_two, num_k) for power_of_two in (False, True) for num_k in (1, 2))
+    yield from (config for power_of_two in (False, True) for config in quantize_configs(power_of_two))
     shapes = {(2 * -(-rows // 128), -(-cols // 128)) for rows, cols in MATRICES} | set(fp8_table())
     for shape in sorted(shapes):
         for folded, ragged in ((True, False), (False, False), (False, True)):
@@ -74,7 +74,7 @@ def fp8_kernels() -> Iterator[Config]:
             for invariant in (False, True):
                 yield from w8a16_configs(key, SMS, None, invariant)
             yield from w8a8_configs(key)
-    yield from (W8A8Config(2, 1, w8a8_stages(2), 2, ragged=ragged) for ragged in (False, True))
+    yield from (W8A8Config(2, 1, w8a8_stages(2, 1), 2, ragged=ragged) for ragged in (False, True))
 
 
 def few_kernels() -> Iterator[Config]:
@@ -94,8 +94,8 @@ def few_kernels() -> Iterator[Config]:
         stages = w8a16_stages(4, num_n)
         yield W8A16Config(4, num_n, stages, 1 + 3 * folded, folded, ragged, wgmma=wgmma)
     yield W8A16Config(2, 32, 4, 2, True, per_sm=2, wgmma=True)
-    yield from (W8A8Config(2, 2, w8a8_stages(4), 1), W8A8Config(2, 1, w8a8_stages(2), 2, ragged=True))
-    yield W8A8Config(2, 1, w8a8_stages(2), 1, 4)
+    yield from (W8A8Config(2, 2, w8a8_stages(2, 2), 1), W8A8Config(2, 1, w8a8_stages(2, 1), 2, ragged=True))
+    yield W8A8Config(2, 1, w8a8_stages(2, 1, 4), 1, 4)
     yield from (QuantizeConfig(power_of_two) for power_of_two in (False, True))
 
 

@@ -6,8 +6,8 @@ import pytest
 from support.covering import covering, slow_beside
 from support.disassembled import sass, usage
 
-from ownpath.kernels.fp8.choose import w8a8_config, w8a8_configs, w8a16_config, w8a16_configs
-from ownpath.kernels.fp8.config import CTA_SMEM, MAX_SMEM, Fp8Config, QuantizeConfig, W8A8Config, W8A16Config
+from ownpath.kernels.fp8.choose import quantize_configs, w8a8_config, w8a8_configs, w8a16_config, w8a16_configs
+from ownpath.kernels.fp8.config import CTA_SMEM, MAX_SMEM, Fp8Config, W8A8Config, W8A16Config
 from ownpath.kernels.grouped.choose import choices
 
 SMS = 132
@@ -18,7 +18,7 @@ WEIGHTS = ((24, 32, True, False), (512, 8, True, False), (64, 64, True, False), 
 
 def configs() -> list[Fp8Config]:
     """Returns every kernel that the table and the rules can choose for these weights."""
-    found: list[Fp8Config] = [QuantizeConfig(power_of_two, num_k) for power_of_two in (True, False) for num_k in (1, 2)]
+    found: list[Fp8Config] = [*quantize_configs(True), *quantize_configs(False)]
     for weight in WEIGHTS:
         found += [*w8a16_configs(weight, SMS, None, False), *w8a16_configs(weight, SMS, None, True)]
         found += w8a8_configs(weight)

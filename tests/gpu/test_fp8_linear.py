@@ -14,7 +14,7 @@ from ownpath.conformance.quant_weights import draw_rows, draw_weights
 from ownpath.formats import FP8_BLOCK
 from ownpath.kernels.contract import Config, StoredLinear
 from ownpath.kernels.fp8.cases import AMPLITUDES, CASES, NUM_ROWS, Fp8Case
-from ownpath.kernels.fp8.choose import knobs_config
+from ownpath.kernels.fp8.choose import knobs_config, quantize_configs
 from ownpath.kernels.fp8.config import QuantizeConfig, W8A8Config, W8A16Config
 from ownpath.kernels.fp8.layout import ACT_BLOCK_BYTES, pack_fp8, unpack_blocks
 from ownpath.kernels.fp8.ref import quantize_rows
@@ -180,10 +180,12 @@ def test_quantised_blocks_are_the_definition(case: Fp8Case, cuda: torch.device) 
             num_blocks = -(-case.width // 128)
             workspace = torch.full((workspace_bytes(num_rows, num_blocks),), 255, dtype=torch.uint8, device=cuda)
             is_power_of_two = case.scales != "float32"
-            quantize_launch(QuantizeConfig(is_power_of_two), x, workspace, num_blocks)
-            by_twos = torch.full_like(workspace, 255)
-            quantize_launch(QuantizeConfig(is_power_of_two, 2), x, by_twos, num_blocks)
-            assert torch.equal(by_twos, workspace)
+            first, *others = quantize_configs(is_power_of_two)
+            quantize_launch(first, x, workspace, num_blocks)
+            for other in others:
+                again = torch.full_like(workspace, 255)
+                quantize_launch(other, x, again, num_blocks)
+                assert torch.equal(again, workspace), other.name
             blocks = workspace.view(-1, num_blocks, ACT_BLOCK_BYTES)
             codes, scale = quantize_rows(x, is_power_of_two)
             found = unpack_blocks(blocks[..., :8192].contiguous(), torch.arange(64), num_rows, num_blocks * 128)

@@ -19,8 +19,7 @@ from ownpath.conformance.quant_weights import draw_weights
 from ownpath.kernels.dsl.cache import CompileError, Config, cache_dir, compile_missing
 from ownpath.kernels.fp8 import linear as fp8_linear
 from ownpath.kernels.fp8.cases import Fp8Case
-from ownpath.kernels.fp8.choose import WeightKey, w8a8_config, w8a16_config
-from ownpath.kernels.fp8.config import QuantizeConfig
+from ownpath.kernels.fp8.choose import WeightKey, quantize_configs, w8a8_config, w8a16_config
 from ownpath.kernels.fp8.launch import weight_key
 from ownpath.kernels.fp8.layout import PackedFp8, pack_fp8
 from ownpath.kernels.nvfp4.choose import choose_linear, choose_moe
@@ -73,7 +72,7 @@ def w8a16_configs(case: Fp8Case, counts: Iterable[int], is_invariant: bool = Fal
 
 def w8a8_configs(case: Fp8Case, counts: Iterable[int]) -> Iterator[Config]:
     """Of the FP8 linear for many rows."""
-    yield from (QuantizeConfig(packed(case).power_of_two, num_k) for num_k in (1, 2))
+    yield from quantize_configs(packed(case).power_of_two)
     for count in counts:
         yield w8a8_config(count, _weight_key(case), fp8_linear.num_sms(0))
 

@@ -19,7 +19,7 @@ from ownpath.kernels.fp8.choose import (
     w8a16_config,
     w8a16_configs,
 )
-from ownpath.kernels.fp8.config import CTA_SMEM, TOKEN_TILES, QuantizeConfig, W8A8Config, W8A16Config, w8a16_stages
+from ownpath.kernels.fp8.config import TOKEN_TILES, QuantizeConfig, W8A8Config, W8A16Config, w8a16_stages_of
 from ownpath.kernels.fp8.spec import PREFILL_FROM
 
 SMS = 132
@@ -38,6 +38,8 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "tokens=16,rows=4096,cols=4096": {"config": FEW},
     "tokens=2048,rows=4096,cols=4096": {"config": LONG},
 }
+
+FEW_OF_THREE = W8A16Config(2, 32, 4, 3, folded=True)
 
 
 @pytest.fixture
@@ -68,9 +70,9 @@ def rule(num_tokens: int, key: WeightKey, entries: dict[str, Any]) -> W8A16Confi
 
 def test_an_entry_holds_for_its_tokens_and_fewer(entries: dict[str, dict[str, Any]]) -> None:
     entries.update(ENTRIES)
-    stages = w8a16_stages(1, 16, CTA_SMEM[3])
+    stages = w8a16_stages_of(1, 16, 4, 3, 1)
     few = W8A16Config(1, 16, stages, 4, folded=True, per_sm=3, consumers=1)
-    more = W8A16Config(4, 64, w8a16_stages(4, 64, CTA_SMEM[1]), 7, folded=True, wgmma=True)
+    more = W8A16Config(4, 64, w8a16_stages_of(4, 64, 7, 1, 2), 7, folded=True, wgmma=True)
     for num_tokens in (1, 8, 9, 16):
         assert w8a16_config(num_tokens, TUNED, SMS) == few
     for num_tokens in (17, 32, 64):
@@ -149,7 +151,7 @@ def test_what_is_compiled_first_covers_every_count(
         (LONG | {"cluster_k": 4}, "cluster_n=2 with cluster_k=4"),
         (LONG | {"cluster_n": 1, "cluster_k": 0}, "cluster_k=0"),
         (LONG | {"cluster_n": 1, "cluster_k": 9}, "cluster_k=9"),
-        (LONG | {"cluster_n": 1, "cluster_k": 2, "num_stages": 3}, "num_stages=3"),
+        (LONG | {"cluster_n": 1, "cluster_k": 8, "num_stages": 4}, "num_stages=4"),
         ({"num_n": 8}, "knobs num_n instead of"),
         (LONG | {"depth": 2}, "depth"),
     ],
@@ -177,10 +179,29 @@ def test_few_rows_split_k_until_the_device_is_full() -> None:
 
 def test_a_quantiser_takes_two_blocks_where_one_each_is_too_many_ctas() -> None:
     """132 SMs have places for 1056. 2048 x 4096: 2048 CTAs of one block, 1024 of two; x 8192: twice as many."""
-    assert quantize_config(2048, 32, SMS, True) == QuantizeConfig(True, 2)
-    assert quantize_config(2048, 32, SMS, True).grid(2048, 32) == 1024
-    assert quantize_config(2048, 64, SMS, True) == QuantizeConfig(True)
-    assert quantize_config(256, 32, SMS, False) == QuantizeConfig(False)
+    product = W8A8Config(3, 1, 4, 1)
+    two = quantize_config(product, 2048, (24, 32, True, False), SMS, True)
+    assert two == QuantizeConfig(True, 2)
+    assert two.grid(2048, 32) == (16, 64, 1)
+    assert quantize_config(product, 2048, (24, 64, True, False), SMS, True) == QuantizeConfig(True)
+
+
+def test_a_quantiser_is_spread_where_the_product_fills_the_device() -> None:
+    """256 rows. 1536 features with K in four: 96 CTAs leave 36 SMs. 4096 with K in two: 128 leave four."""
+    assert quantize_config(W8A8Config(2, 1, 5, 1, 4), 256, (24, 32, True, False), SMS, False) == QuantizeConfig(False)
+    product = W8A8Config(2, 1, 5, 1, 2)
+    assert quantize_config(product, 256, (64, 16, True, False), SMS, True) == QuantizeConfig(True, is_spread=True)
+    assert quantize_config(product, 256, (64, 64, True, False), SMS, True) == QuantizeConfig(True), "512 CTAs"
+
+
+@pytest.mark.parametrize("config", [W8A8Config(2, 1, 5, 1, 4), W8A8Config(3, 1, 3, 1, 8), FEW_OF_THREE], ids=str)
+def test_parts_of_a_cluster_have_places_of_their_own(config: W8A8Config | W8A16Config) -> None:
+    shares = config.shares
+    step = shares.num_threads * 16
+    for rank in range(shares.cluster_k):
+        mine = [part for part in range(shares.num_parts) if shares.owner(part) == rank]
+        assert [shares.place(part) for part in mine] == [step * idx for idx in range(len(mine))]
+        assert step * len(mine) <= shares.slot_bytes
 
 
 def test_the_package_s_table_is_valid() -> None:

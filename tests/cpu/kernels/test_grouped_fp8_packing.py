@@ -96,7 +96,16 @@ def test_ctas_of_few_tokens_run_at_once(num_groups: int, num_ctas: int) -> None:
 
 @pytest.mark.parametrize(
     ("num_tokens", "tile"),
-    [(65, (2, 2)), (128, (2, 2)), (256, (2, 1)), (512, (4, 1)), (2048, (4, 1)), (8192, (4, 1))],
+    [
+        (65, (2, 2)),
+        (128, (2, 2)),
+        (256, (2, 1)),
+        (384, (4, 1)),
+        (640, (2, 1)),
+        (1024, (4, 1)),
+        (2048, (4, 1)),
+        (8192, (4, 1)),
+    ],
 )
 def test_tiles_grow_where_they_fill_the_device(num_tokens: int, tile: tuple[int, int]) -> None:
     """V4-Flash's eight groups: row blocks of a CTA, and CTAs that share K. Apart from scales that fold, two at most."""

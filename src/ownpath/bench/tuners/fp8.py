@@ -25,7 +25,7 @@ from ownpath.kernels.dsl.cache import CompileError
 from ownpath.kernels.dsl.driver import CudaError
 from ownpath.kernels.fp8.choose import CLUSTERS, TABLE, WGMMA_FROM, knobs_config, quantize_config, w8a16_shape
 from ownpath.kernels.fp8.config import W8A8Config, W8A16Config, w8a8_stages
-from ownpath.kernels.fp8.launch import quantize_launch, w8a8_launch, w8a16_launch, workspace_bytes
+from ownpath.kernels.fp8.launch import quantize_launch, w8a8_launch, w8a16_launch, weight_key, workspace_bytes
 from ownpath.kernels.fp8.layout import PackedFp8, pack_fp8
 from ownpath.kernels.fp8.ref import quantize_rows
 
@@ -86,10 +86,10 @@ def many(tokens: int) -> list[Candidate]:
     CTAs, and with one stage fewer."""
     found: list[Candidate] = []
     for warpgroups, num_m64 in TILES_OF_MANY:
-        stages = w8a8_stages(warpgroups * num_m64)
+        stages = w8a8_stages(warpgroups, num_m64)
         kinds = [(1, 1, stages), (2, 1, stages), (1, 1, stages - 1)]
         if tokens <= SPLIT_UP_TO:
-            kinds = [(1, cluster_k, stages) for cluster_k in (1, *SPLITS)]
+            kinds = [(1, cluster_k, w8a8_stages(warpgroups, num_m64, cluster_k)) for cluster_k in (1, *SPLITS)]
         for cluster_n, cluster_k, num_stages in kinds:
             named = {"warpgroups": warpgroups, "num_m64": num_m64, "cluster_n": cluster_n, "cluster_k": cluster_k}
             found.append(named | {"num_stages": num_stages})
@@ -157,7 +157,7 @@ def _call(kernel: W8A16Config | W8A8Config, x: Tensor, out: Tensor, workspace: T
     if isinstance(kernel, W8A16Config):
         w8a16_launch(kernel, x, weight, out)
     else:
-        quantizer = quantize_config(len(x), weight.num_k_blocks, SMS, weight.power_of_two)
+        quantizer = quantize_config(kernel, len(x), weight_key(weight), SMS, weight.power_of_two)
         quantize_launch(quantizer, x, workspace, weight.num_k_blocks)
         w8a8_launch(kernel, workspace, weight, out)
 

@@ -9,19 +9,19 @@ that fold and rows that 4 divides, and serve only such weights.
 import json
 from collections.abc import Mapping
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from ownpath.kernels.fp8.config import (
     CTA_SMEM,
     MAX_K_BLOCKS,
-    MAX_SMEM,
     TOKEN_TILES,
     QuantizeConfig,
     W8A8Config,
     W8A16Config,
     w8a8_stages,
-    w8a16_stages,
+    w8a16_stages_of,
 )
 
 TABLE = Path(__file__).parent / "tuned" / "fp8.json"
@@ -79,7 +79,7 @@ def w8a16_shape(num_n: int, key: WeightKey, sms: int, wgmma: bool) -> W8A16Confi
             waves = -(-groups // max(1, clusters * sms // 132))
             best = min(best, (waves * (per_cta * num_m64 + WAVE_BLOCKS), -num_m64, cluster_k))
     num_m64, cluster_k = -best[1], best[2]
-    stages = w8a16_stages(num_m64, num_n, MAX_SMEM)
+    stages = w8a16_stages_of(num_m64, num_n, cluster_k, per_sm=1, consumers=2)
     return W8A16Config(num_m64, num_n, stages, cluster_k, folded, ragged, wgmma=wgmma)
 
 
@@ -96,15 +96,27 @@ def w8a8_config(num_tokens: int, key: WeightKey, sms: int) -> W8A8Config:
     return min(shapes, key=lambda config: _w8a8_steps(config, num_tokens, key, sms))
 
 
-def quantize_config(num_tokens: int, num_k_blocks: int, sms: int, power_of_two: bool) -> QuantizeConfig:
-    """Chooses the quantiser in front of W8A8: two blocks a CTA where that brings its CTAs to one for each place.
+def quantize_config(
+    product: W8A8Config, num_tokens: int, key: WeightKey, sms: int, power_of_two: bool
+) -> QuantizeConfig:
+    """Chooses the quantiser in front of a product: two blocks a CTA where that brings its CTAs to one for each place.
 
-    The product's CTAs may start when all of the quantiser's have. Two blocks are slower alone.
+    The product's CTAs may start when all of the quantiser's have. Two blocks are slower alone. Where the product before
+    fills the device, the few SMs that it leaves first would get most of the quantiser's CTAs: those are spread.
     """
-    one, two = QuantizeConfig(power_of_two), QuantizeConfig(power_of_two, 2)
+    num_row_blocks, num_k_blocks, _, _ = key
+    one, two, spread = quantize_configs(power_of_two)
     places = QUANTIZE_PER_SM * sms
-    is_two = two.grid(num_tokens, num_k_blocks) <= places < one.grid(num_tokens, num_k_blocks)
+    is_full = product.grid(num_tokens, num_row_blocks, sms) > sms * 9 // 10
+    if is_full and prod(one.grid(num_tokens, num_k_blocks)) <= 2 * sms:
+        return spread
+    is_two = prod(two.grid(num_tokens, num_k_blocks)) <= places < prod(one.grid(num_tokens, num_k_blocks))
     return two if is_two else one
+
+
+def quantize_configs(power_of_two: bool) -> tuple[QuantizeConfig, QuantizeConfig, QuantizeConfig]:
+    """Returns every result of ``quantize_config``: one block a CTA, two, and one spread."""
+    return QuantizeConfig(power_of_two), QuantizeConfig(power_of_two, 2), QuantizeConfig(power_of_two, is_spread=True)
 
 
 def _w8a8_steps(config: W8A8Config, num_tokens: int, key: WeightKey, sms: int) -> int:
@@ -120,7 +132,7 @@ def _w8a8_steps(config: W8A8Config, num_tokens: int, key: WeightKey, sms: int) -
 
 def w8a8_shape(warpgroups: int, num_m64: int, cluster_k: int, ragged: bool) -> W8A8Config:
     """Returns the kernel with tiles of 64 * warpgroups * num_m64 tokens and as many stages as fit."""
-    return W8A8Config(warpgroups, num_m64, w8a8_stages(warpgroups * num_m64), 1, cluster_k, ragged)
+    return W8A8Config(warpgroups, num_m64, w8a8_stages(warpgroups, num_m64, cluster_k), 1, cluster_k, ragged)
 
 
 def w8a16_configs(key: WeightKey, sms: int, prefill_from: int | None, is_batch_invariant: bool) -> list[W8A16Config]:
@@ -192,5 +204,6 @@ def knobs_config(knobs: Mapping[str, Any], num_k_blocks: int) -> W8A16Config | W
         return W8A8Config(**knobs)
     if knobs["per_sm"] not in CTA_SMEM:
         raise ValueError(f"per_sm={knobs['per_sm']}: 1 to {max(CTA_SMEM)} CTAs")
-    stages = w8a16_stages(knobs["num_m64"], knobs["num_n"], CTA_SMEM[knobs["per_sm"]])
+    shape = (knobs[name] for name in ("num_m64", "num_n", "cluster_k", "per_sm", "consumers"))
+    stages = w8a16_stages_of(*shape)
     return W8A16Config(num_stages=stages, folded=True, **knobs)

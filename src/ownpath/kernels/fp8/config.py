@@ -13,6 +13,8 @@ MAX_SMEM = 232448
 MAX_K_BLOCKS = 64
 QUANTIZE_ROWS = 32
 QUANTIZE_THREADS = 8 * QUANTIZE_ROWS
+QUANTIZE_SPREAD_BYTES = 114688
+"""Shared memory that a spread CTA of the quantiser takes so that two fill an SM."""
 CTA_SMEM = {1: MAX_SMEM, 2: 114688, 3: 76288, 4: 56832}
 """CTAs per SM -> bytes of shared memory for each."""
 W8A16_REGISTERS = {
@@ -32,16 +34,48 @@ MAX_CLUSTER = 8
 TOKEN_TILES = (8, 16, 32, 64, 128)
 ACT_STRIDE = 9216
 """Activation blocks start at multiples of 1024, as the swizzle needs: 8192 bytes, 256 of scales, a gap."""
-STAGES_OF_SUMS = 4
-"""Stages whose activations leave room for a tile's float32 sums, which a cluster's CTAs read from each other."""
+FEWEST_STAGES, FEWEST_STAGES_OF_FEW, FEW = 3, 2, 16
+"""Stages that W8A16 keeps where the sums of the cluster's other CTAs get a place beside the ring, not over it; the
+same for tiles of few tokens, and how many are few. Measured on an H200."""
 
 assert ACT_BLOCK_BYTES <= ACT_STRIDE
-assert STAGES_OF_SUMS * ACT_STRIDE >= BLOCK_K * 64 * 4
 
 _SHARED_SOURCES = (
     *(f"fp8/{name}.py" for name in ("output_sm90", "ptx", "config", "layout")),
     *(f"dsl/{name}.py" for name in ("pipeline", "warpgroup", "ptx")),
 )
+
+
+@dataclass(frozen=True)
+class Shares:
+    """The division of a tile's sums among the CTAs of a cluster that split K.
+
+    A thread has ``num_parts`` parts of four sums; every ``width`` of them have the same owner. num_threads: of a CTA.
+    """
+
+    cluster_k: int
+    num_parts: int
+    width: int
+    num_threads: int
+
+    def owner(self, part: int) -> int:
+        """Returns the rank of the CTA that adds a part up and writes it."""
+        return part // self.width % self.cluster_k
+
+    def place(self, part: int) -> int:
+        """Returns the byte of a part among those that its owner gets from one CTA, for the first thread."""
+        turn = part // (self.width * self.cluster_k)
+        return (turn * self.width + part % self.width) * self.num_threads * 16
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes that a CTA gets from one other, at most."""
+        return -(-self.num_parts // (self.width * self.cluster_k)) * self.width * self.num_threads * 16
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that a CTA gets from all others, at most."""
+        return (self.cluster_k - 1) * self.slot_bytes
 
 
 @dataclass(frozen=True)
@@ -78,6 +112,23 @@ class W8A16Config:
         stages = w8a16_stages(self.num_m64, self.num_n, CTA_SMEM[self.per_sm])
         if not 2 <= self.num_stages <= stages:
             raise ValueError(f"num_stages={self.num_stages}: at least 2, at most {stages} fit shared memory")
+        # Two stages hold 2 * (8192 num_m64 + 256 num_n) bytes, sums 256 num_m64 num_n at most, rounded up for few.
+        assert self.has_inbox or self.shares.num_bytes <= self.ring_bytes
+
+    @property
+    def shares(self) -> Shares:
+        num_parts = self.num_m64 // self.consumers * self.num_n // 8
+        return Shares(self.cluster_k, num_parts, 1, self.consumers * WG)
+
+    @property
+    def ring_bytes(self) -> int:
+        return self.num_stages * (self.num_m64 * BLOCK_BYTES + self.num_n * BLOCK_K * 2)
+
+    @property
+    def has_inbox(self) -> bool:
+        """The sums of the cluster's other CTAs have a place beside the ring, so that they need not wait for its end."""
+        budget = CTA_SMEM[self.per_sm] - self.shares.num_bytes
+        return self.cluster_k > 1 and self.num_stages <= w8a16_stages(self.num_m64, self.num_n, budget)
 
     @property
     def name(self) -> str:
@@ -129,9 +180,13 @@ class W8A8Config:
             raise ValueError(f"cluster_k={self.cluster_k}: clusters have 1 to {MAX_CLUSTER} CTAs")
         if self.cluster_n > 1 and self.cluster_k > 1:
             raise ValueError(f"cluster_n={self.cluster_n} with cluster_k={self.cluster_k}: a cluster has one of them")
-        stages, fewest = w8a8_stages(self.m64_per_tile), 2 if self.cluster_k == 1 else STAGES_OF_SUMS
-        if not fewest <= self.num_stages <= stages:
-            raise ValueError(f"num_stages={self.num_stages}: at least {fewest}, at most {stages} fit shared memory")
+        stages = w8a8_stages(self.warpgroups, self.num_m64, self.cluster_k)
+        if not 2 <= self.num_stages <= stages:
+            raise ValueError(f"num_stages={self.num_stages}: at least 2, at most {stages} fit shared memory")
+
+    @property
+    def shares(self) -> Shares:
+        return w8a8_shares(self.warpgroups, self.num_m64, self.cluster_k)
 
     @property
     def name(self) -> str:
@@ -167,15 +222,17 @@ class W8A8Config:
 @dataclass(frozen=True)
 class QuantizeConfig:
     """power_of_two: activation scales are powers of two (``ue8m0``); otherwise any float32. num_k: blocks of K of each
-    CTA, 1 or 2."""
+    CTA, 1 or 2. is_spread: an SM holds two CTAs at most."""
 
     power_of_two: bool
     num_k: int = 1
+    is_spread: bool = False
     compiler: ClassVar[str] = "fp8.quantize_sm90:compile_quantize"
 
     @property
     def name(self) -> str:
-        return f"fp8_quantize_{'ue8m0' if self.power_of_two else 'fp32'}{'_k2' if self.num_k == 2 else ''}"
+        form = ("_k2" if self.num_k == 2 else "") + ("_spread" if self.is_spread else "")
+        return f"fp8_quantize_{'ue8m0' if self.power_of_two else 'fp32'}{form}"
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -185,8 +242,8 @@ class QuantizeConfig:
     def num_threads(self) -> int:
         return QUANTIZE_THREADS
 
-    def grid(self, num_tokens: int, num_k_blocks: int) -> int:
-        return -(-num_tokens // QUANTIZE_ROWS) * -(-num_k_blocks // self.num_k)
+    def grid(self, num_tokens: int, num_k_blocks: int) -> tuple[int, int, int]:
+        return -(-num_k_blocks // self.num_k), -(-num_tokens // QUANTIZE_ROWS), 1
 
     @property
     def cluster(self) -> int:
@@ -199,9 +256,24 @@ def w8a16_stages(num_m64: int, num_n: int, budget: int = MAX_SMEM) -> int:
     return min(12, (budget - fixed) // (num_m64 * BLOCK_BYTES + num_n * BLOCK_K * 2 + 16))
 
 
-def w8a8_stages(m64_per_tile: int) -> int:
-    """Returns the number of stages that fit an SM's shared memory."""
-    return (MAX_SMEM - 1024) // (m64_per_tile * ACT_STRIDE + 2 * (BLOCK_BYTES + ENTRY_BYTES) + 16)
+def w8a16_stages_of(num_m64: int, num_n: int, cluster_k: int, per_sm: int, consumers: int) -> int:
+    """Returns the number of stages that fit, beside the cluster's sums where that leaves enough of them."""
+    shares = Shares(cluster_k, num_m64 // consumers * num_n // 8, 1, consumers * WG)
+    beside = w8a16_stages(num_m64, num_n, CTA_SMEM[per_sm] - shares.num_bytes)
+    is_enough = beside >= (FEWEST_STAGES_OF_FEW if num_n <= FEW else FEWEST_STAGES)
+    return beside if is_enough else w8a16_stages(num_m64, num_n, CTA_SMEM[per_sm])
+
+
+def w8a8_shares(warpgroups: int, num_m64: int, cluster_k: int) -> Shares:
+    """Returns how a cluster divides a tile of 64 * warpgroups * num_m64 tokens by 128 features."""
+    return Shares(cluster_k, 16 * num_m64, 2, warpgroups * WG)
+
+
+def w8a8_stages(warpgroups: int, num_m64: int, cluster_k: int = 1) -> int:
+    """Returns the number of stages that fit an SM's shared memory, beside the sums of the cluster's other CTAs."""
+    sums = w8a8_shares(warpgroups, num_m64, cluster_k).num_bytes
+    stage = warpgroups * num_m64 * ACT_STRIDE + 2 * (BLOCK_BYTES + ENTRY_BYTES) + 16
+    return (MAX_SMEM - 1024 - sums) // stage
 
 
 Fp8Config = W8A16Config | W8A8Config | QuantizeConfig

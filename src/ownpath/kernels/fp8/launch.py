@@ -67,8 +67,7 @@ class QuantizeLaunch:
         self._pointers = Pointers(2)
         sizes = (rows.count, width, rows.x_pitch, num_k_blocks)
         args: tuple[Argument, ...] = (*self._pointers.arguments, *map(c_int, sizes))
-        grid = config.grid(rows.count, num_k_blocks)
-        self._launch = Launch(load(config, device_index), (grid, 1, 1), args)
+        self._launch = Launch(load(config, device_index), config.grid(rows.count, num_k_blocks), args)
 
     def start(self, x: int, workspace: int, stream: int) -> None:
         """Launches with the given addresses."""

@@ -15,12 +15,13 @@ from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.fp8.choose import (
     WeightKey,
     quantize_config,
+    quantize_configs,
     w8a8_config,
     w8a8_configs,
     w8a16_config,
     w8a16_configs,
 )
-from ownpath.kernels.fp8.config import MAX_K_BLOCKS, Fp8Config, QuantizeConfig
+from ownpath.kernels.fp8.config import MAX_K_BLOCKS, Fp8Config
 from ownpath.kernels.fp8.launch import (
     ROWS_PER_WORKSPACE_BLOCK,
     QuantizeLaunch,
@@ -75,9 +76,10 @@ class _W8A8Passes:
         self.out = _new_output(weight, rows)
         for start in range(0, rows.count, step):
             part = Rows(min(step, rows.count - start), rows.x_pitch, rows.out_pitch)
-            config = quantize_config(part.count, num_k_blocks, sms, weight.power_of_two)
-            quantize = QuantizeLaunch(config, weight.in_features, num_k_blocks, part, device_index)
-            product = W8A8Launch(w8a8_config(part.count, key, sms), weight, part)
+            config = w8a8_config(part.count, key, sms)
+            first = quantize_config(config, part.count, key, sms, weight.power_of_two)
+            quantize = QuantizeLaunch(first, weight.in_features, num_k_blocks, part, device_index)
+            product = W8A8Launch(config, weight, part)
             self._passes.append((quantize, product, 2 * start * rows.x_pitch, 2 * start * rows.out_pitch))
 
     def start(self, x: int, out: int, workspace: int, stream: int) -> None:
@@ -146,7 +148,7 @@ class Fp8LinearKernel:
         sms = num_sms(0 if device_index is None else device_index)
         found: list[Fp8Config] = [*w8a16_configs(key, sms, self.prefill_from, self.is_batch_invariant)]
         if self.prefill_from is not None:
-            found += [QuantizeConfig(power_of_two), QuantizeConfig(power_of_two, 2), *w8a8_configs(key)]
+            found += [*quantize_configs(power_of_two), *w8a8_configs(key)]
         return list({config.name: config for config in found}.values())
 
     def variant(self, x: Tensor, operand: Fp8Operand) -> str:
@@ -157,9 +159,9 @@ class Fp8LinearKernel:
             return w8a16_config(num_rows, key, sms, self.is_batch_invariant).name
         step = rows_at_once(weight.num_k_blocks)
         counts = {min(step, num_rows - start) for start in range(0, num_rows, step)}
-        quantizers = {quantize_config(count, key[1], sms, weight.power_of_two).name for count in counts}
-        products = {w8a8_config(count, key, sms).name for count in counts}
-        return " ".join([*sorted(quantizers), *sorted(products)])
+        products = {count: w8a8_config(count, key, sms) for count in counts}
+        quantizers = {quantize_config(products[n], n, key, sms, weight.power_of_two).name for n in counts}
+        return " ".join([*sorted(quantizers), *sorted({product.name for product in products.values()})])
 
     def workspace(self, operand: Fp8Operand, num_tokens: int) -> Tensor | None:
         """Allocates scratch for the quantised activations of W8A8; more rows are processed in several passes."""

@@ -1,6 +1,11 @@
 """The output of the FP8 products: the table of a packed weight's row blocks, the output matrix, and sums of a split K.
 
 Packing cuts a weight into blocks of 64 rows; the table has each block's first output feature and number of valid rows.
+
+A cluster that splits K divides its sums: each CTA sends the others their parts, straight from registers into their
+shared memory, where a barrier counts the bytes. A CTA leaves when all of its bytes have come, so nobody writes to one
+that has left, and the sums are added in the order of ranks.
+
 Roofline: the bytes of the output. Limits: as the products.
 """
 
@@ -9,6 +14,8 @@ from dataclasses import dataclass
 from cutlass import Float32, Int32, cute
 
 from ownpath.kernels.dsl import ptx
+from ownpath.kernels.fp8 import ptx as fp8_ptx
+from ownpath.kernels.fp8.config import Shares
 
 
 @dataclass(frozen=True)
@@ -39,10 +46,47 @@ class Output:
         return RowBlock(first, num_valid)
 
 
-def cluster_sum(address: Int32, num_ctas: int) -> list[Float32]:
-    """Adds four sums of every CTA of the cluster, in rank order. address: of the sums, the same in each."""
-    parts = [ptx.load_cluster_vec4(address, Int32(peer)) for peer in range(num_ctas)]
-    values = list(parts[0])
-    for part in parts[1:]:
-        values = [a + b for a, b in zip(values, part, strict=True)]
-    return values
+@dataclass(frozen=True)
+class ClusterSums:
+    """The place where a CTA gets its parts of the other CTAs' sums. barrier: counts their bytes; for one use."""
+
+    shares: Shares
+    sums: cute.Pointer
+    barrier: cute.Pointer
+
+    @cute.jit
+    def expect(self, rank: Int32) -> None:
+        """Announces the bytes that the others send to the CTA ``rank``. One thread, once the barrier is initialised."""
+        shares = self.shares
+        step = shares.width * shares.cluster_k
+        turns = (shares.num_parts - 1 - rank * shares.width) // step + 1
+        if rank * shares.width >= shares.num_parts:
+            turns = Int32(0)
+        part_bytes = shares.width * shares.num_threads * 16
+        cute.arch.mbarrier_arrive_and_expect_tx(self.barrier, turns * ((shares.cluster_k - 1) * part_bytes))
+
+    @cute.jit
+    def send(self, part: int, values: tuple[Float32, ...], rank: Int32, thread: Int32) -> None:
+        """Sends a part of the CTA ``rank``'s sums to its owner, unless it is its own. thread: of the CTA."""
+        owner = self.shares.owner(part)
+        if rank != owner:
+            slot = rank - (1 if rank > owner else 0)
+            place = self.sums.toint() + (slot * self.shares.slot_bytes + thread * 16) + self.shares.place(part)
+            fp8_ptx.send_vec4(place, self.barrier.toint(), Int32(owner), values)
+
+    def wait(self) -> None:
+        """Waits until all have come."""
+        cute.arch.mbarrier_wait(self.barrier, 0)
+
+    def add(self, part: int, own: list[Float32], thread: Int32) -> list[Float32]:
+        """Adds up a part that this CTA owns, in rank order."""
+        owner = self.shares.owner(part)
+        values: list[Float32] = []
+        for rank in range(self.shares.cluster_k):
+            terms = own
+            if rank != owner:
+                slot = rank - (rank > owner)
+                place = self.sums.toint() + (thread * 16 + (slot * self.shares.slot_bytes + self.shares.place(part)))
+                terms = [ptx.as_float(word) for word in ptx.load_shared_vec4(place)]
+            values = [a + b for a, b in zip(values, terms, strict=True)] if values else terms
+        return values

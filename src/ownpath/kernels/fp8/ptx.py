@@ -1,6 +1,6 @@
 """PTX instructions of the FP8 kernels, as typed functions."""
 
-from cutlass import Float32, Int32, Uint32
+from cutlass import Float32, Int32, Int64, Uint32
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 
@@ -8,16 +8,23 @@ from ownpath.kernels.dsl.ptx import Site, Value, asm
 
 
 @dsl_user_op
-def load_global16_or_zero(src: Value, inside: Value, *, loc: Site = None, ip: Site = None) -> list[Uint32]:
+def load_global16_or_zero(address: Value, inside: Value, *, loc: Site = None, ip: Site = None) -> list[Uint32]:
     """Loads 16 bytes of global memory that this kernel does not write, or returns zeros."""
     struct = llvm.StructType.get_literal([T.i32()] * 4)
     text = (
         "{ .reg .pred p; setp.ne.s32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
         "@p ld.global.v4.b32 {$0, $1, $2, $3}, [$4]; }"
     )
-    operands = [src.toint().ir_value(loc=loc, ip=ip), Int32(inside).ir_value(loc=loc, ip=ip)]
+    operands = [Int64(address).ir_value(loc=loc, ip=ip), Int32(inside).ir_value(loc=loc, ip=ip)]
     loaded = asm(text, "=&r,=&r,=&r,=&r,l,r", struct, operands, False, loc, ip)
     return [Uint32(llvm.extractvalue(T.i32(), loaded, [idx], loc=loc, ip=ip)) for idx in range(4)]
+
+
+@dsl_user_op
+def max_u16x2(a: Value, b: Value, *, loc: Site = None, ip: Site = None) -> Uint32:
+    """Returns the larger of each half's two unsigned values."""
+    operands = [Uint32(a).ir_value(loc=loc, ip=ip), Uint32(b).ir_value(loc=loc, ip=ip)]
+    return Uint32(asm("max.u16x2 $0, $1, $2;", "=r,r,r", T.i32(), operands, True, loc, ip))
 
 
 @dsl_user_op
@@ -64,8 +71,44 @@ def store_global8(dst: Value, low: Value, high: Value, *, loc: Site = None, ip: 
 
 
 @dsl_user_op
+def store_global_float(address: Value, value: Value, *, loc: Site = None, ip: Site = None) -> None:
+    """Stores one float32 to global memory at an aligned byte address."""
+    operands = [Int64(address).ir_value(loc=loc, ip=ip), Float32(value).ir_value(loc=loc, ip=ip)]
+    asm("st.global.f32 [$0], $1;", "l,f", None, operands, False, loc, ip)
+
+
+@dsl_user_op
 def nan_unless_finite(value: Value, bits: Value, *, loc: Site = None, ip: Site = None) -> Float32:
     """Returns ``value``, or NaN where the non-negative float32 with these bits is infinite or NaN."""
     text = "{ .reg .pred p; setp.lt.u32 p, $2, 0x7F800000; selp.f32 $0, $1, 0f7FC00000, p; }"
     operands = [Float32(value).ir_value(loc=loc, ip=ip), Uint32(bits).ir_value(loc=loc, ip=ip)]
     return Float32(asm(text, "=f,f,r", T.f32(), operands, True, loc, ip))
+
+
+@dsl_user_op
+def send_vec4(
+    address: Value, barrier: Value, rank: Value, values: tuple[Value, ...], *, loc: Site = None, ip: Site = None
+) -> None:
+    """Stores four float32 in the shared memory of the cluster's CTA ``rank``, whose ``barrier`` counts the bytes.
+
+    Both are byte addresses. Whoever has waited for that barrier sees the values; no fence is needed.
+    """
+    text = (
+        "{ .reg .b32 place, bar; mapa.shared::cluster.u32 place, $0, $2; mapa.shared::cluster.u32 bar, $1, $2; "
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [place], {$3, $4, $5, $6}, [bar]; }"
+    )
+    operands = [Int32(value).ir_value(loc=loc, ip=ip) for value in (address, barrier, rank)]
+    operands += [Float32(value).ir_value(loc=loc, ip=ip) for value in values]
+    asm(text, "r,r,r,f,f,f,f", None, operands, False, loc, ip)
+
+
+@dsl_user_op
+def cluster_arrive(*, loc: Site = None, ip: Site = None) -> None:
+    """Arrives at the cluster's barrier without waiting; what this thread wrote is visible to those who wait."""
+    asm("barrier.cluster.arrive.release.aligned;", "", None, [], False, loc, ip)
+
+
+@dsl_user_op
+def cluster_wait(*, loc: Site = None, ip: Site = None) -> None:
+    """Waits until all threads of the cluster that have not exited have arrived."""
+    asm("barrier.cluster.wait.acquire.aligned;", "", None, [], False, loc, ip)

@@ -6,9 +6,9 @@ a share of K. One thread streams 8 KiB weight blocks into a ring of shared-memor
 the tokens as TMA boxes of all rows by 64 columns, swizzled as the tensor cores read them. Consumer warpgroups read
 their blocks with conflict-free 16-byte loads (``kernels.fp8.layout``), decode to BF16 in registers and multiply from
 there: below 32 tokens by ``mma``, each warp its own 16 rows without waiting; from 32 by ``wgmma``, decoding one group
-of steps while the tensor cores work on the other. CTAs that share rows and split K form a cluster and add their
-float32 sums through distributed shared memory in the order of their rank: no workspace, and always the same bits. The
-next kernel may start at once: its CTAs fetch weights while this one's finish, and wait before they read a token.
+of steps while the tensor cores work on the other. CTAs that share rows and split K form a cluster, send each
+other their float32 sums (``output_sm90``) and add them in the order of ranks: no workspace, and always the same bits.
+The next kernel may start at once: its CTAs fetch weights while this one's finish, and wait before they read a token.
 
 Decode. E4M3's sign, exponent and mantissa are moved into BF16's fields, which gives value * 2**-120, subnormals
 included; one BF16 multiply by 2**120 makes it exact. Where every block scale is a power of two in range, that multiply
@@ -34,9 +34,10 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from ownpath.kernels.dsl import ptx
 from ownpath.kernels.dsl.pipeline import Pipeline, Stages
 from ownpath.kernels.dsl.warpgroup import Operands, Thread, decoded_mma, shared_operand, wgmma
+from ownpath.kernels.fp8 import ptx as fp8_ptx
 from ownpath.kernels.fp8.config import BLOCK_K, CHUNK_K, ENTRY_BYTES, MAX_K_BLOCKS, W8A16_REGISTERS, WG, W8A16Config
 from ownpath.kernels.fp8.layout import BLOCK_BYTES
-from ownpath.kernels.fp8.output_sm90 import Output, RowBlock, cluster_sum
+from ownpath.kernels.fp8.output_sm90 import ClusterSums, Output, RowBlock
 
 Words = tuple[Uint32, Uint32, Uint32, Uint32]
 """16 bytes of shared memory."""
@@ -109,14 +110,16 @@ class W8A16:
         cta, _, _ = cute.arch.block_idx()
         warp_group = cute.arch.make_warp_uniform(thread // WG)
         stages = self.allocate()
+        inbox = self.open_inbox(stages, thread, cta)
         if thread == 0:
             cpasync.prefetch_descriptor(tma_x)
             stages.pipeline.init(2, 4 * cfg.consumers)
         cute.arch.sync_threads()
+        self.announce()
         cute.arch.griddepcontrol_launch_dependents()
-        tile = self.tile(cta, num_row_blocks, num_k_blocks)
         if warp_group == cfg.consumers:
             cute.arch.setmaxregister_decrease(self.registers[0])
+            tile = self.tile(cta, num_row_blocks, num_k_blocks)
             worker = thread - cfg.consumers * WG
             if worker == 0:
                 self.load_weights(blocks, scales, stages, tile, num_row_blocks, num_k_blocks)
@@ -124,16 +127,39 @@ class W8A16:
                 self.load_tokens(ptx.descriptor_address(tma_x), stages, tile)
         else:
             cute.arch.setmaxregister_increase(self.registers[1])
-            operands = Operands(Thread(thread % WG, warp_group), stages, tile.k_iters)
-            self.consume(tile, operands, Output(out, row_table, num_tokens, ld_out, num_row_blocks))
+            own_tile = self.tile(cta, num_row_blocks, num_k_blocks)  # again: one for both branches is spilled
+            operands = Operands(Thread(thread % WG, warp_group), stages, own_tile.k_iters)
+            self.consume(own_tile, operands, Output(out, row_table, num_tokens, ld_out, num_row_blocks), inbox)
 
     def allocate(self) -> Stages:
         """Allocates all of a CTA's shared memory."""
         cfg = self.cfg
-        tokens = cute.arch.alloc_smem(BFloat16, cfg.num_stages * cfg.num_n * BLOCK_K, 1024)
-        weights = cute.arch.alloc_smem(Uint8, cfg.num_stages * cfg.num_m64 * BLOCK_BYTES, 128)
+        ring = cute.arch.alloc_smem(Uint8, cfg.ring_bytes, 1024)
+        tokens = cute.recast_ptr(ring, dtype=BFloat16)
+        weights = ring + cfg.num_stages * cfg.num_n * BLOCK_K * 2
         scales = cute.arch.alloc_smem(Uint8, cfg.num_m64 * MAX_K_BLOCKS * ENTRY_BYTES, 128)
         return Stages(tokens, weights, scales, Pipeline.allocate(cfg.num_stages))
+
+    @cute.jit
+    def open_inbox(self, stages: Stages, thread: Int32, cta: Int32) -> ClusterSums:
+        """Makes the place where the cluster's other CTAs put sums, beside the ring or, without room, over it."""
+        cfg = self.cfg
+        inbox = ClusterSums(cfg.shares, cute.recast_ptr(stages.tokens, dtype=Uint8), stages.pipeline.full)
+        if cutlass.const_expr(cfg.cluster_k > 1):
+            sums = inbox.sums
+            if cutlass.const_expr(cfg.has_inbox):
+                sums = cute.arch.alloc_smem(Uint8, cfg.shares.num_bytes, 128)
+            inbox = ClusterSums(cfg.shares, sums, cute.arch.alloc_smem(Int64, 1, 8))
+            if thread == 0:
+                cute.arch.mbarrier_init(inbox.barrier, 1)
+                cute.arch.mbarrier_init_fence()
+                inbox.expect(cta % cfg.cluster_k)
+        return inbox
+
+    def announce(self) -> None:
+        """Tells the cluster that this CTA's inbox is there, if it has a place of its own. Every thread."""
+        if self.cfg.has_inbox:
+            fp8_ptx.cluster_arrive()
 
     @cute.jit
     def tile(self, cta: Int32, num_row_blocks: Int32, num_k_blocks: Int32) -> CtaTile:
@@ -201,7 +227,7 @@ class W8A16:
             ring.advance()
 
     @cute.jit
-    def consume(self, tile: CtaTile, operands: Operands, output: Output) -> None:
+    def consume(self, tile: CtaTile, operands: Operands, output: Output, inbox: ClusterSums) -> None:
         """Multiplies a warpgroup's row blocks by the tile's tokens, then reduces and stores."""
         cfg = self.cfg
         totals = [cute.make_rmem_tensor(cfg.num_n // 2, Float32) for _ in range(self.per_wg)]
@@ -211,7 +237,7 @@ class W8A16:
             self.multiply_wgmma(totals, operands)
         else:
             self.multiply_mma(totals, operands)
-        self.reduce_and_store(totals, tile, operands, output)
+        self.reduce_and_store(totals, tile, operands, output, inbox)
 
     @cute.jit
     def multiply_wgmma(self, totals: list[cute.Tensor], operands: Operands) -> None:
@@ -348,31 +374,33 @@ class W8A16:
         return [pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1]]
 
     @cute.jit
-    def reduce_and_store(self, totals: list[cute.Tensor], tile: CtaTile, operands: Operands, output: Output) -> None:
+    def reduce_and_store(
+        self, totals: list[cute.Tensor], tile: CtaTile, operands: Operands, output: Output, inbox: ClusterSums
+    ) -> None:
         """Adds the cluster's sums in rank order, each CTA a share of the pieces, and writes BF16."""
         cfg, thread = self.cfg, operands.thread
         pieces = cfg.num_n // 8
-        base = operands.stages.weights.toint() + thread.wg_m * (self.per_wg * pieces * WG * 16) + thread.idx * 16
+        idx_of_cta = thread.wg_m * WG + thread.idx
         if cutlass.const_expr(cfg.cluster_k > 1):
-            ptx.named_barrier(1, cfg.consumers * WG)  # every stage is read before sums overwrite the ring
-            for r in cutlass.range_constexpr(self.per_wg):
-                for j in cutlass.range_constexpr(pieces):
-                    values = tuple(totals[r][4 * j + idx] for idx in range(4))
-                    ptx.store_shared_vec4(base + (r * pieces + j) * (WG * 16), values)
-            ptx.cluster_barrier()
+            if cutlass.const_expr(cfg.has_inbox):
+                fp8_ptx.cluster_wait()
+            else:
+                ptx.named_barrier(1, cfg.consumers * WG)  # every stage is read before sums overwrite the ring
+                ptx.cluster_barrier()
+            for part in cutlass.range_constexpr(cfg.shares.num_parts):
+                values = tuple(totals[part // pieces][4 * (part % pieces) + idx] for idx in range(4))
+                inbox.send(part, values, tile.rank, idx_of_cta)
+            inbox.wait()
         for r in cutlass.range_constexpr(self.per_wg):
             rows = output.rows(tile.block + thread.wg_m * self.per_wg + r)
             for j in cutlass.range_constexpr(pieces):
-                unit = r * pieces + j
                 if cutlass.const_expr(cfg.cluster_k == 1):
                     self.store([totals[r][4 * j + idx] for idx in range(4)], rows, j, tile, thread, output)
                 else:
-                    if tile.rank == (unit + thread.wg_m) % cfg.cluster_k:
-                        self.store(cluster_sum(base + unit * (WG * 16), cfg.cluster_k), rows, j, tile, thread, output)
-        if cutlass.const_expr(cfg.cluster_k > 1):
-            # A CTA's sums stay in place until the whole cluster has read them. (Its loading warps have left by now:
-            # a cluster barrier waits for threads that have not exited.)
-            ptx.cluster_barrier(relaxed=True)
+                    part = r * pieces + j
+                    if tile.rank == cfg.shares.owner(part):
+                        own = [totals[r][4 * j + idx] for idx in range(4)]
+                        self.store(inbox.add(part, own, idx_of_cta), rows, j, tile, thread, output)
 
     @cute.jit
     def store(

@@ -32,7 +32,7 @@ from ownpath.kernels.dsl.warpgroup import Thread, shared_operand, wgmma
 from ownpath.kernels.fp8 import ptx as fp8_ptx
 from ownpath.kernels.fp8.config import ACT_STRIDE, ENTRY_BYTES, W8A8_REGISTERS, WG, W8A8Config
 from ownpath.kernels.fp8.layout import ACT_BLOCK_BYTES, BLOCK_BYTES
-from ownpath.kernels.fp8.output_sm90 import Output, RowBlock, cluster_sum
+from ownpath.kernels.fp8.output_sm90 import ClusterSums, Output, RowBlock
 
 TILE_N = 128
 Scales = tuple[Float32, Float32]
@@ -111,11 +111,14 @@ class W8A8:
         grid, _, _ = cute.arch.grid_dim()
         warp_group = cute.arch.make_warp_uniform(thread // WG)
         stages = self.allocate()
+        inbox = self.open_inbox(stages, thread, cta)
         if thread == 0:
             stages.pipeline.init(2, 4 * cfg.warpgroups)
         cute.arch.sync_threads()
         if cutlass.const_expr(cfg.cluster_n > 1):
             ptx.cluster_barrier()
+        if cutlass.const_expr(cfg.cluster_k > 1):
+            fp8_ptx.cluster_arrive()
         tiles = self.tiles(cta, grid, num_tokens, num_row_blocks, num_k_blocks)
         if warp_group == cfg.warpgroups:
             cute.arch.setmaxregister_decrease(24)
@@ -126,7 +129,7 @@ class W8A8:
         else:
             cute.arch.setmaxregister_increase(W8A8_REGISTERS[cfg.warpgroups])
             output = Output(out, row_table, num_tokens, ld_out, num_row_blocks)
-            self.consume(tiles, stages, output, Thread(thread % WG, warp_group))
+            self.consume(tiles, stages, output, Thread(thread % WG, warp_group), inbox)
 
     def allocate(self) -> Stages:
         """Allocates all of a CTA's shared memory."""
@@ -135,6 +138,20 @@ class W8A8:
         weights = cute.arch.alloc_smem(Uint8, cfg.num_stages * 2 * BLOCK_BYTES, 1024)
         scales = cute.arch.alloc_smem(Uint8, cfg.num_stages * 2 * ENTRY_BYTES, 16)
         return Stages(acts, weights, scales, Pipeline.allocate(cfg.num_stages, cfg.cluster_n))
+
+    @cute.jit
+    def open_inbox(self, stages: Stages, thread: Int32, cta: Int32) -> ClusterSums:
+        """Makes the place where the cluster's other CTAs put sums."""
+        cfg = self.cfg
+        inbox = ClusterSums(cfg.shares, stages.tokens, stages.pipeline.full)
+        if cutlass.const_expr(cfg.cluster_k > 1):
+            sums = cute.arch.alloc_smem(Uint8, cfg.shares.num_bytes, 128)
+            inbox = ClusterSums(cfg.shares, sums, cute.arch.alloc_smem(Int64, 1, 8))
+            if thread == 0:
+                cute.arch.mbarrier_init(inbox.barrier, 1)
+                cute.arch.mbarrier_init_fence()
+                inbox.expect(cta % cfg.cluster_k)
+        return inbox
 
     @cute.jit
     def tiles(self, cta: Int32, grid: Int32, num_tokens: Int32, num_row_blocks: Int32, num_k_blocks: Int32) -> CtaTiles:
@@ -198,7 +215,7 @@ class W8A8:
                 ring.advance()
 
     @cute.jit
-    def consume(self, tiles: CtaTiles, stages: Stages, output: Output, thread: Thread) -> None:
+    def consume(self, tiles: CtaTiles, stages: Stages, output: Output, thread: Thread, inbox: ClusterSums) -> None:
         """Computes a warpgroup's 64-token blocks of every tile."""
         cfg = self.cfg
         mma = make_trivial_tiled_mma(
@@ -233,11 +250,11 @@ class W8A8:
                     self.promote(totals[r], sums, token_scales, weight_scales)
                 ring.advance()
             if cutlass.const_expr(cfg.cluster_k > 1):
-                self.share_sums(totals, stages, thread)
-            self.write(totals, tile, tiles, stages, output, thread)
-        if cutlass.const_expr(cfg.cluster > 1):
-            # The peers may still arrive at this CTA's barriers, or read its sums. (Its loading warps have left by now:
-            # a cluster barrier waits for threads that have not exited.)
+                self.share_sums(totals, tiles, thread, inbox)
+            self.write(totals, tile, tiles, output, thread, inbox)
+        if cutlass.const_expr(cfg.cluster_n > 1):
+            # The peer may still arrive at this CTA's barriers. (Its loading warps have left by now: a cluster barrier
+            # waits for threads that have not exited.)
             ptx.cluster_barrier(relaxed=True)
 
     def weight_scales(self, stages: Stages, slot: Int32) -> Scales:
@@ -266,25 +283,22 @@ class W8A8:
                     at = 4 * (8 * half + j) + idx
                     total[at] = total[at] + factors[idx // 2] * sums[at]
 
-    def sums_address(self, stages: Stages, thread: Thread, r: int) -> Int32:
-        """Returns where this thread's sums of one of its 64-token blocks lie, in the activations' stages."""
-        return stages.tokens.toint() + ((thread.wg_m * self.cfg.num_m64 + r) * 16 * WG + thread.idx) * 16
-
     @cute.jit
-    def share_sums(self, totals: list[cute.Tensor], stages: Stages, thread: Thread) -> None:
-        """Puts the sums where the cluster's CTAs read them, in groups of four."""
-        ptx.named_barrier(1, self.cfg.warpgroups * WG)  # every stage is read before sums overwrite the ring
-        for r in cutlass.range_constexpr(self.cfg.num_m64):
-            base = self.sums_address(stages, thread, r)
-            for j in cutlass.range_constexpr(16):
-                values = tuple(totals[r][4 * j + idx] for idx in range(4))
-                ptx.store_shared_vec4(base + j * (WG * 16), values)
-        ptx.cluster_barrier()
+    def share_sums(self, totals: list[cute.Tensor], tiles: CtaTiles, thread: Thread, inbox: ClusterSums) -> None:
+        """Sends the cluster's other CTAs their sums, and waits for this one's. A cluster has one tile."""
+        fp8_ptx.cluster_wait()
+        for part in cutlass.range_constexpr(self.cfg.shares.num_parts):
+            values = tuple(totals[part // 16][4 * (part % 16) + idx] for idx in range(4))
+            inbox.send(part, values, tiles.k_rank, thread.wg_m * WG + thread.idx)
+        inbox.wait()
 
-    def added_sums(self, stages: Stages, thread: Thread, r: int, j: int) -> list[Float32]:
+    def added_sums(self, totals: list[cute.Tensor], thread: Thread, inbox: ClusterSums, part: int) -> list[Float32]:
         """Adds up eight sums of one of this thread's 64-token blocks over the cluster."""
-        base = self.sums_address(stages, thread, r) + j * (WG * 16)
-        return cluster_sum(base, self.cfg.cluster_k) + cluster_sum(base + WG * 16, self.cfg.cluster_k)
+        found: list[Float32] = []
+        for at in (part, part + 1):
+            own = [totals[at // 16][4 * (at % 16) + idx] for idx in range(4)]
+            found += inbox.add(at, own, thread.wg_m * WG + thread.idx)
+        return found
 
     @cute.jit
     def write(
@@ -292,9 +306,9 @@ class W8A8:
         totals: list[cute.Tensor],
         tile: Int32,
         tiles: CtaTiles,
-        stages: Stages,
         output: Output,
         thread: Thread,
+        inbox: ClusterSums,
     ) -> None:
         """Writes a warpgroup's part of a tile, 16 features of 64 tokens at a time; of a split K, this CTA's share."""
         cfg = self.cfg
@@ -309,8 +323,9 @@ class W8A8:
                         sums = [totals[r][4 * j + idx] for idx in range(8)]
                         self.store(sums, group, rows, (m64 + r) * 64, thread, output)
                     else:
-                        if tiles.k_rank == (8 * r + 4 * half + group) % cfg.cluster_k:
-                            added = self.added_sums(stages, thread, r, j)  # no name of the other branch: 4.6.0 refuses
+                        if tiles.k_rank == cfg.shares.owner(16 * r + j):
+                            # No name of the other branch: 4.6.0 refuses.
+                            added = self.added_sums(totals, thread, inbox, 16 * r + j)
                             self.store(added, group, rows, (m64 + r) * 64, thread, output)
 
     @cute.jit

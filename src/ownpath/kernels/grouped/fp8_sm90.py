@@ -120,12 +120,14 @@ class GroupedW8A16(W8A16):
         cta, _, _ = cute.arch.block_idx()
         warp_group = cute.arch.make_warp_uniform(thread // WG)
         stages = self.allocate()
+        inbox = self.open_inbox(stages, thread, cta)
         heads = Heads(num_row_blocks // num_groups, head_blocks, Pipeline.allocate(cfg.num_stages))
         if thread == 0:
             cpasync.prefetch_descriptor(tma_x)
             stages.pipeline.init(2 + ROTATING_WARPS, 4 * cfg.consumers)
             heads.landed.init(1, 1)
         cute.arch.sync_threads()
+        self.announce()
         cute.arch.griddepcontrol_launch_dependents()
         tile = self.tile(cta, num_row_blocks, num_k_blocks)
         if warp_group == cfg.consumers:
@@ -142,7 +144,7 @@ class GroupedW8A16(W8A16):
             cute.arch.setmaxregister_increase(self.registers[1])
             operands = Operands(Thread(thread % WG, warp_group), stages, tile.k_iters)
             ld_out = num_row_blocks * 64
-            self.consume(tile, operands, Output(out, row_table, num_tokens, ld_out, num_row_blocks))
+            self.consume(tile, operands, Output(out, row_table, num_tokens, ld_out, num_row_blocks), inbox)
 
     @cute.jit
     def load_groups(self, descriptor: Int64, stages: Stages, tile: CtaTile, heads: Heads, num_k_blocks: Int32) -> None:
