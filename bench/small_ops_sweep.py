@@ -1,6 +1,6 @@
 """Times tiles of the small operations that have a choice: ``python bench/small_ops_sweep.py --out FILE``.
 
-``choose_tiles`` in ``kernels/hyper/launch.py`` and ``kernels/grouped/launch.py`` is the outcome of such a sweep. A tile
+``choose_tiles`` in ``kernels/hyper/tiles.py`` and ``kernels/grouped/launch.py`` is the outcome of such a sweep. A tile
 is checked before it is timed; a wrong one is reported, not timed.
 """
 

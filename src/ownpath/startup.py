@@ -34,9 +34,9 @@ LAST_TOKENS = 2
 """Tokens of a step that is tried for its context: more than one, as a step of chunks has."""
 SCORED_ROWS = 257
 """Rows of the largest step that are scored: one more than the last form but one has."""
-WARM_UP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
-"""A number of tokens for each form but the last: up to 1, 2, 4, 8, 16, 32, 64, 256. A test holds that there are no
-others."""
+WARM_UP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+"""A number of tokens for each form but the last: up to 1, 2, 4, 8, 16, 32, 64, 256, 1,023. A test holds that there are
+no others."""
 
 
 def compile_kernels(runners: Iterable[Runner], others: Iterable[Config] = ()) -> int:

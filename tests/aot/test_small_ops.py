@@ -11,6 +11,7 @@ from ownpath.config import EngineConfig
 from ownpath.conformance.operations import CASES, make_inputs
 from ownpath.kernels.grouped import launch as grouped
 from ownpath.kernels.hyper import checks as hyper
+from ownpath.kernels.hyper import launch as hyper_launch
 from ownpath.kernels.norms import launch as norms
 from ownpath.kernels.registry import KERNELS
 from ownpath.kernels.router import launch as router
@@ -20,10 +21,11 @@ from ownpath.startup import warm_up_sizes
 
 SHARED_BYTES = 232448  # what one program may use on sm_90
 SHAPES = {
-    ("hyper_boundary", "flash"): (1, 64, 300),
-    ("hyper_boundary", "flash two parts"): (1, 33),
-    ("hyper_boundary", "flash last"): (1,),
-    ("hyper_boundary", "pro"): (1,),
+    ("hyper_boundary", "flash"): (1, 64, 300, 1024),
+    ("hyper_boundary", "flash two parts"): (1, 33, 1087),
+    ("hyper_boundary", "flash first"): (1055,),
+    ("hyper_boundary", "flash last"): (1, 1055),
+    ("hyper_boundary", "pro"): (1, 1024),
     ("router", "flash"): (1,),
     ("router", "by token"): (1,),
     ("route", "flash"): (1, 8, 33),
@@ -43,6 +45,7 @@ def launches_of(counts: Iterable[int], shapes: Iterable[tuple[str, str]]) -> lis
     with pytest.MonkeyPatch.context() as patch, recorded_launches() as launches:
         for module in (grouped, hyper, router, route, norms, swiglu):
             patch.setattr(module, "check_rank", lambda name, tensor, rank, runs_on_cpu: None)  # refuses what is on CPU
+        patch.setattr(hyper_launch, "num_sms", lambda device: 132)
         for key, num_tokens in product(shapes, counts):
             inputs = make_inputs(cases[key], num_tokens, torch.device("cpu"))
             KERNELS[f"triton.{key[0]}"](*inputs)
@@ -75,6 +78,7 @@ def test_every_kernel_is_there(compiled: list[Compiled]) -> None:
     assert {one.launch.name for one in compiled} == {
         "spread_few",
         "spread_many",
+        "spread_columns",
         "collapse",
         "router_kernel",
         "route_few",
@@ -107,7 +111,7 @@ def test_products_use_the_tensor_cores(compiled: list[Compiled]) -> None:
         if one.launch.name == "rope_grouped_kernel":
             assert "wgmma.mma_async" in one.ptx
             assert "cp.async.bulk.tensor" in one.ptx
-        if one.launch.name in ("spread_many", "route_some"):
+        if one.launch.name in ("spread_many", "spread_columns", "route_some"):
             assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in one.ptx
 
 

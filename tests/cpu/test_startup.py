@@ -80,7 +80,7 @@ def test_a_terminal_sees_the_embedded_model_load(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(
     ("max_prefill_tokens", "max_model_len", "expected"),
-    [(512, 4096, [1, 2, 4, 8, 16, 32, 64, 128, 528]), (512, 100, [1, 2, 4, 8, 16, 32, 64, 100])],
+    [(512, 4096, [1, 2, 4, 8, 16, 32, 64, 128, 512, 528]), (512, 100, [1, 2, 4, 8, 16, 32, 64, 100])],
 )
 def test_steps_are_tried_up_to_the_largest(max_prefill_tokens: int, max_model_len: int, expected: list[int]) -> None:
     engine = EngineConfig(max_prefill_tokens=max_prefill_tokens, max_num_seqs=16, max_model_len=max_model_len)

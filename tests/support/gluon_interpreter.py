@@ -88,20 +88,34 @@ def _copy(shared: _Shared, pointer: Any, mask: Any = None) -> None:
     shared.store(tl.load(pointer, mask=mask, other=None if mask is None else 0))
 
 
-def _assembly(text: Any, _: object, given: Sequence[Any], dtype: Any = None, **__: object) -> Any:
-    """Returns what the instructions give; nothing for a prefetch."""
+def _assembly(text: Any, _: object, given: Sequence[Any], dtype: Any = None, pack: int = 1, **__: object) -> Any:
+    """Returns what the instructions give; nothing for a prefetch. pack: elements that they take at a time."""
     if str(text).startswith("prefetch."):
         return None
     if str(text).startswith("mov.b32 $0, $1;"):
         return given[0]
     from triton.runtime import interpreter
 
-    words = np.broadcast_arrays(*(one.handle.data.view(np.uint32) for one in given))
-    of_each = interpreter.tl.block_type(dtype[0], list(words[0].shape))
-    found = ptx.run(str(text), words, len(dtype))
-    return tuple(
-        interpreter.tl.tensor(interpreter.TensorHandle(one.view(np.int32), dtype[0]), of_each) for one in found
+    arrays = np.broadcast_arrays(*(one.handle.data for one in given))
+    types, shape = dtype if isinstance(dtype, (list, tuple)) else (dtype,), list(arrays[0].shape)
+    words = [word for one in arrays for word in _words(np.ascontiguousarray(one), int(pack))]
+    widths = [interpreter._get_np_dtype(one) for one in types]
+    counts = [max(1, int(pack) * np.dtype(one).itemsize // 4) for one in widths]
+    found = iter(ptx.run(str(text), words, sum(counts)))
+    results = [np.stack([next(found) for _ in range(count)], axis=-1) for count in counts]
+    tensors = tuple(
+        interpreter.tl.tensor(
+            interpreter.TensorHandle(one.view(width).reshape(shape), kind), interpreter.tl.block_type(kind, shape)
+        )
+        for one, width, kind in zip(results, widths, types, strict=True)
     )
+    return tensors if isinstance(dtype, (list, tuple)) else tensors[0]
+
+
+def _words(values: np.ndarray, pack: int) -> list[np.ndarray]:
+    """Returns the words that hold ``pack`` elements at a time."""
+    groups = values.reshape(-1, pack).view(np.uint32)
+    return [np.ascontiguousarray(groups[:, number]) for number in range(groups.shape[1])]
 
 
 def _warpgroup_mma(left: Any, right: _Shared, total: Any, use_acc: bool = True, is_async: bool = False) -> Any:
@@ -196,7 +210,7 @@ _KINDS = _Kinds()
 _OWN: dict[str, Any] = {
     "allocate_shared_memory": _allocate,
     "inline_asm_elementwise": _assembly,
-    "convert_layout": lambda value, layout: value,
+    "convert_layout": lambda value, layout, assert_trivial=False: value,
     "thread_barrier": lambda: None,
     "warp_specialize": _KINDS.specialize,
 }

@@ -25,8 +25,8 @@ def run(text: str, given: Sequence[np.ndarray], num_results: int) -> list[np.nda
 
 def _operand(kept: dict[str, np.ndarray], text: str, like: np.ndarray) -> np.ndarray:
     return (
-        np.full_like(like, int(text, 0))
-        if re.fullmatch(r"(0x)?[0-9A-Fa-f]+", text) and text not in kept
+        np.full_like(like, int(text, 0) & 0xFFFFFFFF)
+        if re.fullmatch(r"-?(0x)?[0-9A-Fa-f]+", text) and text not in kept
         else kept[text]
     )
 
@@ -58,9 +58,13 @@ def _multiply_halves(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     halves = []
     for shift in (0, 16):
         values = [(one >> np.uint32(shift) << np.uint32(16)).view(np.float32) for one in (left, right)]
-        bits = (values[0] * values[1]).view(np.uint32)
-        halves.append((bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16))
+        halves.append(_rounded((values[0] * values[1]).view(np.uint32)))
     return halves[0] | halves[1] << np.uint32(16)
+
+
+def _rounded(bits: np.ndarray) -> np.ndarray:
+    """Rounds FP32 numbers' bits to the nearest BF16, even ones where two are as near, in a word's lower half."""
+    return (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
 
 
 OPERATIONS = {
@@ -71,4 +75,5 @@ OPERATIONS = {
     "and.b32": lambda left, right: left & right,
     "lop3.b32": _look_up,
     "mul.rn.bf16x2": _multiply_halves,
+    "cvt.rn.bf16x2.f32": lambda upper, lower: _rounded(lower) | _rounded(upper) << np.uint32(16),
 }

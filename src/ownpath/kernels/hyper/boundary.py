@@ -228,6 +228,19 @@ def _sum_parts(part, mask, column, WIDTH: tl.constexpr, TOKENS: tl.constexpr, SL
 
 
 @triton.jit
+def _sum_parts_in_turn(
+    part, in_t, column, num_slices, WIDTH: tl.constexpr, SLICES: tl.constexpr, AT_ONCE: tl.constexpr
+):  # fmt: skip
+    """Sums the same columns of many tokens' parts, AT_ONCE slices at a time, for which a thread has registers."""
+    q, i = tl.arange(0, AT_ONCE)[None, :, None], column + tl.arange(0, WIDTH)[None, None, :]
+    sums = tl.zeros((part.shape[0], AT_ONCE, WIDTH), dtype=tl.float32)
+    for first in tl.static_range(0, SLICES, AT_ONCE):
+        mask = in_t[:, None, None] & (first + q < num_slices)
+        sums += tl.load(part[:, None, None] + (first + q) * 32 + i, mask=mask, other=0.0)
+    return tl.sum(sums, axis=1)
+
+
+@triton.jit
 def _softmax_row(logits, row: tl.constexpr, eps):
     """Computes softmax of a row of [TOKENS, 16], plus eps: four vectors [TOKENS]."""
     i = tl.arange(0, 16)[None, :]
@@ -263,18 +276,26 @@ def _store_row(at, a, b, c, d, in_t):
 @triton.jit
 def _sinkhorn(
     part_ptr, base_ptr, scale_ptr, post_ptr, comb_ptr, first, num_tokens, D, num_slices, mix_norm_eps, eps,
-    NUM_ITERS: tl.constexpr, TOKENS: tl.constexpr, SLICES: tl.constexpr, APPROX: tl.constexpr,
+    NUM_ITERS: tl.constexpr, TOKENS: tl.constexpr, SLICES: tl.constexpr, AT_ONCE: tl.constexpr,
+    APPROX: tl.constexpr,
 ):  # fmt: skip
     """Computes post and comb of some tokens. A token's 16 entries are in one thread: 39 normalisations, no shuffle."""
-    i, j, q = tl.arange(0, 16), tl.arange(0, 4), tl.arange(0, TOKENS * SLICES)
-    t, s = first + tl.arange(0, TOKENS), q % SLICES
+    i, j, t = tl.arange(0, 16), tl.arange(0, 4), first + tl.arange(0, TOKENS)
     scale1, scale2 = tl.load(scale_ptr + 1), tl.load(scale_ptr + 2)
     base1, base2 = tl.load(base_ptr + 4 + j), tl.load(base_ptr + 8 + i)
-    in_t, mask = t < num_tokens, (first + q // SLICES < num_tokens) & (s < num_slices)
-    part = part_ptr + ((first + q // SLICES) * num_slices + s) * 32
-    comb = _sum_parts(part, mask, 12, 16, TOKENS, SLICES)
-    post = _sum_parts(part, mask, 8, 4, TOKENS, SLICES)
-    squares = tl.sum(_sum_parts(part, mask, 4, 1, TOKENS, SLICES), axis=1)
+    in_t = t < num_tokens
+    if AT_ONCE < SLICES:
+        part = part_ptr + t * num_slices * 32
+        comb = _sum_parts_in_turn(part, in_t, 12, num_slices, 16, SLICES, AT_ONCE)
+        post = _sum_parts_in_turn(part, in_t, 8, num_slices, 4, SLICES, AT_ONCE)
+        squares = tl.sum(_sum_parts_in_turn(part, in_t, 4, num_slices, 1, SLICES, AT_ONCE), axis=1)
+    else:
+        q = tl.arange(0, TOKENS * SLICES)
+        s, mask = q % SLICES, (first + q // SLICES < num_tokens) & (q % SLICES < num_slices)
+        part = part_ptr + ((first + q // SLICES) * num_slices + s) * 32
+        comb = _sum_parts(part, mask, 12, 16, TOKENS, SLICES)
+        post = _sum_parts(part, mask, 8, 4, TOKENS, SLICES)
+        squares = tl.sum(_sum_parts(part, mask, 4, 1, TOKENS, SLICES), axis=1)
     rms = tl.rsqrt(squares / (4 * D) + mix_norm_eps)
     post = 2 * tl.sigmoid(post * rms[:, None] * scale1 + base1[None, :])
     tl.store(post_ptr + t[:, None] * 4 + j[None, :], post, mask=in_t[:, None])
@@ -322,6 +343,7 @@ def collapse(
     NUM_ITERS: tl.constexpr,
     SINKHORN_TOKENS: tl.constexpr,
     SLICES: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -342,7 +364,7 @@ def collapse(
         first = program.to(tl.int64) * SINKHORN_TOKENS
         _sinkhorn(
             part_ptr, base_ptr, scale_ptr, post_ptr, comb_ptr, first, num_tokens, D, num_slices, mix_norm_eps, eps,
-            NUM_ITERS, SINKHORN_TOKENS, SLICES, PDL,
+            NUM_ITERS, SINKHORN_TOKENS, SLICES, AT_ONCE, PDL,
         )  # fmt: skip
     else:
         token = (program - num_sinkhorn).to(tl.int64)

@@ -15,9 +15,10 @@ CASES = (
     KernelCase(
         "hyper_boundary", "flash", (4096, 24, 1), (1, 64, 255), bench=True, kernel="triton.hyper_boundary_invariant"
     ),
-    KernelCase("hyper_boundary", "flash two parts", (4096, 24, 2), (1, 8, 33, 300), bench=True),
+    KernelCase("hyper_boundary", "flash two parts", (4096, 24, 2), (1, 8, 33, 300, 1087), bench=True),
     KernelCase("hyper_boundary", "flash two parts", (4096, 24, 2), (5,), kernel="triton.hyper_boundary_invariant"),
-    KernelCase("hyper_boundary", "flash last", (4096, 4, 1), (1, 64)),
-    KernelCase("hyper_boundary", "flash first", (4096, 24, 0), (1, 64)),
+    KernelCase("hyper_boundary", "flash last", (4096, 4, 1), (1, 64, 1055)),
+    KernelCase("hyper_boundary", "flash first", (4096, 24, 0), (1, 64, 1055)),
+    KernelCase("hyper_boundary", "uneven", (4104, 24, 2), (1055,)),
     KernelCase("hyper_boundary", "pro", (7168, 24, 1), (*FEW, *MANY), bench=True),
 )

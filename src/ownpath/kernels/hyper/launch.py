@@ -2,7 +2,7 @@
 
 How it works. Two sums run over all S * D channels of a token: the 24 mixing logits, and the root mean square that
 divides them. Everything before them is local to a channel, everything after needs only their values.
-  1. ``spread`` gives each program a slice of channels (and 1 or 16 tokens): it forms the new streams, writes them,
+  1. ``spread`` gives each program a slice of channels (and 1, 16 or many tokens): it forms new streams, writes them,
      and writes its part of the 24 dot products and of the sum of squares to the workspace.
   2. ``collapse`` gives each token a program: it adds the parts in a fixed order, collapses the streams with the
      ``pre`` weights and normalises; other programs beside it run Sinkhorn, a token's 16 entries in one thread, and
@@ -14,13 +14,13 @@ Why it is fast. At T = 1 the boundary moves 1.6 MB (0.4 us), so latency dominate
 programs, one reduction per program, no atomics, no host work: 5.0 us on an H200, of which a graph's two empty kernels
 would be 2.2. From ``MIN_DOT_TOKENS`` tokens on, the dot products run on tensor cores. The streams are bfloat16 already;
 ``fn`` is split into three bfloat16 terms (24 bits of mantissa), so that every product is exact and the sum is float32,
-as in the reference.
+as in the reference. Of many tokens ``columns`` has ``fn`` cut once per program and streams that stay in registers.
 
 Roofline. fn once, and per token S*D streams read, written and read again: (24 * 4 * S*D + T * (6 * S*D + 4 * D)) bytes.
 
-Limits. S = 4, bfloat16 streams, D a multiple of 8 up to 16384. Bits are the same on every repetition. The two ways of
+Limits. S = 4, bfloat16 streams, D a multiple of 8 up to 16384. Bits are the same on every repetition. The ways of
 summing differ in the last float32 bits, so a token's result may depend on how many tokens run with it;
-``HYPER_BOUNDARY_INVARIANT`` always takes the second way, whose sums do not depend on T.
+``HYPER_BOUNDARY_INVARIANT`` always takes ``spread_many`` with the same slices, whose sums do not depend on T.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ import triton
 
 from ownpath.kernels.checks import is_dense
 from ownpath.kernels.contract import Config
-from ownpath.kernels.dsl.driver import current_stream
+from ownpath.kernels.dsl.driver import current_stream, num_sms
 from ownpath.kernels.dsl.triton import TritonCall, launch
 from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.hyper.boundary import collapse, spread_few, spread_many
@@ -47,6 +47,7 @@ from ownpath.kernels.hyper.checks import (
     check_workspace,
     overlaps,
 )
+from ownpath.kernels.hyper.columns import spread_columns
 from ownpath.kernels.hyper.ref import HyperOut, HyperWeights, Mix
 from ownpath.kernels.hyper.tiles import INVARIANT_TILES, BoundaryTiles, choose_tiles
 from ownpath.kernels.launch_cache import LaunchCache
@@ -58,7 +59,7 @@ PART_ROWS = 32
 def num_workspace_floats(num_tokens: int, hidden_size: int, tiles: BoundaryTiles | None = None) -> int:
     """Returns the float32 elements that a boundary needs; without tiles, enough for every variant."""
     if tiles is None:
-        default = num_workspace_floats(num_tokens, hidden_size, choose_tiles(num_tokens, invariant=False))
+        default = num_workspace_floats(num_tokens, hidden_size, choose_tiles(num_tokens, hidden_size, invariant=False))
         return max(default, num_workspace_floats(num_tokens, hidden_size, INVARIANT_TILES))
     return PART_ROWS * int(triton.cdiv(hidden_size, tiles.channels)) * num_tokens
 
@@ -174,11 +175,16 @@ def _first_launches(tensors: Tensors, tiles: BoundaryTiles, num_floats: int) -> 
 
 def _launch_spread(tensors: Tensors, tiles: BoundaryTiles) -> TritonCall | None:
     num_tokens, _, dim = tensors.out.x_TSD.shape
-    num_slices, pdl = triton.cdiv(dim, tiles.channels), not INTERPRETED
+    num_slices, num_blocks = triton.cdiv(dim, tiles.channels), triton.cdiv(num_tokens, tiles.tokens)
+    function, sizes, pdl = spread_many if tiles.use_dot else spread_few, (dim, num_slices), not INTERPRETED
+    if tiles.per_sm:
+        resident = 1 if INTERPRETED else tiles.per_sm * num_sms(tensors.out.x_TSD.get_device()) // num_slices
+        num_blocks = min(num_blocks, max(1, resident))
+        function, sizes = spread_columns, (dim, tiles.num_warps)
     return launch(
-        spread_many if tiles.use_dot else spread_few,
-        (num_slices, triton.cdiv(num_tokens, tiles.tokens)),
-        (*tensors.spread(), num_tokens, dim, num_slices),
+        function,
+        (num_slices, num_blocks),
+        (*tensors.spread(), num_tokens, *sizes),
         {
             "HAS_POST": tensors.given.mix is not None,
             "HAS_OTHER": tensors.given.other_TD is not None,
@@ -199,6 +205,7 @@ def _launch_collapse(tensors: Tensors, tiles: BoundaryTiles) -> TritonCall | Non
     weights, block_d = tensors.weights, triton.next_power_of_2(dim)
     num_slices, sinkhorn_tokens = triton.cdiv(dim, tiles.channels), tiles.sinkhorn_tokens
     num_sinkhorn = 0 if tensors.out.mix is None else triton.cdiv(num_tokens, sinkhorn_tokens)
+    slices = triton.next_power_of_2(num_slices)
     epsilons = weights.mix_norm_eps, weights.eps, weights.norm_eps
     return launch(
         collapse,
@@ -208,7 +215,8 @@ def _launch_collapse(tensors: Tensors, tiles: BoundaryTiles) -> TritonCall | Non
             "NUM_MIX": len(weights.fn),
             "NUM_ITERS": weights.num_iters,
             "SINKHORN_TOKENS": sinkhorn_tokens,
-            "SLICES": triton.next_power_of_2(num_slices),
+            "SLICES": slices,
+            "AT_ONCE": tiles.slices_at_once or slices,
             "BLOCK_D": block_d,
             "PDL": not INTERPRETED,
             "num_warps": 4 if block_d <= 4096 else 8,
@@ -289,7 +297,7 @@ class HyperBoundaryKernel:
 
     def variant(self, x_TSD: torch.Tensor, operand: HyperOperand) -> str:
         """Returns the variant's name. It depends on the number of tokens, unless the kernel is batch-invariant."""
-        return variant_name("hyper", **vars(choose_tiles(len(x_TSD), self.is_batch_invariant)))
+        return variant_name("hyper", **vars(self._tiles(x_TSD)))
 
     def workspace(self, operand: HyperOperand, num_tokens: int) -> torch.Tensor:
         """Allocates float32 scratch for calls of up to ``num_tokens`` tokens."""
@@ -329,6 +337,9 @@ class HyperBoundaryKernel:
             call.start(given, out, workspace.data_ptr(), current_stream(device_index))
         return out
 
+    def _tiles(self, x_TSD: torch.Tensor) -> BoundaryTiles:
+        return choose_tiles(len(x_TSD), x_TSD.shape[2], self.is_batch_invariant)
+
     def _first(
         self, inputs: BoundaryInputs, operand: HyperOperand, out: HyperOut | None, workspace: torch.Tensor | None
     ) -> HyperOut:
@@ -337,7 +348,7 @@ class HyperBoundaryKernel:
         check_inputs(*inputs)
         num_tokens, _, dim = x_TSD.shape
         check_weights(weights, dim, x_TSD.device)
-        with_mix, tiles = len(weights.fn) == NUM_MIX, choose_tiles(num_tokens, self.is_batch_invariant)
+        with_mix, tiles = len(weights.fn) == NUM_MIX, self._tiles(x_TSD)
         if out is None:
             out = new_out(x_TSD, with_mix)
         else:

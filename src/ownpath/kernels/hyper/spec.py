@@ -18,7 +18,7 @@ _FAST = KernelSpec(
     first_dim=4,
     activations=("bfloat16",),
     packages=("triton",),
-    launches=(r"\bspread_(few|many)\b", r"\bcollapse\b"),
+    launches=(r"\bspread_(few|many|columns)\b", r"\bcollapse\b"),
     evidence=Evidence("hyper.ref:hyper_boundary", "tests/gpu/test_small_ops.py", "python bench/small_ops.py"),
 )
 
