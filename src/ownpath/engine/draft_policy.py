@@ -30,7 +30,7 @@ NUM_KEPT = 256
 MOST_LOST = 0.005
 """The share of all time that trials may lose."""
 MOST_LATE = 20
-"""A step counts as so many times the mean at most, in paces and in what was lost: it may have waited for other work,
+"""A step counts as so many plain ones at most, in paces and in what was lost: it may have waited for other work,
 such as code that was loaded. A host that is busy keeps steps with drafts waiting: that counts."""
 _MARGIN = 0.02
 """By which the other kind must be better to be chosen."""
@@ -118,8 +118,8 @@ class _Sized:
         return self.num_left <= 0 or (self.is_trial and self.loss > NUM_LOST * self.other.value)
 
     def bounded(self, seconds: float) -> float:
-        """Returns what a step counts as: ``MOST_LATE`` steps of the slower kind at most, as far as one is known."""
-        mean = max(self.plain.step, self.drafted.step)
+        """Returns what a step counts as: ``MOST_LATE`` plain steps at most, as far as those are known."""
+        mean = self.plain.step or self.drafted.step
         return min(seconds, MOST_LATE * mean) if mean else seconds
 
     @property

@@ -157,7 +157,7 @@ def _score(
             p_shared.index(2 * turn + 1).store(weights.to(gl.bfloat16))
             if is_last:
                 total = gl.convert_layout(gl.sum(sums, axis=1), gl.SliceLayout(1, SCORES))
-                factors.index(q_phase).store(1.0 / (total + gl.exp2(sink - largest)))
+                factors.index(turn).store(1.0 / (total + gl.exp2(sink - largest)))
             if not FP8:
                 fence_async_shared()
             gl.thread_barrier()
@@ -174,7 +174,7 @@ def _sum(
 ):  # fmt: skip
     """Sums over values: of each row that is this program's, its tiles and its result."""
     bits = (num_heads - 1) // N
-    turn, phase, parity = 0, 0, 0
+    turn, phase = 0, 0
     for number in range(gl.program_id(0), num_parts, gl.num_programs(0)):
         t, first_head = number >> bits, (number & bits) * N
         # Not asked for a row ahead: Triton 3.6 takes facts carried by this loop for the first row's.
@@ -194,8 +194,8 @@ def _sum(
             o_low = warpgroup_mma(p, of_low.slice(0, PART), o_low, is_async=True)
             o_high = warpgroup_mma(p, of_high.slice(0, PART), o_high, is_async=True)
             _wait_for(p_full, 2 * turn + 1, phase)
-            # Of use behind the last tile; before the tile's room is given away.
-            factor = factors.index(parity).load(ROW_OF_SUMS)
+            # Of use behind the last tile, whose room is given away only then, as of the tile's weights.
+            factor = factors.index(turn).load(ROW_OF_SUMS)
             p = p_shared.index(2 * turn + 1)
             o_low = warpgroup_mma(p, of_low.slice(PART, PART), o_low, is_async=True)
             o_high = warpgroup_mma(p, of_high.slice(PART, PART), o_high, is_async=True)
@@ -210,7 +210,6 @@ def _sum(
         store_halves(
             o_low * factor, o_high * factor, cos_ptr + t * F, sin_ptr + t * F, t, first_head, num_heads, out_ptr
         )
-        parity ^= 1
 
 
 @gluon.jit
@@ -300,7 +299,7 @@ def attend_chunk_hopper_kernel(
     p_shared = gl.allocate_shared_memory(gl.bfloat16, [2 * BUFFERS, N, PART], PARTS)
     angles = gl.allocate_shared_memory(gl.float32, [4, 2, F], ANGLES)
     places = gl.allocate_shared_memory(gl.int32, [BUFFERS, TILE], PLACES)
-    factors = gl.allocate_shared_memory(gl.float32, [2, N], FACTORS)
+    factors = gl.allocate_shared_memory(gl.float32, [BUFFERS, N], FACTORS)
     keeps = gl.allocate_shared_memory(gl.float32, [BUFFERS, N], FACTORS)
     p_full = gl.allocate_shared_memory(gl.int64, [2 * BUFFERS, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [2 * BUFFERS, 1], mbarrier.MBarrierLayout())
