@@ -55,6 +55,14 @@ class ClusterSums:
     barrier: cute.Pointer
 
     @cute.jit
+    def open(self, thread: Int32, cta: Int32) -> None:
+        """Initialises the barrier, for the bytes that the others send to this CTA. thread: of it; cta: its number."""
+        if thread == 0:
+            cute.arch.mbarrier_init(self.barrier, 1)
+            cute.arch.mbarrier_init_fence()
+            self.expect(cta % self.shares.cluster_k)
+
+    @cute.jit
     def expect(self, rank: Int32) -> None:
         """Announces the bytes that the others send to the CTA ``rank``. One thread, once the barrier is initialised."""
         shares = self.shares

@@ -147,10 +147,7 @@ class W8A8:
         if cutlass.const_expr(cfg.cluster_k > 1):
             sums = cute.arch.alloc_smem(Uint8, cfg.shares.num_bytes, 128)
             inbox = ClusterSums(cfg.shares, sums, cute.arch.alloc_smem(Int64, 1, 8))
-            if thread == 0:
-                cute.arch.mbarrier_init(inbox.barrier, 1)
-                cute.arch.mbarrier_init_fence()
-                inbox.expect(cta % cfg.cluster_k)
+            inbox.open(thread, cta)
         return inbox
 
     @cute.jit
